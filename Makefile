@@ -1,0 +1,30 @@
+# Every target sets up .venv by itself on a fresh machine; nothing else is needed than Python >= 3.11.
+PYTHON ?= python3
+BIN := .venv/bin
+.DELETE_ON_ERROR:
+.PHONY: setup demo test check clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else f"pardec needs Python >= 3.11, found {sys.version.split()[0]}")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## train two adapters on the packaged model, measure them, print the table
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/train_adapter.py recipes/quickstart_embeddings.yaml
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/train_adapter.py recipes/quickstart.yaml
+	$(BIN)/python eval/demo.py runs/quickstart_embeddings runs/quickstart
+
+test: setup  ## the whole test suite (GPU tests run only where asked for with -m gpu)
+	$(BIN)/python -m pytest
+
+check: setup  ## what a change must pass: lint, format, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,30 @@
+"""pardec: learned mask tokens let a frozen causal language model draft its own future tokens, exactly verified."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pardec.adapter import Adapter, AdapterError
+    from pardec.forward import UnsupportedModelError
+    from pardec.model import GenerationOutput, SelfSpeculativeModel, StreamChunk, load
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "GenerationOutput",
+    "SelfSpeculativeModel",
+    "StreamChunk",
+    "UnsupportedModelError",
+    "load",
+]
+
+_HOME = {"Adapter": "adapter", "AdapterError": "adapter", "UnsupportedModelError": "forward"}
+
+
+def __getattr__(name: str):
+    """Imports the public names when they are asked for, so that `pardec --help` need not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module 'pardec' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"pardec.{_HOME.get(name, 'model')}"), name)

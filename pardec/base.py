@@ -1,0 +1,137 @@
+"""Finding and loading the frozen base model, and refusing those that cannot be decoded exactly."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pardec.forward import UnsupportedModelError, text_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PACKAGED_BASE = "tiny-python"
+_SWITCHING_ROPE = ("dynamic", "longrope")
+
+
+def resolve_base(name: str) -> str:
+    """A name that `from_pretrained` takes: the folder of the packaged model, or the name itself."""
+    if name == PACKAGED_BASE:
+        return str(Path(__file__).parent / "assets" / PACKAGED_BASE)
+    return name
+
+
+def load_base(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a causal language model, in eval mode, without gradients.
+
+    Args:
+        name: a folder, a hub name, or `tiny-python` for the packaged model.
+        device: default CUDA where there is one, else the CPU.
+        dtype: default float32 on a CPU, the checkpoint's own on CUDA.
+        attn_implementation: default what transformers chooses.
+        revision: of the hub repository.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: if nothing loadable is found under the name.
+        UnsupportedModelError: for a model that cannot be decoded exactly.
+    """
+    path = resolve_base(name)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.float32 if where.type == "cpu" else "auto"
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"base {name!r}: expected a folder or hub name of a causal language model, found {_first_line(error)}"
+        ) from None
+    refuse_by_config(config)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"base {name!r}: cannot be loaded: {_first_line(error)}") from None
+    if not hasattr(base, "hf_device_map"):
+        base = base.to(where)
+    return base.eval().requires_grad_(False)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that goes with a base, None if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            resolve_base(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def refuse_by_config(config: "PretrainedConfig") -> None:
+    """Refuses what a configuration already shows; `pardec.probe` finds the rest by running the model.
+
+    Raises:
+        UnsupportedModelError: for encoder-decoders and positional biases that explicit masks do not reach.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{config.model_type}: expected a causal language model, found an encoder-decoder"
+        )
+    if getattr(config.get_text_config(decoder=True), "alibi", False):
+        raise UnsupportedModelError(
+            f"{config.model_type}: expected positions by rope or table, found alibi biases, which follow the "
+            "order of the rows instead of their positions"
+        )
+
+
+def position_limit(base: PreTrainedModel) -> int | None:
+    """Number of positions that prompt and new tokens may take together; None if the model names no limit.
+
+    Rope types whose frequencies depend on the largest position of a call are held below the point of change.
+    """
+    config = text_config(base)
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for parameters in nested:
+        if parameters.get("rope_type") in _SWITCHING_ROPE:
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            limit = min(filter(None, (limit, original)), default=None)
+    return limit
+
+
+def eos_token_ids(base: PreTrainedModel) -> list[int]:
+    """The ids that end a text, as `generate` takes them; may be empty."""
+    for config in (base.generation_config, text_config(base)):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
+def pad_token_id(base: PreTrainedModel) -> int:
+    """What stands behind finished rows: the model's pad token, else its first EOS, else 0."""
+    pad = getattr(base.generation_config, "pad_token_id", None)
+    return pad if pad is not None else (eos_token_ids(base) or [0])[0]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,96 @@
+"""Key/value caches: slots written per row for decoding, a frozen prefix for training.
+
+Both give every layer, sliding-window ones too, keys and values of full length; windows live in the attention mask.
+Knows nothing of tokens or masks. Legend: B batch, H key/value heads, R rows of the forward, S slots, D head size.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _SlotLayer(CacheLayerMixin):
+    is_compileable = True
+    is_sliding = False
+    is_croppable = False
+
+    def __init__(self, owner: "SlotCache"):
+        super().__init__()
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        B, H = key_states.shape[:2]
+        # zeros, not empty: a NaN in a masked value slot would still reach the output
+        self.keys = key_states.new_zeros(B, H, self.owner.num_slots, key_states.shape[-1])
+        self.values = value_states.new_zeros(B, H, self.owner.num_slots, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        slots = self.owner.slots
+        if slots is None:  # prefill: rows 0..R-1 into slots 0..R-1, attention over the rows themselves
+            num_rows = key_states.shape[2]
+            self.keys[:, :, :num_rows] = key_states
+            self.values[:, :, :num_rows] = value_states
+            return key_states, value_states
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if states.shape[0] == 1:
+                buffer.index_copy_(2, slots[0], states)
+            else:
+                index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                buffer.scatter_(2, index, states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length if self.owner.slots is None else self.owner.num_slots), 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.owner.num_slots
+
+
+class SlotCache(Cache):
+    """Preallocated keys and values whose slots are addressed per row, so that acceptance may be ragged.
+
+    `slots` is None during prefill; before any other forward it is set to the slot of each row, shape [B, R], int64.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int):
+        self.num_slots = num_slots
+        self.slots: Tensor | None = None
+        super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
+
+
+class _PrefixLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        assert self.keys is not None and self.values is not None
+        # nothing is stored: a second forward against the same prefix, and its backward, must see the prefix alone
+        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PrefixCache(Cache):
+    """Holds what the first forward wrote; later forwards attend to that prefix and to their own rows."""
+
+    def __init__(self, num_layers: int):
+        super().__init__(layers=[_PrefixLayer() for _ in range(num_layers)])

@@ -1,0 +1,347 @@
+"""The step loop: prefill, then steps that draft, verify and commit, with all state in tensors on the device.
+
+Knows token ids only: no tokenizer, no files. `plain` is the same loop without drafts and touches no adapter.
+Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a forward, S cache slots, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pardec.cache import SlotCache
+from pardec.forward import FULL, TargetModel
+from pardec.gated_lora import LoraGate
+from pardec.layout import RowLayout, block_layout, chain_layout, real_layout
+from pardec.sampling import TokenLaw
+from pardec.verify import verify_greedy, verify_sample
+
+MODES = ("plain", "two_pass", "fused")
+
+
+@dataclass
+class DecodeState:
+    """Everything a step reads and writes.
+
+    Attributes:
+        cache: keys and values; slot s < lengths[b] holds the committed token at position s of row b.
+        lengths: committed tokens, shape [B].
+        bonus: the newest emitted token, not yet in the cache, shape [B].
+        drafts: drafted token ids behind it, shape [B, K].
+        draft_probs: the law q they were drawn from, shape [B, K, V]; None when greedy.
+        draft_length: drafts that exist in each row, shape [B], in 0..K.
+        done: rows that have met EOS or their length, shape [B], bool.
+        prompts: padded prompt ids, shape [B, P].
+        prompt_lengths: shape [B].
+        output: emitted ids, shape [B, max_new_tokens + 1]; the last column takes what is cut off.
+        num_new: emitted ids that count, shape [B].
+        num_steps: rounds in which the row was not done, shape [B].
+        accepted: number of accepted drafts in each round, shape [B, max_new_tokens].
+        drafted: draft_length in each round, shape [B, max_new_tokens].
+    """
+
+    cache: SlotCache
+    lengths: Tensor
+    bonus: Tensor
+    drafts: Tensor
+    draft_probs: Tensor | None
+    draft_length: Tensor
+    done: Tensor
+    prompts: Tensor
+    prompt_lengths: Tensor
+    output: Tensor
+    num_new: Tensor
+    num_steps: Tensor
+    accepted: Tensor
+    drafted: Tensor
+
+
+@dataclass
+class Decoder:
+    """Decodes batches of prompts with one target, one set of mask tokens and one law.
+
+    Attributes:
+        target: the frozen model.
+        mode: one of `MODES`.
+        num_speculative_tokens: K; 0 in plain mode.
+        law: how tokens are chosen.
+        max_new_tokens: limit per row.
+        eos_token_ids: shape [n], may be empty.
+        mask_embeddings: shape [K, D] in the target's dtype and device; None when K = 0.
+        gate: LoRA at mask rows, or None.
+    """
+
+    target: TargetModel
+    mode: str
+    num_speculative_tokens: int
+    law: TokenLaw
+    max_new_tokens: int
+    eos_token_ids: Tensor
+    mask_embeddings: Tensor | None = None
+    gate: LoraGate | None = None
+    _plans: dict[str, "RowPlan"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        K = self.num_speculative_tokens
+        layouts = {"step": chain_layout(K)}
+        if self.mode == "two_pass":
+            layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
+        self._plans = {name: self._plan(layout) for name, layout in layouts.items()}
+
+    def _plan(self, layout: RowLayout) -> "RowPlan":
+        mask_embeds = None
+        if layout.num_rows > layout.num_real:
+            assert self.mask_embeddings is not None
+            mask_embeds = self.mask_embeddings[layout.mask_indices.to(self.mask_embeddings.device)][None]
+        return RowPlan.make(layout.to(self.target.device), mask_embeds)
+
+    @property
+    def num_slots_per_step(self) -> int:
+        """Cache slots that a step writes behind the committed tokens."""
+        return 1 + max(plan.layout.num_rows for plan in self._plans.values())
+
+    def generate(self, prompts: list[list[int]]) -> Iterator[DecodeState]:
+        """Yields the state after prefill and after every step, until all rows are done.
+
+        The LoRA's hooks, where there are any, are on the base only while this runs.
+        """
+        with torch.no_grad(), self.gate.attached() if self.gate is not None else nullcontext():
+            state = self.prefill(prompts)
+            yield state
+            while not bool(state.done.all()):
+                self.step(state)
+                yield state
+
+    def prefill(self, prompts: list[list[int]]) -> DecodeState:
+        """Runs the prompts, in fused mode with one block of mask tokens behind each, and emits the first token.
+
+        Args:
+            prompts: B lists of token ids, none empty.
+        """
+        device = self.target.device
+        B, K = len(prompts), self.num_speculative_tokens
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        P = max(len(prompt) for prompt in prompts)
+        padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
+        cache = SlotCache(self.target.num_layers, P + self.max_new_tokens + self.num_slots_per_step)
+        logits = self._prefill_logits(padded, lengths, cache)
+        state = DecodeState(
+            cache=cache,
+            lengths=lengths,
+            bonus=lengths.new_zeros(B),
+            drafts=lengths.new_zeros(B, K),
+            draft_probs=None,
+            draft_length=lengths.new_full((B,), K),
+            done=torch.zeros(B, dtype=torch.bool, device=device),
+            prompts=padded,
+            prompt_lengths=lengths.clone(),
+            output=lengths.new_zeros(B, self.max_new_tokens + 1),
+            num_new=lengths.new_zeros(B),
+            num_steps=lengths.new_zeros(B),
+            accepted=lengths.new_zeros(B, self.max_new_tokens),
+            drafted=lengths.new_zeros(B, self.max_new_tokens),
+        )
+        first = self._choose(state, logits[:, :1], state.drafts[:, :0])
+        if self.mode == "fused" and K:
+            state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
+        self._emit(state, first, torch.ones_like(lengths))
+        return state
+
+    def step(self, state: DecodeState) -> None:
+        """One round: one forward (plain, fused) or two (two_pass). No value on the device is read by the host."""
+        if self.mode == "two_pass":
+            self._two_pass_step(state)
+        else:
+            self._fused_step(state)
+
+    def step_logits(self, state: DecodeState) -> Tensor:
+        """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
+        return self._run(self._plans["step"], state, state.lengths, [state.bonus[:, None], state.drafts])
+
+    def _fused_step(self, state: DecodeState) -> None:
+        K = self.num_speculative_tokens
+        logits = self.step_logits(state)
+        tokens, num_accepted = self._verify(state, logits[:, : K + 1], [state.bonus[:, None], state.drafts])
+        if K:
+            first_row = K + 1 + num_accepted * K  # of block_a, a = num_accepted
+            rows = first_row[:, None] + torch.arange(K, device=logits.device)
+            block = logits.gather(1, rows[:, :, None].expand(-1, -1, logits.shape[2]))
+        self._record(state, num_accepted)
+        if K:
+            state.drafts, state.draft_probs = self.law.draw(block)
+        self._commit(state, tokens, num_accepted + 1)
+
+    def _two_pass_step(self, state: DecodeState) -> None:
+        bonus = state.bonus[:, None]
+        logits = self._run(self._plans["draft"], state, state.lengths, [bonus])
+        exact = self._choose(state, logits[:, :1], bonus)
+        state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
+        rows = [exact, state.drafts]
+        logits = self._run(self._plans["verify"], state, state.lengths + 1, rows)
+        tokens, num_accepted = self._verify(state, logits, [bonus, *rows])
+        self._record(state, num_accepted)
+        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted + 2)
+
+    def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
+        """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
+        prefix_of = self._prefixes(state, since, first_row=since.shape[1])
+        if self.law.greedy:
+            return self.law.argmax(logits, prefix_of)
+        return verify_sample(
+            self.law.probs(logits, prefix_of),
+            logits.new_zeros(logits.shape[0], 0, logits.shape[2], dtype=torch.float32),
+            state.drafts[:, :0],
+            state.draft_length,
+            generator=self.law.generator,
+        ).tokens
+
+    def _verify(self, state: DecodeState, logits: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Emitted tokens, shape [B, K + 1], and accepted drafts, shape [B]; `rows` = ids not yet committed."""
+        prefix_of = None
+        if self.law.needs_prefix:
+            ids = torch.cat(rows, dim=1)
+            prefix_of = self._prefixes(state, ids, first_row=ids.shape[1] - self.num_speculative_tokens)
+        if self.law.greedy:
+            verdict = verify_greedy(self.law.argmax(logits, prefix_of), state.drafts, state.draft_length)
+        else:
+            p = self.law.probs(logits, prefix_of)
+            q = state.draft_probs if state.draft_probs is not None else p[:, :0]
+            verdict = verify_sample(p, q, state.drafts, state.draft_length, generator=self.law.generator)
+        return verdict.tokens, verdict.num_accepted
+
+    def _prefixes(self, state: DecodeState, since: Tensor, first_row: int) -> Callable[[int, int], Tensor] | None:
+        """The tokens before what row (b, r) predicts: prompt, committed output, the first ids of `since`."""
+        if not self.law.needs_prefix:
+            return None
+
+        def prefix_of(b: int, r: int) -> Tensor:
+            num_committed_new = int(state.lengths[b] - state.prompt_lengths[b])
+            prompt = state.prompts[b, : int(state.prompt_lengths[b])]
+            return torch.cat([prompt, state.output[b, :num_committed_new], since[b, : first_row + r]])
+
+        return prefix_of
+
+    def _run(self, plan: "RowPlan", state: DecodeState, lengths: Tensor, real_ids: list[Tensor]) -> Tensor:
+        """Logits, shape [B, R, V], of the plan's rows behind `lengths` committed tokens."""
+        target, layout = self.target, plan.layout
+        ids = torch.cat(real_ids, dim=1) if len(real_ids) > 1 else real_ids[0]
+        embeds = target.embed(ids)
+        if plan.mask_embeds is not None:
+            embeds = torch.cat([embeds, plan.mask_embeds.expand(ids.shape[0], -1, -1)], dim=1)
+        positions = self._clamp(lengths[:, None] + layout.offsets)
+        slot = torch.arange(state.cache.num_slots, device=ids.device)
+        # 0: committed, 1..R: rows of this forward, R + 1: stale
+        kind = (slot - lengths[:, None] + 1).clamp_(0, layout.num_rows + 1)
+        visible = plan.visible_by_kind[kind].transpose(1, 2)
+        key_positions = slot[None]
+        if target.attention.layer_types != (FULL,):
+            key_positions = torch.where(kind == 0, slot, lengths[:, None] + plan.offset_by_kind[kind])
+        mask = target.attention.render(visible, positions, key_positions, embeds.dtype)
+        state.cache.slots = lengths[:, None] + plan.row_index
+        if self.gate is not None and plan.mask_embeds is not None:
+            self.gate.rows = plan.mask_rows
+        try:
+            return target.run(embeds, positions, mask, state.cache)
+        finally:
+            if self.gate is not None:
+                self.gate.rows = None
+
+    def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
+        """Logits of each prompt's last token and, in fused mode, of its block: shape [B, 1 (+ K), V].
+
+        Padding stands behind the prompt and its block, so a causal forward without a mask is exact.
+        """
+        target, (B, P) = self.target, padded.shape
+        num_masks = self.num_speculative_tokens if self.mode == "fused" else 0
+        keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
+        embeds = target.embed(padded)
+        if num_masks:
+            assert self.mask_embeddings is not None
+            D = embeds.shape[2]
+            embeds = torch.cat([embeds, embeds.new_zeros(B, num_masks, D)], dim=1)
+            rows = keep[:, 1:]
+            masks = self.mask_embeddings.expand(B, -1, -1)
+            embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), masks)
+            if self.gate is not None:
+                self.gate.rows = rows
+        positions = self._clamp(torch.arange(P + num_masks, device=padded.device).expand(B, -1))
+        try:
+            return target.run(embeds, positions, None, cache, logits_to_keep=keep)
+        finally:
+            if self.gate is not None:
+                self.gate.rows = None
+
+    def _clamp(self, positions: Tensor) -> Tensor:
+        """Rows that can no longer be emitted may lie beyond the model's positions; they must stay computable."""
+        limit = self.target.max_positions
+        return positions if limit is None else positions.clamp_max(limit - 1)
+
+    def _record(self, state: DecodeState, num_accepted: Tensor) -> None:
+        """Counts a round, before EOS or length cuts, for rows that were not done when it began."""
+        column = state.num_steps.clamp_max(self.max_new_tokens - 1)[:, None]
+        state.accepted.scatter_(1, column, num_accepted[:, None])
+        if self.num_speculative_tokens:
+            state.drafted.scatter_(1, column, state.draft_length[:, None])
+        state.num_steps += ~state.done
+
+    def _commit(self, state: DecodeState, tokens: Tensor, count: Tensor) -> None:
+        """Emits tokens[:, :count] and advances the committed length past all of them but the last."""
+        self._emit(state, tokens, count)
+        # rows that are done keep writing behind a length that no longer grows
+        state.lengths = torch.where(state.done, state.lengths, state.lengths + count)
+
+    def _emit(self, state: DecodeState, tokens: Tensor, count: Tensor) -> None:
+        """Appends the first `count` tokens of each live row to its output, up to EOS and the length limit."""
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        room = (self.max_new_tokens - state.num_new).masked_fill(state.done, 0)
+        count_kept = torch.minimum(count, room)
+        if self.eos_token_ids.numel():
+            is_eos = torch.isin(tokens, self.eos_token_ids) & (index < count_kept[:, None])
+            first_eos = torch.where(is_eos, index, tokens.shape[1]).amin(dim=1)
+            count_kept = torch.minimum(count_kept, first_eos + 1)
+            state.done = state.done | is_eos.any(dim=1)
+        column = torch.where(
+            index < count_kept[:, None], state.num_new[:, None] + index, self.max_new_tokens
+        )
+        state.output.scatter_(1, column, tokens)
+        state.num_new = state.num_new + count_kept
+        state.done = state.done | (state.num_new >= self.max_new_tokens)
+        state.bonus = tokens.gather(1, (count - 1)[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """A layout with the tensors that every forward of it needs, made once.
+
+    Attributes:
+        layout: on the target's device.
+        mask_embeds: inputs of the mask rows, shape [1, M, D]; None without mask rows.
+        mask_rows: where they stand.
+        row_index: 0..R-1.
+        visible_by_kind: by kind of slot (0 committed, 1..R rows, R + 1 stale), shape [R + 2, R], bool.
+        offset_by_kind: position of such a slot minus the committed length, shape [R + 2].
+    """
+
+    layout: RowLayout
+    mask_embeds: Tensor | None
+    mask_rows: slice
+    row_index: Tensor
+    visible_by_kind: Tensor
+    offset_by_kind: Tensor
+
+    @classmethod
+    def make(cls, layout: RowLayout, mask_embeds: Tensor | None) -> "RowPlan":
+        """The plan of `layout`."""
+        R, device = layout.num_rows, layout.offsets.device
+        ones = torch.ones(1, R, dtype=torch.bool, device=device)
+        zero = layout.offsets.new_zeros(1)
+        return cls(
+            layout=layout,
+            mask_embeds=mask_embeds,
+            mask_rows=slice(layout.num_real, R),
+            row_index=torch.arange(R, device=device),
+            visible_by_kind=torch.cat([ones, layout.visible.T, ~ones]),
+            offset_by_kind=torch.cat([zero, layout.offsets, zero]),
+        )

@@ -1,0 +1,153 @@
+"""The body of `hf_model.generate(custom_generate=model)`: transformers' arguments in, transformers' result out.
+
+Maps processors, stopping criteria and left padding onto the step loop. Legend: B batch, S prompt length.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.logits_process import (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from pardec.base import pad_token_id
+from pardec.decode import DecodeState
+from pardec.sampling import TokenLaw
+
+if TYPE_CHECKING:
+    from pardec.model import SelfSpeculativeModel
+
+# these compare the length of a row with one that counts the batch's padding
+_LENGTH_COUNTING = (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+)
+
+
+def generate_for_transformers(
+    model: "SelfSpeculativeModel",
+    input_ids: Tensor,
+    processors: list[LogitsProcessor],
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    attention_mask: Tensor | None,
+    past_key_values,
+    num_speculative_tokens: int | None,
+    mode: str,
+    streamer,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Ids as `generate` returns them: prompt and continuation, [B, S + new], padded on the right.
+
+    Processors see each row without its padding.
+
+    Raises:
+        ValueError: for beams, a filled cache, padding that is not on the left, a streamer with several rows, or
+            a processor that counts padding in a padded batch.
+    """
+    _refuse(generation_config, past_key_values, streamer, input_ids)
+    prompts = _unpadded(input_ids, attention_mask)
+    padded = any(len(prompt) < input_ids.shape[1] for prompt in prompts)
+    counting = [type(p).__name__ for p in processors if isinstance(p, _LENGTH_COUNTING)]
+    if padded and counting:
+        raise ValueError(
+            f"custom_generate: expected prompts of one length with {counting[0]}, which counts padding, "
+            f"found lengths {min(map(len, prompts))} to {max(map(len, prompts))}"
+        )
+    max_new_tokens, eos, others = _limits(stopping_criteria, input_ids.shape[1])
+    law = TokenLaw(not generation_config.do_sample, tuple(processors))
+    decoder = model._decoder(prompts, law, max_new_tokens, num_speculative_tokens, mode, eos=eos)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    checked = [0] * len(prompts)
+    state = None
+    for state in decoder.generate(prompts):
+        if others:
+            _apply_criteria(state, others, input_ids, checked)
+        if streamer is not None:
+            for token in state.output[0, checked[0] : int(state.num_new[0])].tolist():
+                streamer.put(torch.tensor([token]))
+        checked = state.num_new.tolist()
+    if streamer is not None:
+        streamer.end()
+    assert state is not None
+    width = max(checked)
+    pad = generation_config._pad_token_tensor  # type: ignore[attr-defined]
+    fill = pad_token_id(model.base_model) if pad is None else int(pad)
+    index = torch.arange(width, device=input_ids.device)
+    new = state.output[:, :width].masked_fill(index >= state.num_new[:, None], fill)
+    sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
+    return sequences
+
+
+def _refuse(generation_config: GenerationConfig, past_key_values, streamer, input_ids: Tensor) -> None:
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(f"custom_generate: expected num_beams 1, found {generation_config.num_beams}")
+    if past_key_values is not None and past_key_values.get_seq_length() > 0:
+        raise ValueError(
+            f"custom_generate: expected an empty cache, found one of {past_key_values.get_seq_length()} tokens"
+        )
+    if streamer is not None and input_ids.shape[0] != 1:
+        raise ValueError(f"streamer: expected one prompt, found {input_ids.shape[0]}")
+    for wanted in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+        if getattr(generation_config, wanted, None):
+            raise ValueError(f"custom_generate: expected {wanted}=False, found True")
+
+
+def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    if attention_mask is None:
+        return input_ids.tolist()
+    mask = attention_mask.bool()
+    if not bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all()):
+        raise ValueError("attention_mask: expected padding on the left only, found zeros behind ones")
+    return [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+
+
+def _limits(
+    criteria: StoppingCriteriaList, prompt_length: int
+) -> tuple[int, list[int], StoppingCriteriaList]:
+    """(max_new_tokens, EOS ids, every other criterion)."""
+    max_length, eos, others = None, [], StoppingCriteriaList()
+    for criterion in criteria:
+        if isinstance(criterion, MaxLengthCriteria):
+            max_length = min(filter(None, (max_length, criterion.max_length)))
+        elif isinstance(criterion, EosTokenCriteria):
+            eos += criterion.eos_token_id.flatten().tolist()
+        else:
+            others.append(criterion)
+    if max_length is None:
+        raise ValueError("custom_generate: expected max_new_tokens or max_length, found neither")
+    return max_length - prompt_length, eos, others
+
+
+def _apply_criteria(
+    state: DecodeState, criteria: StoppingCriteriaList, input_ids: Tensor, checked: list[int]
+) -> None:
+    """Ends a row at the first of its new tokens at which a criterion is met; criteria may look at the last token."""
+    for b, done_before in enumerate(checked):
+        row = torch.cat([input_ids[b], state.output[b].to(input_ids.device)])[None]
+        for n in range(done_before + 1, int(state.num_new[b]) + 1):
+            if bool(criteria(row[:, : input_ids.shape[1] + n], None).all()):  # type: ignore[arg-type]
+                state.num_new[b] = n
+                state.done[b] = True
+                break

@@ -1,0 +1,194 @@
+"""A LoRA that acts on mask rows only, so that the target's own path stays untouched.
+
+In training PEFT's layers hold it and are switched on for the forward of the mask rows. In decoding no layer is
+replaced: hooks on the base's own modules add the LoRA to the slice of mask rows, in place.
+Legend: B batch, R rows, r rank, M mask rows.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_PREFIX = "base_model.model."
+_UNSUPPORTED = {"use_dora": False, "lora_bias": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """A LoRA as PEFT writes it.
+
+    Attributes:
+        config: content of PEFT's adapter_config.json.
+        tensors: content of PEFT's adapter_model.safetensors.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if self.config.get("peft_type") != "LORA":
+            raise ValueError(f"lora: expected peft_type LORA, found {self.config.get('peft_type')!r}")
+        for key, plain in _UNSUPPORTED.items():
+            if self.config.get(key, plain) not in (plain, None):
+                raise ValueError(f"lora: expected {key}={plain!r}, found {self.config[key]!r}")
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return int(self.config["r"])
+
+    @property
+    def scaling(self) -> float:
+        """Factor on B A x: alpha / r, or alpha / sqrt(r) for a rank-stabilised LoRA."""
+        root = math.sqrt(self.rank) if self.config.get("use_rslora") else self.rank
+        return self.config["lora_alpha"] / root
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A, shape [r, in], and B, shape [out, r], by the name of the module in the base.
+
+        Raises:
+            ValueError: if a tensor is not half of such a pair.
+        """
+        halves: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            name, _, half = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+            if half not in ("lora_A", "lora_B") or not key.startswith(_PREFIX):
+                raise ValueError(f"lora: expected names {_PREFIX}*.lora_A|lora_B.weight, found {key!r}")
+            halves.setdefault(name, {})[half] = tensor
+        for name, half in halves.items():
+            if len(half) != 2:
+                raise ValueError(f"lora: {name}: expected lora_A and lora_B, found only {next(iter(half))}")
+        return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+
+
+class LoraGate:
+    """Adds a LoRA to the mask rows of decoding forwards.
+
+    `rows` names the mask rows of the coming forward: a slice of the rows, or an index of shape [B, M], int64;
+    None closes the gate. Hooks are on the base only inside `attached()`.
+    """
+
+    def __init__(self, base: nn.Module, weights: LoraWeights):
+        self.rows: slice | Tensor | None = None
+        self._targets: list[tuple[nn.Module, Tensor, Tensor]] = []
+        for name, (a, b) in weights.pairs().items():
+            module = _base_module(base, name)
+            weight = module.weight
+            width_in, width_out = a.shape[1], b.shape[0]
+            if sorted((width_in, width_out)) != sorted(_linear_shape(module)):
+                raise ValueError(
+                    f"lora: {name}: expected {_linear_shape(module)} features, found {(width_out, width_in)}"
+                )
+            dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+            a_t = a.to(weight.device, dtype).T.contiguous()  # [in, r]
+            b_t = (b.to(weight.device, torch.float32) * weights.scaling).to(dtype).T.contiguous()  # [r, out]
+            self._targets.append((module, a_t, b_t))
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Keeps the hooks on the base for the time of the context; the gate is closed at its end."""
+        handles = [
+            module.register_forward_hook(self._make_hook(a_t, b_t)) for module, a_t, b_t in self._targets
+        ]
+        try:
+            yield
+        finally:
+            self.rows = None
+            for handle in handles:
+                handle.remove()
+
+    def _make_hook(self, a_t: Tensor, b_t: Tensor):
+        def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = self.rows
+            if rows is None:
+                return
+            x = args[0]
+            if x.dim() != 3:
+                raise ValueError(f"lora: expected module inputs of shape [B, R, in], found {tuple(x.shape)}")
+            if isinstance(rows, slice):
+                if x.shape[0] == 1:
+                    output[0, rows].addmm_(x[0, rows] @ a_t, b_t)
+                else:
+                    output[:, rows].baddbmm_(x[:, rows] @ a_t, b_t.expand(x.shape[0], -1, -1))
+            else:
+                index = rows[:, :, None]
+                mask_rows = x.gather(1, index.expand(-1, -1, x.shape[2]))
+                output.scatter_add_(1, index.expand(-1, -1, output.shape[2]), mask_rows @ a_t @ b_t)
+
+        return add_to_mask_rows
+
+
+def _base_module(base: nn.Module, name: str) -> nn.Module:
+    try:
+        module = base.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"lora: the base has no module {name!r}; expected those of the trained base") from None
+    # during training PEFT has wrapped the module
+    inner = module.base_layer if hasattr(module, "base_layer") else module
+    if not isinstance(getattr(inner, "weight", None), Tensor):
+        raise ValueError(f"lora: module {name!r} has no weight; expected a linear layer")
+    return inner  # type: ignore[return-value]
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) features."""
+    if hasattr(module, "out_features"):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return int(weight.shape[1]), int(weight.shape[0])  # transformers' Conv1D keeps [in, out]
+
+
+def inject_lora(base: nn.Module, *, r: int, alpha: float, target_modules: str | list[str]):
+    """Wraps the target modules of `base` in PEFT's LoRA layers, switched off, and returns the PeftModel.
+
+    Raises:
+        ValueError: if no module of the base is meant by `target_modules`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, target_modules=target_modules, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    )
+    peft_model = get_peft_model(base, config)  # type: ignore[arg-type]
+    _set_enabled(base, False)
+    return peft_model
+
+
+@contextmanager
+def lora_enabled(base: nn.Module) -> Iterator[None]:
+    """Switches the injected LoRA on for every row of the forwards inside; it is off everywhere else."""
+    _set_enabled(base, True)
+    try:
+        yield
+    finally:
+        _set_enabled(base, False)
+
+
+def _set_enabled(base: nn.Module, enabled: bool) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for module in base.modules():
+        if isinstance(module, LoraLayer):
+            # PEFT's enable_adapters() also flips requires_grad, which DistributedDataParallel does not survive
+            module._disable_adapters = not enabled
+            if module.disable_adapters is enabled:
+                raise RuntimeError("this version of peft cannot switch a LoRA layer off by _disable_adapters")
+
+
+def lora_weights(peft_model) -> LoraWeights:
+    """A detached float32 copy, on the CPU, of the LoRA inside `peft_model`."""
+    from peft import get_peft_model_state_dict
+
+    config = peft_model.peft_config["default"].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config = {key: getattr(value, "value", value) for key, value in config.items()}
+    tensors = {
+        key: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for key, tensor in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()
+    }
+    return LoraWeights(config, tensors)

@@ -1,0 +1,111 @@
+"""Which rows a forward has, where they sit, and which of them see which: index arithmetic only.
+
+Knows no model, no cache and no batch.
+Legend: K num_speculative_tokens, R rows of a forward, N anchors, T tokens of a training sequence, M mask rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """The rows of one decoding forward, relative to the number of committed tokens.
+
+    Attributes:
+        num_real: rows that hold real tokens (bonus token, then drafts); they come first.
+        offsets: position of each row minus the number of committed tokens, shape [R], int64.
+        visible: whether row r (first index) attends to row s (second index), shape [R, R], bool.
+            Every row also attends to all committed tokens.
+        mask_indices: which mask token (0..K-1) each mask row holds, shape [R - num_real], int64.
+    """
+
+    num_real: int
+    offsets: Tensor
+    visible: Tensor
+    mask_indices: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the forward, real ones and mask rows."""
+        return self.offsets.shape[0]
+
+    def to(self, device: torch.device) -> "RowLayout":
+        """The same layout with its tensors on `device`."""
+        return RowLayout(
+            self.num_real, self.offsets.to(device), self.visible.to(device), self.mask_indices.to(device)
+        )
+
+
+def real_layout(num_rows: int) -> RowLayout:
+    """`num_rows` real tokens in a row: plain decoding (1) and the verifying forward of two_pass (K + 1)."""
+    ones = torch.ones(num_rows, num_rows, dtype=torch.bool)
+    return RowLayout(num_rows, torch.arange(num_rows), ones.tril(), torch.empty(0, dtype=torch.long))
+
+
+def block_layout(num_speculative_tokens: int) -> RowLayout:
+    """One real token and the block of K mask tokens behind it: the drafting forward of two_pass.
+
+    Source: PaSS, arXiv:2311.13581, section 3 (look-ahead tokens behind the last token).
+    """
+    K = num_speculative_tokens
+    ones = torch.ones(K + 1, K + 1, dtype=torch.bool)
+    return RowLayout(1, torch.arange(K + 1), ones.tril(), torch.arange(K))
+
+
+def chain_layout(num_speculative_tokens: int) -> RowLayout:
+    """The fused chain `[bonus, d1..dK | block_0 .. block_K]`, (K + 1)^2 rows.
+
+    block_i hangs behind real row i: its mask token j (1..K) sits at offset i + j and sees real rows 0..i and its
+    own mask tokens up to j. Whatever number a of drafts is accepted, block_a holds the next drafts.
+    K = 0 is plain decoding.
+    """
+    K = num_speculative_tokens
+    num_real, num_mask = K + 1, (K + 1) * K
+    block = torch.arange(num_mask) // max(K, 1)  # the real row that each mask row hangs behind
+    depth = torch.arange(num_mask) % max(K, 1)  # 0-based index within its block
+    offsets = torch.cat([torch.arange(num_real), block + depth + 1])
+    visible = torch.zeros(num_real + num_mask, num_real + num_mask, dtype=torch.bool)
+    visible[:num_real, :num_real] = torch.ones(num_real, num_real, dtype=torch.bool).tril()
+    visible[num_real:, :num_real] = torch.arange(num_real) <= block[:, None]
+    visible[num_real:, num_real:] = (block[:, None] == block) & (depth[:, None] >= depth)
+    return RowLayout(num_real, offsets, visible, depth)
+
+
+@dataclass(frozen=True)
+class TrainingLayout:
+    """The mask rows of a training forward: N blocks of K mask tokens over sequences of T real tokens.
+
+    Attributes:
+        positions: shape [B, N * K], int64; mask token j (1..K) behind anchor s sits at s + j.
+        targets: index of the token that each row predicts, shape [B, N * K]; position + 1, may be >= T.
+        visible: shape [B, N * K, T + N * K], bool; the T real tokens come first.
+    """
+
+    positions: Tensor
+    targets: Tensor
+    visible: Tensor
+
+
+def training_layout(anchors: Tensor, num_speculative_tokens: int, num_tokens: int) -> TrainingLayout:
+    """Rows, positions and visibility of the mask rows behind `anchors`.
+
+    A block sees the real tokens up to and including its anchor and its own earlier mask tokens, nothing else.
+
+    Args:
+        anchors: positions of the anchors, shape [B, N], int64, in 0..T-1.
+        num_speculative_tokens: K.
+        num_tokens: T.
+    """
+    B, N = anchors.shape
+    K = num_speculative_tokens
+    device = anchors.device
+    depth = torch.arange(1, K + 1, device=device)
+    positions = (anchors[:, :, None] + depth).reshape(B, N * K)
+    sees_real = torch.arange(num_tokens, device=device) <= anchors.repeat_interleave(K, dim=1)[:, :, None]
+    block = torch.arange(N * K, device=device) // K
+    sees_mask = (block[:, None] == block) & torch.ones(N * K, N * K, dtype=torch.bool, device=device).tril()
+    visible = torch.cat([sees_real, sees_mask.expand(B, -1, -1)], dim=2)
+    return TrainingLayout(positions, positions + 1, visible)

@@ -1,0 +1,140 @@
+"""Verification: how many drafted tokens stand, and which token follows them.
+
+Knows probabilities and token ids, no model, no tokenizer, no cache.
+Legend: B batch, K num_speculative_tokens, V vocabulary; p is the target's law, q the draft's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of verifying one draft per row.
+
+    Attributes:
+        tokens: shape [B, K + 1], valid up to and including index `num_accepted` (the bonus token).
+        num_accepted: accepted drafts, without the bonus token, shape [B], in 0..draft_length.
+    """
+
+    tokens: Tensor
+    num_accepted: Tensor
+
+
+def verify_greedy(target_tokens: Tensor, draft_tokens: Tensor, draft_length: Tensor) -> Verdict:
+    """Accept the drafts that are the target's own argmax, up to the first that is not.
+
+    Args:
+        target_tokens: the target's choice after each real row, shape [B, K + 1], int64.
+        draft_tokens: drafted token ids, shape [B, K], int64.
+        draft_length: drafts that exist in each row, shape [B], in 0..K; what stands behind is ignored.
+
+    Raises:
+        ValueError: if shapes disagree.
+    """
+    K = draft_tokens.shape[1]
+    _check_shapes(draft_tokens, target_tokens=(target_tokens, K + 1))
+    accepted = (target_tokens[:, :K] == draft_tokens) & _exists(draft_length, K)
+    # accepted drafts equal the target's tokens, so the target's tokens are what is emitted
+    return Verdict(target_tokens, accepted.cumprod(dim=1).sum(dim=1))
+
+
+@dataclass(frozen=True)
+class VerdictLaw:
+    """The law of the verdict for given drafts, before any random number is drawn.
+
+    Attributes:
+        accept: probability that draft k is accepted once those before it are, shape [B, K].
+        bonus: law of the bonus token if exactly k drafts are accepted, shape [B, K + 1, V].
+    """
+
+    accept: Tensor
+    bonus: Tensor
+
+
+def verdict_law(
+    target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor, draft_length: Tensor
+) -> VerdictLaw:
+    """Acceptance probabilities min(1, p/q) and the laws from which the bonus token is drawn.
+
+    After a rejection at k the bonus follows norm(max(0, p - q)); at k = draft_length, where nothing was
+    rejected, it follows p itself. Where the residual sums to 0 (p = q, so only rounding rejects), it follows p.
+    Arguments as in `verify_sample`.
+
+    Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1; Chen et al. 2023, arXiv:2302.01318, Theorem 1.
+    """
+    K = draft_tokens.shape[1]
+    _check_shapes(draft_tokens, target_probs=(target_probs, K + 1), draft_probs=(draft_probs, K))
+    if target_probs.dtype != torch.float32 or draft_probs.dtype != torch.float32:
+        raise ValueError(
+            f"expected float32 probabilities, found {target_probs.dtype} and {draft_probs.dtype}"
+        )
+    exists = _exists(draft_length, K)
+    p = target_probs[:, :K].gather(2, draft_tokens[:, :, None]).squeeze(2)
+    q = draft_probs.gather(2, draft_tokens[:, :, None]).squeeze(2)
+    accept = (p / q.clamp_min(torch.finfo(q.dtype).tiny)).clamp_max(1.0)
+    residual = (target_probs[:, :K] - draft_probs).clamp_min(0)
+    total = residual.sum(dim=2, keepdim=True)
+    from_residual = exists[:, :, None] & (total > 0)
+    bonus = torch.where(from_residual, residual / total.clamp_min(torch.finfo(p.dtype).tiny), target_probs[:, :K])
+    return VerdictLaw(accept * exists, torch.cat([bonus, target_probs[:, K:]], dim=1))
+
+
+def verify_sample(
+    target_probs: Tensor,
+    draft_probs: Tensor,
+    draft_tokens: Tensor,
+    draft_length: Tensor,
+    *,
+    generator: Generator | None = None,
+) -> Verdict:
+    """Accept a prefix of each row's drafts so that the emitted tokens follow the target's law exactly.
+
+    Args:
+        target_probs: p after the warpers, shape [B, K + 1, V], float32, rows sum to 1; row k conditions on the
+            drafts before k.
+        draft_probs: q the drafts were drawn from, shape [B, K, V], float32.
+        draft_tokens: drafted token ids, shape [B, K], int64.
+        draft_length: drafts that exist in each row, shape [B], in 0..K; what stands behind is ignored. It may
+            depend on q and on earlier drafts, never on the value of a draft that it drops.
+        generator: source of randomness, on the same device; None for torch's global one.
+
+    Raises:
+        ValueError: if shapes disagree (names both) or probabilities are not float32.
+
+    Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1, same letters.
+    """
+    law = verdict_law(target_probs, draft_probs, draft_tokens, draft_length)
+    u = torch.rand(law.accept.shape, device=law.accept.device, generator=generator)
+    num_accepted = (u < law.accept).cumprod(dim=1).sum(dim=1)
+    V = law.bonus.shape[2]
+    chosen = law.bonus.gather(1, num_accepted[:, None, None].expand(-1, -1, V)).squeeze(1)
+    bonus = sample_from(chosen, generator)
+    tokens = torch.cat([draft_tokens, draft_tokens.new_zeros(draft_tokens.shape[0], 1)], dim=1)
+    return Verdict(tokens.scatter(1, num_accepted[:, None], bonus[:, None]), num_accepted)
+
+
+def sample_from(probs: Tensor, generator: Generator | None = None) -> Tensor:
+    """One index per row of `probs`, shape [..., V], drawn from it without a device-to-host synchronisation.
+
+    Exponential races: argmax p_i / e_i with e_i ~ Exp(1) is distributed as p.
+    """
+    race = torch.empty_like(probs).exponential_(generator=generator)
+    # an exact 0 would turn 0 / 0 into NaN, which argmax prefers
+    return (probs / race.clamp_min_(torch.finfo(probs.dtype).tiny)).argmax(dim=-1)
+
+
+def _exists(draft_length: Tensor, num_speculative_tokens: int) -> Tensor:
+    return torch.arange(num_speculative_tokens, device=draft_length.device) < draft_length[:, None]
+
+
+def _check_shapes(draft_tokens: Tensor, **others: tuple[Tensor, int]) -> None:
+    for name, (tensor, length) in others.items():
+        expected = (draft_tokens.shape[0], length)
+        if tuple(tensor.shape[:2]) != expected:
+            raise ValueError(
+                f"{name}: expected leading shape {expected} for draft_tokens of shape "
+                f"{tuple(draft_tokens.shape)}, found {tuple(tensor.shape)}"
+            )
