@@ -1,0 +1,220 @@
+"""Recipes: YAML files with dotted overrides, checked so that a mistyped key is an error and not a default."""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the key, what was expected and what was found."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataConfig(_Section):
+    """What is trained on.
+
+    Attributes:
+        path: file, folder or hub dataset; `python-stdlib` is the source of the running interpreter's library.
+        format: `auto` goes by suffix; `text`, `jsonl`, or `hub` for anything that `datasets` loads.
+        subset: configuration of a hub dataset.
+        split: of a hub dataset.
+        max_length: tokens of a training sequence.
+        validation_path: held-out data that checkpoints are chosen by; default a held-out part of `path`.
+        test_path: held-out data that is reported.
+    """
+
+    path: str
+    format: Literal["auto", "text", "jsonl", "hub"] = "auto"
+    subset: str | None = None
+    split: str = "train"
+    max_length: int = Field(512, ge=8)
+    validation_path: str | None = None
+    test_path: str | None = None
+
+
+class LoraSection(_Section):
+    """The gated LoRA.
+
+    Attributes:
+        r: rank.
+        alpha: the LoRA acts as alpha / r times B A.
+        target_modules: names of modules, or `all-linear`.
+    """
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class AdapterConfig(_Section):
+    """What is learned.
+
+    Attributes:
+        num_speculative_tokens: K.
+        mask_sharing: one embedding per position, or one for all.
+        draft_input: what stands at mask rows.
+        lora: a LoRA that is active at mask rows only; default none.
+    """
+
+    num_speculative_tokens: int = Field(4, ge=1, le=64)
+    mask_sharing: Literal["distinct", "shared"] = "distinct"
+    draft_input: Literal["mask_embeddings"] = "mask_embeddings"
+    lora: LoraSection | None = None
+
+
+class TrainConfig(_Section):
+    """How it is learned.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: sequences per process and forward.
+        gradient_accumulation_steps: forwards per step.
+        anchors_per_sequence: blocks of mask tokens per sequence.
+        anchors_per_forward: run so many of them at a time against the same prefix, to save memory.
+        learning_rate: of the mask embeddings.
+        lora_learning_rate: of the LoRA.
+        warmup_steps: linear warm-up before the cosine decay.
+        max_grad_norm: gradients are clipped to this norm.
+        objective: `kl` to the model's own distribution, or `cross_entropy` on data tokens.
+        position_weights: weight of each position, or one number d for weights d^0, d^1, ...
+        seed: of data order and anchors.
+        log_every: steps between logged losses.
+        checkpoint_every: steps between resumable checkpoints.
+        trackers: besides the JSONL file, e.g. tensorboard.
+    """
+
+    steps: int = Field(300, ge=1)
+    batch_size: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    anchors_per_sequence: int = Field(64, ge=1)
+    anchors_per_forward: int | None = Field(None, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    lora_learning_rate: float = Field(3e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    objective: Literal["kl", "cross_entropy"] = "kl"
+    position_weights: float | list[float] = 1.0
+    seed: int = 0
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(100, ge=1)
+    trackers: list[str] = []
+
+
+class EvalConfig(_Section):
+    """How acceptance is measured during training, with the real decoder, sampled and greedy.
+
+    Attributes:
+        every: steps between measurements; the last step is always measured.
+        num_prompts: validation prompts.
+        max_new_tokens: per prompt.
+        temperature: of the sampled measurement, which chooses the best adapter.
+        top_k: likewise.
+    """
+
+    every: int = Field(100, ge=1)
+    num_prompts: int = Field(16, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    temperature: float = Field(0.8, gt=0)
+    top_k: int | None = 10
+
+
+class Recipe(_Section):
+    """Everything that a training run is told.
+
+    Attributes:
+        base: folder or hub name of the frozen model; `tiny-python` is the packaged one.
+        output_dir: where the adapter is left.
+    """
+
+    base: str
+    output_dir: str
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "Recipe":
+        weights, K = self.train.position_weights, self.adapter.num_speculative_tokens
+        if isinstance(weights, list) and len(weights) != K:
+            raise ValueError(f"train.position_weights: expected {K} numbers, found {len(weights)}")
+        values = weights if isinstance(weights, list) else [weights]
+        if min(values) < 0 or max(values) <= 0:
+            raise ValueError(f"train.position_weights: expected non-negative numbers, one above 0, found {weights}")
+        return self
+
+    def position_weights(self) -> list[float]:
+        """One weight per position, K numbers."""
+        weights = self.train.position_weights
+        if isinstance(weights, list):
+            return weights
+        return [weights**j for j in range(self.adapter.num_speculative_tokens)]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and applies overrides of the form `section.key=value`, values in YAML.
+
+    Raises:
+        RecipeError: for a missing or malformed file, an unknown key (naming the nearest), a value out of range.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: expected a recipe file, found nothing") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise RecipeError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
+    """A recipe from plain values; `source` is named in errors, which are those of `load_recipe`."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_describe(error)}") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override: expected section.key=value, found {override!r}")
+    *sections, last = key.split(".")
+    for section in sections:
+        if raw.get(section) is None:
+            raw[section] = {}
+        raw = raw[section]
+        if not isinstance(raw, dict):
+            raise RecipeError(f"override: expected a section before the dot, found {override!r}")
+    raw[last] = yaml.safe_load(value)
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if not str(part).startswith(("float", "list[", "str"))]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest known one is {'.'.join([*location[:-1], *nearest])!r}"
+    if first["type"] == "missing":
+        return f"expected key {key!r}, found none"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{key}: {first['msg'].lower()}, found {first['input']!r}"
+
+
+def _known_keys(sections: list[str]) -> list[str]:
+    model: Any = {"": Recipe, "data": DataConfig, "adapter": AdapterConfig, "adapter.lora": LoraSection}
+    model |= {"train": TrainConfig, "eval": EvalConfig}
+    return list(model[".".join(sections)].model_fields)

@@ -1,0 +1,175 @@
+"""What every script needs around its work: one-line errors, provenance, JSONL metrics, resumable state.
+
+Knows nothing of models or decoding.
+"""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import GeneralTracker, on_main_process
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE_FILE = "state.json"
+
+
+@contextmanager
+def exit_on_unusable_input() -> Iterator[None]:
+    """Turns errors about input into one line on standard error and exit code 2; set PARDEC_TRACEBACK=1 to see all."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("PARDEC_TRACEBACK") == "1":
+            raise
+        message = " ".join((str(error) or type(error).__name__).split())
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    names = ("torch", "transformers", "peft", "accelerate", "safetensors")
+    return {"python": platform.python_version(), "pardec": version("pardec")} | {n: version(n) for n in names}
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = lines[0].partition(":")[2].strip() if lines else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def command_line() -> str:
+    """The command as it was typed, without the interpreter's path."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def git_commit() -> str | None:
+    """Commit of the working tree that the script lies in, with -dirty for local changes; None outside of one."""
+    folder = Path(sys.argv[0]).resolve().parent
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None if out.returncode == 0 else None
+
+
+class JsonlTracker(GeneralTracker):
+    """Appends every logged dict as one line of JSON; the tracker that needs nothing installed."""
+
+    name = "jsonl"
+    requires_logging_directory = False
+
+    @on_main_process
+    def __init__(self, path: Path, keep_until_step: int = 0):
+        """`path` is appended to; lines of steps after `keep_until_step`, which will be run again, are dropped."""
+        super().__init__()
+        self.path = path
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if (json.loads(line)["step"] or 0) <= keep_until_step and keep_until_step]
+            path.write_text("".join(kept))
+
+    @property
+    def tracker(self) -> Path:
+        """The file."""
+        return self.path
+
+    @on_main_process
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """The configuration is in `pardec.json`; nothing to do."""
+
+    @on_main_process
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        """One line: the step and the values."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def save_state(
+    folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, extra: dict[str, Any]
+) -> None:
+    """Writes `folder/step-N` aside and renames it, then removes older ones: a kill at any moment leaves one whole.
+
+    Args:
+        folder: of the checkpoints.
+        step: optimiser steps done.
+        parameters: the trainable ones, by name, in the order of the optimiser's groups.
+        optimizer: AdamW over them.
+        extra: JSON values to be given back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".writing-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        names = {parameter: name for name, parameter in parameters.items()}
+        moments = {
+            f"{names[parameter]}.{key}": value.detach().cpu().contiguous()
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+        save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, aside / "parameters.safetensors")
+        save_file(moments, aside / "optimizer.safetensors")
+        (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
+        target = folder / f"step-{step:06d}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for older in sorted(folder.glob("step-*"))[:-1]:
+        shutil.rmtree(older)
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """The JSON values of the newest state in `folder` with its `step`, None if there is none."""
+    states = sorted(folder.glob("step-*"))
+    return json.loads((states[-1] / STATE_FILE).read_text()) if states else None
+
+
+def load_state(
+    folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
+    """Restores the newest state in `folder`; returns its JSON values with `step`, None if there is none.
+
+    Raises:
+        ValueError: if it belongs to other parameters.
+    """
+    states = sorted(folder.glob("step-*"))
+    if not states:
+        return None
+    saved = load_file(states[-1] / "parameters.safetensors")
+    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ValueError(
+            f"{states[-1]}: expected the parameters of this recipe ({len(parameters)}), "
+            f"found others ({len(saved)})"
+        )
+    moments = load_file(states[-1] / "optimizer.safetensors")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
+            # AdamW keeps its step counter on the CPU
+            optimizer.state[parameter] = {
+                key: moments[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device) for key in keys
+            }
+    return read_progress(folder)

@@ -1,0 +1,333 @@
+"""Learns mask embeddings, and where the recipe asks for it a gated LoRA, for a frozen causal language model.
+
+    accelerate launch train/train_adapter.py recipes/quickstart.yaml [section.key=value ...]
+
+Also runs under plain python and torchrun. A run that was cut off continues when it is started again.
+"""
+
+import argparse
+import math
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from pardec.acceptance import Acceptance, measure_acceptance
+from pardec.adapter import METADATA_FILE, Adapter, AdapterMetadata, BaseReference, save_adapter
+from pardec.base import load_base, load_tokenizer
+from pardec.config import Recipe, load_recipe
+from pardec.data import AnchoredSequences, Corpus, collate, load_corpus, standard_prompts
+from pardec.fingerprint import Fingerprint, fingerprint
+from pardec.forward import TargetModel
+from pardec.gated_lora import inject_lora, lora_weights
+from pardec.model import SelfSpeculativeModel
+from pardec.probe import probe
+from pardec.run import (
+    JsonlTracker,
+    command_line,
+    device_name,
+    exit_on_unusable_input,
+    git_commit,
+    library_versions,
+    load_state,
+    read_progress,
+    save_state,
+)
+from pardec.training import MaskTokenTrainer
+
+
+def main() -> None:
+    """Reads the command line; bad input ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args()
+    with exit_on_unusable_input():
+        train(load_recipe(args.recipe, args.overrides))
+
+
+def train(recipe: Recipe) -> None:
+    """The run, from recipe to the best adapter in output_dir."""
+    output, steps = Path(recipe.output_dir), recipe.train.steps
+    first_step = steps_done_before(recipe)
+    tracker = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
+    accelerator = Accelerator(log_with=[tracker, *recipe.train.trackers], project_dir=output)
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError("mixed_precision: expected no or bf16, found fp16, whose small gradients vanish")
+    if first_step == steps:
+        accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {steps} steps")
+        return
+
+    # the frozen base, the proof on it that mask rows cannot disturb real ones, and the data:
+    # everything that can be wrong with them is said before output_dir exists
+    base, tokenizer = load_target(recipe, accelerator)
+    identity = fingerprint(base, tokenizer)
+    global_batch = recipe.train.batch_size * recipe.train.gradient_accumulation_steps * accelerator.num_processes
+    corpus = read_corpus(recipe, tokenizer, accelerator, max_sequences=steps * global_batch)
+    prompts = standard_prompts(corpus.validation, num_prompts=recipe.eval.num_prompts)
+
+    # what is learned, and what was learned before this run was cut off
+    module, peft_model = build_module(recipe, base)
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    optimizer = build_optimizer(recipe, parameters)
+    best = (load_state(output / "checkpoints", parameters, optimizer) or {"best": 0.0})["best"]
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(recipe.train.warmup_steps, steps // 2), steps)
+    for _ in range(first_step):
+        schedule.step()
+    examples = AnchoredSequences(
+        corpus.train, steps * global_batch, recipe.train.anchors_per_sequence, recipe.train.seed
+    )
+    rest = Subset(examples, range(first_step * global_batch, len(examples)))
+    loader = DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
+    wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+
+    announce(recipe, accelerator, module.target, parameters, corpus, prompts, first_step)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("pardec")
+    adapter_at = partial(current_adapter, recipe, accelerator, module, peft_model, identity)
+    progress = tqdm(total=steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
+    batches, sums = iter(loader), torch.zeros(5, len(module.position_weights), device=accelerator.device)
+    for step in range(first_step, steps + 1):
+        if step > first_step:
+            micro_batches = [next(batches) for _ in range(recipe.train.gradient_accumulation_steps)]
+            sums += optimiser_step(recipe, accelerator, wrapped, parameters, optimizer, micro_batches, step)
+            schedule.step()
+            progress.update()
+            if step % recipe.train.log_every == 0 or step == steps:
+                log_losses(accelerator, step, sums, schedule.get_last_lr(), progress)
+                sums.zero_()
+        measured_before = 0 < step == first_step
+        if accelerator.is_main_process and not measured_before and (step % recipe.eval.every == 0 or step == steps):
+            model = SelfSpeculativeModel(base, tokenizer, adapter_at(step, {}))
+            measured = measure(recipe, accelerator, model, prompts, step, progress)
+            if measured["sampled"]["mean_acceptance_length"] > best:
+                best = measured["sampled"]["mean_acceptance_length"]
+                save_adapter(adapter_at(step, measured), output)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and step and (step % recipe.train.checkpoint_every == 0 or step == steps):
+            save_state(output / "checkpoints", step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)})
+    progress.close()
+    accelerator.end_training()
+    accelerator.print(
+        f"best mean acceptance length {best:.3f} (validation, sampled); the adapter is in {output}\n"
+        f"try: pardec generate {output} --compare --prompt 'def main():'"
+    )
+
+
+def trained_by(recipe: Recipe) -> dict:
+    """The part of a recipe that a checkpoint depends on."""
+    return recipe.model_dump(include={"base", "data", "adapter", "train"})
+
+
+def steps_done_before(recipe: Recipe) -> int:
+    """Steps in the newest checkpoint of output_dir; refuses a folder that holds something else."""
+    output = Path(recipe.output_dir)
+    progress = read_progress(output / "checkpoints")
+    if progress is None:
+        if (output / METADATA_FILE).exists():
+            raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found an adapter")
+        return 0
+    then, now = progress["recipe"], trained_by(recipe)
+    for section in now:
+        if then.get(section) != now[section]:
+            raise ValueError(
+                f"output_dir {output}: expected a run of the same recipe to continue, found one with {section} = "
+                f"{then.get(section)}; choose another output_dir or remove it"
+            )
+    return progress["step"]
+
+
+def load_target(recipe: Recipe, accelerator: Accelerator):
+    """Base and tokenizer, refused if this recipe cannot be trained exactly on them."""
+    tokenizer = load_tokenizer(recipe.base)
+    base = load_base(recipe.base, device=accelerator.device)
+    if tokenizer is None:
+        raise ValueError(f"base {recipe.base!r}: expected a tokenizer beside the model, found none")
+    target = TargetModel.wrap(base)
+    probe(target)
+    limit, length = target.max_positions, recipe.data.max_length
+    if limit is not None and length > limit:
+        raise ValueError(f"data.max_length: expected at most {limit}, the positions of the base, found {length}")
+    return base, tokenizer
+
+
+def read_corpus(recipe: Recipe, tokenizer, accelerator: Accelerator, max_sequences: int) -> Corpus:
+    """The data, read by the main process first, so that a cache is written once."""
+    data = recipe.data
+    accelerator.print(f"reading {data.path}")
+    with accelerator.main_process_first():
+        return load_corpus(
+            data.path,
+            tokenizer,
+            format=data.format,
+            subset=data.subset,
+            split=data.split,
+            validation_path=data.validation_path,
+            test_path=data.test_path,
+            max_length=data.max_length,
+            max_tokens=max_sequences * data.max_length,
+            seed=recipe.train.seed,
+            show_progress=accelerator.is_main_process,
+        )
+
+
+def build_module(recipe: Recipe, base):
+    """The training module around the base, and PEFT's view of the base if there is a LoRA."""
+    lora, peft_model = recipe.adapter.lora, None
+    if lora is not None:
+        torch.manual_seed(recipe.train.seed)  # the LoRA's first half starts at random
+        peft_model = inject_lora(base, r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules)
+    module = MaskTokenTrainer(
+        base,
+        recipe.adapter.num_speculative_tokens,
+        mask_sharing=recipe.adapter.mask_sharing,
+        objective=recipe.train.objective,
+        position_weights=recipe.position_weights(),
+        has_lora=lora is not None,
+    )
+    return module, peft_model
+
+
+def build_optimizer(recipe: Recipe, parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """AdamW with one learning rate for the mask embeddings and one for the LoRA."""
+    lora = [p for name, p in parameters.items() if "lora_" in name]
+    embeddings = [p for name, p in parameters.items() if "lora_" not in name]
+    groups = [{"params": embeddings, "lr": recipe.train.learning_rate}]
+    if lora:
+        groups.append({"params": lora, "lr": recipe.train.lora_learning_rate})
+    return torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def optimiser_step(
+    recipe: Recipe, accelerator: Accelerator, wrapped, parameters: dict[str, Tensor], optimizer, batches, step: int
+) -> Tensor:
+    """One update; returns sums per position, shape [5, K]: rows, agreements, overlaps, and the loss and rows of all.
+
+    Losses are summed over every target of the step, and gradients divided by their global number, so that neither
+    accumulation nor the number of processes changes the update.
+    """
+    chunks = []
+    for batch in batches:
+        anchors = batch["anchors"].split(recipe.train.anchors_per_forward or batch["anchors"].shape[1], dim=1)
+        chunks += [({**batch, "anchors": part}, index > 0) for index, part in enumerate(anchors)]
+    totals = torch.zeros(5, recipe.adapter.num_speculative_tokens, device=accelerator.device)
+    for index, (batch, reuse_prefix) in enumerate(chunks):
+        is_last = index == len(chunks) - 1
+        with nullcontext() if is_last else accelerator.no_sync(wrapped):
+            loss_sum, count, metrics = wrapped(**batch, reuse_prefix=reuse_prefix)
+            accelerator.backward(loss_sum)
+        totals[:3] += metrics
+        totals[3] += loss_sum.detach()
+        totals[4] += count
+    totals = accelerator.reduce(totals, "sum")
+    for parameter in parameters.values():
+        if parameter.grad is not None:  # a distributed backward has averaged over processes
+            parameter.grad *= accelerator.num_processes / totals[4, 0].clamp_min(1)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.train.max_grad_norm)
+    loss = float(totals[3, 0] / totals[4, 0].clamp_min(1))
+    if not (math.isfinite(loss) and math.isfinite(float(norm))):
+        raise ValueError(
+            f"step {step}: expected a finite loss, found loss {loss} and gradient norm {float(norm)}; lower "
+            "train.learning_rate or train.lora_learning_rate; the best adapter so far is kept"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return totals
+
+
+def log_losses(accelerator: Accelerator, step: int, sums: Tensor, rates: list[float], progress) -> None:
+    """Loss, and teacher-forced agreement per position, since the last call."""
+    rows = sums[0].clamp_min(1)
+    loss = float(sums[3, 0] / sums[4, 0].clamp_min(1))
+    values = {"loss": loss, "learning_rate": rates[0], "argmax_agreement": (sums[1] / rows).tolist()}
+    values["overlap"] = (sums[2] / rows).tolist()
+    accelerator.log(values, step=step)
+    progress.set_postfix(loss=f"{loss:.3f}")
+
+
+def measure(recipe: Recipe, accelerator: Accelerator, model: SelfSpeculativeModel, prompts, step: int, progress) -> dict:
+    """Acceptance of the real decoder on validation prompts, sampled and greedy."""
+    settings = {"max_new_tokens": recipe.eval.max_new_tokens, "seed": recipe.train.seed}
+    sampling = {"temperature": recipe.eval.temperature, "top_k": recipe.eval.top_k}
+    sampled: Acceptance = measure_acceptance(model, prompts, **settings, **sampling)
+    greedy = measure_acceptance(model, prompts, **settings)
+    values = {
+        "acceptance/sampled": sampled.mean_acceptance_length,
+        "acceptance/greedy": greedy.mean_acceptance_length,
+        "acceptance/greedy_outside_repetition": greedy.outside_repetition,
+        "acceptance/sampled_per_position": sampled.stats.acceptance_rate_per_position["unconditional"],
+    }
+    accelerator.log(values, step=step)
+    progress.write(
+        f"step {step}: mean acceptance length {sampled.mean_acceptance_length:.3f} sampled, "
+        f"{greedy.mean_acceptance_length:.3f} greedy (validation, bonus token included)"
+    )
+    return {
+        "split": "validation",
+        "num_prompts": len(prompts),
+        **settings,
+        "sampled": {**sampling, **sampled.to_dict()},
+        "greedy": greedy.to_dict(),
+    }
+
+
+def current_adapter(
+    recipe: Recipe, accelerator: Accelerator, module: MaskTokenTrainer, peft_model, identity: Fingerprint, step: int, measured: dict
+) -> Adapter:
+    """A copy of what is learned so far, with its provenance."""
+    metadata = AdapterMetadata(
+        num_speculative_tokens=recipe.adapter.num_speculative_tokens,
+        mask_sharing=recipe.adapter.mask_sharing,
+        draft_input=recipe.adapter.draft_input,
+        base=BaseReference(name=recipe.base, revision=getattr(module.target.base.config, "_commit_hash", None)),
+        fingerprint=identity,
+        training={
+            "recipe": recipe.model_dump(),
+            "command": command_line(),
+            "git_commit": git_commit(),
+            "versions": library_versions(),
+            "device": device_name(accelerator.device),
+            "num_processes": accelerator.num_processes,
+            "step": step,
+        },
+        measured=measured,
+    )
+    embeddings = module.mask_embeddings.detach().float().cpu().clone()
+    return Adapter(embeddings, metadata, None if peft_model is None else lora_weights(peft_model))
+
+
+def announce(
+    recipe: Recipe, accelerator: Accelerator, target: TargetModel, parameters: dict[str, Tensor], corpus: Corpus, prompts, first_step: int
+) -> None:
+    """Sizes and a memory estimate, before the first step allocates anything."""
+    if not accelerator.is_main_process:
+        return
+    Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
+    weights = sum(p.numel() * p.element_size() for p in target.base.parameters())
+    rows = recipe.train.batch_size * recipe.data.max_length
+    anchors = recipe.train.anchors_per_forward or recipe.train.anchors_per_sequence
+    mask_rows = recipe.train.batch_size * anchors * recipe.adapter.num_speculative_tokens
+    # logits of the prefix once, of the mask rows about six times in float32 with their gradients
+    logits = rows * target.vocab_size * target.dtype.itemsize + 6 * mask_rows * target.vocab_size * 4
+    hidden = getattr(target.base.config.get_text_config(decoder=True), "hidden_size", target.embedding_dim)
+    activations = mask_rows * target.num_layers * hidden * 24 * 4
+    learned = sum(p.numel() for p in parameters.values())
+    print(
+        f"base {recipe.base}: {weights / 2**20:,.0f} MiB; learned: {learned:,} numbers; "
+        f"{len(corpus.train):,} sequences; {len(prompts)} validation prompts\n"
+        f"per forward: {rows:,} real rows, {mask_rows:,} mask rows; "
+        f"memory estimate {(weights + logits + activations) / 2**30:.1f} GiB per process "
+        "(less with fewer train.anchors_per_forward)"
+    )
+    if first_step:
+        print(f"continuing {recipe.output_dir} at step {first_step}")
+
+
+if __name__ == "__main__":
+    main()
