@@ -3,21 +3,29 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the key, what was expected and what was found."""
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe; a key that it does not know is an error."""
+
     model_config = ConfigDict(extra="forbid")
 
 
-class DataConfig(_Section):
+# YAML reads a bare `no` as false
+MixedPrecision = Annotated[
+    Literal["auto", "no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
+
+
+class DataConfig(Section):
     """What is trained on.
 
     Attributes:
@@ -39,7 +47,7 @@ class DataConfig(_Section):
     test_path: str | None = None
 
 
-class LoraSection(_Section):
+class LoraSection(Section):
     """The gated LoRA.
 
     Attributes:
@@ -53,7 +61,7 @@ class LoraSection(_Section):
     target_modules: str | list[str] = "all-linear"
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """What is learned.
 
     Attributes:
@@ -69,7 +77,7 @@ class AdapterConfig(_Section):
     lora: LoraSection | None = None
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """How it is learned.
 
     Attributes:
@@ -84,6 +92,7 @@ class TrainConfig(_Section):
         max_grad_norm: gradients are clipped to this norm.
         objective: `kl` to the model's own distribution, or `cross_entropy` on data tokens.
         position_weights: weight of each position, or one number d for weights d^0, d^1, ...
+        mixed_precision: `auto` is bf16 where the device computes in it, else no.
         seed: of data order and anchors.
         log_every: steps between logged losses.
         checkpoint_every: steps between resumable checkpoints.
@@ -101,13 +110,14 @@ class TrainConfig(_Section):
     max_grad_norm: float = Field(1.0, gt=0)
     objective: Literal["kl", "cross_entropy"] = "kl"
     position_weights: float | list[float] = 1.0
+    mixed_precision: MixedPrecision = "auto"
     seed: int = 0
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(100, ge=1)
     trackers: list[str] = []
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """How acceptance is measured during training, with the real decoder, sampled and greedy.
 
     Attributes:
@@ -125,7 +135,7 @@ class EvalConfig(_Section):
     top_k: int | None = 10
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """Everything that a training run is told.
 
     Attributes:
@@ -158,8 +168,18 @@ class Recipe(_Section):
         return [weights**j for j in range(self.adapter.num_speculative_tokens)]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+AnyRecipe = TypeVar("AnyRecipe", bound=Section)
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), model: type[AnyRecipe] = Recipe
+) -> AnyRecipe:
     """Reads a recipe and applies overrides of the form `section.key=value`, values in YAML.
+
+    Args:
+        path: YAML file.
+        overrides: as typed on the command line.
+        model: what the recipe is checked against; default that of an adapter's training.
 
     Raises:
         RecipeError: for a missing or malformed file, an unknown key (naming the nearest), a value out of range.
@@ -174,15 +194,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
-    return parse_recipe(raw, str(path))
+    return parse_recipe(raw, str(path), model)
 
 
-def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
+def parse_recipe(raw: dict[str, Any], source: str, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """A recipe from plain values; `source` is named in errors, which are those of `load_recipe`."""
     try:
-        return Recipe.model_validate(raw)
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{source}: {_describe(error)}") from None
+        raise RecipeError(f"{source}: {_describe(error, model)}") from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -196,15 +216,20 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raw = raw[section]
         if not isinstance(raw, dict):
             raise RecipeError(f"override: expected a section before the dot, found {override!r}")
-    raw[last] = yaml.safe_load(value)
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        found = " ".join(str(error).split())
+        raise RecipeError(f"override {override!r}: expected YAML, found {found}") from None
 
 
-def _describe(error: ValidationError) -> str:
-    first = error.errors()[0]
+def _describe(error: ValidationError, model: type[Section]) -> str:
+    # an unknown key first: a mistyped required key is also a missing one
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"] if not str(part).startswith(("float", "list[", "str"))]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(model, location[:-1])
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         return f"unknown key {key!r}; the nearest known one is {'.'.join([*location[:-1], *nearest])!r}"
     if first["type"] == "missing":
@@ -214,7 +239,9 @@ def _describe(error: ValidationError) -> str:
     return f"{key}: {first['msg'].lower()}, found {first['input']!r}"
 
 
-def _known_keys(sections: list[str]) -> list[str]:
-    model: Any = {"": Recipe, "data": DataConfig, "adapter": AdapterConfig, "adapter.lora": LoraSection}
-    model |= {"train": TrainConfig, "eval": EvalConfig}
-    return list(model[".".join(sections)].model_fields)
+def _known_keys(model: type[Section], sections: list[str]) -> list[str]:
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        choices = (annotation, *get_args(annotation))  # a section may be optional
+        model = next(kind for kind in choices if isinstance(kind, type) and issubclass(kind, Section))
+    return list(model.model_fields)

@@ -415,6 +415,18 @@ def standard_prompts(
     return prompts
 
 
+def held_out_prompts(
+    tokenizer: PreTrainedTokenizerBase, split: str, path: str = STDLIB, num_prompts: int | None = None
+) -> list[list[int]]:
+    """Standard prompts of a split of the standard library, or of a data file.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    rows = [{"text": t} for t in python_sources(stdlib_folder(), split)] if path == STDLIB else read_rows(path, "auto")
+    return standard_prompts([tokenise(row, tokenizer, path) for row in rows], num_prompts=num_prompts)
+
+
 class AnchoredSequences(Dataset):
     """Training examples in their final order: example c is a sequence with its anchors, the same in every run.
 

@@ -240,13 +240,13 @@ class Decoder:
             key_positions = torch.where(kind == 0, slot, lengths[:, None] + plan.offset_by_kind[kind])
         mask = target.attention.render(visible, positions, key_positions, embeds.dtype)
         state.cache.slots = lengths[:, None] + plan.row_index
-        if self.gate is not None and plan.mask_embeds is not None:
-            self.gate.rows = plan.mask_rows
-        try:
+        with self._gate_open(plan.mask_rows if plan.mask_embeds is not None else None, *embeds.shape[:2]):
             return target.run(embeds, positions, mask, state.cache)
-        finally:
-            if self.gate is not None:
-                self.gate.rows = None
+
+    def _gate_open(self, rows: slice | Tensor | None, batch_size: int, num_rows: int):
+        if self.gate is None or rows is None:
+            return nullcontext()
+        return self.gate.open(rows, batch_size, num_rows)
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of its block: shape [B, 1 (+ K), V].
@@ -256,7 +256,7 @@ class Decoder:
         target, (B, P) = self.target, padded.shape
         num_masks = self.num_speculative_tokens if self.mode == "fused" else 0
         keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
-        embeds = target.embed(padded)
+        embeds, rows = target.embed(padded), None
         if num_masks:
             assert self.mask_embeddings is not None
             D = embeds.shape[2]
@@ -264,14 +264,9 @@ class Decoder:
             rows = keep[:, 1:]
             masks = self.mask_embeddings.expand(B, -1, -1)
             embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), masks)
-            if self.gate is not None:
-                self.gate.rows = rows
         positions = self._clamp(torch.arange(P + num_masks, device=padded.device).expand(B, -1))
-        try:
+        with self._gate_open(rows, B, P + num_masks):
             return target.run(embeds, positions, None, cache, logits_to_keep=keep)
-        finally:
-            if self.gate is not None:
-                self.gate.rows = None
 
     def _clamp(self, positions: Tensor) -> Tensor:
         """Rows that can no longer be emitted may lie beyond the model's positions; they must stay computable."""

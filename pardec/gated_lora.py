@@ -6,6 +6,7 @@ Legend: B batch, R rows, r rank, M mask rows.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,12 +70,12 @@ class LoraWeights:
 class LoraGate:
     """Adds a LoRA to the mask rows of decoding forwards.
 
-    `rows` names the mask rows of the coming forward: a slice of the rows, or an index of shape [B, M], int64;
-    None closes the gate. Hooks are on the base only inside `attached()`.
+    Hooks are on the base only inside `attached()`, and the gate is open only inside `open()`.
     """
 
     def __init__(self, base: nn.Module, weights: LoraWeights):
-        self.rows: slice | Tensor | None = None
+        self._rows: slice | Tensor | None = None
+        self._shape = (0, 0)  # (B, R) of the coming forward
         self._targets: list[tuple[nn.Module, Tensor, Tensor]] = []
         for name, (a, b) in weights.pairs().items():
             module = _base_module(base, name)
@@ -98,18 +99,34 @@ class LoraGate:
         try:
             yield
         finally:
-            self.rows = None
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def open(self, rows: slice | Tensor, batch_size: int, num_rows: int) -> Iterator[None]:
+        """Opens the gate for one forward.
+
+        Args:
+            rows: where the mask rows are: a slice of the rows, or an index of shape [B, M], int64.
+            batch_size: B.
+            num_rows: R.
+        """
+        self._rows, self._shape = rows, (batch_size, num_rows)
+        try:
+            yield
+        finally:
+            self._rows = None
+
     def _make_hook(self, a_t: Tensor, b_t: Tensor):
         def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = self.rows
+            rows = self._rows
             if rows is None:
                 return
             x = args[0]
-            if x.dim() != 3:
-                raise ValueError(f"lora: expected module inputs of shape [B, R, in], found {tuple(x.shape)}")
+            if x.shape[:-1].numel() != self._shape[0] * self._shape[1]:
+                raise ValueError(f"lora: expected module inputs of {self._shape} rows, found {tuple(x.shape)}")
+            if x.dim() == 2:  # some models flatten the batch; the views share memory with what they return
+                x, output = x.view(*self._shape, -1), output.view(*self._shape, -1)
             if isinstance(rows, slice):
                 if x.shape[0] == 1:
                     output[0, rows].addmm_(x[0, rows] @ a_t, b_t)
@@ -154,7 +171,10 @@ def inject_lora(base: nn.Module, *, r: int, alpha: float, target_modules: str | 
     config = LoraConfig(
         r=r, lora_alpha=alpha, target_modules=target_modules, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
-    peft_model = get_peft_model(base, config)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        # peft reads an attribute that newer transformers versions rename
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        peft_model = get_peft_model(base, config)  # type: ignore[arg-type]
     _set_enabled(base, False)
     return peft_model
 

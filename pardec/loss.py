@@ -21,9 +21,11 @@ def draft_loss(objective: str, draft_logits: Tensor, target_logits: Tensor, targ
         ValueError: for an unknown objective, naming the known ones.
     """
     if objective == "kl":
-        log_q = draft_logits.float().log_softmax(dim=-1)
-        log_p = target_logits.float().log_softmax(dim=-1)
-        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=-1)
+        draft, target = draft_logits.float(), target_logits.float()
+        p = target.softmax(dim=-1)
+        # KL = sum p (log p - log q), written so that the only large tensor with a gradient is the logits themselves
+        negative_entropy = torch.linalg.vecdot(p, target) - target.logsumexp(dim=-1)
+        return negative_entropy + draft.logsumexp(dim=-1) - torch.linalg.vecdot(p, draft)
     if objective == "cross_entropy":
         return F.cross_entropy(draft_logits.float(), target_ids, reduction="none")
     raise ValueError(f"objective: expected kl or cross_entropy, found {objective!r}")

@@ -10,7 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,14 @@ def device_name(device: torch.device) -> str:
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
     return f"{model}, {torch.get_num_threads()} threads"
+
+
+def bf16_pays() -> bool:
+    """Whether this machine's GPU, or without one its CPU, multiplies bfloat16 matrices in hardware."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def command_line() -> str:
@@ -106,7 +115,11 @@ class JsonlTracker(GeneralTracker):
 
 
 def save_state(
-    folder: Path, step: int, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, extra: dict[str, Any]
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    extra: dict[str, Any],
 ) -> None:
     """Writes `folder/step-N` aside and renames it, then removes older ones: a kill at any moment leaves one whole.
 
@@ -114,7 +127,7 @@ def save_state(
         folder: of the checkpoints.
         step: optimiser steps done.
         parameters: the trainable ones, by name, in the order of the optimiser's groups.
-        optimizer: AdamW over them.
+        optimizer: over them, or several, each over some of them; their state must be tensors.
         extra: JSON values to be given back.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +138,8 @@ def save_state(
         names = {parameter: name for name, parameter in parameters.items()}
         moments = {
             f"{names[parameter]}.{key}": value.detach().cpu().contiguous()
-            for parameter, state in optimizer.state.items()
+            for one in _as_list(optimizer)
+            for parameter, state in one.state.items()
             for key, value in state.items()
         }
         save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, aside / "parameters.safetensors")
@@ -147,7 +161,9 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
 
 
 def load_state(
-    folder: Path, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    folder: Path,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
 ) -> dict[str, Any] | None:
     """Restores the newest state in `folder`; returns its JSON values with `step`, None if there is none.
 
@@ -163,13 +179,22 @@ def load_state(
             f"{states[-1]}: expected the parameters of this recipe ({len(parameters)}), "
             f"found others ({len(saved)})"
         )
-    moments = load_file(states[-1] / "optimizer.safetensors")
+    moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for entry, tensor in load_file(states[-1] / "optimizer.safetensors").items():
+        name, _, key = entry.rpartition(".")
+        # AdamW keeps its step counter on the CPU
+        moments[name][key] = tensor.to("cpu" if key == "step" else parameters[name].device)
+    names = {parameter: name for name, parameter in parameters.items()}
+    for one in _as_list(optimizer):
+        for group in one.param_groups:
+            one.state.update({parameter: moments[names[parameter]] for parameter in group["params"]})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments]
-            # AdamW keeps its step counter on the CPU
-            optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to("cpu" if key == "step" else parameter.device) for key in keys
-            }
     return read_progress(folder)
+
+
+def _as_list(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+) -> Sequence[torch.optim.Optimizer]:
+    return optimizer if isinstance(optimizer, Sequence) else [optimizer]

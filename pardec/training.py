@@ -24,7 +24,7 @@ class Prefix:
 
     Attributes:
         cache: their keys and values.
-        logits: the target's, shape [B, T, V].
+        logits: the target's for the tokens that the mask rows of all anchors predict, shape [B, N * K, V].
     """
 
     cache: PrefixCache
@@ -62,7 +62,7 @@ class MaskTokenTrainer(nn.Module):
             ValueError: if gradient checkpointing is on, which discards the cache.
         """
         super().__init__()
-        if getattr(base, "is_gradient_checkpointing", False):
+        if any(getattr(part, "gradient_checkpointing", False) for part in base.modules()):
             raise ValueError("base: expected gradient checkpointing off, found it on (it discards the cache)")
         self.base = base.eval()
         self.target = TargetModel.wrap(base)  # type: ignore[arg-type]
@@ -82,7 +82,13 @@ class MaskTokenTrainer(nn.Module):
         return self
 
     def forward(
-        self, input_ids: Tensor, loss_mask: Tensor, anchors: Tensor, reuse_prefix: bool = False
+        self,
+        input_ids: Tensor,
+        loss_mask: Tensor,
+        anchors: Tensor,
+        first_anchor: int = 0,
+        num_anchors: int | None = None,
+        with_metrics: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted loss over the mask rows that have a target.
 
@@ -90,35 +96,42 @@ class MaskTokenTrainer(nn.Module):
             input_ids: shape [B, T].
             loss_mask: tokens that may be targets, shape [B, T], bool.
             anchors: shape [B, N].
-            reuse_prefix: the sequences are those of the last call; only the anchors are others.
+            first_anchor: run only a part of the anchors; 0 runs the real tokens too, other parts reuse them.
+            num_anchors: anchors of that part; default all.
+            with_metrics: compute the metrics too, which cost time.
 
         Returns:
             loss_sum: scalar, the sum of weighted losses; token_count: scalar, how many rows it is a sum of; metrics:
             shape [3, K], sums per position of rows, agreeing argmaxes and sum of min(p, q).
         """
-        if not reuse_prefix:
-            self._prefix = self._run_prefix(input_ids)
+        T, K = input_ids.shape[1], self.num_speculative_tokens
+        if first_anchor == 0:
+            self._prefix = self._run_prefix(input_ids, training_layout(anchors, K, T))
         assert self._prefix is not None
-        T = input_ids.shape[1]
-        layout = training_layout(anchors, self.num_speculative_tokens, T)
-        draft_logits = self._run_mask_rows(layout, T, self._prefix.cache)
-        counts = (layout.targets < T) & loss_mask.gather(1, layout.targets.clamp_max(T - 1))
-        target_ids = input_ids.gather(1, layout.targets.clamp_max(T - 1))[counts]
-        rows = layout.positions.clamp_max(T - 1)  # the real row that predicts the same token
-        batch = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)
-        target_logits = self._prefix.logits[batch[counts], rows[counts]]
-        draft_logits = draft_logits[counts]
-        depth = (torch.arange(layout.positions.shape[1], device=rows.device) % self.num_speculative_tokens).expand_as(rows)[counts]
-        losses = draft_loss(self.objective, draft_logits, target_logits, target_ids)
-        loss_sum = (losses * self.position_weights[depth]).sum()
-        metrics = self._metrics(draft_logits.detach(), target_logits, depth)
+        part = slice(first_anchor, None if num_anchors is None else first_anchor + num_anchors)
+        layout = training_layout(anchors[:, part], K, T)
+        draft_logits = self._run_mask_rows(layout, T, self._prefix.cache).flatten(0, 1)
+        rows = slice(first_anchor * K, first_anchor * K + layout.positions.shape[1])
+        target_logits = self._prefix.logits[:, rows].flatten(0, 1)
+        targets = layout.targets.clamp_max(T - 1)
+        counts = ((layout.targets < T) & loss_mask.gather(1, targets)).flatten()
+        losses = draft_loss(self.objective, draft_logits, target_logits, input_ids.gather(1, targets).flatten())
+        weights = self.position_weights.repeat(len(losses) // K)
+        # where, not a product: a row that does not count must not pass on a non-finite loss
+        loss_sum = torch.where(counts, losses * weights, 0.0).sum()
+        metrics = torch.zeros(3, K, device=losses.device)
+        if with_metrics:
+            values = torch.stack([torch.ones_like(losses), *agreement(draft_logits, target_logits)])
+            metrics = (values.detach() * counts).unflatten(1, (-1, K)).sum(dim=1)
         return loss_sum, counts.sum(), metrics
 
     @torch.no_grad()
-    def _run_prefix(self, input_ids: Tensor) -> Prefix:
+    def _run_prefix(self, input_ids: Tensor, layout: TrainingLayout) -> Prefix:
         cache = PrefixCache(self.target.num_layers)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        return Prefix(cache, self.target.run(self.target.embed(input_ids), positions, None, cache))
+        # the mask token at position s predicts what the real token at s predicts
+        keep = layout.positions.clamp_max(input_ids.shape[1] - 1)
+        return Prefix(cache, self.target.run(self.target.embed(input_ids), positions, None, cache, keep))
 
     def _run_mask_rows(self, layout: TrainingLayout, num_tokens: int, cache: PrefixCache) -> Tensor:
         target, (B, M) = self.target, layout.positions.shape
@@ -131,11 +144,6 @@ class MaskTokenTrainer(nn.Module):
         mask = target.attention.render(layout.visible, positions, keys, target.dtype)
         with lora_enabled(self.base) if self.has_lora else nullcontext():
             return target.run(embeds, positions, mask, cache)
-
-    def _metrics(self, draft_logits: Tensor, target_logits: Tensor, depth: Tensor) -> Tensor:
-        agrees, overlap = agreement(draft_logits, target_logits)
-        values = torch.stack([torch.ones_like(overlap), agrees, overlap])
-        return values.new_zeros(3, self.num_speculative_tokens).index_add_(1, depth, values)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from pardec.model import SelfSpeculativeModel
 from pardec.probe import probe
 from pardec.run import (
     JsonlTracker,
+    bf16_pays,
     command_line,
     device_name,
     exit_on_unusable_input,
@@ -57,9 +58,12 @@ def train(recipe: Recipe) -> None:
     output, steps = Path(recipe.output_dir), recipe.train.steps
     first_step = steps_done_before(recipe)
     tracker = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
-    accelerator = Accelerator(log_with=[tracker, *recipe.train.trackers], project_dir=output)
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError("mixed_precision: expected no or bf16, found fp16, whose small gradients vanish")
+    precision = recipe.train.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if bf16_pays() else "no"
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=[tracker, *recipe.train.trackers], project_dir=output
+    )
     if first_step == steps:
         accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {steps} steps")
         return
@@ -212,15 +216,15 @@ def optimiser_step(
     Losses are summed over every target of the step, and gradients divided by their global number, so that neither
     accumulation nor the number of processes changes the update.
     """
-    chunks = []
-    for batch in batches:
-        anchors = batch["anchors"].split(recipe.train.anchors_per_forward or batch["anchors"].shape[1], dim=1)
-        chunks += [({**batch, "anchors": part}, index > 0) for index, part in enumerate(anchors)]
+    N = recipe.train.anchors_per_sequence
+    part = recipe.train.anchors_per_forward or N
+    chunks = [(batch, first) for batch in batches for first in range(0, N, part)]
     totals = torch.zeros(5, recipe.adapter.num_speculative_tokens, device=accelerator.device)
-    for index, (batch, reuse_prefix) in enumerate(chunks):
+    for index, (batch, first) in enumerate(chunks):
         is_last = index == len(chunks) - 1
         with nullcontext() if is_last else accelerator.no_sync(wrapped):
-            loss_sum, count, metrics = wrapped(**batch, reuse_prefix=reuse_prefix)
+            logged = step % recipe.train.log_every == 0
+            loss_sum, count, metrics = wrapped(**batch, first_anchor=first, num_anchors=part, with_metrics=logged)
             accelerator.backward(loss_sum)
         totals[:3] += metrics
         totals[3] += loss_sum.detach()

@@ -1,0 +1,254 @@
+"""Measures two adapters of one base on the test split, beside plain decoding: the table of `make demo`.
+
+    python eval/demo.py runs/quickstart_embeddings runs/quickstart [--output runs/demo]
+
+Every prompt is decoded by all modes in turn, so that a ratio to plain compares neighbours in time. Writes table,
+JSON and a picture; the last line printed is one JSON object.
+"""
+
+import argparse
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from plots import plot_acceptance_by_position
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+import pardec
+from pardec.acceptance import measure_acceptance, summarise
+from pardec.adapter import Adapter
+from pardec.base import load_base
+from pardec.data import TEST, held_out_prompts
+from pardec.model import GenerationOutput, SelfSpeculativeModel
+from pardec.run import device_name, exit_on_unusable_input, library_versions
+from pardec.training import mean_embedding
+
+TEMPERATURE, TOP_K = 0.8, 10
+# two best logits closer than this are a tie that float32 arithmetic decides either way (DESIGN: exactness)
+TIE_GAP = 1e-4
+
+
+@dataclass
+class Run:
+    """One row of the table: a way to decode, and what it gave for each prompt."""
+
+    adapter: str
+    mode: str
+    num_speculative_tokens: int
+    model: SelfSpeculativeModel
+    outputs: list[GenerationOutput] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    def as_row(self, prompts: list[list[int]], identical: bool | None) -> dict:
+        """The figures of the JSON line."""
+        counts = [one for out in self.outputs for one in out.counts]
+        tokens = [ids for out in self.outputs for ids in out.token_ids]
+        measured = summarise(prompts, tokens, counts, sum(out.stats.seconds for out in self.outputs))
+        row = {
+            "adapter": self.adapter,
+            "mode": self.mode,
+            "num_speculative_tokens": self.num_speculative_tokens,
+            "mean_acceptance_length": round(measured.mean_acceptance_length, 4),
+            "tokens_per_forward": round(measured.stats.tokens_per_forward, 4),
+            "tokens_per_second": round(measured.stats.tokens_per_second, 2),
+            "ratio_to_plain": round(statistics.median(self.ratios), 4),
+        }
+        if identical is not None:
+            row["identical"] = identical
+        extra = {"outside_repetition": measured.outside_repetition, "interval": measured.interval}
+        extra["per_position"] = measured.stats.acceptance_rate_per_position["unconditional"]
+        return {"row": row, "extra": extra}
+
+
+def main() -> None:
+    """Reads the command line; bad input ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("embeddings", help="adapter of mask embeddings alone")
+    parser.add_argument("lora", help="adapter with a gated LoRA, same base")
+    parser.add_argument("--output", default="runs/demo", help="folder for table, JSON and picture")
+    parser.add_argument("--num-prompts", type=int, help="default all standard prompts of the test split")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    args = parser.parse_args()
+    with exit_on_unusable_input():
+        report(args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """The whole measurement."""
+    logging.disable_progress_bar()
+    name = pardec.load(args.lora).adapter.metadata.base.name  # type: ignore[union-attr]
+    base = load_base(name)
+    models = {"embeddings": pardec.load(args.embeddings, base=base), "lora": pardec.load(args.lora, base=base)}
+    tokenizer = models["lora"].tokenizer
+    assert tokenizer is not None
+    prompts = held_out_prompts(tokenizer, TEST, num_prompts=args.num_prompts)
+    K = models["lora"].adapter.metadata.num_speculative_tokens  # type: ignore[union-attr]
+    console = Console(width=120)
+    console.print(f"{len(prompts)} prompts of the test split, {args.max_new_tokens} new tokens, batch 1")
+
+    untrained = measure_untrained(models["embeddings"], prompts, args.max_new_tokens)
+    fused = {"embeddings": sorted({1, K}), "lora": list(range(1, K + 1))}
+    greedy = timed_runs(models, prompts, args.max_new_tokens, fused, K, temperature=0.0)
+    best = max((run for run in greedy if run.adapter == "lora" and run.mode == "fused"), key=_ratio)
+    fused = {"embeddings": [K], "lora": sorted({best.num_speculative_tokens, K})}
+    sampled = timed_runs(models, prompts, args.max_new_tokens, fused, K, temperature=TEMPERATURE)
+
+    rows = [run.as_row(prompts, same_as_generate(run, prompts)) for run in greedy]
+    sampled_rows = [run.as_row(prompts, None) for run in sampled]
+    setting = f"temperature {TEMPERATURE}, top-k {TOP_K}"
+    print_table(console, "greedy", rows)
+    print_table(console, setting, sampled_rows)
+    console.print(
+        f"untrained mask embeddings (mean input embedding), {setting}: mean acceptance length {untrained[0]:.3f}\n"
+        f"best K for speed on this device: {best.num_speculative_tokens} "
+        f"({_ratio(best):.2f} x plain, greedy, gated LoRA)"
+    )
+    per_position = {"untrained": untrained[1]}
+    for found in sampled_rows:
+        row = found["row"]
+        if row["mode"] == "fused" and row["num_speculative_tokens"] == K:
+            per_position[row["adapter"]] = found["extra"]["per_position"]
+    picture = Path(args.output) / "acceptance_by_position.png"
+    plot_acceptance_by_position(per_position, f"acceptance by position, {setting}, test split", picture)
+    console.print(f"picture: {picture}\n")
+    show_sample(console, models["lora"], prompts[len(prompts) // 2])
+    result = {
+        "rows": [found["row"] for found in rows],
+        "sampled_rows": [found["row"] for found in sampled_rows],
+        "untrained_sampled_mean_acceptance_length": round(untrained[0], 4),
+        "num_prompts": len(prompts),
+        "max_new_tokens": args.max_new_tokens,
+        "device": device_name(models["lora"].target.device),
+        "versions": library_versions(),
+    }
+    (Path(args.output) / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+def measure_untrained(model: SelfSpeculativeModel, prompts: list[list[int]], max_new_tokens: int):
+    """Sampled mean acceptance length of mask tokens that learned nothing, and its rates per position."""
+    assert model.adapter is not None
+    K = model.adapter.metadata.num_speculative_tokens
+    masks = mean_embedding(model.target).cpu().repeat(model.adapter.mask_embeddings.shape[0], 1)
+    adapter = Adapter(masks, model.adapter.metadata)
+    untrained = SelfSpeculativeModel(model.base_model, model.tokenizer, adapter)
+    found = measure_acceptance(
+        untrained, prompts, max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_k=TOP_K
+    )
+    return found.mean_acceptance_length, found.stats.acceptance_rate_per_position["unconditional"][:K]
+
+
+def timed_runs(
+    models: dict[str, SelfSpeculativeModel],
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    fused: dict[str, list[int]],
+    K: int,
+    temperature: float,
+) -> list[Run]:
+    """Every way of decoding on every prompt, in turn; the first prompt warms up and is decoded again."""
+    plain = Run("", "plain", 0, models["lora"])
+    runs = []
+    for name, model in models.items():
+        runs.append(Run(name, "two_pass", K, model))
+        runs += [Run(name, "fused", k, model) for k in fused[name]]
+    top_k = TOP_K if temperature else None
+    bar = tqdm(total=len(prompts), unit="prompt", desc="sampled" if temperature else "greedy")
+    for index, prompt in enumerate([prompts[0], *prompts]):
+        for run in (plain, *runs):
+            out = run.model.generate(
+                prompt,
+                max_new_tokens=max_new_tokens if index else 16,
+                temperature=temperature,
+                top_k=top_k,
+                seed=index,
+                mode=run.mode,
+                num_speculative_tokens=run.num_speculative_tokens or None,
+            )
+            if index:
+                run.outputs.append(out)
+                run.ratios.append(out.stats.tokens_per_second / plain.outputs[-1].stats.tokens_per_second)
+        bar.update(index > 0)
+    bar.close()
+    by_adapter = []
+    for name in models:
+        by_adapter.append(Run(name, "plain", 0, plain.model, plain.outputs, plain.ratios))
+        by_adapter += [run for run in runs if run.adapter == name]
+    return by_adapter
+
+
+def same_as_generate(run: Run, prompts: list[list[int]]) -> bool:
+    """Whether the greedy tokens are those of `model.generate` of the untouched base, ties of float32 aside."""
+    base = run.model.base_model
+    for prompt, out in zip(prompts, run.outputs, strict=True):
+        found, key = out.token_ids[0], tuple(prompt)
+        if key not in _REFERENCES:
+            ids = torch.tensor([prompt], device=base.device)
+            generated = base.generate(ids, max_new_tokens=len(found), do_sample=False)  # type: ignore[operator]
+            _REFERENCES[key] = generated[0, len(prompt) :].tolist()
+        reference = _REFERENCES[key]
+        if found != reference:
+            first = next(i for i, (a, b) in enumerate(zip(found, reference, strict=False)) if a != b)
+            with torch.no_grad():
+                logits = base(torch.tensor([prompt + found[:first]], device=base.device)).logits[0, -1]
+            best = logits.float().topk(2).values
+            print(f"{run.mode}: differs at token {first}, where the two best logits are {best[0] - best[1]:.1e} apart")
+            if best[0] - best[1] > TIE_GAP:
+                return False
+    return True
+
+
+_REFERENCES: dict[tuple[int, ...], list[int]] = {}
+
+
+def print_table(console: Console, title: str, rows: list[dict]) -> None:
+    """One line per way of decoding."""
+    table = Table(
+        "adapter", "mode", "K", "mean acceptance length (95 % interval)", "outside repetition",
+        "tokens per forward", "tokens/s", "ratio to plain", title=title,
+    )  # fmt: skip
+    if "identical" in rows[0]["row"]:
+        table.add_column("identical to generate")
+    for found in rows:
+        row, extra = found["row"], found["extra"]
+        drafted = row["mode"] != "plain"
+        interval = f" ({extra['interval'][0]:.2f} to {extra['interval'][1]:.2f})" if drafted else ""
+        table.add_row(
+            row["adapter"],
+            row["mode"],
+            str(row["num_speculative_tokens"]) if drafted else "-",
+            f"{row['mean_acceptance_length']:.2f}{interval}",
+            f"{extra['outside_repetition']:.2f}" if extra["outside_repetition"] else "-",
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['ratio_to_plain']:.2f} x",
+            *(["yes" if row["identical"] else "NO"] if "identical" in row else []),
+            end_section=found is rows[-1],
+        )
+    console.print(table)
+
+
+def show_sample(console: Console, model: SelfSpeculativeModel, prompt: list[int]) -> None:
+    """One sampled continuation, accepted drafts in colour."""
+    assert model.tokenizer is not None
+    console.print("a sampled continuation; accepted drafted tokens are green:", style="bold")
+    console.print(model.tokenizer.decode(prompt[-48:]), style="dim", end="", markup=False, highlight=False)
+    for chunk in model.stream(prompt, max_new_tokens=96, temperature=TEMPERATURE, top_k=TOP_K, seed=0):
+        for index, token in enumerate(chunk.token_ids):
+            style = "bold green" if index < chunk.num_accepted_tokens else None
+            text = model.tokenizer.decode([token])
+            console.print(text, style=style, end="", markup=False, highlight=False)
+    console.print("\n")
+
+
+def _ratio(run: Run) -> float:
+    return statistics.median(run.ratios)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Layouts against element-wise loops written from the definition: who sits where, and who sees whom."""
+
+import pytest
+import torch
+
+from pardec.layout import block_layout, chain_layout, real_layout, training_layout
+
+DRAFT_LENGTHS = range(6)
+
+
+def chain_rows(K):
+    """Rows of the fused chain in order: ("real", i) or ("mask", i, j), mask token j behind real row i."""
+    real = [("real", i) for i in range(K + 1)]
+    return real + [("mask", i, j) for i in range(K + 1) for j in range(1, K + 1)]
+
+
+def sees(row, other):
+    """Real rows see real rows up to themselves; mask rows those up to their anchor, and their own block."""
+    if other[0] == "real":
+        return other[1] <= row[1]
+    return row[0] == "mask" and row[1] == other[1] and other[2] <= row[2]
+
+
+def assert_layout_is(layout, rows):
+    R = len(rows)
+    assert layout.num_rows == R
+    assert layout.num_real == sum(row[0] == "real" for row in rows)
+    assert layout.offsets.tolist() == [row[1] if row[0] == "real" else row[1] + row[2] for row in rows]
+    assert layout.mask_indices.tolist() == [row[2] - 1 for row in rows if row[0] == "mask"]
+    assert layout.visible.shape == (R, R)
+    for r in range(R):
+        for s in range(R):
+            assert bool(layout.visible[r, s]) == sees(rows[r], rows[s]), (rows[r], rows[s])
+
+
+@pytest.mark.parametrize("K", DRAFT_LENGTHS)
+def test_chain_holds_the_real_rows_and_one_block_behind_each(K):
+    layout = chain_layout(K)
+    assert layout.num_rows == (K + 1) ** 2
+    assert_layout_is(layout, chain_rows(K))
+
+
+@pytest.mark.parametrize("K", DRAFT_LENGTHS)
+def test_block_is_one_real_row_and_its_mask_tokens(K):
+    assert_layout_is(block_layout(K), [("real", 0)] + [("mask", 0, j) for j in range(1, K + 1)])
+
+
+@pytest.mark.parametrize("num_rows", range(1, 7))
+def test_real_rows_are_causal_and_nothing_else(num_rows):
+    assert_layout_is(real_layout(num_rows), [("real", i) for i in range(num_rows)])
+
+
+def test_layouts_have_the_dtypes_that_indexing_and_masks_need():
+    for layout in (chain_layout(3), chain_layout(0), block_layout(0), block_layout(3), real_layout(2)):
+        assert layout.offsets.dtype == torch.int64
+        assert layout.mask_indices.dtype == torch.int64
+        assert layout.visible.dtype == torch.bool
+        moved = layout.to(torch.device("cpu"))
+        assert moved.num_real == layout.num_real
+        for name in ("offsets", "visible", "mask_indices"):
+            assert torch.equal(getattr(moved, name), getattr(layout, name))
+
+
+def assert_training_layout_is(layout, anchors, K, T):
+    B, N = len(anchors), len(anchors[0])
+    assert layout.positions.shape == layout.targets.shape == (B, N * K)
+    assert layout.visible.shape == (B, N * K, T + N * K)
+    assert layout.positions.dtype == layout.targets.dtype == torch.int64
+    assert layout.visible.dtype == torch.bool
+    for b in range(B):
+        for n in range(N):
+            for j in range(1, K + 1):
+                row = n * K + j - 1
+                assert layout.positions[b, row] == anchors[b][n] + j
+                assert layout.targets[b, row] == anchors[b][n] + j + 1
+                for t in range(T):
+                    assert bool(layout.visible[b, row, t]) == (t <= anchors[b][n])
+                for m in range(N):
+                    for i in range(1, K + 1):
+                        seen = bool(layout.visible[b, row, T + m * K + i - 1])
+                        assert seen == (m == n and i <= j), (b, n, j, m, i)
+
+
+@pytest.mark.parametrize("K", DRAFT_LENGTHS)
+@pytest.mark.parametrize(
+    ("anchors", "T"),
+    [
+        ([[0]], 1),
+        ([[0], [6]], 7),
+        ([[0, 3, 6], [6, 6, 0]], 7),
+        ([[2, 2, 5, 1]], 6),
+    ],
+    ids=["single-token", "first-and-last", "borders-and-fill", "unsorted-and-repeated"],
+)
+def test_training_blocks_see_their_prefix_and_themselves(K, anchors, T):
+    layout = training_layout(torch.tensor(anchors), K, T)
+    assert_training_layout_is(layout, anchors, K, T)
+
+
+@pytest.mark.parametrize("K", range(1, 6))
+def test_training_and_decoding_agree_on_what_a_block_sees(K):
+    """Block i of the chain behind c committed tokens is the training block of anchor c + i."""
+    committed, chain = 4, chain_layout(K)
+    anchors = torch.arange(committed, committed + K + 1)[None]
+    training = training_layout(anchors, K, committed + K + 1)
+    assert torch.equal(training.positions[0], committed + chain.offsets[K + 1 :])
+    assert bool(training.visible[0, :, :committed].all())
+    assert torch.equal(training.visible[0, :, committed:], chain.visible[K + 1 :])
