@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ LORA_DIR = "lora"
 LORA_CONFIG_FILE = f"{LORA_DIR}/adapter_config.json"
 LORA_WEIGHTS_FILE = f"{LORA_DIR}/adapter_model.safetensors"
 LORA_README_FILE = f"{LORA_DIR}/README.md"
-_INCOMING = ".incoming"
+_INCOMING, _WRITING, _REMOVED = ".incoming", ".writing-", ".removed-"
 _LORA_README = (
     "This LoRA is only valid at the rows of pardec's mask tokens. "
     "Loaded as an ordinary PEFT adapter it would change the model's own output.\n"
@@ -130,20 +131,24 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    aside = directory / f".writing-{os.getpid()}"
+    for leftover in (*directory.glob(f"{_WRITING}*"), *directory.glob(f"{_REMOVED}*")):
+        shutil.rmtree(leftover)  # of a process that was killed
+    incoming = directory / _INCOMING
+    if incoming.exists():  # a complete adapter whose publication was cut off: finish that first
+        _publish(incoming, directory)
+    aside = Path(tempfile.mkdtemp(prefix=_WRITING, dir=directory))
     try:
         _write_files(adapter, aside)
-        incoming = directory / _INCOMING
-        if incoming.exists():  # a complete adapter whose publication was cut off: finish that first
-            _publish(incoming, directory)
+        aside.chmod(0o755)  # mkdtemp lets only the owner in
         os.replace(aside, incoming)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    _publish(directory / _INCOMING, directory)
+    _publish(incoming, directory)
 
 
 def _write_files(adapter: Adapter, folder: Path) -> None:
-    (folder / LORA_DIR).mkdir(parents=True) if adapter.lora else folder.mkdir()
+    if adapter.lora is not None:
+        (folder / LORA_DIR).mkdir()
     save_file({"mask_embeddings": adapter.mask_embeddings.detach().float().cpu().contiguous()}, folder / EMBEDDINGS_FILE)
     written = [EMBEDDINGS_FILE]
     if adapter.lora is not None:
@@ -170,7 +175,7 @@ def _publish(incoming: Path, directory: Path) -> None:
         shutil.copyfile(incoming / name, copy)
         os.replace(copy, directory / name)
     # renamed first, so that a half-removed folder is never taken for a complete one
-    removed = directory / f".removed-{os.getpid()}"
+    removed = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=directory))
     os.replace(incoming, removed)
     shutil.rmtree(removed)
 
@@ -199,8 +204,7 @@ def load_adapter(directory: str | Path) -> Adapter:
         raise AdapterError(f"{root / EMBEDDINGS_FILE}: expected mask_embeddings, found {sorted(tensors)}")
     lora = None
     if LORA_WEIGHTS_FILE in metadata.files:
-        config = json.loads((root / LORA_CONFIG_FILE).read_text())
-        lora = LoraWeights(config, _read_tensors(root / LORA_WEIGHTS_FILE))
+        lora = _read_lora(root)
     return Adapter(tensors["mask_embeddings"], metadata, lora)
 
 
@@ -227,6 +231,21 @@ def _read_metadata(root: Path) -> AdapterMetadata:
     if outside:
         raise AdapterError(f"{path}: expected files inside the adapter directory, found {outside[0]!r}")
     return metadata
+
+
+def _read_lora(root: Path) -> LoraWeights:
+    path = root / LORA_CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"expected a JSON object, found {type(config).__name__}")
+        lora = LoraWeights(config, _read_tensors(root / LORA_WEIGHTS_FILE))
+        lora.pairs()
+    except AdapterError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: {error}") from None
+    return lora
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Recipes: YAML files with dotted overrides, checked so that a mistyped key is an error and not a default."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -156,8 +157,10 @@ class Recipe(Section):
         if isinstance(weights, list) and len(weights) != K:
             raise ValueError(f"train.position_weights: expected {K} numbers, found {len(weights)}")
         values = weights if isinstance(weights, list) else [weights]
-        if min(values) < 0 or max(values) <= 0:
-            raise ValueError(f"train.position_weights: expected non-negative numbers, one above 0, found {weights}")
+        if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
+            raise ValueError(
+                f"train.position_weights: expected finite numbers >= 0, one of them above 0, found {weights}"
+            )
         return self
 
     def position_weights(self) -> list[float]:
@@ -226,7 +229,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 def _describe(error: ValidationError, model: type[Section]) -> str:
     # an unknown key first: a mistyped required key is also a missing one
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    location = [str(part) for part in first["loc"] if not str(part).startswith(("float", "list[", "str"))]
+    location = [str(part) for part in first["loc"]]
+    if first["type"] != "extra_forbidden":  # pydantic appends the type that it tried
+        location = [part for part in location if part not in ("float", "str") and not part.startswith("list[")]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         known = _known_keys(model, location[:-1])

@@ -20,6 +20,7 @@ from transformers.generation.logits_process import (
     ForcedEOSTokenLogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -73,7 +74,7 @@ def generate_for_transformers(
             f"found lengths {min(map(len, prompts))} to {max(map(len, prompts))}"
         )
     max_new_tokens, eos, others = _limits(stopping_criteria, input_ids.shape[1])
-    law = TokenLaw(not generation_config.do_sample, tuple(processors))
+    law = TokenLaw(not generation_config.do_sample, tuple(_without_padding(p) for p in processors))
     decoder = model._decoder(prompts, law, max_new_tokens, num_speculative_tokens, mode, eos=eos)
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -121,6 +122,14 @@ def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int
     if not bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all()):
         raise ValueError("attention_mask: expected padding on the left only, found zeros behind ones")
     return [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+
+
+def _without_padding(processor: LogitsProcessor) -> LogitsProcessor:
+    """The processor for rows without padding, where transformers made one that skips each row's padding."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(processor, RepetitionPenaltyLogitsProcessor) and isinstance(ignored, Tensor):
+        return RepetitionPenaltyLogitsProcessor(processor.penalty)
+    return processor
 
 
 def _limits(

@@ -34,6 +34,9 @@ class LoraWeights:
     def __post_init__(self) -> None:
         if self.config.get("peft_type") != "LORA":
             raise ValueError(f"lora: expected peft_type LORA, found {self.config.get('peft_type')!r}")
+        for key in ("r", "lora_alpha"):
+            if not isinstance(self.config.get(key), int | float) or not self.config[key] > 0:
+                raise ValueError(f"lora: expected {key} as a number above 0, found {self.config.get(key)!r}")
         for key, plain in _UNSUPPORTED.items():
             if self.config.get(key, plain) not in (plain, None):
                 raise ValueError(f"lora: expected {key}={plain!r}, found {self.config[key]!r}")
@@ -64,6 +67,9 @@ class LoraWeights:
         for name, half in halves.items():
             if len(half) != 2:
                 raise ValueError(f"lora: {name}: expected lora_A and lora_B, found only {next(iter(half))}")
+            ranks = (half["lora_A"].shape[0], half["lora_B"].shape[1])
+            if ranks != (self.rank, self.rank):
+                raise ValueError(f"lora: {name}: expected rank {self.rank}, found {ranks} in lora_A and lora_B")
         return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
 
 
@@ -80,10 +86,9 @@ class LoraGate:
         for name, (a, b) in weights.pairs().items():
             module = _base_module(base, name)
             weight = module.weight
-            width_in, width_out = a.shape[1], b.shape[0]
-            if sorted((width_in, width_out)) != sorted(_linear_shape(module)):
+            if (b.shape[0], a.shape[1]) != _linear_shape(module):
                 raise ValueError(
-                    f"lora: {name}: expected {_linear_shape(module)} features, found {(width_out, width_in)}"
+                    f"lora: {name}: expected {_linear_shape(module)} features, found {(b.shape[0], a.shape[1])}"
                 )
             dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
             a_t = a.to(weight.device, dtype).T.contiguous()  # [in, r]
@@ -174,6 +179,8 @@ def inject_lora(base: nn.Module, *, r: int, alpha: float, target_modules: str | 
     with warnings.catch_warnings():
         # peft reads an attribute that newer transformers versions rename
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # and says that it sets this by itself for transformers' Conv1D
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
         peft_model = get_peft_model(base, config)  # type: ignore[arg-type]
     _set_enabled(base, False)
     return peft_model

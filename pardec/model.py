@@ -269,11 +269,9 @@ class SelfSpeculativeModel:
         logits_processor,
         stopping_criteria,
         generation_config,
-        attention_mask: Tensor | None = None,
-        past_key_values=None,
         num_speculative_tokens: int | None = None,
         mode: str = "fused",
-        **model_kwargs,
+        **model_inputs,
     ):
         """`hf_model.generate(**inputs, custom_generate=model)`: our loop under transformers' own arguments.
 
@@ -284,7 +282,8 @@ class SelfSpeculativeModel:
 
         if model is not self.base_model:
             raise ValueError("custom_generate: expected to be called by this model's base_model, found another model")
-        if model_kwargs.get("inputs_embeds") is not None:
+        # `generate` hands over as its own only what is not named in this signature
+        if model_inputs.get("inputs_embeds") is not None:
             raise ValueError("custom_generate: expected input_ids, found inputs_embeds")
         return generate_for_transformers(
             self,
@@ -292,8 +291,8 @@ class SelfSpeculativeModel:
             list(logits_processor),
             stopping_criteria,
             generation_config,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            attention_mask=model_inputs.get("attention_mask"),
+            past_key_values=model_inputs.get("past_key_values"),
             num_speculative_tokens=num_speculative_tokens,
             mode=mode,
             streamer=self._streamer,

@@ -21,6 +21,7 @@ import torch
 from accelerate.tracking import GeneralTracker, on_main_process
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 STATE_FILE = "state.json"
 
@@ -34,7 +35,7 @@ def exit_on_unusable_input() -> Iterator[None]:
         if os.environ.get("PARDEC_TRACEBACK") == "1":
             raise
         message = " ".join((str(error) or type(error).__name__).split())
-        print(f"error: {message}", file=sys.stderr)
+        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
         sys.exit(2)
 
 
@@ -88,15 +89,14 @@ class JsonlTracker(GeneralTracker):
     name = "jsonl"
     requires_logging_directory = False
 
-    @on_main_process
     def __init__(self, path: Path, keep_until_step: int = 0):
-        """`path` is appended to; lines of steps after `keep_until_step`, which will be run again, are dropped."""
+        """`path` is appended to; lines of steps after `keep_until_step`, which will be run again, are dropped.
+
+        Touches no file and asks nothing of accelerate, whose Accelerator may not exist yet.
+        """
         super().__init__()
         self.path = path
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if (json.loads(line)["step"] or 0) <= keep_until_step and keep_until_step]
-            path.write_text("".join(kept))
+        self.keep_until_step = keep_until_step
 
     @property
     def tracker(self) -> Path:
@@ -105,7 +105,11 @@ class JsonlTracker(GeneralTracker):
 
     @on_main_process
     def store_init_configuration(self, values: dict[str, Any]) -> None:
-        """The configuration is in `pardec.json`; nothing to do."""
+        """Drops what will be logged again; the configuration itself is kept elsewhere."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if self.keep_until_step and json.loads(line)["step"] <= self.keep_until_step]
+            self.path.write_text("".join(kept))
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:

@@ -35,7 +35,7 @@ def verify_greedy(target_tokens: Tensor, draft_tokens: Tensor, draft_length: Ten
         ValueError: if shapes disagree.
     """
     K = draft_tokens.shape[1]
-    _check_shapes(draft_tokens, target_tokens=(target_tokens, K + 1))
+    _check_shapes(draft_tokens, draft_length, target_tokens=(target_tokens, K + 1))
     accepted = (target_tokens[:, :K] == draft_tokens) & _exists(draft_length, K)
     # accepted drafts equal the target's tokens, so the target's tokens are what is emitted
     return Verdict(target_tokens, accepted.cumprod(dim=1).sum(dim=1))
@@ -66,7 +66,12 @@ def verdict_law(
     Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1; Chen et al. 2023, arXiv:2302.01318, Theorem 1.
     """
     K = draft_tokens.shape[1]
-    _check_shapes(draft_tokens, target_probs=(target_probs, K + 1), draft_probs=(draft_probs, K))
+    _check_shapes(draft_tokens, draft_length, target_probs=(target_probs, K + 1), draft_probs=(draft_probs, K))
+    if target_probs.shape[2] != draft_probs.shape[2]:
+        raise ValueError(
+            f"expected one vocabulary, found target_probs of shape {tuple(target_probs.shape)} and draft_probs of "
+            f"shape {tuple(draft_probs.shape)}"
+        )
     if target_probs.dtype != torch.float32 or draft_probs.dtype != torch.float32:
         raise ValueError(
             f"expected float32 probabilities, found {target_probs.dtype} and {draft_probs.dtype}"
@@ -130,11 +135,16 @@ def _exists(draft_length: Tensor, num_speculative_tokens: int) -> Tensor:
     return torch.arange(num_speculative_tokens, device=draft_length.device) < draft_length[:, None]
 
 
-def _check_shapes(draft_tokens: Tensor, **others: tuple[Tensor, int]) -> None:
+def _check_shapes(draft_tokens: Tensor, draft_length: Tensor, **others: tuple[Tensor, int]) -> None:
+    B = draft_tokens.shape[0]
+    if tuple(draft_length.shape) != (B,):
+        raise ValueError(
+            f"draft_length: expected shape {(B,)} for draft_tokens of shape {tuple(draft_tokens.shape)}, "
+            f"found {tuple(draft_length.shape)}"
+        )
     for name, (tensor, length) in others.items():
-        expected = (draft_tokens.shape[0], length)
-        if tuple(tensor.shape[:2]) != expected:
+        if tuple(tensor.shape[:2]) != (B, length):
             raise ValueError(
-                f"{name}: expected leading shape {expected} for draft_tokens of shape "
+                f"{name}: expected leading shape {(B, length)} for draft_tokens of shape "
                 f"{tuple(draft_tokens.shape)}, found {tuple(tensor.shape)}"
             )

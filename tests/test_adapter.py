@@ -387,8 +387,8 @@ class Killed(BaseException):
 class KillSwitch:
     """Ends the process at its n-th operation on files: before it, or when it is half done.
 
-    With `clean_up` the interpreter still runs `finally` blocks, as on SIGINT; without, nothing runs any more, as
-    on SIGKILL: every later operation is dead too.
+    With `clean_up` the interpreter still runs `finally` blocks, as on SIGINT; without it nothing
+    runs any more, as on SIGKILL: every later operation is dead too.
     """
 
     def __init__(self, monkeypatch, at: int, *, half_done: bool, clean_up: bool):

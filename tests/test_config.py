@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pardec.config import Recipe, RecipeError, load_recipe, parse_recipe
+from pardec.config import Recipe, RecipeError, Section, load_recipe, parse_recipe
 
 MINIMAL = "base: tiny-python\noutput_dir: runs/x\ndata:\n  path: python-stdlib\n"
 
@@ -90,6 +90,31 @@ def test_one_position_weight_is_a_decay():
     assert weights(position_weights=0.8) == pytest.approx([1, 0.8, 0.64, 0.512])
 
 
+def test_a_bare_no_is_a_precision(write):
+    """YAML 1.1 reads it as false."""
+    assert load_recipe(write(MINIMAL + "train: {mixed_precision: no}\n")).train.mixed_precision == "no"
+    assert load_recipe(write(MINIMAL), ["train.mixed_precision=no"]).train.mixed_precision == "no"
+    assert "train.mixed_precision: " in refusal(write(MINIMAL), "train.mixed_precision=yes")
+
+
+class Inner(Section):
+    depth: int = 1
+
+
+class Other(Section):
+    width: int
+    inner: Inner | None = None
+
+
+def test_a_recipe_of_another_kind_is_read_by_the_same_rules(write):
+    path = write("width: 3\n")
+    assert load_recipe(path, ["inner.depth=2"], Other) == Other(width=3, inner=Inner(depth=2))
+    with pytest.raises(
+        RecipeError, match=r"unknown key 'inner\.dept'; the nearest known one is 'inner\.depth'"
+    ):
+        load_recipe(path, ["inner.dept=2"], Other)
+
+
 # ---------------------------------------------------------------------- overrides
 
 
@@ -173,6 +198,11 @@ def test_an_unknown_key_is_named_whatever_it_begins_with(write, key):
     assert f"unknown key {key!r}; the nearest known one is '{section}" in message
 
 
+def test_a_mistyped_required_key_is_told_before_it_is_missed(write):
+    path = write(MINIMAL.replace("output_dir", "output_folder"))
+    assert refusal(path) == f"{path}: unknown key 'output_folder'; the nearest known one is 'output_dir'"
+
+
 def test_an_unknown_key_in_the_file_names_the_file(write):
     path = write(MINIMAL + "train: {stepz: 4}\n")
     assert refusal(path) == f"{path}: unknown key 'train.stepz'; the nearest known one is 'train.steps'"
@@ -204,6 +234,8 @@ def test_a_missing_key_is_named(write, text, key):
         ("train.learning_rate=fast", "'fast'"),
         ("train.learning_rate=-1", "-1"),
         ("train.learning_rate=.nan", "nan"),
+        ("train.learning_rate=.inf", "inf"),
+        ("train.seed=-1", "-1"),
         ("train.objective=mse", "'mse'"),
         ("train.trackers=tensorboard", "'tensorboard'"),
         ("train.position_weights=heavy", "'heavy'"),

@@ -20,6 +20,7 @@ from pardec.data import (
     DataError,
     Document,
     collate,
+    held_out_prompts,
     load_corpus,
     pack,
     python_files,
@@ -206,6 +207,18 @@ def test_older_conversation_keys_are_understood(tmp_path):
         {"role": "user", "content": "Say hi"},
         {"role": "assistant", "content": "hi"},
     ]
+
+
+def test_an_empty_column_does_not_hide_another():
+    """Tables have every column in every row, null where there is nothing."""
+    row = data.check_row(
+        {"text": None, "input_ids": None, "conversations": None, "messages": CHAT[:2]}, "here"
+    )
+    assert row["conversations"] == CHAT[:2]
+    row = data.check_row(
+        {"text": "plain", "input_ids": None, "conversations": None, "messages": None}, "here"
+    )
+    assert row["text"] == "plain"
 
 
 MALFORMED = {
@@ -411,12 +424,13 @@ def test_a_token_that_only_begins_before_the_answer_is_learned(chat_tokenizer):
     assert learned(document, chat_tokenizer) == "== 1\n"  # the token == stands on both sides
 
 
-def test_a_template_without_the_prefix_property_is_refused_with_what_it_renders(chat_tokenizer):
-    """Some templates drop the reasoning of earlier turns: what was rendered first is no beginning any more."""
+@pytest.mark.parametrize("reasons", ["loop.last", "loop.last and message.role == 'assistant'"])
+def test_a_template_without_the_prefix_property_is_refused_with_what_it_renders(chat_tokenizer, reasons):
+    """Some templates drop the reasoning of earlier turns: what was rendered is no beginning any more."""
     chat_tokenizer.chat_template = (
         "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
-        "{% if loop.last %} (reasoning){% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+        f"{{% if {reasons} %}} (reasoning){{% endif %}}"
+        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     with pytest.raises(DataError) as caught:
         tokenise({"conversations": CHAT}, chat_tokenizer, "talk.jsonl")
@@ -581,6 +595,7 @@ def test_prompts_are_the_first_128_tokens_at_every_4000th():
         start += 4000
     assert prompts == expected
     assert [prompt[0] for prompt in prompts] == [0, 4000, 8000, 12000]
+    assert len(standard_prompts([text(range(12128))])) == 4
     assert len(standard_prompts([text(range(12127))])) == 3  # one token short of the fourth
 
 
@@ -613,6 +628,19 @@ def test_too_little_held_out_text_is_refused(documents):
         DataError, match="held-out data: expected at least 128 tokens for a prompt, found fewer"
     ):
         standard_prompts(documents)
+
+
+def test_held_out_prompts_come_from_the_split_or_the_file(source_folder, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "stdlib_folder", lambda: source_folder)
+    for split in (VALIDATION, TEST):
+        texts = "".join("<|endoftext|>" + source for source in python_sources(source_folder, split))
+        (prompt,) = held_out_prompts(tokenizer, split)
+        assert len(prompt) == 128
+        assert texts.startswith(tokenizer.decode(prompt))
+    (tmp_path / "a.txt").write_text("y = 2\n" * 400)
+    prompts = held_out_prompts(tokenizer, TEST, str(tmp_path / "a.txt"), num_prompts=2)
+    assert [tokenizer.decode(prompt).count("<|endoftext|>") for prompt in prompts] == [1, 0]
+    assert all("y = 2\ny = 2\n" in tokenizer.decode(prompt) for prompt in prompts)
 
 
 # ---------------------------------------------------------------------- examples
@@ -656,6 +684,8 @@ def test_every_epoch_is_a_permutation_of_its_own():
 
 def test_anchors_are_drawn_anew_each_time():
     examples = AnchoredSequences([text(range(100))], 10, 5, seed=0)
+    assert len({tuple(examples[c]["anchors"].tolist()) for c in range(10)}) == 10
+    examples = AnchoredSequences([text(range(100))] * 10, 10, 5, seed=0)
     assert len({tuple(examples[c]["anchors"].tolist()) for c in range(10)}) == 10
 
 

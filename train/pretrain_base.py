@@ -77,7 +77,8 @@ def pretrain(recipe: PretrainRecipe) -> None:
     precision = recipe.train.mixed_precision
     if precision == "auto":
         precision = "bf16" if bf16_pays() else "no"
-    accelerator = Accelerator(mixed_precision=precision)
+    # without cpu=True, processes on CPUs would not know of each other
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     if first_step == steps and (output / CARD_FILE).exists():
         accelerator.print(f"{output} already holds the model of this recipe, trained for all {steps} steps")
         return
@@ -99,6 +100,7 @@ def pretrain(recipe: PretrainRecipe) -> None:
     announce(recipe, accelerator, model, corpus, sizes, first_step)
     accelerator.wait_for_everyone()
     tracker = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
+    tracker.store_init_configuration({})
     loss_on = partial(held_out_loss, accelerator, batch_size=recipe.train.batch_size)
     run_steps(
         recipe,

@@ -62,7 +62,10 @@ def train(recipe: Recipe) -> None:
     if precision == "auto":
         precision = "bf16" if bf16_pays() else "no"
     accelerator = Accelerator(
-        mixed_precision=precision, log_with=[tracker, *recipe.train.trackers], project_dir=output
+        cpu=not torch.cuda.is_available(),  # without this, processes on CPUs would not know of each other
+        mixed_precision=precision,
+        log_with=[tracker, *recipe.train.trackers],
+        project_dir=output,
     )
     if first_step == steps:
         accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {steps} steps")
@@ -93,7 +96,7 @@ def train(recipe: Recipe) -> None:
 
     announce(recipe, accelerator, module.target, parameters, corpus, prompts, first_step)
     accelerator.wait_for_everyone()
-    accelerator.init_trackers("pardec")
+    accelerator.init_trackers("pardec", config={})
     adapter_at = partial(current_adapter, recipe, accelerator, module, peft_model, identity)
     progress = tqdm(total=steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     batches, sums = iter(loader), torch.zeros(5, len(module.position_weights), device=accelerator.device)

@@ -1,0 +1,168 @@
+"""The command line: what it prints, and its exit codes 0, 1 and 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import make_adapter
+from typer.testing import CliRunner
+
+from pardec.adapter import save_adapter
+from pardec.cli import app
+
+K = 2
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_base, tokenizer, tmp_path_factory):
+    from pardec.fingerprint import fingerprint
+
+    adapter = make_adapter(tiny_base, K, lora_rank=2)
+    adapter.metadata.base.name = "tiny-python"
+    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
+    directory = tmp_path_factory.mktemp("cli") / "adapter"
+    save_adapter(adapter, directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_base, tokenizer):
+    """Greedy text of the base alone."""
+    ids = torch.tensor([tokenizer("def main():").input_ids])
+    out = tiny_base.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    return out, tokenizer.decode(out, skip_special_tokens=True)
+
+
+def run(*arguments: str, stdin: str | None = None):
+    return CliRunner().invoke(app, list(arguments), input=stdin)
+
+
+def test_generate_prints_the_bases_own_text(saved, expected):
+    result = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == expected[1] + "\n"
+
+
+@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
+def test_json_gives_one_object_per_prompt(saved, expected, mode, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def main():"}\n\n{"prompt": "import "}\n')
+    result = run("generate", saved, "--prompt-file", str(prompts), "--max-new-tokens", "12", "--json", "--mode", mode)
+    first, second = (json.loads(line) for line in result.stdout.splitlines())
+    assert (first["prompt"], second["prompt"]) == ("def main():", "import ")
+    assert (first["token_ids"], first["text"]) == expected
+    assert first["stats"]["num_new_tokens"] == 12
+    assert sum(first["stats"]["accepted_per_step"]) == first["stats"]["num_accepted_tokens"]
+
+
+def test_prompts_come_from_a_file_and_from_standard_input(saved, expected, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("def main():")
+    for arguments in (["--prompt-file", str(file)], ["-"], ["--prompt", "-"], ["--prompt-file", "-"]):
+        result = run("generate", saved, *arguments, "--max-new-tokens", "12", stdin="def main():")
+        assert result.stdout == expected[1] + "\n", arguments
+
+
+def test_compare_shows_both_and_that_they_agree(saved):
+    result = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--compare", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert found["identical"] is True
+    assert found["plain"]["token_ids"] == found["fused"]["token_ids"]
+    assert found["ratio_to_plain"] > 0
+    table = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--compare").stdout
+    assert "same tokens as plain: yes" in table
+    assert "tokens/s" in table
+
+
+def test_compare_ends_with_1_where_the_tokens_differ(saved, monkeypatch):
+    from pardec import decode
+    from pardec.verify import Verdict
+
+    def careless(target_tokens, draft_tokens, draft_length):  # accepts every draft unseen
+        tokens = torch.cat([draft_tokens, target_tokens[:, -1:]], dim=1)
+        return Verdict(tokens, draft_length.clone())
+
+    monkeypatch.setattr(decode, "verify_greedy", careless)
+    result = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--compare", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["identical"] is False
+    check = run("check", saved)
+    assert check.exit_code == 1
+    assert "DIFFERENT" in check.stdout
+
+
+def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, expected, monkeypatch):
+    from pardec.sampling import TokenLaw
+
+    ids = expected[0]
+    state = {"next": 1}
+
+    def truth(self, logits):  # the first two drafts are true, later ones are not
+        drafts = ids[state["next"] : state["next"] + K]
+        state["next"] = 10**6
+        return torch.tensor([(drafts + [4000] * K)[:K]]), None
+
+    monkeypatch.setattr(TokenLaw, "draw", truth)
+    result = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--show-drafts")
+    green = "\x1b[1;32m"
+    coloured = [tokenizer.decode([token]) for token in ids[1 : K + 1]]
+    assert result.stdout.count(green) >= 1
+    plain = result.stdout
+    for code in (green, "\x1b[0m", "\x1b[2m"):
+        plain = plain.replace(code, "")
+    assert plain.startswith(expected[1])
+    assert all(f"{green}{text.strip()}" in result.stdout or not text.strip() for text in coloured)
+    assert f"{K} drafted tokens accepted" in plain
+
+
+def test_check_shows_the_adapter_and_that_it_is_exact(saved):
+    result = run("check", saved)
+    assert result.exit_code == 0, result.output
+    for words in ("tiny-python", "rank 2, 42 modules", "identical to plain"):
+        assert words in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", ""], "expected some text, found an empty prompt"),
+        ([], "expected exactly one of --prompt, --prompt-file and -, found 0"),
+        (["--prompt", "x", "-"], "expected exactly one of --prompt, --prompt-file and -, found 2"),
+        (["--prompt-file", "/nowhere"], "/nowhere: expected a prompt file, found nothing"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature: expected"),
+        (["--prompt", "x", "--temperature", "1", "--top-p", "0"], "top_p: expected a number in (0, 1], found 0"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens: expected an integer >= 1, found 0"),
+        (["--prompt", "x", "--max-new-tokens", "2048"], "expected at most 2048 positions"),
+        (["--prompt", "x", "--num-speculative-tokens", "3"], "expected at most 2, the number of distinct mask tokens"),
+        (["--prompt", "x", "--mode", "tree"], "mode: expected one of plain, two_pass, fused, found 'tree'"),
+        (["--prompt", "x", "--dtype", "float31"], "dtype: expected a torch dtype"),
+        (["--prompt", "x", "--device", "toaster"], "device: expected a torch device"),
+        (["--prompt", "x", "--base", "/no/base"], "base '/no/base': expected a folder or hub name"),
+        (["--prompt", "x", "--json", "--show-drafts"], "expected one of --json and --show-drafts, found both"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(saved, arguments, words):
+    result = run("generate", saved, *arguments)
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["generate", "check"])
+def test_a_directory_that_is_no_adapter_is_refused(command, tmp_path):
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    result = run(command, str(tmp_path / "none"), *prompt)
+    assert result.exit_code == 2
+    assert "expected an adapter directory, found nothing" in result.stderr
+    result = run(command, str(tmp_path), *prompt)
+    assert result.exit_code == 2
+    assert "expected an adapter directory with pardec.json" in result.stderr
+
+
+def test_help_does_not_import_torch():
+    code = "import sys\nfrom pardec.cli import app\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
