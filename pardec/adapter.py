@@ -161,8 +161,12 @@ def _write_files(adapter: Adapter, folder: Path) -> None:
     (folder / METADATA_FILE).write_text(metadata.model_dump_json(indent=2) + "\n")
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _publish(incoming: Path, directory: Path) -> None:
@@ -173,10 +177,11 @@ def _publish(incoming: Path, directory: Path) -> None:
         (directory / name).parent.mkdir(exist_ok=True)
         copy = directory / f"{name}.new"
         shutil.copyfile(incoming / name, copy)
+        _sync(copy)
         os.replace(copy, directory / name)
     # renamed first, so that a half-removed folder is never taken for a complete one
     removed = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=directory))
-    os.replace(incoming, removed)
+    os.replace(incoming, removed / "adapter")
     shutil.rmtree(removed)
 
 

@@ -58,7 +58,7 @@ class LoraSection(Section):
     """
 
     r: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(32, gt=0, allow_inf_nan=False)
     target_modules: str | list[str] = "all-linear"
 
 
@@ -105,14 +105,14 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int = Field(1, ge=1)
     anchors_per_sequence: int = Field(64, ge=1)
     anchors_per_forward: int | None = Field(None, ge=1)
-    learning_rate: float = Field(1e-2, gt=0)
-    lora_learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(1e-2, gt=0, allow_inf_nan=False)
+    lora_learning_rate: float = Field(3e-3, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(20, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     objective: Literal["kl", "cross_entropy"] = "kl"
     position_weights: float | list[float] = 1.0
     mixed_precision: MixedPrecision = "auto"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(100, ge=1)
     trackers: list[str] = []
@@ -132,7 +132,7 @@ class EvalConfig(Section):
     every: int = Field(100, ge=1)
     num_prompts: int = Field(16, ge=1)
     max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.8, gt=0)
+    temperature: float = Field(0.8, gt=0, allow_inf_nan=False)
     top_k: int | None = 10
 
 

@@ -1,6 +1,6 @@
 """Text to training sequences and prompts: reading, validating, tokenising, packing, splitting.
 
-Knows files and tokenizers, no model. Every error names the file and the line.
+Knows files and tokenizers, no model. Errors about a row's form name file and line.
 Legend: T tokens of a sequence, N anchors per sequence.
 """
 
@@ -129,7 +129,7 @@ def _format_of(where: Path) -> str:
 
 
 def _text_rows(where: Path) -> list[dict[str, Any]]:
-    files = [where] if where.is_file() else sorted(p for p in where.rglob("*") if p.suffix in _TEXT_SUFFIXES)
+    files = [where] if where.is_file() else _text_files(where)
     rows = []
     for file in files:
         try:
@@ -141,7 +141,13 @@ def _text_rows(where: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _text_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in _TEXT_SUFFIXES and path.is_file())
+
+
 def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise DataError(f"{file}: expected a JSONL file, found a folder")
     rows = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -176,7 +182,7 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
     """
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if "messages" in row and "conversations" not in row:
+    if row.get("conversations") is None and row.get("messages") is not None:
         row = {**row, "conversations": row["messages"]}
     if row.get("input_ids") is not None:
         _check_ids(row, where)
@@ -192,11 +198,13 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
 
 def _check_ids(row: dict[str, Any], where: str) -> None:
     ids, mask = row["input_ids"], row.get("loss_mask")
-    if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
+    if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < 2**31 for t in ids):
         raise DataError(f"{where}: expected input_ids as a list of token ids, found {str(ids)[:60]}")
     if not isinstance(mask, list) or len(mask) != len(ids):
         found = len(mask) if isinstance(mask, list) else mask
         raise DataError(f"{where}: expected a loss_mask of {len(ids)} entries, found {found}")
+    if not all(type(entry) in (int, bool) and entry in (0, 1) for entry in mask):
+        raise DataError(f"{where}: expected a loss_mask of 0 and 1, found {str(mask)[:60]}")
     if not any(mask):
         raise DataError(f"{where}: expected a loss_mask with at least one token to learn, found all 0")
 
@@ -206,8 +214,8 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, str]]:
     roles = {"human": "user", "gpt": "assistant"}
     checked = []
     for turn in turns if isinstance(turns, list) else [turns]:
-        role = (turn.get("role") or turn.get("from")) if isinstance(turn, dict) else None
-        content = (turn.get("content") or turn.get("value")) if isinstance(turn, dict) else None
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
         checked.append({"role": roles.get(role, role), "content": content})
@@ -222,6 +230,11 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, str]]:
 def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data") -> Document:
     """A row as token ids; text gets the document separator in front, conversations the assistant's loss mask."""
     if row.get("input_ids") is not None:
+        if max(row["input_ids"]) >= len(tokenizer):
+            raise DataError(
+                f"{where}: expected token ids below {len(tokenizer)}, those of the tokenizer, "
+                f"found {max(row['input_ids'])}"
+            )
         mask = np.array(row["loss_mask"], dtype=bool)
         return Document(np.array(row["input_ids"], dtype=np.int32), mask)
     if row.get("conversations") is not None:

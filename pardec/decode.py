@@ -15,6 +15,7 @@ from pardec.cache import SlotCache
 from pardec.forward import FULL, TargetModel
 from pardec.gated_lora import LoraGate
 from pardec.layout import RowLayout, block_layout, chain_layout, real_layout
+from pardec.prepack import PackedLinears
 from pardec.sampling import TokenLaw
 from pardec.verify import verify_greedy, verify_sample
 
@@ -71,6 +72,7 @@ class Decoder:
         eos_token_ids: shape [n], may be empty.
         mask_embeddings: shape [K, D] in the target's dtype and device; None when K = 0.
         gate: LoRA at mask rows, or None.
+        linears: packed weights for steps on a CPU, or None.
     """
 
     target: TargetModel
@@ -81,6 +83,7 @@ class Decoder:
     eos_token_ids: Tensor
     mask_embeddings: Tensor | None = None
     gate: LoraGate | None = None
+    linears: PackedLinears | None = None
     _plans: dict[str, "RowPlan"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -240,7 +243,8 @@ class Decoder:
             key_positions = torch.where(kind == 0, slot, lengths[:, None] + plan.offset_by_kind[kind])
         mask = target.attention.render(visible, positions, key_positions, embeds.dtype)
         state.cache.slots = lengths[:, None] + plan.row_index
-        with self._gate_open(plan.mask_rows if plan.mask_embeds is not None else None, *embeds.shape[:2]):
+        gate = self._gate_open(plan.mask_rows if plan.mask_embeds is not None else None, *embeds.shape[:2])
+        with gate, self.linears.active() if self.linears is not None else nullcontext():
             return target.run(embeds, positions, mask, state.cache)
 
     def _gate_open(self, rows: slice | Tensor | None, batch_size: int, num_rows: int):

@@ -134,7 +134,7 @@ class LoraGate:
                 x, output = x.view(*self._shape, -1), output.view(*self._shape, -1)
             if isinstance(rows, slice):
                 if x.shape[0] == 1:
-                    output[0, rows].addmm_(x[0, rows] @ a_t, b_t)
+                    output[0, rows].addmm_(torch.mm(x[0, rows], a_t), b_t)
                 else:
                     output[:, rows].baddbmm_(x[:, rows] @ a_t, b_t.expand(x.shape[0], -1, -1))
             else:

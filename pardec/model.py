@@ -21,6 +21,7 @@ from pardec.decode import MODES, Decoder, DecodeState
 from pardec.fingerprint import differences, fingerprint
 from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
+from pardec.prepack import PackedLinears
 from pardec.probe import probe
 from pardec.sampling import TokenLaw, make_warpers
 from pardec.stats import DecodeStats, SequenceCounts, pool
@@ -79,6 +80,7 @@ class SelfSpeculativeModel:
         self.adapter = adapter
         self.target = TargetModel.wrap(base_model)
         self._streamer = None
+        self._linears = PackedLinears(base_model)
         self._gate = None
         if adapter is not None and adapter.lora is not None:
             self._gate = LoraGate(base_model, adapter.lora)
@@ -192,11 +194,12 @@ class SelfSpeculativeModel:
         K = self._resolve_num_speculative_tokens(num_speculative_tokens, mode)
         device = self.target.device
         eos_ids = torch.tensor(eos_token_ids(self.base_model) if eos is None else eos, device=device).long()
+        self._linears.refresh()
         if K == 0:
-            return Decoder(self.target, "plain", 0, law, max_new_tokens, eos_ids)
+            return Decoder(self.target, "plain", 0, law, max_new_tokens, eos_ids, linears=self._linears)
         assert self.adapter is not None
         masks = self.adapter.embeddings_for(K).to(device, self.target.dtype)
-        return Decoder(self.target, mode, K, law, max_new_tokens, eos_ids, masks, self._gate)
+        return Decoder(self.target, mode, K, law, max_new_tokens, eos_ids, masks, self._gate, self._linears)
 
     def _resolve_num_speculative_tokens(self, asked: int | None, mode: str) -> int:
         if asked is not None and asked < 0:

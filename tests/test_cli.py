@@ -98,12 +98,11 @@ def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, ex
     from pardec.sampling import TokenLaw
 
     ids = expected[0]
-    state = {"next": 1}
+    calls = []
 
-    def truth(self, logits):  # the first two drafts are true, later ones are not
-        drafts = ids[state["next"] : state["next"] + K]
-        state["next"] = 10**6
-        return torch.tensor([(drafts + [4000] * K)[:K]]), None
+    def truth(self, logits):  # the first call is the probe's; the drafts of the second are true
+        calls.append(None)
+        return torch.tensor([ids[1 : K + 1] if len(calls) == 2 else [4000] * K]), None
 
     monkeypatch.setattr(TokenLaw, "draw", truth)
     result = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--show-drafts")

@@ -1,0 +1,72 @@
+"""Packed weights: the same product, the base untouched, changes noticed."""
+
+import torch
+from tiny_models import make_adapter, tiny_model
+
+from pardec.model import SelfSpeculativeModel
+from pardec.prepack import PackedLinears
+
+
+def test_packed_layers_give_the_same_numbers_for_any_number_of_rows():
+    torch.manual_seed(0)
+    for bias in (True, False):
+        model = torch.nn.Sequential(torch.nn.Linear(48, 80, bias=bias))
+        packed = PackedLinears(model)
+        packed.refresh()
+        for shape in ((1, 1, 48), (1, 25, 48), (3, 9, 48), (7, 48), (200, 48)):
+            x = torch.randn(shape)
+            expected = torch.einsum("...i,oi->...o", x.double(), model[0].weight.double())
+            expected = expected + (model[0].bias.double() if bias else 0)
+            with torch.no_grad(), packed.active():
+                found = model(x)
+            assert found.shape == expected.shape
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_outside_of_the_context_the_base_is_bitwise_itself():
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = torch.tensor([[5, 3, 8, 1]])
+    before = model(ids).logits
+    stream = SelfSpeculativeModel(model, None, make_adapter(model, 2)).stream([5, 3, 8], max_new_tokens=12)
+    next(stream)
+    next(stream)
+    assert torch.equal(model(ids).logits, before)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_weights_that_change_are_packed_again():
+    model = tiny_model("llama", dtype=torch.float32)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2))
+    ours.generate([5, 3, 8], max_new_tokens=12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5).add_(torch.randn(parameter.shape) * 0.2)
+    expected = model.generate(torch.tensor([[5, 3, 8]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    for mode in ("plain", "fused"):
+        assert ours.generate([5, 3, 8], max_new_tokens=12, mode=mode).token_ids == [expected]
+
+
+def test_a_forward_that_someone_else_replaced_is_left_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model[0].forward = lambda x: x + 1
+    packed = PackedLinears(model)
+    packed.refresh()
+    with packed.active():
+        assert torch.equal(model(torch.zeros(1, 4)), torch.ones(1, 4))
+    assert torch.equal(model(torch.zeros(1, 4)), torch.ones(1, 4))
+
+
+def test_other_dtypes_are_not_packed():
+    model = tiny_model("llama", dtype=torch.float64)
+    assert PackedLinears(model)._modules == []
+
+
+def test_nothing_is_packed_where_memory_is_short(monkeypatch):
+    import psutil
+
+    class Short:
+        available = 1000
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Short)
+    model = tiny_model("llama", dtype=torch.float32)
+    assert PackedLinears(model)._modules == []
