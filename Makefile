@@ -1,6 +1,10 @@
 # Every target sets up .venv by itself on a fresh machine; nothing else is needed than Python >= 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
+CPUS := $(shell getconf _NPROCESSORS_ONLN)
+# left to itself, accelerate gives a process on a CPU one thread
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(CPUS)
 .DELETE_ON_ERROR:
 .PHONY: setup demo test check clean
 
@@ -13,8 +17,8 @@ setup: .venv/.installed
 	touch $@
 
 demo: setup  ## train two adapters on the packaged model, measure them, print the table
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/train_adapter.py recipes/quickstart_embeddings.yaml
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no train/train_adapter.py recipes/quickstart.yaml
+	$(LAUNCH) train/train_adapter.py recipes/quickstart_embeddings.yaml
+	$(LAUNCH) train/train_adapter.py recipes/quickstart.yaml
 	$(BIN)/python eval/demo.py runs/quickstart_embeddings runs/quickstart
 
 test: setup  ## the whole test suite (GPU tests run only where asked for with -m gpu)

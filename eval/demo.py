@@ -137,9 +137,7 @@ def measure_untrained(model: SelfSpeculativeModel, prompts: list[list[int]], max
     masks = mean_embedding(model.target).cpu().repeat(model.adapter.mask_embeddings.shape[0], 1)
     adapter = Adapter(masks, model.adapter.metadata)
     untrained = SelfSpeculativeModel(model.base_model, model.tokenizer, adapter)
-    found = measure_acceptance(
-        untrained, prompts, max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_k=TOP_K
-    )
+    found = measure_acceptance(untrained, prompts, max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_k=TOP_K)
     return found.mean_acceptance_length, found.stats.acceptance_rate_per_position["unconditional"][:K]
 
 

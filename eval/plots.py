@@ -33,3 +33,49 @@ def plot_acceptance_by_position(rates: Mapping[str, Sequence[float]], title: str
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def plot_fused_step(num_speculative_tokens: int, path: Path) -> None:
+    """Who sees whom in a fused step, drawn from the layout that the decoder uses.
+
+    Args:
+        num_speculative_tokens: K.
+        path: of the PNG.
+    """
+    import matplotlib
+    import numpy as np
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.colors import ListedColormap
+
+    from pardec.layout import chain_layout
+
+    K = num_speculative_tokens
+    layout = chain_layout(K)
+    real = ["bonus", *(f"d{k}" for k in range(1, K + 1))]
+    masks = [f"m{j}" for _ in range(K + 1) for j in range(1, K + 1)]
+    kinds = np.array([1] * len(real) + [2 + i // K for i in range(len(masks))])
+    seen = np.where(layout.visible.numpy(), kinds[None, :], 0)
+    context = np.full((layout.num_rows, 1), K + 3)
+    colours = ["white", "#3b6fb6", *pyplot.get_cmap("Oranges")(np.linspace(0.45, 0.8, K + 1)), "#c9d7ea"]
+    figure, axes = pyplot.subplots(figsize=(7.2, 5.6), dpi=130)
+    picture = np.concatenate([context, seen], axis=1)
+    axes.imshow(picture, cmap=ListedColormap(colours), vmin=0, vmax=K + 3, aspect="auto")
+    places = zip(real + masks, layout.offsets.tolist(), strict=True)
+    rows = [f"{name}   at s+{offset}, predicts s+{offset + 1}" for name, offset in places]
+    axes.set_yticks(range(layout.num_rows), rows, fontsize=8, family="monospace")
+    axes.set_xticks(range(layout.num_rows + 1), ["context", *real, *masks], fontsize=8, rotation=60)
+    axes.xaxis.tick_top()
+    for edge in [K + 0.5, *(K + 0.5 + K * i for i in range(1, K + 1))]:
+        axes.axhline(edge, color="#888888", linewidth=0.8)
+        axes.axvline(edge + 1, color="#888888", linewidth=0.8)
+    notes = {K / 2: "real rows:\nverify the drafts"}
+    notes |= {K + 0.5 + K * (i + 0.5): f"block {i}:\nnext drafts if\n{i} accepted" for i in range(K + 1)}
+    for height, text in notes.items():
+        axes.text(layout.num_rows + 0.7, height, text, fontsize=7.5, va="center")
+    axes.set_title(f"a fused step, K = {K}: rows (left) and what each sees (top)", fontsize=10, pad=12)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)

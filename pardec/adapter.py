@@ -149,7 +149,9 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> None:
 def _write_files(adapter: Adapter, folder: Path) -> None:
     if adapter.lora is not None:
         (folder / LORA_DIR).mkdir()
-    save_file({"mask_embeddings": adapter.mask_embeddings.detach().float().cpu().contiguous()}, folder / EMBEDDINGS_FILE)
+    save_file(
+        {"mask_embeddings": adapter.mask_embeddings.detach().float().cpu().contiguous()}, folder / EMBEDDINGS_FILE
+    )
     written = [EMBEDDINGS_FILE]
     if adapter.lora is not None:
         save_file(adapter.lora.tensors, folder / LORA_WEIGHTS_FILE, metadata={"format": "pt"})

@@ -67,7 +67,7 @@ def load_base(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ValueError(f"base {name!r}: cannot be loaded: {_first_line(error)}") from None
     if not hasattr(base, "hf_device_map"):
-        base = base.to(where)
+        base = base.to(where)  # type: ignore[arg-type]
     return base.eval().requires_grad_(False)
 
 
@@ -76,9 +76,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer that goes with a base, None if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(
-            resolve_base(name), revision=revision, trust_remote_code=trust_remote_code
-        )
+        return AutoTokenizer.from_pretrained(resolve_base(name), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -90,9 +88,7 @@ def refuse_by_config(config: "PretrainedConfig") -> None:
         UnsupportedModelError: for encoder-decoders and positional biases that explicit masks do not reach.
     """
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{config.model_type}: expected a causal language model, found an encoder-decoder"
-        )
+        raise UnsupportedModelError(f"{config.model_type}: expected a causal language model, found an encoder-decoder")
     if getattr(config.get_text_config(decoder=True), "alibi", False):
         raise UnsupportedModelError(
             f"{config.model_type}: expected positions by rope or table, found alibi biases, which follow the "

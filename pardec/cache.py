@@ -28,7 +28,8 @@ class _SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         slots = self.owner.slots
         if slots is None:  # prefill: rows 0..R-1 into slots 0..R-1, attention over the rows themselves
             num_rows = key_states.shape[2]
@@ -75,7 +76,8 @@ class _PrefixLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         # nothing is stored: a second forward against the same prefix, and its backward, must see the prefix alone
         return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
 

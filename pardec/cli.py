@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -53,7 +53,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)] = None,
     top_p: Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)] = None,
-    min_p: Annotated[float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)] = None,
     mode: Annotated[str, typer.Option(help="fused, two_pass or plain")] = "fused",
     num_speculative_tokens: Annotated[
@@ -207,7 +209,7 @@ def _stream(model: "SelfSpeculativeModel", prompt: str, mode: str, options: dict
         first = 1 if mode == "two_pass" and number else 0
         for index, token in enumerate(chunk.token_ids):
             drafted = first <= index < first + chunk.num_accepted_tokens
-            text = model.tokenizer.decode([token], skip_special_tokens=True)
+            text = cast(str, model.tokenizer.decode([token], skip_special_tokens=True))
             console.print(Text(text, style="bold green" if drafted else ""), end="")
         accepted, steps = accepted + chunk.num_accepted_tokens, steps + (number > 0)
     console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green)", style="dim")
@@ -241,7 +243,11 @@ def _compare(model: "SelfSpeculativeModel", prompt: str, mode: str, options: dic
             f"{factor:.2f} x",
         )
     console.print(table)
-    same = "yes" if identical else "no" + (" (sampled: the law is the same, not the draw)" if options["temperature"] else "")
+    same = (
+        "yes"
+        if identical
+        else "no" + (" (sampled: the law is the same, not the draw)" if options["temperature"] else "")
+    )
     console.print(f"same tokens as plain: {same}")
     return identical
 

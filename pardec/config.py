@@ -43,7 +43,7 @@ class DataConfig(Section):
     format: Literal["auto", "text", "jsonl", "hub"] = "auto"
     subset: str | None = None
     split: str = "train"
-    max_length: int = Field(512, ge=8)
+    max_length: int = Field(default=512, ge=8)
     validation_path: str | None = None
     test_path: str | None = None
 
@@ -57,8 +57,8 @@ class LoraSection(Section):
         target_modules: names of modules, or `all-linear`.
     """
 
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0, allow_inf_nan=False)
+    r: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0, allow_inf_nan=False)
     target_modules: str | list[str] = "all-linear"
 
 
@@ -72,7 +72,7 @@ class AdapterConfig(Section):
         lora: a LoRA that is active at mask rows only; default none.
     """
 
-    num_speculative_tokens: int = Field(4, ge=1, le=64)
+    num_speculative_tokens: int = Field(default=4, ge=1, le=64)
     mask_sharing: Literal["distinct", "shared"] = "distinct"
     draft_input: Literal["mask_embeddings"] = "mask_embeddings"
     lora: LoraSection | None = None
@@ -100,21 +100,21 @@ class TrainConfig(Section):
         trackers: besides the JSONL file, e.g. tensorboard.
     """
 
-    steps: int = Field(300, ge=1)
-    batch_size: int = Field(4, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    anchors_per_sequence: int = Field(64, ge=1)
-    anchors_per_forward: int | None = Field(None, ge=1)
-    learning_rate: float = Field(1e-2, gt=0, allow_inf_nan=False)
-    lora_learning_rate: float = Field(3e-3, gt=0, allow_inf_nan=False)
-    warmup_steps: int = Field(20, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    steps: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    anchors_per_sequence: int = Field(default=64, ge=1)
+    anchors_per_forward: int | None = Field(default=None, ge=1)
+    learning_rate: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
+    lora_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    warmup_steps: int = Field(default=20, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     objective: Literal["kl", "cross_entropy"] = "kl"
     position_weights: float | list[float] = 1.0
     mixed_precision: MixedPrecision = "auto"
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int = Field(100, ge=1)
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1)
     trackers: list[str] = []
 
 
@@ -129,10 +129,10 @@ class EvalConfig(Section):
         top_k: likewise.
     """
 
-    every: int = Field(100, ge=1)
-    num_prompts: int = Field(16, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.8, gt=0, allow_inf_nan=False)
+    every: int = Field(default=100, ge=1)
+    num_prompts: int = Field(default=16, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.8, gt=0, allow_inf_nan=False)
     top_k: int | None = 10
 
 
@@ -174,9 +174,7 @@ class Recipe(Section):
 AnyRecipe = TypeVar("AnyRecipe", bound=Section)
 
 
-def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), model: type[AnyRecipe] = Recipe
-) -> AnyRecipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), model: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """Reads a recipe and applies overrides of the form `section.key=value`, values in YAML.
 
     Args:
@@ -239,7 +237,7 @@ def _describe(error: ValidationError, model: type[Section]) -> str:
         return f"unknown key {key!r}; the nearest known one is {'.'.join([*location[:-1], *nearest])!r}"
     if first["type"] == "missing":
         return f"expected key {key!r}, found none"
-    if first["type"] == "value_error":
+    if first["type"] == "value_error" and "ctx" in first:
         return str(first["ctx"]["error"])
     return f"{key}: {first['msg'].lower()}, found {first['input']!r}"
 

@@ -246,9 +246,7 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
     return Document(np.array(ids, dtype=np.int32))
 
 
-def _tokenise_conversation(
-    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> Document:
+def _tokenise_conversation(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Document:
     """Assistant spans are found by rendering the conversation up to and including each assistant turn."""
     if not tokenizer.chat_template:
         raise DataError(f"{where}: expected a tokenizer with a chat template for conversations, found none")

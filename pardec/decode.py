@@ -4,7 +4,7 @@ Knows token ids only: no tokenizer, no files. `plain` is the same loop without d
 Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a forward, S cache slots, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -105,18 +105,19 @@ class Decoder:
         """Cache slots that a step writes behind the committed tokens."""
         return 1 + max(plan.layout.num_rows for plan in self._plans.values())
 
-    def generate(self, prompts: list[list[int]]) -> Iterator[DecodeState]:
+    def generate(self, prompts: list[list[int]]) -> Generator[DecodeState, None, None]:
         """Yields the state after prefill and after every step, until all rows are done.
 
         The LoRA's hooks, where there are any, are on the base only while this runs.
         """
-        with torch.no_grad(), self.gate.attached() if self.gate is not None else nullcontext():
+        with self.gate.attached() if self.gate is not None else nullcontext():
             state = self.prefill(prompts)
             yield state
             while not bool(state.done.all()):
                 self.step(state)
                 yield state
 
+    @torch.no_grad()  # not around the loop: what the caller does between two steps keeps its gradients
     def prefill(self, prompts: list[list[int]]) -> DecodeState:
         """Runs the prompts, in fused mode with one block of mask tokens behind each, and emits the first token.
 
@@ -152,6 +153,7 @@ class Decoder:
         self._emit(state, first, torch.ones_like(lengths))
         return state
 
+    @torch.no_grad()
     def step(self, state: DecodeState) -> None:
         """One round: one forward (plain, fused) or two (two_pass). No value on the device is read by the host."""
         if self.mode == "two_pass":
@@ -159,6 +161,7 @@ class Decoder:
         else:
             self._fused_step(state)
 
+    @torch.no_grad()
     def step_logits(self, state: DecodeState) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
         return self._run(self._plans["step"], state, state.lengths, [state.bonus[:, None], state.drafts])
@@ -301,9 +304,7 @@ class Decoder:
             first_eos = torch.where(is_eos, index, tokens.shape[1]).amin(dim=1)
             count_kept = torch.minimum(count_kept, first_eos + 1)
             state.done = state.done | is_eos.any(dim=1)
-        column = torch.where(
-            index < count_kept[:, None], state.num_new[:, None] + index, self.max_new_tokens
-        )
+        column = torch.where(index < count_kept[:, None], state.num_new[:, None] + index, self.max_new_tokens)
         state.output.scatter_(1, column, tokens)
         state.num_new = state.num_new + count_kept
         state.done = state.done | (state.num_new >= self.max_new_tokens)

@@ -7,22 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerationConfig,
-    LogitsProcessor,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import (
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
+    LogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from pardec.base import pad_token_id
@@ -132,9 +128,7 @@ def _without_padding(processor: LogitsProcessor) -> LogitsProcessor:
     return processor
 
 
-def _limits(
-    criteria: StoppingCriteriaList, prompt_length: int
-) -> tuple[int, list[int], StoppingCriteriaList]:
+def _limits(criteria: StoppingCriteriaList, prompt_length: int) -> tuple[int, list[int], StoppingCriteriaList]:
     """(max_new_tokens, EOS ids, every other criterion)."""
     max_length, eos, others = None, [], StoppingCriteriaList()
     for criterion in criteria:
@@ -149,9 +143,7 @@ def _limits(
     return max_length - prompt_length, eos, others
 
 
-def _apply_criteria(
-    state: DecodeState, criteria: StoppingCriteriaList, input_ids: Tensor, checked: list[int]
-) -> None:
+def _apply_criteria(state: DecodeState, criteria: StoppingCriteriaList, input_ids: Tensor, checked: list[int]) -> None:
     """Ends a row at the first of its new tokens at which a criterion is met; criteria may look at the last token."""
     for b, done_before in enumerate(checked):
         row = torch.cat([input_ids[b], state.output[b].to(input_ids.device)])[None]

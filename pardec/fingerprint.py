@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pardec.forward import text_config
+from pardec.forward import embedding_weight, text_config
 
 NUM_ROWS = 64
 _SIZES = (
@@ -75,18 +75,15 @@ def differences(expected: Fingerprint, found: Fingerprint, found_dtype: torch.dt
         rounding = want.abs() * 2**-11 + 2**-24
         if found_dtype != torch.float16 or bool(((want - have).abs() > rounding).any()):
             lines.append(
-                f"input embeddings: expected sha256 {expected.embedding_rows[:12]}, "
-                f"found {found.embedding_rows[:12]}"
+                f"input embeddings: expected sha256 {expected.embedding_rows[:12]}, found {found.embedding_rows[:12]}"
             )
     if expected.tokenizer and found.tokenizer and expected.tokenizer != found.tokenizer:
-        lines.append(
-            f"tokenizer vocabulary: expected sha256 {expected.tokenizer[:12]}, found {found.tokenizer[:12]}"
-        )
+        lines.append(f"tokenizer vocabulary: expected sha256 {expected.tokenizer[:12]}, found {found.tokenizer[:12]}")
     return lines
 
 
 def _fixed_rows(base: PreTrainedModel) -> Tensor:
-    weight = base.get_input_embeddings().weight.detach()
+    weight = embedding_weight(base).detach()
     index = torch.linspace(0, text_config(base).vocab_size - 1, NUM_ROWS, dtype=torch.float64).long()
     return weight[index.to(weight.device)].float().cpu()
 

@@ -6,6 +6,7 @@ Legend: B batch, R rows (queries), S keys, D width of an input embedding, V voca
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class AttentionForm:
         for kind in self.layer_types:
             seen = visible
             if kind == SLIDING:
+                assert self.window is not None
                 distance = query_positions[:, :, None] - key_positions[:, None, :]
                 seen = visible & (distance < self.window)
             elif kind == CHUNKED:
@@ -118,12 +120,12 @@ class TargetModel:
     @property
     def device(self) -> torch.device:
         """Where input embeddings live."""
-        return self.base.get_input_embeddings().weight.device
+        return embedding_weight(self.base).device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the input embeddings and so of the activations."""
-        return self.base.get_input_embeddings().weight.dtype
+        return embedding_weight(self.base).dtype
 
     @property
     def num_layers(self) -> int:
@@ -180,6 +182,11 @@ class TargetModel:
         ).logits
 
 
+def embedding_weight(base: PreTrainedModel) -> Tensor:
+    """The table of input embeddings, one row per token id."""
+    return cast(Tensor, base.get_input_embeddings().weight)
+
+
 def embedding_dim(base: PreTrainedModel) -> int:
     """Width of an input embedding; where it is projected this is not the hidden size."""
-    return base.get_input_embeddings().weight.shape[1]
+    return embedding_weight(base).shape[1]

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class LoraGate:
         self._targets: list[tuple[nn.Module, Tensor, Tensor]] = []
         for name, (a, b) in weights.pairs().items():
             module = _base_module(base, name)
-            weight = module.weight
+            weight = cast(Tensor, module.weight)
             if (b.shape[0], a.shape[1]) != _linear_shape(module):
                 raise ValueError(
                     f"lora: {name}: expected {_linear_shape(module)} features, found {(b.shape[0], a.shape[1])}"
@@ -98,9 +98,7 @@ class LoraGate:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Keeps the hooks on the base for the time of the context; the gate is closed at its end."""
-        handles = [
-            module.register_forward_hook(self._make_hook(a_t, b_t)) for module, a_t, b_t in self._targets
-        ]
+        handles = [module.register_forward_hook(self._make_hook(a_t, b_t)) for module, a_t, b_t in self._targets]
         try:
             yield
         finally:
@@ -128,10 +126,8 @@ class LoraGate:
             if rows is None:
                 return
             x = args[0]
-            if x.shape[:-1].numel() != self._shape[0] * self._shape[1]:
-                raise ValueError(f"lora: expected module inputs of {self._shape} rows, found {tuple(x.shape)}")
-            if x.dim() == 2:  # some models flatten the batch; the views share memory with what they return
-                x, output = x.view(*self._shape, -1), output.view(*self._shape, -1)
+            if x.shape[:-1] != self._shape:
+                x, output = self._unflatten(x), self._unflatten(output)
             if isinstance(rows, slice):
                 if x.shape[0] == 1:
                     output[0, rows].addmm_(torch.mm(x[0, rows], a_t), b_t)
@@ -143,6 +139,12 @@ class LoraGate:
                 output.scatter_add_(1, index.expand(-1, -1, output.shape[2]), mask_rows @ a_t @ b_t)
 
         return add_to_mask_rows
+
+    def _unflatten(self, x: Tensor) -> Tensor:
+        """Some models flatten batch and rows for a part of a layer; the view shares memory with what they return."""
+        if x.dim() != 2 or x.shape[0] != self._shape[0] * self._shape[1]:
+            raise ValueError(f"lora: expected module inputs of {self._shape} rows, found {tuple(x.shape)}")
+        return x.view(*self._shape, -1)
 
 
 def _base_module(base: nn.Module, name: str) -> nn.Module:
@@ -161,7 +163,7 @@ def _linear_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) features."""
     if hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight = cast(Tensor, module.weight)
     return int(weight.shape[1]), int(weight.shape[0])  # transformers' Conv1D keeps [in, out]
 
 
@@ -174,7 +176,12 @@ def inject_lora(base: nn.Module, *, r: int, alpha: float, target_modules: str | 
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=r, lora_alpha=alpha, target_modules=target_modules, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=target_modules,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # peft reads an attribute that newer transformers versions rename

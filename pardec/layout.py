@@ -34,9 +34,7 @@ class RowLayout:
 
     def to(self, device: torch.device) -> "RowLayout":
         """The same layout with its tensors on `device`."""
-        return RowLayout(
-            self.num_real, self.offsets.to(device), self.visible.to(device), self.mask_indices.to(device)
-        )
+        return RowLayout(self.num_real, self.offsets.to(device), self.visible.to(device), self.mask_indices.to(device))
 
 
 def real_layout(num_rows: int) -> RowLayout:

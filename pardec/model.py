@@ -6,10 +6,12 @@
 
 import copy
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from pardec.adapter import Adapter, AdapterError, load_adapter
 from pardec.base import eos_token_ids, load_base, load_tokenizer, pad_token_id, position_limit, refuse_by_config
 from pardec.decode import MODES, Decoder, DecodeState
 from pardec.fingerprint import differences, fingerprint
-from pardec.forward import TargetModel
+from pardec.forward import TargetModel, embedding_weight
 from pardec.gated_lora import LoraGate
 from pardec.prepack import PackedLinears
 from pardec.probe import probe
@@ -71,9 +73,7 @@ class SelfSpeculativeModel:
     Source: PaSS, arXiv:2311.13581; verification of arXiv:2302.01318.
     """
 
-    def __init__(
-        self, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: Adapter | None
-    ):
+    def __init__(self, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: Adapter | None):
         """Takes a loaded base as it is; `adapter` None allows plain mode only. Use `pardec.load` for checks."""
         self.base_model = base_model
         self.tokenizer = tokenizer
@@ -124,10 +124,7 @@ class SelfSpeculativeModel:
         law = self._law(temperature, top_k, top_p, min_p, seed)
         decoder = self._decoder(ids, law, max_new_tokens, num_speculative_tokens, mode)
         start = time.perf_counter()
-        state = None
-        for state in decoder.generate(ids):
-            pass
-        assert state is not None
+        state = deque(decoder.generate(ids), maxlen=1).pop()  # the last one
         outputs = _outputs(state)
         seconds = time.perf_counter() - start  # reading the outputs has waited for the device
         return self._result(ids, outputs, counts_of(state, decoder.mode), seconds)
@@ -163,9 +160,7 @@ class SelfSpeculativeModel:
                 accepted = int(state.accepted[0, steps - 1]) if steps else 0
                 first = 1 if decoder.mode == "two_pass" else 0  # its exact token stands before the drafts
                 emitted += len(new)
-                yield StreamChunk(
-                    text.put(new, last=bool(state.done[0])), new, min(accepted, max(len(new) - first, 0))
-                )
+                yield StreamChunk(text.put(new, last=bool(state.done[0])), new, min(accepted, max(len(new) - first, 0)))
 
     def _law(
         self, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
@@ -239,11 +234,9 @@ class SelfSpeculativeModel:
         ids = [int(token) for token in row]  # type: ignore[union-attr]
         if not ids:
             raise ValueError(f"prompt {index}: expected at least one token, found an empty prompt")
-        rows = self.base_model.get_input_embeddings().weight.shape[0]
+        rows = embedding_weight(self.base_model).shape[0]
         if min(ids) < 0 or max(ids) >= rows:
-            raise ValueError(
-                f"prompt {index}: expected token ids in 0..{rows - 1}, found {min(ids)}..{max(ids)}"
-            )
+            raise ValueError(f"prompt {index}: expected token ids in 0..{rows - 1}, found {min(ids)}..{max(ids)}")
         return ids
 
     def _result(
@@ -253,7 +246,7 @@ class SelfSpeculativeModel:
         sequences = torch.nn.utils.rnn.pad_sequence(rows, True, pad_token_id(self.base_model))
         text = []
         if self.tokenizer is not None:
-            text = [self.tokenizer.decode(output, skip_special_tokens=True) for output in outputs]
+            text = [cast(str, self.tokenizer.decode(output, skip_special_tokens=True)) for output in outputs]
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         return GenerationOutput(text, outputs, sequences, lengths, pool(counts, seconds), counts)
 
@@ -348,7 +341,7 @@ def load(
         refuse_by_config(loaded.config)
         tokenizer = load_tokenizer(loaded.config._name_or_path or reference.name)
     found = fingerprint(loaded, tokenizer)
-    wrong = differences(adapter.metadata.fingerprint, found, loaded.get_input_embeddings().weight.dtype)
+    wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
     if wrong:
         raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
     model = SelfSpeculativeModel(loaded, tokenizer, adapter)
@@ -394,7 +387,7 @@ class _TextStream:
         if self.tokenizer is None:
             return ""
         self.ids += ids
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        text = cast(str, self.tokenizer.decode(self.ids, skip_special_tokens=True))
         if not last:
             text = text.rstrip("�")
         new = text[self.sent :]

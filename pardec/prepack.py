@@ -24,7 +24,8 @@ class PackedLinears:
     """
 
     def __init__(self, base: nn.Module):
-        self._modules = [module for module in base.modules() if _can_be_packed(module)]
+        linears = [module for module in base.modules() if isinstance(module, nn.Linear)]
+        self._modules = [module for module in linears if _can_be_packed(module)]
         needed = sum(module.weight.nbytes for module in self._modules)
         if needed > psutil.virtual_memory().available / 2:
             self._modules = []
@@ -50,11 +51,11 @@ class PackedLinears:
                 module.__dict__.pop("forward", None)
 
 
-def _can_be_packed(module: nn.Module) -> bool:
+def _can_be_packed(module: nn.Linear) -> bool:
     if type(module) is not nn.Linear or "forward" in module.__dict__:  # someone else's own forward stays
         return False
     on_cpu = module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
-    return on_cpu and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _version(weight: Tensor) -> int:

@@ -49,8 +49,7 @@ class ModelConfig(Section):
             )
         if heads % kv_heads:
             raise ValueError(
-                "model.num_attention_heads: expected a multiple of "
-                f"{kv_heads} (num_key_value_heads), found {heads}"
+                f"model.num_attention_heads: expected a multiple of {kv_heads} (num_key_value_heads), found {heads}"
             )
         return self
 

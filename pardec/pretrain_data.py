@@ -52,9 +52,7 @@ def read_sources(path: str, *, seed: int, max_characters: int | None = None) -> 
     if max_characters is not None:
         texts[TRAIN] = first_texts(texts[TRAIN], max_characters)
         if not texts[TRAIN]:
-            raise DataError(
-                f"data.max_characters: expected room for at least one file, found {max_characters}"
-            )
+            raise DataError(f"data.max_characters: expected room for at least one file, found {max_characters}")
     return texts
 
 
@@ -87,9 +85,7 @@ def encode(
     # a source that mentions the separator must not end a document; this setting is not saved with a tokenizer
     tokenizer.encode_special_tokens = True
     documents, held = [], 0
-    with tqdm(
-        total=len(texts), desc="tokenising", unit="file", disable=not show_progress, leave=False
-    ) as bar:
+    with tqdm(total=len(texts), desc="tokenising", unit="file", disable=not show_progress, leave=False) as bar:
         for first in range(0, len(texts), _FILES_PER_CALL):
             for encoding in tokenizer.encode_batch(texts[first : first + _FILES_PER_CALL]):
                 if max_tokens is not None and held >= max_tokens:

@@ -180,8 +180,7 @@ def load_state(
     saved = load_file(states[-1] / "parameters.safetensors")
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(
-            f"{states[-1]}: expected the parameters of this recipe ({len(parameters)}), "
-            f"found others ({len(saved)})"
+            f"{states[-1]}: expected the parameters of this recipe ({len(parameters)}), found others ({len(saved)})"
         )
     moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for entry, tensor in load_file(states[-1] / "optimizer.safetensors").items():

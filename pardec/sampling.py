@@ -108,7 +108,7 @@ class TokenLaw:
         flat = scores.reshape(-1, scores.shape[-1])
         no_ids = torch.empty(flat.shape[0], 0, dtype=torch.long, device=flat.device)
         for warper in warpers:
-            flat = warper(no_ids, flat)
+            flat = warper(no_ids, flat)  # type: ignore[arg-type]
         return flat.view_as(scores)
 
     def probs(self, logits: Tensor, prefix_of: Callable[[int, int], Tensor] | None = None) -> Tensor:

@@ -80,9 +80,7 @@ def pool(counts: Sequence[SequenceCounts], seconds: float) -> DecodeStats:
 def _figures(
     counts: Sequence[SequenceCounts], seconds: float, accepted_per_step: list[int] | None = None
 ) -> DecodeStats:
-    rounds = [
-        (a, d) for one in counts for a, d in zip(one.accepted, one.drafted, strict=True)
-    ]
+    rounds = [(a, d) for one in counts for a, d in zip(one.accepted, one.drafted, strict=True)]
     drafts = [(a, d) for a, d in rounds if d > 0]
     num_accepted = sum(a for a, _ in drafts)
     num_drafted = sum(d for _, d in drafts)
@@ -117,9 +115,7 @@ def _rates_per_position(drafts: Sequence[tuple[int, int]]) -> dict[str, list[flo
     return {"unconditional": unconditional, "conditional": conditional}
 
 
-def inside_repetition(
-    token_ids: Sequence[int], max_period_tokens: int = 32, min_span_tokens: int = 8
-) -> list[bool]:
+def inside_repetition(token_ids: Sequence[int], max_period_tokens: int = 32, min_span_tokens: int = 8) -> list[bool]:
     """Which tokens lie inside exact repetition.
 
     A token is inside if it belongs to a span of at least `min_span_tokens`, and of at least 2 p, each token of

@@ -38,6 +38,8 @@ class MaskTokenTrainer(nn.Module):
     in PPD arXiv:2405.18628).
     """
 
+    position_weights: Tensor
+
     def __init__(
         self,
         base: nn.Module,

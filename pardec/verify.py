@@ -54,9 +54,7 @@ class VerdictLaw:
     bonus: Tensor
 
 
-def verdict_law(
-    target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor, draft_length: Tensor
-) -> VerdictLaw:
+def verdict_law(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor, draft_length: Tensor) -> VerdictLaw:
     """Acceptance probabilities min(1, p/q) and the laws from which the bonus token is drawn.
 
     After a rejection at k the bonus follows norm(max(0, p - q)); at k = draft_length, where nothing was
@@ -73,9 +71,7 @@ def verdict_law(
             f"shape {tuple(draft_probs.shape)}"
         )
     if target_probs.dtype != torch.float32 or draft_probs.dtype != torch.float32:
-        raise ValueError(
-            f"expected float32 probabilities, found {target_probs.dtype} and {draft_probs.dtype}"
-        )
+        raise ValueError(f"expected float32 probabilities, found {target_probs.dtype} and {draft_probs.dtype}")
     exists = _exists(draft_length, K)
     p = target_probs[:, :K].gather(2, draft_tokens[:, :, None]).squeeze(2)
     q = draft_probs.gather(2, draft_tokens[:, :, None]).squeeze(2)

@@ -250,9 +250,7 @@ def test_a_file_is_refused(saved):
 
 
 def test_a_foreign_folder_is_refused_with_what_is_in_it(tmp_path):
-    assert refusal(tmp_path).endswith(
-        "expected an adapter directory with pardec.json, found an empty directory"
-    )
+    assert refusal(tmp_path).endswith("expected an adapter directory with pardec.json, found an empty directory")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("")
     assert refusal(tmp_path).endswith(
@@ -285,9 +283,7 @@ def test_a_later_format_is_told_before_its_unknown_keys(saved):
     assert "expected format_version 1, found 2" in refusal(saved)
 
 
-@pytest.mark.parametrize(
-    "content", [b"{", b"", b"\xff\xfe", b"{'a': 1}"], ids=["cut", "empty", "not-utf8", "python"]
-)
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"{'a': 1}"], ids=["cut", "empty", "not-utf8", "python"])
 def test_metadata_that_is_not_json_is_refused(saved, content):
     (saved / "pardec.json").write_bytes(content)
     assert refusal(saved).startswith(f"{saved / 'pardec.json'}: expected JSON, found ")

@@ -63,9 +63,7 @@ def test_ragged_slots_are_written_per_row(batch, seed):
             for new, written, out in zip(states, oracle, returned, strict=True):
                 write(written, new, cache.slots.tolist())
                 assert torch.equal(out, buffer_of(written, batch))
-        lengths += torch.randint(
-            0, 4, (batch,), generator=generator
-        )  # ragged acceptance, overwriting what is stale
+        lengths += torch.randint(0, 4, (batch,), generator=generator)  # ragged acceptance, overwriting what is stale
 
 
 @pytest.mark.parametrize("batch", [1, 3])

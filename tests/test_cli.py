@@ -95,14 +95,18 @@ def test_compare_ends_with_1_where_the_tokens_differ(saved, monkeypatch):
 
 
 def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, expected, monkeypatch):
+    import pardec
+    from pardec import cli
     from pardec.sampling import TokenLaw
 
     ids = expected[0]
+    model = pardec.load(saved)
+    monkeypatch.setattr(cli, "_load", lambda *options: model)  # loading probes the model, which drafts too
     calls = []
 
-    def truth(self, logits):  # the first call is the probe's; the drafts of the second are true
+    def truth(self, logits):  # the drafts of the prefill are true, later ones are not
         calls.append(None)
-        return torch.tensor([ids[1 : K + 1] if len(calls) == 2 else [4000] * K]), None
+        return torch.tensor([ids[1 : K + 1] if len(calls) == 1 else [4000] * K]), None
 
     monkeypatch.setattr(TokenLaw, "draw", truth)
     result = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--show-drafts")
@@ -163,5 +167,8 @@ def test_a_directory_that_is_no_adapter_is_refused(command, tmp_path):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys\nfrom pardec.cli import app\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    code = (
+        "import sys\nfrom pardec.cli import app\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

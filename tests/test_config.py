@@ -74,9 +74,7 @@ def test_numbers_that_yaml_leaves_strings_become_floats(write):
     assert recipe.position_weights() == [1, 0.5, 0.25, 0.125]
     listed = load_recipe(write(MINIMAL + "train: {position_weights: [1e0, 5e-1, 1e-1, 1e-2]}\n"))
     assert listed.position_weights() == [1.0, 0.5, 0.1, 0.01]
-    overridden = load_recipe(
-        write(MINIMAL), ["train.lora_learning_rate=2e-4", "train.position_weights=[1,1e-1,0,0]"]
-    )
+    overridden = load_recipe(write(MINIMAL), ["train.lora_learning_rate=2e-4", "train.position_weights=[1,1e-1,0,0]"])
     assert overridden.train.lora_learning_rate == 0.0002
     assert overridden.position_weights() == [1.0, 0.1, 0.0, 0.0]
 
@@ -109,9 +107,7 @@ class Other(Section):
 def test_a_recipe_of_another_kind_is_read_by_the_same_rules(write):
     path = write("width: 3\n")
     assert load_recipe(path, ["inner.depth=2"], Other) == Other(width=3, inner=Inner(depth=2))
-    with pytest.raises(
-        RecipeError, match=r"unknown key 'inner\.dept'; the nearest known one is 'inner\.depth'"
-    ):
+    with pytest.raises(RecipeError, match=r"unknown key 'inner\.dept'; the nearest known one is 'inner\.depth'"):
         load_recipe(path, ["inner.dept=2"], Other)
 
 
@@ -120,9 +116,7 @@ def test_a_recipe_of_another_kind_is_read_by_the_same_rules(write):
 
 def test_overrides_win_over_the_file_and_the_last_one_wins(write):
     path = write(MINIMAL + "train: {steps: 5, seed: 1}\n")
-    recipe = load_recipe(
-        path, ["train.steps=7", "train.steps=9", "output_dir=elsewhere", "data.max_length=32"]
-    )
+    recipe = load_recipe(path, ["train.steps=7", "train.steps=9", "output_dir=elsewhere", "data.max_length=32"])
     assert (recipe.train.steps, recipe.train.seed) == (9, 1)
     assert (recipe.output_dir, recipe.data.max_length) == ("elsewhere", 32)
 
@@ -146,9 +140,7 @@ def test_override_values_are_yaml(write):
 
 
 def test_an_override_may_remove_an_optional_section(write):
-    assert (
-        load_recipe(write(MINIMAL + "adapter: {lora: {r: 4}}\n"), ["adapter.lora=null"]).adapter.lora is None
-    )
+    assert load_recipe(write(MINIMAL + "adapter: {lora: {r: 4}}\n"), ["adapter.lora=null"]).adapter.lora is None
 
 
 @pytest.mark.parametrize("override", ["train.steps", "=3", "steps 3"])
@@ -189,9 +181,7 @@ def test_an_unknown_key_names_the_nearest_known_one(write, override, key, neares
         assert message.endswith(f"is {nearest!r}")
 
 
-@pytest.mark.parametrize(
-    "key", ["strategy", "train.steps_per_epoch", "train.strides", "eval.float32", "data.stream"]
-)
+@pytest.mark.parametrize("key", ["strategy", "train.steps_per_epoch", "train.strides", "eval.float32", "data.stream"])
 def test_an_unknown_key_is_named_whatever_it_begins_with(write, key):
     section = key.rpartition(".")[0]
     message = refusal(write(MINIMAL), f"{key}=4")
@@ -301,9 +291,7 @@ def test_a_malformed_file_is_refused(write, text):
     assert refusal(path).startswith(f"{path}: expected YAML, found ")
 
 
-@pytest.mark.parametrize(
-    ("text", "found"), [("- base\n- data\n", "list"), ("", "NoneType"), ("tiny-python", "str")]
-)
+@pytest.mark.parametrize(("text", "found"), [("- base\n- data\n", "list"), ("", "NoneType"), ("tiny-python", "str")])
 def test_something_other_than_a_mapping_is_refused(write, text, found):
     path = write(text)
     assert refusal(path) == f"{path}: expected a mapping of sections, found {found}"

@@ -211,13 +211,9 @@ def test_older_conversation_keys_are_understood(tmp_path):
 
 def test_an_empty_column_does_not_hide_another():
     """Tables have every column in every row, null where there is nothing."""
-    row = data.check_row(
-        {"text": None, "input_ids": None, "conversations": None, "messages": CHAT[:2]}, "here"
-    )
+    row = data.check_row({"text": None, "input_ids": None, "conversations": None, "messages": CHAT[:2]}, "here")
     assert row["conversations"] == CHAT[:2]
-    row = data.check_row(
-        {"text": "plain", "input_ids": None, "conversations": None, "messages": None}, "here"
-    )
+    row = data.check_row({"text": "plain", "input_ids": None, "conversations": None, "messages": None}, "here")
     assert row["text"] == "plain"
 
 
@@ -267,9 +263,7 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, case):
 
 @pytest.mark.parametrize("format", ["auto", "text", "jsonl"])
 def test_a_missing_path_is_named(tmp_path, format):
-    with pytest.raises(
-        DataError, match=r"data: expected a file or folder, found nothing at .*nowhere\.jsonl"
-    ):
+    with pytest.raises(DataError, match=r"data: expected a file or folder, found nothing at .*nowhere\.jsonl"):
         read_rows(str(tmp_path / "nowhere.jsonl"), format)
 
 
@@ -345,9 +339,7 @@ def test_what_datasets_cannot_load_is_one_line_with_the_path(tmp_path):
 
 @pytest.mark.usefixtures("datasets_cache")
 def test_a_dataset_that_is_nowhere_is_refused():
-    with pytest.raises(
-        DataError, match=r"data 'nobody/nothing': expected a file, folder or hub dataset, found "
-    ):
+    with pytest.raises(DataError, match=r"data 'nobody/nothing': expected a file, folder or hub dataset, found "):
         read_rows("nobody/nothing", "auto")
 
 
@@ -406,10 +398,7 @@ def test_only_what_the_assistant_says_is_learned(chat_tokenizer):
 
 def test_a_conversation_may_begin_with_the_assistant_or_the_system(chat_tokenizer):
     greeting = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "Say hi"}]
-    assert (
-        learned(tokenise({"conversations": greeting}, chat_tokenizer), chat_tokenizer)
-        == "<|assistant|>hello\n"
-    )
+    assert learned(tokenise({"conversations": greeting}, chat_tokenizer), chat_tokenizer) == "<|assistant|>hello\n"
     system = [{"role": "system", "content": "Be short"}, *CHAT[:2]]
     assert learned(tokenise({"conversations": system}, chat_tokenizer), chat_tokenizer) == "hi there!\n"
 
@@ -436,10 +425,7 @@ def test_a_template_without_the_prefix_property_is_refused_with_what_it_renders(
         tokenise({"conversations": CHAT}, chat_tokenizer, "talk.jsonl")
     message = str(caught.value)
     assert message.startswith("talk.jsonl: expected a chat template that renders a conversation's beginning")
-    assert (
-        repr("<|user|>Say hi\n<|assistant|>hi there!\n<|user|>And bye\n<|assistant|>bye (reasoning)\n")
-        in message
-    )
+    assert repr("<|user|>Say hi\n<|assistant|>hi there!\n<|user|>And bye\n<|assistant|>bye (reasoning)\n") in message
 
 
 def test_a_template_whose_generation_prompt_is_not_what_it_renders_is_refused(chat_tokenizer):
@@ -449,9 +435,7 @@ def test_a_template_whose_generation_prompt_is_not_what_it_renders_is_refused(ch
 
 
 def test_a_rendering_that_is_all_or_nothing_the_assistants_is_refused(chat_tokenizer):
-    chat_tokenizer.chat_template = (
-        "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
-    )
+    chat_tokenizer.chat_template = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
     with pytest.raises(
         DataError, match=r"talk\.jsonl: expected some of the rendered tokens .*, found 100 % of 'hi there!"
     ):
@@ -462,9 +446,7 @@ def test_a_rendering_that_is_all_or_nothing_the_assistants_is_refused(chat_token
 
 
 def test_conversations_need_a_chat_template(tokenizer):
-    with pytest.raises(
-        DataError, match=r"talk\.jsonl: expected a tokenizer with a chat template .*, found none"
-    ):
+    with pytest.raises(DataError, match=r"talk\.jsonl: expected a tokenizer with a chat template .*, found none"):
         tokenise({"conversations": CHAT}, tokenizer, "talk.jsonl")
 
 
@@ -494,9 +476,7 @@ def test_texts_are_joined_and_cut_and_the_rest_dropped(lengths):
         documents.append(text(stream[start : start + length]))
         start += length
     packed = pack(documents, 8)
-    assert [piece.input_ids.tolist() for piece in packed] == [
-        stream[i : i + 8] for i in range(0, len(stream) - 7, 8)
-    ]
+    assert [piece.input_ids.tolist() for piece in packed] == [stream[i : i + 8] for i in range(0, len(stream) - 7, 8)]
     assert all(piece.loss_mask is None and piece.input_ids.dtype == np.int32 for piece in packed)
 
 
@@ -585,9 +565,7 @@ def test_too_little_text_for_one_sequence_is_refused(tmp_path, tokenizer):
 
 
 def test_prompts_are_the_first_128_tokens_at_every_4000th():
-    documents = [
-        text(range(start, start + length)) for start, length in ((0, 5000), (5000, 2999), (7999, 4130))
-    ]
+    documents = [text(range(start, start + length)) for start, length in ((0, 5000), (5000, 2999), (7999, 4130))]
     prompts = standard_prompts(documents)
     stream, expected, start = list(range(12129)), [], 0
     while start + 128 <= len(stream):
@@ -624,9 +602,7 @@ def test_prompts_of_conversations_end_where_the_answer_begins():
 
 @pytest.mark.parametrize("documents", [[], [text(range(127))]])
 def test_too_little_held_out_text_is_refused(documents):
-    with pytest.raises(
-        DataError, match="held-out data: expected at least 128 tokens for a prompt, found fewer"
-    ):
+    with pytest.raises(DataError, match="held-out data: expected at least 128 tokens for a prompt, found fewer"):
         standard_prompts(documents)
 
 
@@ -714,8 +690,7 @@ def test_examples_carry_the_tokens_and_the_mask_of_their_sequence():
     found = {tuple(e["input_ids"].tolist()): e["loss_mask"].tolist() for e in (examples[0], examples[1])}
     assert found == {(1, 2, 3, 4): [True] * 4, (5, 6, 7): [False, False, True]}
     assert all(
-        e["input_ids"].dtype == torch.int64 and e["loss_mask"].dtype == torch.bool
-        for e in (examples[0], examples[1])
+        e["input_ids"].dtype == torch.int64 and e["loss_mask"].dtype == torch.bool for e in (examples[0], examples[1])
     )
 
 

@@ -32,9 +32,7 @@ def make_gpt2(dtype=torch.float64):
 def random_lora(base, *, r=4, alpha=8.0, target_modules: str | list[str] = "all-linear", seed=0):
     """A LoRA whose second half, zero at first, is random, injected into `base`."""
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="fan_in_fan_out", category=UserWarning
-        )  # has a test of its own
+        warnings.filterwarnings("ignore", message="fan_in_fan_out", category=UserWarning)  # has a test of its own
         torch.manual_seed(seed)
         peft_model = inject_lora(base, r=r, alpha=alpha, target_modules=target_modules)
         for name, parameter in peft_model.named_parameters():
@@ -180,9 +178,7 @@ def test_alpha_need_not_divide_by_the_rank(make_llama, ids, tmp_path):
     base, weights = make_llama(), lora_weights(random_lora(make_llama(), r=3, alpha=1.0))
     oracle = load_with_peft(make_llama(), save_lora(base, weights, tmp_path))
     out = gated(base, LoraGate(base, weights), ids, slice(0, R))
-    torch.testing.assert_close(
-        out, run(oracle, ids), rtol=1e-6, atol=1e-6
-    )  # the factor is rounded to float32
+    torch.testing.assert_close(out, run(oracle, ids), rtol=1e-6, atol=1e-6)  # the factor is rounded to float32
 
 
 def test_modules_that_see_a_flattened_batch_are_gated_too():
@@ -473,8 +469,6 @@ def test_in_and_out_features_cannot_be_exchanged(make_llama):
 @pytest.mark.parametrize(("rank_a", "rank_b"), [(4, 4), (2, 4), (4, 2)])
 def test_tensors_of_another_rank_than_the_configuration_are_refused(make_llama, rank_a, rank_b):
     """The scaling alpha / r would silently be another one; PEFT's loader refuses it too."""
-    weights = toy_weights(
-        {f"{Q}.lora_A": torch.zeros(rank_a, 32), f"{Q}.lora_B": torch.zeros(32, rank_b)}, r=2
-    )
+    weights = toy_weights({f"{Q}.lora_A": torch.zeros(rank_a, 32), f"{Q}.lora_B": torch.zeros(32, rank_b)}, r=2)
     with pytest.raises(ValueError, match=rf"{Q}: expected rank 2, found"):
         LoraGate(make_llama(), weights)

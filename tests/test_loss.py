@@ -65,9 +65,7 @@ def test_kl_and_its_gradient_vanish_where_draft_and_target_agree():
 def test_cross_entropy_is_torchs():
     draft = random_logits(5)
     ids = torch.randint(0, V, (M,), generator=torch.Generator().manual_seed(6))
-    losses, gradient = value_and_gradient(
-        lambda x: draft_loss("cross_entropy", x, random_logits(7), ids), draft
-    )
+    losses, gradient = value_and_gradient(lambda x: draft_loss("cross_entropy", x, random_logits(7), ids), draft)
     expected, expected_gradient = value_and_gradient(
         lambda x: functional.cross_entropy(x, ids, reduction="none"), draft.double()
     )

@@ -105,6 +105,7 @@ def test_stream_gives_what_generate_gives(tiny_base, tokenizer, mode):
 def test_an_abandoned_stream_leaves_the_base_clean(llama, ours):
     stream = ours.stream(ROWS[0], max_new_tokens=20)
     next(stream)
+    assert torch.is_grad_enabled()  # the caller's own code keeps its gradients
     logits = llama(torch.tensor([ROWS[0]])).logits  # between two steps the base is the base
     stream.close()
     assert not any(module._forward_hooks for module in llama.modules())
@@ -207,7 +208,7 @@ def test_a_base_of_the_users_own_folder_loads(saved, tiny_base, tokenizer, tmp_p
 def test_flash_attention_is_refused_as_it_takes_no_mask(llama):
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedModelError, match="attention implementation 'flash_attention_2'.*sdpa, eager"):
+    with pytest.raises(UnsupportedModelError, match=r"attention implementation 'flash_attention_2'.*sdpa, eager"):
         SelfSpeculativeModel(model, None, None)
 
 
@@ -217,7 +218,8 @@ def test_flash_attention_is_refused_as_it_takes_no_mask(llama):
         (lambda: FalconForCausalLM(FalconConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2,
             num_attention_heads=4, alibi=True)), "alibi"),
         (lambda: BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=2, n_head=4)), "bloom"),
-        (lambda: MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)), "linear_attention keep state"),
+        (lambda: MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2)),
+            "linear_attention keep state"),
         (lambda: T5ForConditionalGeneration(T5Config(vocab_size=61, d_model=32, d_ff=32, num_layers=1, d_kv=8,
             num_heads=4)), "encoder-decoder"),
     ],
@@ -225,10 +227,13 @@ def test_flash_attention_is_refused_as_it_takes_no_mask(llama):
 def test_models_that_cannot_be_exact_are_refused(make, words):
     from pardec.base import refuse_by_config
 
-    with pytest.raises(UnsupportedModelError, match=words):
-        model = make().eval()
+    def refuse(model):
         refuse_by_config(model.config)
         probe(TargetModel.wrap(model))
+
+    model = make().eval()
+    with pytest.raises(UnsupportedModelError, match=words):
+        refuse(model)
 
 
 def test_recurrent_layers_are_refused():

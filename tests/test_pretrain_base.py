@@ -67,9 +67,7 @@ def write_sources(folder: Path, counts: dict[str, int]) -> Path:
 def sources(tmp_path_factory) -> Path:
     folder = write_sources(tmp_path_factory.mktemp("data") / "sources", {TRAIN: 16, VALIDATION: 2, TEST: 2})
     train_file = next(f for f in sorted(folder.iterdir()) if split_of(f.name) == TRAIN)
-    train_file.write_text(
-        train_file.read_text(encoding="utf-8") + "END = '<|endoftext|>'\n", encoding="utf-8"
-    )
+    train_file.write_text(train_file.read_text(encoding="utf-8") + "END = '<|endoftext|>'\n", encoding="utf-8")
     return folder
 
 
@@ -274,9 +272,7 @@ def test_separators_in_sources_are_text():
 
 
 def test_windows_predict_every_token_once_and_are_limited_evenly():
-    documents = [
-        Document(torch.arange(start, start + n).numpy()) for start, n in ((0, 9), (100, 2), (200, 5))
-    ]
+    documents = [Document(torch.arange(start, start + n).numpy()) for start, n in ((0, 9), (100, 2), (200, 5))]
     windows = held_out_windows(documents, 5, 1000)
     assert max(map(len, windows)) == 5
     predicted = [int(token) for window in windows for token in window[1:]]
@@ -307,9 +303,7 @@ def test_texts_are_taken_up_to_a_number_of_characters():
     assert first_texts(["aaa"], 2) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("pretrain_tiny_python", 5_476_608), ("pretrain_100m_gpu", 102e6)]
-)
+@pytest.mark.parametrize(("name", "parameters"), [("pretrain_tiny_python", 5_476_608), ("pretrain_100m_gpu", 102e6)])
 def test_recipes_have_the_sizes_that_they_name(name, parameters):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", model=PretrainRecipe)
     with torch.device("meta"):

@@ -227,9 +227,7 @@ SAMPLES = 6000
 
 
 def sample_counts(model, mode: str, warper: dict, seed: int = 0) -> Counter:
-    out = model.generate(
-        [PROMPT], max_new_tokens=4, mode=mode, seed=seed, num_return_sequences=SAMPLES, **warper
-    )
+    out = model.generate([PROMPT], max_new_tokens=4, mode=mode, seed=seed, num_return_sequences=SAMPLES, **warper)
     return Counter(tuple(tokens) for tokens in out.token_ids)
 
 

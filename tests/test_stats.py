@@ -76,9 +76,7 @@ def test_two_forwards_and_two_exact_tokens_per_round():
 
 
 def test_modes_can_be_pooled_together():
-    stats = pool(
-        [FIRST, SequenceCounts([2, 0], [3, 3], 6, forwards_per_step=2, exact_per_step=2)], seconds=1.0
-    )
+    stats = pool([FIRST, SequenceCounts([2, 0], [3, 3], 6, forwards_per_step=2, exact_per_step=2)], seconds=1.0)
     assert stats.num_forwards == (3 + 1) + (4 + 1)
     assert stats.tokens_per_forward == ((5 + 3) + (2 + 4)) / (3 + 4)
 
@@ -147,9 +145,7 @@ def test_rounds_inside_repetition_are_left_out():
     """The output varies, then loops on one token; rounds count by their first verified token."""
     output = [10, 11, 12, 13, 14] + [7] * 12 + [15, 16, 17]
     # index: 0 is prefill's; rounds verify from 1, 3, 4, 6, 11, 16, 17, 18
-    counts = SequenceCounts(
-        accepted=[1, 0, 1, 4, 4, 0, 0, 1], drafted=[4, 4, 4, 4, 4, 4, 0, 4], num_new_tokens=20
-    )
+    counts = SequenceCounts(accepted=[1, 0, 1, 4, 4, 0, 0, 1], drafted=[4, 4, 4, 4, 4, 4, 0, 4], num_new_tokens=20)
     inside = inside_repetition(output)
     assert [i for i, flag in enumerate(inside) if flag] == list(range(6, 17))
     # outside: the rounds at 1, 3, 4 and 18; the one at 17 drafted nothing
@@ -158,9 +154,7 @@ def test_rounds_inside_repetition_are_left_out():
 
 def test_repetition_may_begin_in_the_prompt():
     prompt, output = [7] * 9, [7, 7, 7, 8]
-    counts = SequenceCounts(
-        accepted=[1, 0], drafted=[2, 2], num_new_tokens=4
-    )  # rounds verify from 1 and from 3
+    counts = SequenceCounts(accepted=[1, 0], drafted=[2, 2], num_new_tokens=4)  # rounds verify from 1 and from 3
     assert acceptance_outside_repetition(prompt, output, counts) == (0, 1)
     assert acceptance_outside_repetition([1, 2, 3], output, counts) == (1, 2)
 

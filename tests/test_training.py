@@ -16,7 +16,15 @@ from pardec.training import MaskTokenTrainer, mean_embedding
 
 ROOT = Path(__file__).parent.parent
 K, T, N = 3, 20, 4
-TRAINED = ("llama", "qwen3-mixed-windows", "mistral-window", "gemma3-mixed-windows", "gemma2-eager", "gpt2", "phi3-window")
+TRAINED = (
+    "llama",
+    "qwen3-mixed-windows",
+    "mistral-window",
+    "gemma3-mixed-windows",
+    "gemma2-eager",
+    "gpt2",
+    "phi3-window",
+)
 
 
 def make_batch(vocab_size: int = 61, batch: int = 2) -> dict[str, torch.Tensor]:
@@ -87,7 +95,9 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
         from pardec.gated_lora import lora_enabled
 
         with lora_enabled(base):
-            logits = base(inputs_embeds=torch.cat([embeds, masks], 1), position_ids=positions, attention_mask=mask).logits
+            logits = base(
+                inputs_embeds=torch.cat([embeds, masks], 1), position_ids=positions, attention_mask=mask
+            ).logits
     else:
         logits = base(inputs_embeds=torch.cat([embeds, masks], 1), position_ids=positions, attention_mask=mask).logits
     for handle in handles:
@@ -177,9 +187,7 @@ def test_mean_embedding_is_the_mean_of_the_modules_outputs():
 def test_layout_and_trainer_agree_on_what_counts():
     batch = make_batch()
     layout = training_layout(batch["anchors"], K, T)
-    counts = sum(
-        int(t < T and batch["loss_mask"][b, t]) for b in range(2) for t in layout.targets[b].tolist()
-    )
+    counts = sum(int(t < T and batch["loss_mask"][b, t]) for b in range(2) for t in layout.targets[b].tolist())
     assert int(make_trainer("llama")(**batch)[1]) == counts
 
 
@@ -225,9 +233,7 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp
     gradients, losses = {}, {}
     for name, overrides in settings.items():
         launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517")
-        run = train(
-            tmp_path / name, text_file, "train.steps=1", *overrides, launcher=launcher if name == "two" else ()
-        )
+        run = train(tmp_path / name, text_file, "train.steps=1", *overrides, launcher=launcher if name == "two" else ())
         assert run.returncode == 0, (name, run.stderr[-2000:])
         # after one step AdamW's first moment is a tenth of the (clipped) gradient
         moments = checkpoint(tmp_path / name, "optimizer.safetensors")
@@ -238,7 +244,9 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp
     for name in ("two", "accumulated"):
         assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
         for key, expected in gradients["one"].items():
-            torch.testing.assert_close(gradients[name][key], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+            torch.testing.assert_close(
+                gradients[name][key], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
+            )
     assert gradients["one"]["mask_embeddings.exp_avg"].abs().max() > 0
 
 
@@ -291,7 +299,10 @@ def test_the_logged_acceptance_is_what_the_saved_adapter_gives(text_file, tmp_pa
     ("overrides", "words"),
     [
         (["train.lerning_rate=1"], "unknown key 'train.lerning_rate'; the nearest known one is 'train.learning_rate'"),
-        (["data.path=/nowhere.jsonl", "data.format=jsonl"], "expected a file or folder, found nothing at /nowhere.jsonl"),
+        (
+            ["data.path=/nowhere.jsonl", "data.format=jsonl"],
+            "expected a file or folder, found nothing at /nowhere.jsonl",
+        ),
         (["base=/no/such/base"], "base '/no/such/base': expected a folder or hub name"),
         (["data.max_length=4096"], "data.max_length: expected at most 2048"),
         (["train.position_weights=[1e38, 1e38]"], "expected a finite loss, found"),

@@ -54,9 +54,7 @@ def test_greedy_accepts_the_targets_own_tokens_up_to_the_first_other(K):
 
 
 def test_greedy_refuses_shapes_that_disagree():
-    with pytest.raises(
-        ValueError, match=r"target_tokens: expected leading shape \(2, 4\).*\(2, 3\).*found \(2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"target_tokens: expected leading shape \(2, 4\).*\(2, 3\).*found \(2, 3\)"):
         verify_greedy(torch.zeros(2, 3).long(), torch.zeros(2, 3).long(), torch.full((2,), 3))
     with pytest.raises(ValueError, match=r"target_tokens: expected leading shape \(2, 4\)"):
         verify_greedy(torch.zeros(1, 4).long(), torch.zeros(2, 3).long(), torch.full((2,), 3))
@@ -74,18 +72,14 @@ def test_accepted_and_residual_tokens_sum_to_the_targets_law(draft_length, zero_
         generator = torch.Generator().manual_seed(seed)
         p, q = (random_laws(generator, n, V, zero_share=zero_share) for n in (K + 1, K))
         every_token = torch.arange(V)[:, None].expand(V, K)  # row x drafts token x at each position
-        law = verdict_law(
-            p.expand(V, -1, -1), q.expand(V, -1, -1), every_token, torch.full((V,), draft_length)
-        )
+        law = verdict_law(p.expand(V, -1, -1), q.expand(V, -1, -1), every_token, torch.full((V,), draft_length))
         accept, bonus, p, q = law.accept.double(), law.bonus[0].double(), p.double(), q.double()
         for k in range(K):
             emitted = torch.zeros(V, dtype=torch.float64)
             if k < draft_length:
                 for x in range(V):
                     if q[k, x] > 0:
-                        assert accept[x, k].item() == pytest.approx(
-                            min(1.0, (p[k, x] / q[k, x]).item()), rel=1e-6
-                        )
+                        assert accept[x, k].item() == pytest.approx(min(1.0, (p[k, x] / q[k, x]).item()), rel=1e-6)
                     emitted[x] += q[k, x] * accept[x, k]
                     emitted += q[k, x] * (1 - accept[x, k]) * bonus[k]
             else:
@@ -228,17 +222,13 @@ def test_sampled_sequences_follow_the_target(ragged):
     """Drafts, verification and continuation by p, counted over all sequences of 3 tokens of 3."""
     K, V, B = 2, 3, 60_000
     generator = torch.Generator().manual_seed(11)
-    tables = [
-        random_laws(generator, *[V] * (n + 1)) for n in range(K + 1)
-    ]  # p of token n, by the n before it
+    tables = [random_laws(generator, *[V] * (n + 1)) for n in range(K + 1)]  # p of token n, by the n before it
     q = [random_laws(generator, V) for _ in range(K)]
 
     def p_at(n, sequences):
         return tables[n][tuple(sequences[:, :n].T)].expand(B, V)
 
-    drafts = torch.stack(
-        [torch.multinomial(law, B, replacement=True, generator=generator) for law in q], dim=1
-    )
+    drafts = torch.stack([torch.multinomial(law, B, replacement=True, generator=generator) for law in q], dim=1)
     length = torch.randint(0, K + 1, (B,), generator=generator) if ragged else torch.full((B,), K)
     verdict = verify_sample(
         torch.stack([p_at(n, drafts) for n in range(K + 1)], dim=1),
@@ -280,8 +270,7 @@ def test_the_same_generator_gives_the_same_verdict():
     p, q = random_laws(generator, 100, 4, 9), random_laws(generator, 100, 3, 9)
     drafts, length = torch.randint(0, 9, (100, 3), generator=generator), torch.full((100,), 3)
     first, again, other = (
-        verify_sample(p, q, drafts, length, generator=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
+        verify_sample(p, q, drafts, length, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(first.tokens, again.tokens)
     assert torch.equal(first.num_accepted, again.num_accepted)
@@ -300,9 +289,7 @@ def test_sample_from_draws_each_row_by_itself():
     assert sample_from(laws, torch.Generator().manual_seed(0)).tolist() == [[0, 3], [4, 1]]
 
 
-@pytest.mark.parametrize(
-    "racing_to_zero", [slice(None), slice(0, 1), slice(2, 3)], ids=["all", "first", "last"]
-)
+@pytest.mark.parametrize("racing_to_zero", [slice(None), slice(0, 1), slice(2, 3)], ids=["all", "first", "last"])
 def test_sample_from_survives_an_exponential_of_exactly_zero(racing_to_zero, monkeypatch):
     """0 / 0 would be NaN, which argmax takes for the largest."""
     draw = torch.Tensor.exponential_
@@ -374,9 +361,7 @@ def test_a_draft_length_of_another_shape_is_refused(length_shape):
 
 
 @pytest.mark.parametrize("check", [verdict_law, verify_sample])
-@pytest.mark.parametrize(
-    ("p_dtype", "q_dtype"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("p_dtype", "q_dtype"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)])
 def test_probabilities_other_than_float32_are_refused(check, p_dtype, q_dtype):
     p, q = torch.ones(2, 4, 5, dtype=p_dtype), torch.ones(2, 3, 5, dtype=q_dtype)
     with pytest.raises(ValueError, match=f"expected float32 probabilities, found {p_dtype} and {q_dtype}"):

@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pardec.config import load_recipe
 from pardec.data import TEST, TRAIN, VALIDATION, Corpus, DataError, pack
+from pardec.forward import embedding_weight
 from pardec.pretrain_config import PretrainRecipe
 from pardec.pretrain_data import (
     SEPARATOR,
@@ -60,9 +61,7 @@ IGNORED_LABEL = -100
 
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
@@ -147,9 +146,7 @@ def steps_done_before(recipe: PretrainRecipe) -> int:
     if progress is None:
         if (output / MODEL_FILE).exists() or (output.exists() and not output.is_dir()):
             found = "a model" if output.is_dir() else "a file"
-            raise ValueError(
-                f"output_dir {output}: expected an empty folder or a run to continue, found {found}"
-            )
+            raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
         return 0
     then, now = progress["recipe"], trained_by(recipe)
     for section in now:
@@ -222,9 +219,7 @@ def read_corpus(recipe: PretrainRecipe, accelerator: Accelerator) -> tuple[Token
     serialised = [""]
     if accelerator.is_main_process:
         accelerator.print("training the tokenizer")
-        trained = train_tokenizer(
-            texts[TRAIN], recipe.tokenizer.vocab_size, show_progress=sys.stderr.isatty()
-        )
+        trained = train_tokenizer(texts[TRAIN], recipe.tokenizer.vocab_size, show_progress=sys.stderr.isatty())
         serialised = [trained.to_str()]
     tokenizer = Tokenizer.from_str(broadcast_object_list(serialised)[0])
     if tokenizer.get_vocab_size() < recipe.tokenizer.vocab_size:
@@ -281,7 +276,7 @@ def build_optimizers(recipe: PretrainRecipe, model: PreTrainedModel) -> list[Opt
 
     Source: https://kellerjordan.github.io/posts/muon/
     """
-    outer = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # type: ignore[union-attr]
+    outer = {embedding_weight(model), model.get_output_embeddings().weight}  # type: ignore[union-attr]
     matrices = [p for p in model.parameters() if p.ndim == 2 and p not in outer]
     rest = [p for p in model.parameters() if p.ndim != 2 or p in outer]
     return [
@@ -312,9 +307,7 @@ def run_steps(
             share = set_rates(optimizers, step, train.steps, train.decay_share)
             mine = order[step - 1, :, accelerator.process_index]
             batches = np.stack([[corpus.train[i].input_ids for i in rows] for rows in mine]).astype(np.int64)
-            losses.append(
-                optimiser_step(recipe, accelerator, wrapped, optimizers, torch.from_numpy(batches), step)
-            )
+            losses.append(optimiser_step(recipe, accelerator, wrapped, optimizers, torch.from_numpy(batches), step))
             progress.update()
             if step % train.log_every == 0 or step == train.steps:
                 loss = sum(losses) / len(losses)

@@ -7,9 +7,12 @@ Also runs under plain python and torchrun. A run that was cut off continues when
 
 import argparse
 import math
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -118,7 +121,9 @@ def train(recipe: Recipe) -> None:
                 save_adapter(adapter_at(step, measured), output)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and step and (step % recipe.train.checkpoint_every == 0 or step == steps):
-            save_state(output / "checkpoints", step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)})
+            save_state(
+                output / "checkpoints", step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)}
+            )
     progress.close()
     accelerator.end_training()
     accelerator.print(
@@ -201,7 +206,7 @@ def build_module(recipe: Recipe, base):
     return module, peft_model
 
 
-def build_optimizer(recipe: Recipe, parameters: dict[str, Tensor]) -> torch.optim.Optimizer:
+def build_optimizer(recipe: Recipe, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
     """AdamW with one learning rate for the mask embeddings and one for the LoRA."""
     lora = [p for name, p in parameters.items() if "lora_" in name]
     embeddings = [p for name, p in parameters.items() if "lora_" not in name]
@@ -212,7 +217,7 @@ def build_optimizer(recipe: Recipe, parameters: dict[str, Tensor]) -> torch.opti
 
 
 def optimiser_step(
-    recipe: Recipe, accelerator: Accelerator, wrapped, parameters: dict[str, Tensor], optimizer, batches, step: int
+    recipe: Recipe, accelerator: Accelerator, wrapped, parameters: Mapping[str, Tensor], optimizer, batches, step: int
 ) -> Tensor:
     """One update; returns sums per position, shape [5, K]: rows, agreements, overlaps, and the loss and rows of all.
 
@@ -232,7 +237,7 @@ def optimiser_step(
         totals[:3] += metrics
         totals[3] += loss_sum.detach()
         totals[4] += count
-    totals = accelerator.reduce(totals, "sum")
+    totals = cast(Tensor, accelerator.reduce(totals, "sum"))
     for parameter in parameters.values():
         if parameter.grad is not None:  # a distributed backward has averaged over processes
             parameter.grad *= accelerator.num_processes / totals[4, 0].clamp_min(1)
@@ -248,7 +253,7 @@ def optimiser_step(
     return totals
 
 
-def log_losses(accelerator: Accelerator, step: int, sums: Tensor, rates: list[float], progress) -> None:
+def log_losses(accelerator: Accelerator, step: int, sums: Tensor, rates: Sequence[float | Tensor], progress) -> None:
     """Loss, and teacher-forced agreement per position, since the last call."""
     rows = sums[0].clamp_min(1)
     loss = float(sums[3, 0] / sums[4, 0].clamp_min(1))
@@ -258,10 +263,12 @@ def log_losses(accelerator: Accelerator, step: int, sums: Tensor, rates: list[fl
     progress.set_postfix(loss=f"{loss:.3f}")
 
 
-def measure(recipe: Recipe, accelerator: Accelerator, model: SelfSpeculativeModel, prompts, step: int, progress) -> dict:
+def measure(
+    recipe: Recipe, accelerator: Accelerator, model: SelfSpeculativeModel, prompts, step: int, progress
+) -> dict:
     """Acceptance of the real decoder on validation prompts, sampled and greedy."""
-    settings = {"max_new_tokens": recipe.eval.max_new_tokens, "seed": recipe.train.seed}
-    sampling = {"temperature": recipe.eval.temperature, "top_k": recipe.eval.top_k}
+    settings: dict[str, Any] = {"max_new_tokens": recipe.eval.max_new_tokens, "seed": recipe.train.seed}
+    sampling: dict[str, Any] = {"temperature": recipe.eval.temperature, "top_k": recipe.eval.top_k}
     sampled: Acceptance = measure_acceptance(model, prompts, **settings, **sampling)
     greedy = measure_acceptance(model, prompts, **settings)
     values = {
@@ -285,7 +292,13 @@ def measure(recipe: Recipe, accelerator: Accelerator, model: SelfSpeculativeMode
 
 
 def current_adapter(
-    recipe: Recipe, accelerator: Accelerator, module: MaskTokenTrainer, peft_model, identity: Fingerprint, step: int, measured: dict
+    recipe: Recipe,
+    accelerator: Accelerator,
+    module: MaskTokenTrainer,
+    peft_model,
+    identity: Fingerprint,
+    step: int,
+    measured: dict,
 ) -> Adapter:
     """A copy of what is learned so far, with its provenance."""
     metadata = AdapterMetadata(
@@ -310,7 +323,13 @@ def current_adapter(
 
 
 def announce(
-    recipe: Recipe, accelerator: Accelerator, target: TargetModel, parameters: dict[str, Tensor], corpus: Corpus, prompts, first_step: int
+    recipe: Recipe,
+    accelerator: Accelerator,
+    target: TargetModel,
+    parameters: Mapping[str, Tensor],
+    corpus: Corpus,
+    prompts,
+    first_step: int,
 ) -> None:
     """Sizes and a memory estimate, before the first step allocates anything."""
     if not accelerator.is_main_process:
@@ -332,6 +351,11 @@ def announce(
         f"memory estimate {(weights + logits + activations) / 2**30:.1f} GiB per process "
         "(less with fewer train.anchors_per_forward)"
     )
+    if target.device.type == "cpu" and accelerator.num_processes * torch.get_num_threads() < (os.cpu_count() or 1):
+        print(
+            f"{torch.get_num_threads()} of {os.cpu_count()} processors in use; "
+            f"accelerate launch --num_cpu_threads_per_process {os.cpu_count()} uses all"
+        )
     if first_step:
         print(f"continuing {recipe.output_dir} at step {first_step}")
 

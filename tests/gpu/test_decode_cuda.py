@@ -1,0 +1,74 @@
+"""What only a CUDA device can show; run with `pytest -m gpu`."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, make_adapter, tiny_model
+
+from pardec.base import load_base
+from pardec.model import SelfSpeculativeModel
+from pardec.training import MaskTokenTrainer
+
+pytestmark = pytest.mark.gpu
+ROWS = [[5, 9, 2, 7, 7, 1], [3, 8, 8], [4, 4, 6, 1, 2, 9, 3, 5, 11]]
+
+
+@pytest.fixture(autouse=True)
+def exact_matrix_products():
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_float64_tokens_equal_generate(family, mode):
+    model = tiny_model(family).cuda()
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2))
+    found = ours.generate(ROWS, max_new_tokens=24, mode=mode).token_ids
+    for row, tokens in zip(ROWS, found, strict=True):
+        out = model.generate(torch.tensor([row], device="cuda"), max_new_tokens=24, do_sample=False)
+        assert tokens == out[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_rows_are_bitwise_unchanged_by_the_adapter(dtype):
+    from pardec.decode import Decoder
+    from pardec.gated_lora import LoraGate
+    from pardec.sampling import TokenLaw
+
+    base = load_base("tiny-python", device="cuda", dtype=dtype)
+    seen = []
+    for scale in (1.0, 50.0):
+        adapter = make_adapter(base, 3, lora_rank=4)
+        ours = SelfSpeculativeModel(base, None, adapter)
+        masks = (adapter.mask_embeddings * scale).to("cuda", dtype)
+        no_eos = torch.empty(0, dtype=torch.long, device="cuda")
+        gate = LoraGate(base, adapter.lora) if scale > 1 else None
+        decoder = Decoder(ours.target, "fused", 3, TokenLaw(greedy=True), 8, no_eos, masks, gate)
+        with torch.no_grad():
+            state = decoder.prefill(ROWS)
+            state.bonus = torch.tensor([1, 2, 3], device="cuda")
+            state.drafts = torch.tensor([[4, 5, 6]] * 3, device="cuda")
+            if gate is None:
+                seen.append(decoder.step_logits(state)[:, :4])
+            else:
+                with gate.attached():
+                    seen.append(decoder.step_logits(state)[:, :4])
+    assert torch.equal(*seen)
+
+
+def test_sampling_draws_on_the_device_and_is_repeatable():
+    base = load_base("tiny-python", device="cuda", dtype=torch.bfloat16)
+    ours = SelfSpeculativeModel(base, None, make_adapter(base, 3))
+    options = {"max_new_tokens": 32, "temperature": 0.8, "top_k": 10, "seed": 0}
+    assert ours.generate(ROWS, **options).token_ids == ours.generate(ROWS, **options).token_ids
+
+
+def test_a_bf16_training_step_has_finite_gradients():
+    base = load_base("tiny-python", device="cuda", dtype=torch.bfloat16)
+    trainer = MaskTokenTrainer(base, 3)
+    ids = torch.randint(0, 4096, (2, 64), device="cuda")
+    anchors = torch.arange(8, device="cuda").expand(2, -1)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, count, _ = trainer(ids, torch.ones_like(ids, dtype=torch.bool), anchors)
+    loss.backward()
+    assert int(count) == 48
+    assert bool(torch.isfinite(trainer.mask_embeddings.grad).all())

@@ -1,0 +1,85 @@
+"""The eval scripts: a table for people, one JSON object as the last line, pictures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import make_adapter
+
+from pardec.adapter import save_adapter
+from pardec.fingerprint import fingerprint
+
+ROOT = Path(__file__).parent.parent
+ROW_KEYS = {
+    "adapter", "mode", "num_speculative_tokens", "mean_acceptance_length", "tokens_per_forward", "tokens_per_second",
+    "ratio_to_plain",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_base, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    for name, rank in (("embeddings", 0), ("lora", 2)):
+        adapter = make_adapter(tiny_base, 2, lora_rank=rank)
+        adapter.metadata.base.name = "tiny-python"
+        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
+        save_adapter(adapter, folder / name)
+    return folder
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_demo_measures_every_mode_and_ends_with_the_json_line(adapters, tmp_path):
+    done = run("eval/demo.py", str(adapters / "embeddings"), str(adapters / "lora"), "--output", str(tmp_path),
+        "--num-prompts", "2", "--max-new-tokens", "10")  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "demo.json").read_text()) == result
+    assert all(set(row) == ROW_KEYS | {"identical"} for row in result["rows"])
+    assert all(set(row) == ROW_KEYS for row in result["sampled_rows"])
+    assert all(row["identical"] for row in result["rows"])
+    modes = {(row["adapter"], row["mode"]) for row in result["rows"]}
+    assert modes == {(a, m) for a in ("embeddings", "lora") for m in ("plain", "two_pass", "fused")}
+    assert {r["num_speculative_tokens"] for r in result["rows"] if r["adapter"] == "lora"} == {0, 1, 2}
+    for row in result["rows"] + result["sampled_rows"]:
+        if row["mode"] == "fused":
+            assert row["tokens_per_forward"] == pytest.approx(row["mean_acceptance_length"], abs=1e-3)
+        if row["mode"] == "plain":
+            assert row["tokens_per_forward"] == 1
+            assert row["ratio_to_plain"] == 1
+    assert (tmp_path / "acceptance_by_position.png").read_bytes().startswith(b"\x89PNG")
+    assert "torch" in result["versions"]
+
+
+def test_acceptance_reports_what_the_public_api_counts(adapters):
+    done = run("eval/acceptance.py", str(adapters / "lora"), "--num-prompts", "2", "--max-new-tokens", "10")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    import pardec
+    from pardec.data import held_out_prompts
+
+    model = pardec.load(adapters / "lora")
+    prompts = held_out_prompts(model.tokenizer, "test", num_prompts=2)
+    out = model.generate(prompts, max_new_tokens=10)
+    assert result["greedy"]["mean_acceptance_length"] == pytest.approx(out.stats.mean_acceptance_length, abs=1e-4)
+
+
+@pytest.mark.parametrize("script", ["demo.py", "acceptance.py"])
+def test_bad_input_is_one_line_and_exit_code_2(script, tmp_path):
+    directories = [str(tmp_path / "none")] * (2 if script == "demo.py" else 1)
+    done = run(f"eval/{script}", *directories)
+    assert done.returncode == 2
+    assert "error:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_picture_of_the_layout_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "eval"))
+    import plots
+
+    plots.plot_fused_step(2, tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 10_000
