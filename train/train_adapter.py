@@ -59,17 +59,9 @@ def main() -> None:
 def train(recipe: Recipe) -> None:
     """The run, from recipe to the best adapter in output_dir."""
     output, steps = Path(recipe.output_dir), recipe.train.steps
+    checkpoints = output / "checkpoints"
     first_step = steps_done_before(recipe)
-    tracker = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
-    precision = recipe.train.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if bf16_pays() else "no"
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),  # without this, processes on CPUs would not know of each other
-        mixed_precision=precision,
-        log_with=[tracker, *recipe.train.trackers],
-        project_dir=output,
-    )
+    accelerator = make_accelerator(recipe, first_step)
     if first_step == steps:
         accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {steps} steps")
         return
@@ -86,15 +78,9 @@ def train(recipe: Recipe) -> None:
     module, peft_model = build_module(recipe, base)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(recipe, parameters)
-    best = (load_state(output / "checkpoints", parameters, optimizer) or {"best": 0.0})["best"]
-    schedule = get_cosine_schedule_with_warmup(optimizer, min(recipe.train.warmup_steps, steps // 2), steps)
-    for _ in range(first_step):
-        schedule.step()
-    examples = AnchoredSequences(
-        corpus.train, steps * global_batch, recipe.train.anchors_per_sequence, recipe.train.seed
-    )
-    rest = Subset(examples, range(first_step * global_batch, len(examples)))
-    loader = DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
+    best = (load_state(checkpoints, parameters, optimizer) or {"best": 0.0})["best"]
+    schedule = make_schedule(recipe, optimizer, first_step)
+    loader = make_loader(recipe, corpus, first_step, global_batch)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
 
     announce(recipe, accelerator, module.target, parameters, corpus, prompts, first_step)
@@ -112,24 +98,56 @@ def train(recipe: Recipe) -> None:
             if step % recipe.train.log_every == 0 or step == steps:
                 log_losses(accelerator, step, sums, schedule.get_last_lr(), progress)
                 sums.zero_()
+        is_last = step == steps
+        if accelerator.is_main_process and step == 0:
+            # a run that is killed before its first checkpoint is one to continue, too
+            save_state(checkpoints, step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)})
         measured_before = 0 < step == first_step
-        if accelerator.is_main_process and not measured_before and (step % recipe.eval.every == 0 or step == steps):
+        if accelerator.is_main_process and not measured_before and (step % recipe.eval.every == 0 or is_last):
             model = SelfSpeculativeModel(base, tokenizer, adapter_at(step, {}))
             measured = measure(recipe, accelerator, model, prompts, step, progress)
             if measured["sampled"]["mean_acceptance_length"] > best:
                 best = measured["sampled"]["mean_acceptance_length"]
                 save_adapter(adapter_at(step, measured), output)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process and step and (step % recipe.train.checkpoint_every == 0 or step == steps):
-            save_state(
-                output / "checkpoints", step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)}
-            )
+        if accelerator.is_main_process and step and (step % recipe.train.checkpoint_every == 0 or is_last):
+            save_state(checkpoints, step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)})
     progress.close()
     accelerator.end_training()
     accelerator.print(
         f"best mean acceptance length {best:.3f} (validation, sampled); the adapter is in {output}\n"
         f"try: pardec generate {output} --compare --prompt 'def main():'"
     )
+
+
+def make_accelerator(recipe: Recipe, first_step: int) -> Accelerator:
+    """Devices, precision and trackers of the run."""
+    output, precision = Path(recipe.output_dir), recipe.train.mixed_precision
+    if precision == "auto":
+        precision = "bf16" if bf16_pays() else "no"
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),  # without this, processes on CPUs would not know of each other
+        mixed_precision=precision,
+        log_with=[JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step), *recipe.train.trackers],
+        project_dir=output,
+    )
+
+
+def make_schedule(recipe: Recipe, optimizer, first_step: int):
+    """Linear warm-up and cosine decay, at the step where the run goes on."""
+    warmup, steps = recipe.train.warmup_steps, recipe.train.steps
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(warmup, steps // 2), steps)
+    for _ in range(first_step):
+        schedule.step()
+    return schedule
+
+
+def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: int) -> DataLoader:
+    """The examples that are still to come, in the order that every run of this recipe has."""
+    total = recipe.train.steps * global_batch
+    examples = AnchoredSequences(corpus.train, total, recipe.train.anchors_per_sequence, recipe.train.seed)
+    rest = Subset(examples, range(first_step * global_batch, total))
+    return DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
 
 
 def trained_by(recipe: Recipe) -> dict:
