@@ -174,7 +174,7 @@ def _sync(path: Path) -> None:
 def _publish(incoming: Path, directory: Path) -> None:
     names = [METADATA_FILE, *AdapterMetadata.model_validate_json((incoming / METADATA_FILE).read_text()).files]
     if not (incoming / LORA_DIR).exists():
-        shutil.rmtree(directory / LORA_DIR, ignore_errors=True)
+        _remove_lora(directory)
     for name in names:
         (directory / name).parent.mkdir(exist_ok=True)
         copy = directory / f"{name}.new"
@@ -185,6 +185,15 @@ def _publish(incoming: Path, directory: Path) -> None:
     removed = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=directory))
     os.replace(incoming, removed / "adapter")
     shutil.rmtree(removed)
+
+
+def _remove_lora(directory: Path) -> None:
+    """An older adapter's LoRA; whatever else someone keeps in that folder stays."""
+    for name in (LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE):
+        (directory / name).unlink(missing_ok=True)
+    folder = directory / LORA_DIR
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def load_adapter(directory: str | Path) -> Adapter:

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pardec.forward import UnsupportedModelError, text_config
+from pardec.forward import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PACKAGED_BASE = "tiny-python"
-_SWITCHING_ROPE = ("dynamic", "longrope")
 
 
 def resolve_base(name: str) -> str:
@@ -64,7 +64,7 @@ def load_base(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"base {name!r}: cannot be loaded: {_first_line(error)}") from None
     if not hasattr(base, "hf_device_map"):
         base = base.to(where)  # type: ignore[arg-type]
@@ -77,7 +77,9 @@ def load_tokenizer(
     """The tokenizer that goes with a base, None if there is none."""
     try:
         return AutoTokenizer.from_pretrained(resolve_base(name), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if any(Path(resolve_base(name)).glob("tokenizer*")):
+            raise ValueError(f"base {name!r}: its tokenizer cannot be read: {_first_line(error)}") from None
         return None
 
 
@@ -96,31 +98,12 @@ def refuse_by_config(config: "PretrainedConfig") -> None:
         )
 
 
-def position_limit(base: PreTrainedModel) -> int | None:
-    """Number of positions that prompt and new tokens may take together; None if the model names no limit.
-
-    Rope types whose frequencies depend on the largest position of a call are held below the point of change.
-    """
-    config = text_config(base)
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
-    for parameters in nested:
-        if parameters.get("rope_type") in _SWITCHING_ROPE:
-            original = parameters.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            limit = min(filter(None, (limit, original)), default=None)
-    return limit
-
-
 def eos_token_ids(base: PreTrainedModel) -> list[int]:
     """The ids that end a text, as `generate` takes them; may be empty."""
-    for config in (base.generation_config, text_config(base)):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []
+    ids = getattr(base.generation_config, "eos_token_id", None)
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def pad_token_id(base: PreTrainedModel) -> int:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from pardec.model import GenerationOutput, SelfSpeculativeModel
 
 app = typer.Typer(
@@ -126,14 +128,9 @@ def _load(
 
     load_adapter(directory)  # an unusable adapter is said before a large base is loaded
     logging.disable_progress_bar()
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"dtype: expected a torch dtype such as float32 or bfloat16, found {dtype!r}")
-    try:
-        where = None if device is None else torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device: expected a torch device such as cpu or cuda:0, found {device!r}") from None
-    if where is not None and where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected one of this machine, which has no CUDA, found {device!r}")
+    if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype: expected a torch dtype, float64, float32, float16 or bfloat16, found {dtype!r}")
+    where = None if device is None else _usable_device(device)
     return pardec.load(
         directory,
         base=base,
@@ -141,6 +138,18 @@ def _load(
         dtype=None if dtype is None else getattr(torch, dtype),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _usable_device(name: str) -> "torch.device":
+    """The device, if it is one that can hold a tensor here."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        raise ValueError(f"device: expected a torch device of this machine, such as cpu, found {name!r}") from None
+    return device
 
 
 def _read_prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
@@ -164,7 +173,10 @@ def _read_prompts(source: str | None, prompt: str | None, prompt_file: str | Non
 def _prompts_of_file(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a prompt file, found {'a directory' if path.is_dir() else 'nothing'}")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
     if path.suffix != ".jsonl":
         return [text]
     prompts = []
@@ -175,8 +187,8 @@ def _prompts_of_file(path: Path) -> list[str]:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, found {error}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-            raise ValueError(f"{path}:{number}: expected an object with a text 'prompt', found {line[:60]}")
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
+            raise ValueError(f"{path}:{number}: expected an object with a non-empty text 'prompt', found {line[:60]}")
         prompts.append(value["prompt"])
     if not prompts:
         raise ValueError(f"{path}: expected at least one prompt, found none")
@@ -265,14 +277,10 @@ def _print_check(model: "SelfSpeculativeModel") -> bool:
     table.add_row("base", f"{metadata.base.name} (fingerprint matches)")
     table.add_row("mask tokens", f"{metadata.num_speculative_tokens}, {metadata.mask_sharing}")
     table.add_row("gated LoRA", "none" if lora is None else f"rank {lora.rank}, {len(lora.pairs())} modules")
-    sampled = metadata.measured.get("sampled", {})
-    if sampled:
-        low, high = sampled["interval"]
-        table.add_row(
-            "measured when trained",
-            f"mean acceptance length {sampled['mean_acceptance_length']:.2f} ({low:.2f} to {high:.2f}), "
-            f"{metadata.measured['split']}, temperature {sampled['temperature']}, top-k {sampled['top_k']}",
-        )
+    sampled = metadata.measured.get("sampled")
+    if isinstance(sampled, dict):
+        shown = ("mean_acceptance_length", "interval", "temperature", "top_k")
+        table.add_row("measured when trained", ", ".join(f"{key} {sampled.get(key)}" for key in shown))
     deviation = probe(model.target)
     table.add_row("real rows against a plain forward", f"{deviation:.1e} standard deviations of the logits")
     prompt = [int(i) for i in range(1, 13)]

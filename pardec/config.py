@@ -156,7 +156,10 @@ class Recipe(Section):
         weights, K = self.train.position_weights, self.adapter.num_speculative_tokens
         if isinstance(weights, list) and len(weights) != K:
             raise ValueError(f"train.position_weights: expected {K} numbers, found {len(weights)}")
-        values = weights if isinstance(weights, list) else [weights]
+        try:
+            values = self.position_weights()
+        except OverflowError:
+            values = [math.inf]
         if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
             raise ValueError(
                 f"train.position_weights: expected finite numbers >= 0, one of them above 0, found {weights}"

@@ -193,7 +193,16 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where}: expected non-empty 'text', 'conversations' or 'input_ids' with 'loss_mask', found {keys}"
         )
+    else:
+        _check_unicode(row["text"], where)
     return row
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: expected Unicode text, found half of a surrogate pair") from None
 
 
 def _check_ids(row: dict[str, Any], where: str) -> None:
@@ -218,6 +227,7 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, str]]:
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
+        _check_unicode(content, where)
         checked.append({"role": roles.get(role, role), "content": content})
     if not any(turn["role"] == "assistant" for turn in checked):
         raise DataError(f"{where}: expected at least one assistant turn, found none")
@@ -344,7 +354,9 @@ def load_corpus(
     train = pack(tokenise_until(bar, tokenizer, max_tokens, path), max_length)
     bar.close()
     if not train:
-        raise DataError(f"{path}: expected at least {max_length} tokens (data.max_length) of text, found fewer")
+        if any(row.get("text") for row in rows[TRAIN]):
+            raise DataError(f"{path}: expected at least {max_length} tokens (data.max_length) of text, found fewer")
+        raise DataError(f"{path}: expected a token to learn among the first {max_length} (data.max_length), found none")
     held_out = [
         [tokenise(row, tokenizer, validation_path or path) for row in rows[name]] for name in (VALIDATION, TEST)
     ]

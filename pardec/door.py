@@ -9,14 +9,18 @@ import torch
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.logits_process import (
+    EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
     ForcedEOSTokenLogitsProcessor,
     LogitsProcessor,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -37,6 +41,10 @@ _LENGTH_COUNTING = (
     MinNewTokensLengthLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
 )
+# these keep state from step to step, so they cannot be asked about drafts that may fall
+_ORDERED = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+# these tell rows apart by their index in the batch
+_BY_INDEX = (PrefixConstrainedLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
 
 
 def generate_for_transformers(
@@ -47,6 +55,7 @@ def generate_for_transformers(
     generation_config: GenerationConfig,
     *,
     attention_mask: Tensor | None,
+    position_ids: Tensor | None,
     past_key_values,
     num_speculative_tokens: int | None,
     mode: str,
@@ -54,7 +63,7 @@ def generate_for_transformers(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Ids as `generate` returns them: prompt and continuation, [B, S + new], padded on the right.
 
-    Processors see each row without its padding.
+    Processors and stopping criteria are called row by row; processors see a row without its padding.
 
     Raises:
         ValueError: for beams, a filled cache, padding that is not on the left, a streamer with several rows, or
@@ -62,6 +71,8 @@ def generate_for_transformers(
     """
     _refuse(generation_config, past_key_values, streamer, input_ids)
     prompts = _unpadded(input_ids, attention_mask)
+    _refuse_positions(input_ids, attention_mask, position_ids)
+    _refuse_processors(processors, len(prompts))
     padded = any(len(prompt) < input_ids.shape[1] for prompt in prompts)
     counting = [type(p).__name__ for p in processors if isinstance(p, _LENGTH_COUNTING)]
     if padded and counting:
@@ -109,6 +120,25 @@ def _refuse(generation_config: GenerationConfig, past_key_values, streamer, inpu
     for wanted in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, wanted, None):
             raise ValueError(f"custom_generate: expected {wanted}=False, found True")
+
+
+def _refuse_positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+    """Positions other than those that follow from the padding would be ignored by the loop."""
+    if position_ids is None:
+        return
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    if not torch.equal((position_ids * mask), (mask.cumsum(dim=1) - 1) * mask):
+        raise ValueError("custom_generate: expected position_ids that count each row's tokens from 0, found others")
+
+
+def _refuse_processors(processors: list[LogitsProcessor], batch_size: int) -> None:
+    """Processors that must see every step once and in order, or that know rows by their index in the batch."""
+    for processor in processors:
+        name = type(processor).__name__
+        if isinstance(processor, _ORDERED):
+            raise ValueError(f"custom_generate: expected processors without state, found {name}")
+        if isinstance(processor, _BY_INDEX) and batch_size > 1:
+            raise ValueError(f"custom_generate: expected one row with {name}, found {batch_size}")
 
 
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 SUPPORTED_LAYER_TYPES = (FULL, SLIDING, CHUNKED)
 SUPPORTED_ATTENTION = ("sdpa", "eager")
+# their frequencies depend on the largest position of a call
+_SWITCHING_ROPE = ("dynamic", "longrope")
 
 
 class UnsupportedModelError(ValueError):
@@ -144,8 +146,8 @@ class TargetModel:
 
     @property
     def max_positions(self) -> int | None:
-        """Number of positions that the model has, None if its configuration names none."""
-        return getattr(text_config(self.base), "max_position_embeddings", None)
+        """Positions that any row may take; see `position_limit`."""
+        return position_limit(self.base)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Input embeddings of real tokens, in the space of the embedding module's output (scaled, where it scales)."""
@@ -180,6 +182,24 @@ class TargetModel:
             use_cache=True,
             logits_to_keep=logits_to_keep,
         ).logits
+
+
+def position_limit(base: PreTrainedModel) -> int | None:
+    """Number of positions that prompt and new tokens may take together; None if the model names no limit.
+
+    Rope types whose frequencies depend on the largest position of a call are held below the point of change.
+    """
+    config = text_config(base)
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    for parameters in nested:
+        if parameters.get("rope_type") in _SWITCHING_ROPE:
+            original = parameters.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            limit = min(filter(None, (limit, original)), default=None)
+    return limit
 
 
 def embedding_weight(base: PreTrainedModel) -> Tensor:

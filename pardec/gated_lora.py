@@ -6,6 +6,7 @@ Legend: B batch, R rows, r rank, M mask rows.
 """
 
 import math
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 _PREFIX = "base_model.model."
 _UNSUPPORTED = {"use_dora": False, "lora_bias": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
@@ -73,6 +75,11 @@ class LoraWeights:
         return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
 
 
+class _OpenRows(threading.local):
+    rows: slice | Tensor | None = None
+    shape: tuple[int, int] = (0, 0)  # (B, R) of the coming forward
+
+
 class LoraGate:
     """Adds a LoRA to the mask rows of decoding forwards.
 
@@ -80,8 +87,11 @@ class LoraGate:
     """
 
     def __init__(self, base: nn.Module, weights: LoraWeights):
-        self._rows: slice | Tensor | None = None
-        self._shape = (0, 0)  # (B, R) of the coming forward
+        # of the thread that runs a step: others that run the base meanwhile find the gate closed
+        self._here = _OpenRows()
+        self._lock = threading.Lock()
+        self._num_attached = 0
+        self._handles: list[RemovableHandle] = []
         self._targets: list[tuple[nn.Module, Tensor, Tensor]] = []
         for name, (a, b) in weights.pairs().items():
             module = _base_module(base, name)
@@ -97,13 +107,19 @@ class LoraGate:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Keeps the hooks on the base for the time of the context; the gate is closed at its end."""
-        handles = [module.register_forward_hook(self._make_hook(a_t, b_t)) for module, a_t, b_t in self._targets]
+        """Keeps the hooks on the base for the time of the context; contexts may overlap."""
+        with self._lock:
+            if self._num_attached == 0:
+                self._handles = [m.register_forward_hook(self._make_hook(a_t, b_t)) for m, a_t, b_t in self._targets]
+            self._num_attached += 1
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            with self._lock:
+                self._num_attached -= 1
+                if self._num_attached == 0:
+                    for handle in self._handles:
+                        handle.remove()
 
     @contextmanager
     def open(self, rows: slice | Tensor, batch_size: int, num_rows: int) -> Iterator[None]:
@@ -114,19 +130,19 @@ class LoraGate:
             batch_size: B.
             num_rows: R.
         """
-        self._rows, self._shape = rows, (batch_size, num_rows)
+        self._here.rows, self._here.shape = rows, (batch_size, num_rows)
         try:
             yield
         finally:
-            self._rows = None
+            self._here.rows = None
 
     def _make_hook(self, a_t: Tensor, b_t: Tensor):
         def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = self._rows
+            rows = self._here.rows
             if rows is None:
                 return
             x = args[0]
-            if x.shape[:-1] != self._shape:
+            if x.shape[:-1] != self._here.shape:
                 x, output = self._unflatten(x), self._unflatten(output)
             if isinstance(rows, slice):
                 if x.shape[0] == 1:
@@ -142,9 +158,10 @@ class LoraGate:
 
     def _unflatten(self, x: Tensor) -> Tensor:
         """Some models flatten batch and rows for a part of a layer; the view shares memory with what they return."""
-        if x.dim() != 2 or x.shape[0] != self._shape[0] * self._shape[1]:
-            raise ValueError(f"lora: expected module inputs of {self._shape} rows, found {tuple(x.shape)}")
-        return x.view(*self._shape, -1)
+        B, R = self._here.shape
+        if x.dim() != 2 or x.shape[0] != B * R:
+            raise ValueError(f"lora: expected module inputs of {(B, R)} rows, found {tuple(x.shape)}")
+        return x.view(B, R, -1)
 
 
 def _base_module(base: nn.Module, name: str) -> nn.Module:
@@ -190,6 +207,12 @@ def inject_lora(base: nn.Module, *, r: int, alpha: float, target_modules: str | 
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
         peft_model = get_peft_model(base, config)  # type: ignore[arg-type]
     _set_enabled(base, False)
+    head = base.get_output_embeddings()  # type: ignore[operator]
+    if head is not None and hasattr(head, "base_layer"):
+        raise ValueError(
+            "adapter.lora.target_modules: expected layers of the transformer's body, found the output head, which "
+            "does not run on all rows"
+        )
     return peft_model
 
 

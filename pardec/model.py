@@ -5,9 +5,10 @@
 """
 
 import copy
+import operator
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.adapter import Adapter, AdapterError, load_adapter
-from pardec.base import eos_token_ids, load_base, load_tokenizer, pad_token_id, position_limit, refuse_by_config
+from pardec.base import eos_token_ids, load_base, load_tokenizer, pad_token_id, refuse_by_config
 from pardec.decode import MODES, Decoder, DecodeState
 from pardec.fingerprint import differences, fingerprint
 from pardec.forward import TargetModel, embedding_weight
@@ -28,6 +29,7 @@ from pardec.probe import probe
 from pardec.sampling import TokenLaw, make_warpers
 from pardec.stats import DecodeStats, SequenceCounts, pool
 
+MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
@@ -168,6 +170,8 @@ class SelfSpeculativeModel:
         warpers = make_warpers(temperature, top_k, top_p, min_p)
         generator = None
         if seed is not None:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, found {seed}")
             generator = torch.Generator(self.target.device).manual_seed(seed)
         return TokenLaw(temperature == 0, tuple(warpers), generator)
 
@@ -199,6 +203,8 @@ class SelfSpeculativeModel:
     def _resolve_num_speculative_tokens(self, asked: int | None, mode: str) -> int:
         if asked is not None and asked < 0:
             raise ValueError(f"num_speculative_tokens: expected an integer >= 0, found {asked}")
+        if asked is not None and asked > MAX_SPECULATIVE_TOKENS:
+            raise ValueError(f"num_speculative_tokens: expected at most {MAX_SPECULATIVE_TOKENS}, found {asked}")
         if mode == "plain":
             return 0
         if self.adapter is None:
@@ -206,7 +212,7 @@ class SelfSpeculativeModel:
         return self.adapter.metadata.num_speculative_tokens if asked is None else asked
 
     def _check_positions(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        limit = position_limit(self.base_model)
+        limit = self.target.max_positions
         if limit is not None and prompt_tokens + max_new_tokens > limit:
             raise ValueError(
                 f"prompt and new tokens: expected at most {limit} positions of the model, found "
@@ -215,6 +221,10 @@ class SelfSpeculativeModel:
 
     def _token_ids(self, prompts: Prompts) -> list[list[int]]:
         """Prompts of any accepted form as lists of token ids."""
+        if isinstance(prompts, Mapping):
+            raise ValueError(
+                f"prompts: expected texts or token ids, found {type(prompts).__name__}; pass its input_ids"
+            )
         if isinstance(prompts, str):
             prompts = [prompts]
         if isinstance(prompts, Tensor):
@@ -230,8 +240,18 @@ class SelfSpeculativeModel:
         if isinstance(row, str):
             if self.tokenizer is None:
                 raise ValueError("prompts: expected token ids, as the base has no tokenizer, found text")
+            try:
+                row.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"prompt {index}: expected Unicode text, found half of a surrogate pair") from None
             row = self.tokenizer(row).input_ids if row else []
-        ids = [int(token) for token in row]  # type: ignore[union-attr]
+        try:
+            tokens = list(row)  # type: ignore[call-overload]
+            ids = [operator.index(token) for token in tokens if not isinstance(token, bool)]
+        except TypeError:
+            tokens, ids = [], [0]
+        if len(ids) != len(tokens):
+            raise ValueError(f"prompt {index}: expected text or a list of token ids, found {str(row)[:60]!r}")
         if not ids:
             raise ValueError(f"prompt {index}: expected at least one token, found an empty prompt")
         rows = embedding_weight(self.base_model).shape[0]
@@ -279,6 +299,8 @@ class SelfSpeculativeModel:
         if model is not self.base_model:
             raise ValueError("custom_generate: expected to be called by this model's base_model, found another model")
         # `generate` hands over as its own only what is not named in this signature
+        if model_inputs.get("token_type_ids") is not None:
+            raise ValueError("custom_generate: expected no token_type_ids, found some")
         if model_inputs.get("inputs_embeds") is not None:
             raise ValueError("custom_generate: expected input_ids, found inputs_embeds")
         return generate_for_transformers(
@@ -288,6 +310,7 @@ class SelfSpeculativeModel:
             stopping_criteria,
             generation_config,
             attention_mask=model_inputs.get("attention_mask"),
+            position_ids=model_inputs.get("position_ids"),
             past_key_values=model_inputs.get("past_key_values"),
             num_speculative_tokens=num_speculative_tokens,
             mode=mode,
@@ -337,7 +360,9 @@ def load(
         for option, value in given.items():
             if value is not None:
                 raise ValueError(f"{option}: expected None for a base that is already loaded, found {value}")
-        loaded = base.eval()
+        if base.training:
+            raise ValueError("base: expected a model in eval mode (base.eval()), found it in training mode")
+        loaded = base
         refuse_by_config(loaded.config)
         tokenizer = load_tokenizer(loaded.config._name_or_path or reference.name)
     found = fingerprint(loaded, tokenizer)

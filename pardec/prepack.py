@@ -2,9 +2,10 @@
 
 A CPU's float32 matrix product repacks the weight matrix at every call, which for a handful of rows costs more than
 the product itself. oneDNN takes weights that were packed before. The base's modules are switched over for the time
-of one forward only, so that outside of it the base is untouched.
+of one forward only, and only for the thread that runs it, so that outside of it the base is untouched.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,47 +21,63 @@ class PackedLinears:
     """Packed copies of the float32 `nn.Linear` layers of a model on a CPU; empty elsewhere.
 
     They take as much memory as the layers themselves, and are left out where that is more than half of what is
-    free. Weights that change are packed anew by `refresh`.
+    free. `refresh` packs weights that have changed anew.
     """
 
     def __init__(self, base: nn.Module):
-        linears = [module for module in base.modules() if isinstance(module, nn.Linear)]
-        self._modules = [module for module in linears if _can_be_packed(module)]
-        needed = sum(module.weight.nbytes for module in self._modules)
-        if needed > psutil.virtual_memory().available / 2:
-            self._modules = []
-        self._versions: list[tuple[int, int]] = []
+        self._base = base
+        self._modules: list[nn.Linear] = []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
+        self._checksums: list[Tensor] = []
 
     def refresh(self) -> None:
-        """Packs the weights if they have changed since they were packed."""
-        versions = [(_version(m.weight), m.weight.data_ptr()) for m in self._modules]
-        if versions != self._versions:
-            self._forwards = [_packed_forward(module) for module in self._modules]
-            self._versions = versions
+        """Packs the weights if there are none packed or they are no longer what was packed."""
+        modules = [m for m in self._base.modules() if isinstance(m, nn.Linear) and _can_be_packed(m)]
+        needed = sum(module.weight.nbytes for module in modules)
+        if modules != self._modules and needed > psutil.virtual_memory().available / 2:
+            modules = []
+        checksums = [_checksum(module.weight) for module in modules]
+        unchanged = modules == self._modules and all(map(torch.equal, checksums, self._checksums))
+        if not unchanged:
+            self._forwards = [_packed_forward(module) for module in modules]
+            self._modules, self._checksums = modules, checksums
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Lets the model's linear layers use the packed weights inside the context."""
+        if torch.is_autocast_enabled("cpu"):  # the caller wants another dtype
+            yield
+            return
+        switched = []
         for module, forward in zip(self._modules, self._forwards, strict=True):
-            module.__dict__["forward"] = forward  # an attribute of the instance, found before the class's method
+            if "forward" not in module.__dict__:  # someone else's own forward stays
+                module.__dict__["forward"] = forward  # found before the class's method
+                switched.append(module)
+        _here.is_active = True
         try:
             yield
         finally:
-            for module in self._modules:
+            _here.is_active = False
+            for module in switched:
                 module.__dict__.pop("forward", None)
 
 
+# of the thread that runs the step: others that run the base meanwhile get its own arithmetic
+_here = threading.local()
+
+
 def _can_be_packed(module: nn.Linear) -> bool:
-    if type(module) is not nn.Linear or "forward" in module.__dict__:  # someone else's own forward stays
+    if type(module) is not nn.Linear or "forward" in module.__dict__:  # a subclass computes something else
         return False
     on_cpu = module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
     return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
-def _version(weight: Tensor) -> int:
-    """Grows with every change in place; tensors of inference mode cannot be changed and have none."""
-    return 0 if weight.is_inference() else weight._version
+@torch.no_grad()
+def _checksum(weight: Tensor) -> Tensor:
+    """Sums of the bit patterns along rows: integers, so that no change is too small to be seen."""
+    bits = torch.int64 if weight.shape[1] % 2 == 0 else torch.int32
+    return weight.detach().contiguous().view(bits).sum(dim=1)
 
 
 def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -68,6 +85,8 @@ def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     linear, bias = torch.ops.mkldnn._linear_pointwise.default, module.bias
 
     def forward(x: Tensor) -> Tensor:
+        if not getattr(_here, "is_active", False):
+            return nn.functional.linear(x, module.weight, module.bias)
         return linear(x, packed, bias, "none", [], "")
 
     return forward

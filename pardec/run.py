@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.tracking import GeneralTracker, on_main_process
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -107,9 +108,16 @@ class JsonlTracker(GeneralTracker):
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Drops what will be logged again; the configuration itself is kept elsewhere."""
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if self.keep_until_step and json.loads(line)["step"] <= self.keep_until_step]
-            self.path.write_text("".join(kept))
+            kept = [line for line in self.path.read_text().splitlines(keepends=True) if self._is_kept(line)]
+            aside = self.path.with_suffix(".new")
+            aside.write_text("".join(kept))
+            os.replace(aside, self.path)
+
+    def _is_kept(self, line: str) -> bool:
+        try:
+            return 0 < self.keep_until_step >= json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):  # the end of a file whose writer was killed
+            return False
 
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
@@ -149,7 +157,7 @@ def save_state(
         save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, aside / "parameters.safetensors")
         save_file(moments, aside / "optimizer.safetensors")
         (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
-        target = folder / f"step-{step:06d}"
+        target = folder / f"step-{step:09d}"
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
     finally:
@@ -161,7 +169,19 @@ def save_state(
 def read_progress(folder: Path) -> dict[str, Any] | None:
     """The JSON values of the newest state in `folder` with its `step`, None if there is none."""
     states = sorted(folder.glob("step-*"))
-    return json.loads((states[-1] / STATE_FILE).read_text()) if states else None
+    if not states:
+        return None
+    try:
+        return json.loads((states[-1] / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{states[-1] / STATE_FILE}: expected JSON, found {error}; remove {states[-1]}") from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected safetensors, found {error}; remove {path.parent}") from None
 
 
 def load_state(
@@ -177,13 +197,13 @@ def load_state(
     states = sorted(folder.glob("step-*"))
     if not states:
         return None
-    saved = load_file(states[-1] / "parameters.safetensors")
+    saved = _read_tensors(states[-1] / "parameters.safetensors")
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(
             f"{states[-1]}: expected the parameters of this recipe ({len(parameters)}), found others ({len(saved)})"
         )
     moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for entry, tensor in load_file(states[-1] / "optimizer.safetensors").items():
+    for entry, tensor in _read_tensors(states[-1] / "optimizer.safetensors").items():
         name, _, key = entry.rpartition(".")
         # AdamW keeps its step counter on the CPU
         moments[name][key] = tensor.to("cpu" if key == "step" else parameters[name].device)

@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 
 from pardec.verify import sample_from
 
-# These look at the scores of one row alone; every other processor is given the row's token ids.
+# These look at the scores of one row alone; every other processor, a subclass too, is given the row's token ids.
 _WARPERS = (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -43,8 +43,8 @@ def make_warpers(
     Raises:
         ValueError: for a value out of range, naming the range and the value.
     """
-    if not temperature >= 0 or temperature == float("inf"):
-        raise ValueError(f"temperature: expected a finite number >= 0 (0 is greedy), found {temperature}")
+    if temperature != 0 and not 1e-4 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected 0 (greedy) or a finite number of at least 0.0001, found {temperature}")
     if top_k is not None and (top_k < 1 or int(top_k) != top_k):
         raise ValueError(f"top_k: expected an integer >= 1, found {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -81,13 +81,13 @@ class TokenLaw:
 
     def __post_init__(self) -> None:
         if self.needs_prefix:
-            names = ", ".join(type(p).__name__ for p in self.processors if not isinstance(p, _WARPERS))
+            names = ", ".join(type(p).__name__ for p in self.processors if type(p) not in _WARPERS)
             warnings.warn(f"{names} run row by row on the host, which slows every step", stacklevel=3)
 
     @property
     def needs_prefix(self) -> bool:
         """Whether some processor must see the tokens before the row."""
-        return any(not isinstance(processor, _WARPERS) for processor in self.processors)
+        return any(type(processor) not in _WARPERS for processor in self.processors)
 
     def scores(self, logits: Tensor, prefix_of: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """Processed scores.
@@ -102,7 +102,7 @@ class TokenLaw:
             B, R, _ = logits.shape
             rows = [[self._process_row(scores[b, r], prefix_of(b, r)) for r in range(R)] for b in range(B)]
             return torch.stack([torch.stack(row) for row in rows])
-        warpers = [processor for processor in self.processors if isinstance(processor, _WARPERS)]
+        warpers = [processor for processor in self.processors if type(processor) in _WARPERS]
         if not warpers:
             return scores
         flat = scores.reshape(-1, scores.shape[-1])

@@ -117,7 +117,7 @@ def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, ex
     for code in (green, "\x1b[0m", "\x1b[2m"):
         plain = plain.replace(code, "")
     assert plain.startswith(expected[1])
-    assert all(f"{green}{text.strip()}" in result.stdout or not text.strip() for text in coloured)
+    assert all(f"{green}{text}" in result.stdout or not text.strip() for text in coloured)
     assert f"{K} drafted tokens accepted" in plain
 
 
@@ -143,6 +143,9 @@ def test_check_shows_the_adapter_and_that_it_is_exact(saved):
         (["--prompt", "x", "--mode", "tree"], "mode: expected one of plain, two_pass, fused, found 'tree'"),
         (["--prompt", "x", "--dtype", "float31"], "dtype: expected a torch dtype"),
         (["--prompt", "x", "--device", "toaster"], "device: expected a torch device"),
+        (["--prompt", "x", "--device", "meta"], "device: expected a torch device"),
+        (["--prompt", "x", "--seed", str(10**30)], "seed: expected an integer from 0 to 2^63 - 1"),
+        (["--prompt", "x", "--temperature", "1e-40"], "temperature: expected 0 (greedy) or a finite number"),
         (["--prompt", "x", "--base", "/no/base"], "base '/no/base': expected a folder or hub name"),
         (["--prompt", "x", "--json", "--show-drafts"], "expected one of --json and --show-drafts, found both"),
     ],

@@ -274,6 +274,45 @@ def test_switching_rope_is_held_below_the_switch():
     assert ours.generate([ROWS[0]], max_new_tokens=18).token_ids == [expected]
 
 
+def test_longrope_stays_on_its_side_of_the_switch():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = tiny_model(
+        "qwen3",
+        max_position_embeddings=256,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0,
+            "original_max_position_embeddings": 24, **factors},
+    )  # fmt: skip
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
+    expected = generate_alone(model, ROWS[0], max_new_tokens=18)
+    for mode in ("plain", "two_pass", "fused"):
+        assert ours.generate([ROWS[0]], max_new_tokens=18, mode=mode).token_ids == [expected]
+
+
+def test_two_open_streams_of_one_model_do_not_disturb_each_other(ours):
+    alone = [c.token_ids for c in ours.stream(ROWS[0], max_new_tokens=20, temperature=1.0, seed=3)]
+    first = ours.stream(ROWS[0], max_new_tokens=20, temperature=1.0, seed=3)
+    second = ours.stream(ROWS[1], max_new_tokens=20, temperature=1.0, seed=4)
+    found = []
+    for chunk in first:
+        found.append(chunk.token_ids)
+        next(second, None)
+    assert found == alone
+
+
+def test_a_base_in_training_mode_is_refused(saved, tiny_base, tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    save_adapter(make_adapter(model, K), tmp_path / "a")
+    with pytest.raises(ValueError, match="expected a model in eval mode"):
+        pardec.load(tmp_path / "a", base=model.train())
+    assert model.training
+
+
+@pytest.mark.parametrize("prompts", [{"input_ids": [1]}, [1.5, 2.5], [[True, False]], torch.tensor([[0.5]]), [None]])
+def test_prompts_of_other_types_are_refused(ours, prompts):
+    with pytest.raises(ValueError, match=r"expected text"):
+        ours.generate(prompts, max_new_tokens=4)
+
+
 # ---------------------------------------------------------------------- the transformers door
 
 
@@ -367,6 +406,13 @@ def test_door_refuses_what_it_cannot_do(llama, ours):
         llama.generate(ids, max_new_tokens=4, output_scores=True, return_dict_in_generate=True, custom_generate=ours)
     with pytest.raises(ValueError, match="another model"):
         tiny_model("llama", seed=4).generate(ids, max_new_tokens=4, custom_generate=ours)
+    with pytest.raises(ValueError, match="position_ids that count"):
+        llama.generate(ids, max_new_tokens=4, position_ids=torch.arange(6)[None] + 3, custom_generate=ours)
+    with pytest.raises(ValueError, match="one row with PrefixConstrainedLogitsProcessor, found 2"):
+        llama.generate(ids.repeat(2, 1), max_new_tokens=4, custom_generate=ours,
+            prefix_allowed_tokens_fn=lambda batch_id, row: [1 + batch_id])  # fmt: skip
+    with pytest.raises(ValueError, match="processors without state, found UnbatchedClassifierFree"):
+        llama.generate(ids, max_new_tokens=4, guidance_scale=1.5, custom_generate=ours)
     cache = llama(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="empty cache, found one of 6 tokens"):
         llama.generate(torch.tensor([[*ROWS[0], 3]]), past_key_values=cache, max_new_tokens=4, custom_generate=ours)

@@ -46,6 +46,51 @@ def test_weights_that_change_are_packed_again():
         assert ours.generate([5, 3, 8], max_new_tokens=12, mode=mode).token_ids == [expected]
 
 
+def test_changes_that_leave_no_trace_in_version_counters_are_noticed():
+    model = tiny_model("llama", dtype=torch.float32)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2))
+    ours.generate([5, 3, 8], max_new_tokens=12)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape) * 0.3)
+    expected = model.generate(torch.tensor([[5, 3, 8]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    for mode in ("plain", "fused"):
+        assert ours.generate([5, 3, 8], max_new_tokens=12, mode=mode).token_ids == [expected]
+
+
+def test_a_forward_that_is_replaced_later_is_honoured_and_kept():
+    model = tiny_model("llama", dtype=torch.float32)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2))
+    ours.generate([5, 3, 8], max_new_tokens=12)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = lambda x: torch.nn.functional.linear(x, -layer.weight)
+    expected = model.generate(torch.tensor([[5, 3, 8]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    assert ours.generate([5, 3, 8], max_new_tokens=12).token_ids == [expected]
+    assert "forward" in layer.__dict__
+
+
+def test_another_thread_that_runs_the_base_gets_its_own_numbers():
+    import threading
+
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = torch.randint(0, 61, (1, 16))
+    before = model(ids).logits
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2))
+    stop, wrong = threading.Event(), []
+
+    def watch():
+        while not stop.is_set():
+            wrong.append(not torch.equal(model(ids).logits, before))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for _ in range(5):
+        ours.generate([5, 3, 8], max_new_tokens=40)
+    stop.set()
+    thread.join()
+    assert len(wrong) > 20
+    assert not any(wrong)
+
+
 def test_a_forward_that_someone_else_replaced_is_left_alone():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model[0].forward = lambda x: x + 1
@@ -58,7 +103,9 @@ def test_a_forward_that_someone_else_replaced_is_left_alone():
 
 def test_other_dtypes_are_not_packed():
     model = tiny_model("llama", dtype=torch.float64)
-    assert PackedLinears(model)._modules == []
+    packed = PackedLinears(model)
+    packed.refresh()
+    assert packed._modules == []
 
 
 def test_nothing_is_packed_where_memory_is_short(monkeypatch):
@@ -68,5 +115,6 @@ def test_nothing_is_packed_where_memory_is_short(monkeypatch):
         available = 1000
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Short)
-    model = tiny_model("llama", dtype=torch.float32)
-    assert PackedLinears(model)._modules == []
+    packed = PackedLinears(tiny_model("llama", dtype=torch.float32))
+    packed.refresh()
+    assert packed._modules == []

@@ -191,14 +191,14 @@ def test_a_killed_run_continues_to_the_same_weights(finished, sources, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             run(monkeypatch, sources, output)
     assert not (output / "model.safetensors").exists()
-    left = sorted(file.name for file in (output / "checkpoints" / "step-000010").iterdir())
+    left = sorted(file.name for file in (output / "checkpoints" / "step-000000010").iterdir())
     assert left == ["optimizer.safetensors", "parameters.safetensors", "state.json"]
 
     capsys.readouterr()
     run(monkeypatch, sources, output)
     assert "at step 10" in capsys.readouterr().out
     assert metrics_of(output) == metrics_of(finished)
-    for name in ("model.safetensors", "checkpoints/step-000020/optimizer.safetensors"):
+    for name in ("model.safetensors", "checkpoints/step-000000020/optimizer.safetensors"):
         ours, theirs = load_file(output / name), load_file(finished / name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)

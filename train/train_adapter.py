@@ -27,7 +27,7 @@ from pardec.base import load_base, load_tokenizer
 from pardec.config import Recipe, load_recipe
 from pardec.data import AnchoredSequences, Corpus, collate, load_corpus, standard_prompts
 from pardec.fingerprint import Fingerprint, fingerprint
-from pardec.forward import TargetModel
+from pardec.forward import TargetModel, embedding_weight, position_limit
 from pardec.gated_lora import inject_lora, lora_weights
 from pardec.model import SelfSpeculativeModel
 from pardec.probe import probe
@@ -73,6 +73,7 @@ def train(recipe: Recipe) -> None:
     global_batch = recipe.train.batch_size * recipe.train.gradient_accumulation_steps * accelerator.num_processes
     corpus = read_corpus(recipe, tokenizer, accelerator, max_sequences=steps * global_batch)
     prompts = standard_prompts(corpus.validation, num_prompts=recipe.eval.num_prompts)
+    check_sizes(recipe, base, corpus, prompts)
 
     # what is learned, and what was learned before this run was cut off
     module, peft_model = build_module(recipe, base)
@@ -99,7 +100,7 @@ def train(recipe: Recipe) -> None:
                 log_losses(accelerator, step, sums, schedule.get_last_lr(), progress)
                 sums.zero_()
         is_last = step == steps
-        if accelerator.is_main_process and step == 0:
+        if accelerator.is_main_process and step == 0 and read_progress(checkpoints) is None:
             # a run that is killed before its first checkpoint is one to continue, too
             save_state(checkpoints, step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)})
         measured_before = 0 < step == first_step
@@ -110,7 +111,8 @@ def train(recipe: Recipe) -> None:
                 best = measured["sampled"]["mean_acceptance_length"]
                 save_adapter(adapter_at(step, measured), output)
         accelerator.wait_for_everyone()
-        if accelerator.is_main_process and step and (step % recipe.train.checkpoint_every == 0 or is_last):
+        is_due = step % recipe.train.checkpoint_every == 0 or is_last
+        if accelerator.is_main_process and step > first_step and is_due:
             save_state(checkpoints, step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)})
     progress.close()
     accelerator.end_training()
@@ -158,6 +160,8 @@ def trained_by(recipe: Recipe) -> dict:
 def steps_done_before(recipe: Recipe) -> int:
     """Steps in the newest checkpoint of output_dir; refuses a folder that holds something else."""
     output = Path(recipe.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output_dir {output}: expected a folder, found a file")
     progress = read_progress(output / "checkpoints")
     if progress is None:
         if (output / METADATA_FILE).exists():
@@ -207,6 +211,20 @@ def read_corpus(recipe: Recipe, tokenizer, accelerator: Accelerator, max_sequenc
         )
 
 
+def check_sizes(recipe: Recipe, base, corpus: Corpus, prompts: list[list[int]]) -> None:
+    """Refuses data that the base has no embeddings or no positions for."""
+    rows, limit = embedding_weight(base).shape[0], position_limit(base)
+    largest = max(int(document.input_ids.max()) for document in (*corpus.train, *corpus.validation))
+    if largest >= rows:
+        raise ValueError(f"{recipe.data.path}: expected token ids below {rows}, those of the base, found {largest}")
+    longest = max(map(len, prompts))
+    if limit is not None and longest + recipe.eval.max_new_tokens > limit:
+        raise ValueError(
+            f"eval.max_new_tokens: expected at most {limit - longest} behind validation prompts of up to {longest} "
+            f"tokens, as the base has {limit} positions, found {recipe.eval.max_new_tokens}"
+        )
+
+
 def build_module(recipe: Recipe, base):
     """The training module around the base, and PEFT's view of the base if there is a LoRA."""
     lora, peft_model = recipe.adapter.lora, None
@@ -249,7 +267,7 @@ def optimiser_step(
     for index, (batch, first) in enumerate(chunks):
         is_last = index == len(chunks) - 1
         with nullcontext() if is_last else accelerator.no_sync(wrapped):
-            logged = step % recipe.train.log_every == 0
+            logged = step % recipe.train.log_every == 0 or step == recipe.train.steps
             loss_sum, count, metrics = wrapped(**batch, first_anchor=first, num_anchors=part, with_metrics=logged)
             accelerator.backward(loss_sum)
         totals[:3] += metrics
