@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pardec.errors import first_line
 from pardec.forward import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def load_base(
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"base {name!r}: expected a folder or hub name of a causal language model, found {_first_line(error)}"
+            f"base {name!r}: expected a folder or hub name of a causal language model, found {first_line(error)}"
         ) from None
     refuse_by_config(config)
     try:
@@ -65,7 +66,7 @@ def load_base(
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"base {name!r}: cannot be loaded: {_first_line(error)}") from None
+        raise ValueError(f"base {name!r}: cannot be loaded: {first_line(error)}") from None
     if not hasattr(base, "hf_device_map"):
         base = base.to(where)  # type: ignore[arg-type]
     return base.eval().requires_grad_(False)
@@ -79,7 +80,7 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(resolve_base(name), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         if any(Path(resolve_base(name)).glob("tokenizer*")):
-            raise ValueError(f"base {name!r}: its tokenizer cannot be read: {_first_line(error)}") from None
+            raise ValueError(f"base {name!r}: its tokenizer cannot be read: {first_line(error)}") from None
         return None
 
 
@@ -110,7 +111,3 @@ def pad_token_id(base: PreTrainedModel) -> int:
     """What stands behind finished rows: the model's pad token, else its first EOS, else 0."""
     pad = getattr(base.generation_config, "pad_token_id", None)
     return pad if pad is not None else (eos_token_ids(base) or [0])[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

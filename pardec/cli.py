@@ -124,9 +124,7 @@ def _load(
     from transformers.utils import logging
 
     import pardec
-    from pardec.adapter import load_adapter
 
-    load_adapter(directory)  # an unusable adapter is said before a large base is loaded
     logging.disable_progress_bar()
     if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype: expected a torch dtype, float64, float32, float16 or bfloat16, found {dtype!r}")

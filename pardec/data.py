@@ -20,6 +20,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pardec.errors import first_line
+
 STDLIB = "python-stdlib"
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PROMPT_TOKENS = 128
@@ -169,8 +171,7 @@ def _hub_rows(path: str, split: str, subset: str | None) -> list[dict[str, Any]]
     try:
         rows = datasets.load_dataset(path, subset, split=split)
     except Exception as error:  # datasets raises many kinds, all of them about the data's place or form
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"data {path!r}: expected a file, folder or hub dataset, found {reason}") from None
+        raise DataError(f"data {path!r}: expected a file, folder or hub dataset, found {first_line(error)}") from None
     return [check_row(row, f"{path}:{split}:{number}") for number, row in enumerate(rows, start=1)]
 
 

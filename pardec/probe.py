@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pardec.decode import Decoder
+from pardec.errors import first_line
 from pardec.forward import SLIDING, TargetModel, UnsupportedModelError
 from pardec.sampling import TokenLaw
 
@@ -29,10 +30,9 @@ def probe(target: TargetModel) -> float:
     except UnsupportedModelError:
         raise
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModelError(
             f"{target.base.config.model_type}: expected a model that runs input embeddings at given positions under "
-            f"a 4-D attention mask, found: {reason}"
+            f"a 4-D attention mask, found: {first_line(error)}"
         ) from error
     tolerance = _TOLERANCE.get(target.dtype, _TOLERANCE[torch.bfloat16])
     if not deviation <= tolerance:

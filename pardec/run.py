@@ -66,6 +66,13 @@ def bf16_pays() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def resolve_precision(mixed_precision: str) -> str:
+    """What a recipe's `mixed_precision` means on this machine: `no` or `bf16`."""
+    if mixed_precision == "auto":
+        return "bf16" if bf16_pays() else "no"
+    return mixed_precision
+
+
 def command_line() -> str:
     """The command as it was typed, without the interpreter's path."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -175,6 +182,35 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
         return json.loads((states[-1] / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{states[-1] / STATE_FILE}: expected JSON, found {error}; remove {states[-1]}") from None
+
+
+def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, result: str) -> int:
+    """Steps in the newest state of a run's folder, 0 for a new one.
+
+    Args:
+        output: of the run.
+        recipe: the parts that a state depends on, as they were saved with it under `recipe`.
+        result_file: shows that the folder holds a result.
+        result: what that is called.
+
+    Raises:
+        ValueError: if the folder holds something other than a run of this recipe.
+    """
+    progress = read_progress(output / "checkpoints")
+    if progress is None:
+        is_file = output.exists() and not output.is_dir()
+        if is_file or (output / result_file).exists():
+            found = "a file" if is_file else result
+            raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
+        return 0
+    then = progress["recipe"]
+    for section in recipe:
+        if then.get(section) != recipe[section]:
+            raise ValueError(
+                f"output_dir {output}: expected a run of the same recipe to continue, found one with {section} = "
+                f"{then.get(section)}; choose another output_dir or remove it"
+            )
+    return progress["step"]
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -45,14 +45,15 @@ from pardec.pretrain_data import (
 )
 from pardec.run import (
     JsonlTracker,
-    bf16_pays,
     device_name,
     exit_on_unusable_input,
     git_commit,
     library_versions,
     load_state,
     read_progress,
+    resolve_precision,
     save_state,
+    steps_done_before,
 )
 
 MODEL_FILE, CARD_FILE = "model.safetensors", "README.md"
@@ -72,10 +73,8 @@ def main() -> None:
 def pretrain(recipe: PretrainRecipe) -> None:
     """The run, from recipe to a model folder in output_dir."""
     output, steps = Path(recipe.output_dir), recipe.train.steps
-    first_step = steps_done_before(recipe)
-    precision = recipe.train.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if bf16_pays() else "no"
+    first_step = steps_done_before(output, trained_by(recipe), MODEL_FILE, "a model")
+    precision = resolve_precision(recipe.train.mixed_precision)
     # without cpu=True, processes on CPUs would not know of each other
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     if first_step == steps and (output / CARD_FILE).exists():
@@ -137,25 +136,6 @@ def trained_by(recipe: PretrainRecipe) -> dict:
     parts = recipe.model_dump(include={"data", "tokenizer", "model", "train"})
     parts["data"]["path"] = without_folder(recipe.data.path)
     return parts
-
-
-def steps_done_before(recipe: PretrainRecipe) -> int:
-    """Steps in the newest checkpoint of output_dir; refuses a folder that holds something else."""
-    output = Path(recipe.output_dir)
-    progress = read_progress(output / "checkpoints")
-    if progress is None:
-        if (output / MODEL_FILE).exists() or (output.exists() and not output.is_dir()):
-            found = "a model" if output.is_dir() else "a file"
-            raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
-        return 0
-    then, now = progress["recipe"], trained_by(recipe)
-    for section in now:
-        if then.get(section) != now[section]:
-            raise ValueError(
-                f"output_dir {output}: expected a run of the same recipe to continue, found one with "
-                f"{section} = {then.get(section)}; choose another output_dir or remove it"
-            )
-    return progress["step"]
 
 
 def checkpoint(

@@ -33,7 +33,6 @@ from pardec.model import SelfSpeculativeModel
 from pardec.probe import probe
 from pardec.run import (
     JsonlTracker,
-    bf16_pays,
     command_line,
     device_name,
     exit_on_unusable_input,
@@ -41,7 +40,9 @@ from pardec.run import (
     library_versions,
     load_state,
     read_progress,
+    resolve_precision,
     save_state,
+    steps_done_before,
 )
 from pardec.training import MaskTokenTrainer
 
@@ -60,7 +61,7 @@ def train(recipe: Recipe) -> None:
     """The run, from recipe to the best adapter in output_dir."""
     output, steps = Path(recipe.output_dir), recipe.train.steps
     checkpoints = output / "checkpoints"
-    first_step = steps_done_before(recipe)
+    first_step = steps_done_before(output, trained_by(recipe), METADATA_FILE, "an adapter")
     accelerator = make_accelerator(recipe, first_step)
     if first_step == steps:
         accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {steps} steps")
@@ -124,12 +125,10 @@ def train(recipe: Recipe) -> None:
 
 def make_accelerator(recipe: Recipe, first_step: int) -> Accelerator:
     """Devices, precision and trackers of the run."""
-    output, precision = Path(recipe.output_dir), recipe.train.mixed_precision
-    if precision == "auto":
-        precision = "bf16" if bf16_pays() else "no"
+    output = Path(recipe.output_dir)
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # without this, processes on CPUs would not know of each other
-        mixed_precision=precision,
+        mixed_precision=resolve_precision(recipe.train.mixed_precision),
         log_with=[JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step), *recipe.train.trackers],
         project_dir=output,
     )
@@ -155,26 +154,6 @@ def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: i
 def trained_by(recipe: Recipe) -> dict:
     """The part of a recipe that a checkpoint depends on."""
     return recipe.model_dump(include={"base", "data", "adapter", "train"})
-
-
-def steps_done_before(recipe: Recipe) -> int:
-    """Steps in the newest checkpoint of output_dir; refuses a folder that holds something else."""
-    output = Path(recipe.output_dir)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output_dir {output}: expected a folder, found a file")
-    progress = read_progress(output / "checkpoints")
-    if progress is None:
-        if (output / METADATA_FILE).exists():
-            raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found an adapter")
-        return 0
-    then, now = progress["recipe"], trained_by(recipe)
-    for section in now:
-        if then.get(section) != now[section]:
-            raise ValueError(
-                f"output_dir {output}: expected a run of the same recipe to continue, found one with {section} = "
-                f"{then.get(section)}; choose another output_dir or remove it"
-            )
-    return progress["step"]
 
 
 def load_target(recipe: Recipe, accelerator: Accelerator):
