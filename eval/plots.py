@@ -49,10 +49,10 @@ def plot_fused_step(num_speculative_tokens: int, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.colors import ListedColormap
 
-    from pardec.layout import chain_layout
+    from pardec.layout import chain_layout, full_blocks
 
     K = num_speculative_tokens
-    layout = chain_layout(K)
+    layout = chain_layout(full_blocks(K))
     real = ["bonus", *(f"d{k}" for k in range(1, K + 1))]
     masks = [f"m{j}" for _ in range(K + 1) for j in range(1, K + 1)]
     kinds = np.array([1] * len(real) + [2 + i // K for i in range(len(masks))])
@@ -75,6 +75,52 @@ def plot_fused_step(num_speculative_tokens: int, path: Path) -> None:
     for height, text in notes.items():
         axes.text(layout.num_rows + 0.7, height, text, fontsize=7.5, va="center")
     axes.set_title(f"a fused step, K = {K}: rows (left) and what each sees (top)", fontsize=10, pad=12)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def plot_speed_ratios(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float, float]]]], title: str, path: Path
+) -> None:
+    """Bars of the speed of each way of decoding over plain decoding, one panel per setting, one colour per batch size.
+
+    Args:
+        panels: by setting, way and batch size: lower quartile, median and upper quartile of the ratio.
+        title: what was measured.
+        path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    num_ways = max(map(len, panels.values()))
+    size = (6 * len(panels) + 1, 0.5 * num_ways + 2)
+    figure, grid = pyplot.subplots(1, len(panels), figsize=size, dpi=130, squeeze=False)
+    for axes, (setting, ways) in zip(grid[0], panels.items(), strict=True):
+        batches = list(dict.fromkeys(batch for found in ways.values() for batch in found))
+        height = 0.8 / len(batches)
+        for place, batch in enumerate(batches):
+            heights, found = [], []
+            for index, way in enumerate(ways.values()):
+                if batch in way:
+                    heights.append(index + (place - (len(batches) - 1) / 2) * height)
+                    found.append(way[batch])
+            medians = [median for _, median, _ in found]
+            spread = [[m - low for low, m, _ in found], [high - m for _, m, high in found]]
+            axes.barh(heights, medians, height, xerr=spread, label=f"batch {batch}", error_kw={"linewidth": 0.8})
+            for y, (_, median, high) in zip(heights, found, strict=True):
+                axes.text(high, y, f" {median:.2f}", fontsize=6, va="center")
+        axes.axvline(1, color="#888888", linewidth=0.8)
+        axes.set_yticks(range(len(ways)), list(ways), fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel("speed / plain: median, quartiles as lines")
+        axes.set_title(setting, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=10)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -1,7 +1,7 @@
 """Key/value caches: slots written per row for decoding, a frozen prefix for training.
 
 Both give every layer, sliding-window ones too, keys and values of full length; windows live in the attention mask.
-Knows nothing of tokens or masks. Legend: B batch, H key/value heads, R rows of the forward, S slots, D head size.
+Knows nothing of tokens or masks. Legend: B rows of the batch, H key/value heads, R rows of the forward, S slots, D head size.
 """
 
 import torch
@@ -19,7 +19,7 @@ class _SlotLayer(CacheLayerMixin):
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        B, H = key_states.shape[:2]
+        B, H = self.owner.num_sequences or key_states.shape[0], key_states.shape[1]
         # zeros, not empty: a NaN in a masked value slot would still reach the output
         self.keys = key_states.new_zeros(B, H, self.owner.num_slots, key_states.shape[-1])
         self.values = value_states.new_zeros(B, H, self.owner.num_slots, value_states.shape[-1])
@@ -30,22 +30,22 @@ class _SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        slots = self.owner.slots
+        slots, (B, _, R, _) = self.owner.slots, key_states.shape
         if slots is None:  # prefill: rows 0..R-1 into slots 0..R-1, attention over the rows themselves
-            num_rows = key_states.shape[2]
-            self.keys[:, :, :num_rows] = key_states
-            self.values[:, :, :num_rows] = value_states
+            self.keys[:B, :, :R] = key_states
+            self.values[:B, :, :R] = value_states
             return key_states, value_states
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            if states.shape[0] == 1:
+        for buffer, states in ((self.keys[:B], key_states), (self.values[:B], value_states)):
+            if B == 1:
                 buffer.index_copy_(2, slots[0], states)
             else:
                 index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
                 buffer.scatter_(2, index, states)
-        return self.keys, self.values
+        num_used = self.owner.num_used
+        return self.keys[:B, :, :num_used], self.values[:B, :, :num_used]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (query_length if self.owner.slots is None else self.owner.num_slots), 0
+        return (query_length if self.owner.slots is None else self.owner.num_used), 0
 
     def get_seq_length(self) -> int:
         return 0
@@ -57,13 +57,32 @@ class _SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """Preallocated keys and values whose slots are addressed per row, so that acceptance may be ragged.
 
-    `slots` is None during prefill; before any other forward it is set to the slot of each row, shape [B, R], int64.
+    Attributes:
+        num_slots: S, allocated for each row.
+        num_used: slots 0..num_used-1 are what attention sees, so that its cost follows the used length.
+        num_sequences: sequences to allocate for; None for those of the first forward.
+        slots: None during prefill; before any other forward the slot of each row, shape [B, R], int64.
     """
 
-    def __init__(self, num_layers: int, num_slots: int):
+    def __init__(self, num_layers: int, num_slots: int, num_sequences: int | None = None):
         self.num_slots = num_slots
+        self.num_used = num_slots
+        self.num_sequences = num_sequences
         self.slots: Tensor | None = None
         super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
+
+    def spread(self, source: Tensor, num_slots: int) -> None:
+        """Row b takes the first `num_slots` slots of row `source[b]`: prompts that were run once serve several rows.
+
+        Args:
+            source: shape [B], int64; B up to `num_sequences`.
+            num_slots: slots that are worth copying.
+        """
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                assert buffer is not None
+                # the selection is a copy, so rows may be read and overwritten in any order
+                buffer[: source.shape[0], :, :num_slots] = buffer[source, :, :num_slots]
 
 
 class _PrefixLayer(CacheLayerMixin):

@@ -1,20 +1,22 @@
-"""The step loop: prefill, then steps that draft, verify and commit, with all state in tensors on the device.
+"""The step: one forward that drafts, verifies and commits, with all state in tensors on the device.
 
-Knows token ids only: no tokenizer, no files. `plain` is the same loop without drafts and touches no adapter.
+Knows token ids only: no tokenizer, no files, no loop. `plain` is the same step without drafts and touches no adapter.
 Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a forward, S cache slots, V vocabulary.
 """
 
-from collections.abc import Callable, Generator
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from pardec.attention import group_rows, grouped_route
 from pardec.cache import SlotCache
 from pardec.forward import FULL, TargetModel
 from pardec.gated_lora import LoraGate
-from pardec.layout import RowLayout, block_layout, chain_layout, real_layout
+from pardec.layout import RowLayout, block_layout, block_starts, chain_layout, full_blocks, real_layout
+from pardec.prefill import prefill_prompts
 from pardec.prepack import PackedLinears
 from pardec.sampling import TokenLaw
 from pardec.verify import verify_greedy, verify_sample
@@ -34,13 +36,16 @@ class DecodeState:
         draft_probs: the law q they were drawn from, shape [B, K, V]; None when greedy.
         draft_length: drafts that exist in each row, shape [B], in 0..K.
         done: rows that have met EOS or their length, shape [B], bool.
+        limit: new tokens allowed, shape [B].
+        eos_token_ids: shape [n], may be empty.
         prompts: padded prompt ids, shape [B, P].
         prompt_lengths: shape [B].
-        output: emitted ids, shape [B, max_new_tokens + 1]; the last column takes what is cut off.
+        output: emitted ids, shape [B, capacity + 1]; the last column takes what is cut off.
         num_new: emitted ids that count, shape [B].
         num_steps: rounds in which the row was not done, shape [B].
-        accepted: number of accepted drafts in each round, shape [B, max_new_tokens].
-        drafted: draft_length in each round, shape [B, max_new_tokens].
+        accepted: number of accepted drafts in each round, shape [B, capacity].
+        drafted: draft_length in each round, shape [B, capacity].
+        report: for the host, shape [B, 3 + W]: num_new, done, drafts accepted by the last step and its tokens.
     """
 
     cache: SlotCache
@@ -50,6 +55,8 @@ class DecodeState:
     draft_probs: Tensor | None
     draft_length: Tensor
     done: Tensor
+    limit: Tensor
+    eos_token_ids: Tensor
     prompts: Tensor
     prompt_lengths: Tensor
     output: Tensor
@@ -57,6 +64,7 @@ class DecodeState:
     num_steps: Tensor
     accepted: Tensor
     drafted: Tensor
+    report: Tensor
 
 
 @dataclass
@@ -73,6 +81,9 @@ class Decoder:
         mask_embeddings: shape [K, D] in the target's dtype and device; None when K = 0.
         gate: LoRA at mask rows, or None.
         linears: packed weights for steps on a CPU, or None.
+        block_lengths: of the fused chain, K + 1 numbers in 0..K; default K everywhere.
+        query_group: of the attention route that steps take; None for the model's own attention.
+        compile_step: wraps the forward of a step, such as `torch.compile`; None for none.
     """
 
     target: TargetModel
@@ -84,14 +95,23 @@ class Decoder:
     mask_embeddings: Tensor | None = None
     gate: LoraGate | None = None
     linears: PackedLinears | None = None
+    block_lengths: Sequence[int] | None = None
+    query_group: int | None = None
+    compile_step: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
     _plans: dict[str, "RowPlan"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         K = self.num_speculative_tokens
-        layouts = {"step": chain_layout(K)}
+        blocks = tuple(full_blocks(K) if self.block_lengths is None else self.block_lengths)
+        layouts = {"step": chain_layout(blocks), "draft": block_layout(K)}
         if self.mode == "two_pass":
             layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
         self._plans = {name: self._plan(layout) for name, layout in layouts.items()}
+        device = self.target.device
+        self._block_lengths = torch.tensor(blocks, device=device)
+        # a block of length 0 may start behind the last row; what is read there is a draft that does not exist
+        self._block_starts = block_starts(blocks).clamp_max(chain_layout(blocks).num_rows - 1).to(device)
+        self._forward = self.target.run if self.compile_step is None else self.compile_step(self.target.run)
 
     def _plan(self, layout: RowLayout) -> "RowPlan":
         mask_embeds = None
@@ -101,36 +121,56 @@ class Decoder:
         return RowPlan.make(layout.to(self.target.device), mask_embeds)
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows of the forwards of a step, summed."""
+        names = ("draft", "verify") if self.mode == "two_pass" else ("step",)
+        return sum(self._plans[name].layout.num_rows for name in names)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most tokens that a step may emit."""
+        return self.num_speculative_tokens + (2 if self.mode == "two_pass" else 1)
+
+    @property
     def num_slots_per_step(self) -> int:
         """Cache slots that a step writes behind the committed tokens."""
         return 1 + max(plan.layout.num_rows for plan in self._plans.values())
 
-    def generate(self, prompts: list[list[int]]) -> Generator[DecodeState, None, None]:
-        """Yields the state after prefill and after every step, until all rows are done.
+    def num_slots(self, prompt_tokens: int) -> int:
+        """Cache slots that a sequence needs whose prompt has `prompt_tokens` tokens."""
+        return prompt_tokens + self.max_new_tokens + self.num_slots_per_step
 
-        The LoRA's hooks, where there are any, are on the base only while this runs.
-        """
-        with self.gate.attached() if self.gate is not None else nullcontext():
-            state = self.prefill(prompts)
-            yield state
-            while not bool(state.done.all()):
-                self.step(state)
-                yield state
-
-    @torch.no_grad()  # not around the loop: what the caller does between two steps keeps its gradients
-    def prefill(self, prompts: list[list[int]]) -> DecodeState:
+    @torch.no_grad()  # not around a loop: what the caller does between two steps keeps its gradients
+    def prefill(
+        self,
+        prompts: list[list[int]],
+        *,
+        repeats: int = 1,
+        num_unused: int = 0,
+        cache: SlotCache | None = None,
+        capacity: int | None = None,
+    ) -> DecodeState:
         """Runs the prompts, in fused mode with one block of mask tokens behind each, and emits the first token.
 
         Args:
-            prompts: B lists of token ids, none empty.
+            prompts: lists of token ids, none empty.
+            repeats: sequences that continue each prompt, next to each other; the prompt is run once for all.
+            num_unused: further rows of the batch, done from the beginning.
+            cache: to be written into; default one for B = len(prompts) repeats + num_unused sequences.
+            capacity: new tokens that the state can hold; default `max_new_tokens`.
         """
-        device = self.target.device
-        B, K = len(prompts), self.num_speculative_tokens
+        device, K = self.target.device, self.num_speculative_tokens
+        source = torch.arange(len(prompts), device=device).repeat_interleave(repeats)
+        source = torch.cat([source, source.new_zeros(num_unused)])
+        B, P = len(source), max(len(prompt) for prompt in prompts)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        P = max(len(prompt) for prompt in prompts)
         padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
-        cache = SlotCache(self.target.num_layers, P + self.max_new_tokens + self.num_slots_per_step)
+        cache = cache or SlotCache(self.target.num_layers, self.num_slots(P), B)
         logits = self._prefill_logits(padded, lengths, cache)
+        if B > len(prompts):
+            cache.spread(source, P + K)
+            padded, lengths, logits = padded[source], lengths[source], logits[source]
+        capacity = capacity or self.max_new_tokens
         state = DecodeState(
             cache=cache,
             lengths=lengths,
@@ -138,20 +178,44 @@ class Decoder:
             drafts=lengths.new_zeros(B, K),
             draft_probs=None,
             draft_length=lengths.new_full((B,), K),
-            done=torch.zeros(B, dtype=torch.bool, device=device),
+            done=torch.arange(B, device=device) >= B - num_unused,
+            limit=lengths.new_full((B,), self.max_new_tokens),
+            eos_token_ids=self.eos_token_ids,
             prompts=padded,
             prompt_lengths=lengths.clone(),
-            output=lengths.new_zeros(B, self.max_new_tokens + 1),
+            output=lengths.new_zeros(B, capacity + 1),
             num_new=lengths.new_zeros(B),
             num_steps=lengths.new_zeros(B),
-            accepted=lengths.new_zeros(B, self.max_new_tokens),
-            drafted=lengths.new_zeros(B, self.max_new_tokens),
+            accepted=lengths.new_zeros(B, capacity),
+            drafted=lengths.new_zeros(B, capacity),
+            report=lengths.new_zeros(B, 3 + self.tokens_per_step),
         )
         first = self._choose(state, logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
             state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
         self._emit(state, first, torch.ones_like(lengths))
+        self._report(state, first, torch.zeros_like(lengths))
         return state
+
+    def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
+        """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
+        masks = self.mask_embeddings if self.mode == "fused" and self.num_speculative_tokens else None
+        with self.attached() if masks is not None else nullcontext():
+            logits = prefill_prompts(self.target, padded, lengths, cache, masks, self.gate)
+            if logits is None:  # a long prompt, of which all but the last token is in the cache
+                plan = self._plans["draft"] if masks is not None else RowPlan.make(real_layout(1).to(padded.device))
+                last = padded.gather(1, (lengths - 1)[:, None])
+                logits = self._run(plan, cache, lengths - 1, [last])
+        return logits
+
+    def attached(self, but: Sequence[torch.nn.Module] = ()) -> AbstractContextManager[None]:
+        """Keeps the LoRA's hooks, where there is one, on the base; see `LoraGate.attached`."""
+        return nullcontext() if self.gate is None else self.gate.attached(but)
+
+    @property
+    def modules_with_own_lora(self) -> Sequence[torch.nn.Module]:
+        """Layers whose LoRA a step applies without hooks."""
+        return () if self.linears is None or self.compile_step is not None else self.linears.modules
 
     @torch.no_grad()
     def step(self, state: DecodeState) -> None:
@@ -164,31 +228,40 @@ class Decoder:
     @torch.no_grad()
     def step_logits(self, state: DecodeState) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
-        return self._run(self._plans["step"], state, state.lengths, [state.bonus[:, None], state.drafts])
+        return self._run(self._plans["step"], state.cache, state.lengths, [state.bonus[:, None], state.drafts])
 
     def _fused_step(self, state: DecodeState) -> None:
         K = self.num_speculative_tokens
         logits = self.step_logits(state)
         tokens, num_accepted = self._verify(state, logits[:, : K + 1], [state.bonus[:, None], state.drafts])
-        if K:
-            first_row = K + 1 + num_accepted * K  # of block_a, a = num_accepted
-            rows = first_row[:, None] + torch.arange(K, device=logits.device)
-            block = logits.gather(1, rows[:, :, None].expand(-1, -1, logits.shape[2]))
         self._record(state, num_accepted)
         if K:
-            state.drafts, state.draft_probs = self.law.draw(block)
-        self._commit(state, tokens, num_accepted + 1)
+            state.drafts, state.draft_probs = self._draft(logits, num_accepted)
+            state.draft_length = self._block_lengths[num_accepted]
+        self._commit(state, tokens, num_accepted, num_accepted + 1)
+
+    def _draft(self, logits: Tensor, num_accepted: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Next drafts, shape [B, K], and their law, from the block behind the last accepted draft.
+
+        Behind the length of a shorter block stand its last row's drafts again; they do not exist for verification.
+        """
+        last = (self._block_lengths[num_accepted] - 1).clamp_min(0)
+        index = torch.minimum(torch.arange(self.num_speculative_tokens, device=last.device), last[:, None])
+        rows = self._block_starts[num_accepted][:, None] + index
+        if logits.shape[0] == 1:
+            return self.law.draw(logits.index_select(1, rows[0]))
+        return self.law.draw(logits.gather(1, rows[:, :, None].expand(-1, -1, logits.shape[2])))
 
     def _two_pass_step(self, state: DecodeState) -> None:
         bonus = state.bonus[:, None]
-        logits = self._run(self._plans["draft"], state, state.lengths, [bonus])
+        logits = self._run(self._plans["draft"], state.cache, state.lengths, [bonus])
         exact = self._choose(state, logits[:, :1], bonus)
         state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
         rows = [exact, state.drafts]
-        logits = self._run(self._plans["verify"], state, state.lengths + 1, rows)
+        logits = self._run(self._plans["verify"], state.cache, state.lengths + 1, rows)
         tokens, num_accepted = self._verify(state, logits, [bonus, *rows])
         self._record(state, num_accepted)
-        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted + 2)
+        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted, num_accepted + 2)
 
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
@@ -229,15 +302,15 @@ class Decoder:
 
         return prefix_of
 
-    def _run(self, plan: "RowPlan", state: DecodeState, lengths: Tensor, real_ids: list[Tensor]) -> Tensor:
+    def _run(self, plan: "RowPlan", cache: SlotCache, lengths: Tensor, real_ids: list[Tensor]) -> Tensor:
         """Logits, shape [B, R, V], of the plan's rows behind `lengths` committed tokens."""
         target, layout = self.target, plan.layout
         ids = torch.cat(real_ids, dim=1) if len(real_ids) > 1 else real_ids[0]
         embeds = target.embed(ids)
         if plan.mask_embeds is not None:
             embeds = torch.cat([embeds, plan.mask_embeds.expand(ids.shape[0], -1, -1)], dim=1)
-        positions = self._clamp(lengths[:, None] + layout.offsets)
-        slot = torch.arange(state.cache.num_slots, device=ids.device)
+        positions = self.target.clamp_positions(lengths[:, None] + layout.offsets)
+        slot = torch.arange(cache.num_used, device=ids.device)
         # 0: committed, 1..R: rows of this forward, R + 1: stale
         kind = (slot - lengths[:, None] + 1).clamp_(0, layout.num_rows + 1)
         visible = plan.visible_by_kind[kind].transpose(1, 2)
@@ -245,69 +318,58 @@ class Decoder:
         if target.attention.layer_types != (FULL,):
             key_positions = torch.where(kind == 0, slot, lengths[:, None] + plan.offset_by_kind[kind])
         mask = target.attention.render(visible, positions, key_positions, embeds.dtype)
-        state.cache.slots = lengths[:, None] + plan.row_index
-        gate = self._gate_open(plan.mask_rows if plan.mask_embeds is not None else None, *embeds.shape[:2])
-        with gate, self.linears.active() if self.linears is not None else nullcontext():
-            return target.run(embeds, positions, mask, state.cache)
+        if self.query_group is not None:
+            mask = group_rows(mask, self.query_group, embeds.dtype)
+        cache.slots = lengths[:, None] + plan.row_index
+        with self._own_forward(plan, *embeds.shape[:2]):
+            return self._forward(embeds, positions, mask, cache)
 
-    def _gate_open(self, rows: slice | Tensor | None, batch_size: int, num_rows: int):
-        if self.gate is None or rows is None:
-            return nullcontext()
-        return self.gate.open(rows, batch_size, num_rows)
-
-    def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
-        """Logits of each prompt's last token and, in fused mode, of its block: shape [B, 1 (+ K), V].
-
-        Padding stands behind the prompt and its block, so a causal forward without a mask is exact.
-        """
-        target, (B, P) = self.target, padded.shape
-        num_masks = self.num_speculative_tokens if self.mode == "fused" else 0
-        keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
-        embeds, rows = target.embed(padded), None
-        if num_masks:
-            assert self.mask_embeddings is not None
-            D = embeds.shape[2]
-            embeds = torch.cat([embeds, embeds.new_zeros(B, num_masks, D)], dim=1)
-            rows = keep[:, 1:]
-            masks = self.mask_embeddings.expand(B, -1, -1)
-            embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), masks)
-        positions = self._clamp(torch.arange(P + num_masks, device=padded.device).expand(B, -1))
-        with self._gate_open(rows, B, P + num_masks):
-            return target.run(embeds, positions, None, cache, logits_to_keep=keep)
-
-    def _clamp(self, positions: Tensor) -> Tensor:
-        """Rows that can no longer be emitted may lie beyond the model's positions; they must stay computable."""
-        limit = self.target.max_positions
-        return positions if limit is None else positions.clamp_max(limit - 1)
+    def _own_forward(self, plan: "RowPlan", batch_size: int, num_rows: int) -> ExitStack:
+        """What makes the base run a step: open gate, packed weights, attention route; undone on exit."""
+        stack = ExitStack()
+        if self.gate is not None and plan.mask_embeds is not None:
+            stack.enter_context(self.gate.open(plan.mask_rows, batch_size, num_rows))
+        if self.linears is not None and self.compile_step is None:
+            stack.enter_context(self.linears.active())
+        if self.query_group is not None:
+            stack.enter_context(grouped_route(self.target.base))
+        return stack
 
     def _record(self, state: DecodeState, num_accepted: Tensor) -> None:
         """Counts a round, before EOS or length cuts, for rows that were not done when it began."""
-        column = state.num_steps.clamp_max(self.max_new_tokens - 1)[:, None]
+        column = state.num_steps.clamp_max(state.accepted.shape[1] - 1)[:, None]
         state.accepted.scatter_(1, column, num_accepted[:, None])
         if self.num_speculative_tokens:
             state.drafted.scatter_(1, column, state.draft_length[:, None])
-        state.num_steps += ~state.done
+        state.num_steps = state.num_steps + ~state.done
 
-    def _commit(self, state: DecodeState, tokens: Tensor, count: Tensor) -> None:
+    def _commit(self, state: DecodeState, tokens: Tensor, num_accepted: Tensor, count: Tensor) -> None:
         """Emits tokens[:, :count] and advances the committed length past all of them but the last."""
         self._emit(state, tokens, count)
         # rows that are done keep writing behind a length that no longer grows
         state.lengths = torch.where(state.done, state.lengths, state.lengths + count)
+        self._report(state, tokens, num_accepted)
+
+    def _report(self, state: DecodeState, tokens: Tensor, num_accepted: Tensor) -> None:
+        state.report[:, : 3 + tokens.shape[1]] = torch.cat(
+            [torch.stack([state.num_new, state.done.long(), num_accepted], dim=1), tokens], dim=1
+        )
 
     def _emit(self, state: DecodeState, tokens: Tensor, count: Tensor) -> None:
         """Appends the first `count` tokens of each live row to its output, up to EOS and the length limit."""
         index = torch.arange(tokens.shape[1], device=tokens.device)
-        room = (self.max_new_tokens - state.num_new).masked_fill(state.done, 0)
+        room = (state.limit - state.num_new).masked_fill(state.done, 0)
         count_kept = torch.minimum(count, room)
-        if self.eos_token_ids.numel():
-            is_eos = torch.isin(tokens, self.eos_token_ids) & (index < count_kept[:, None])
+        if state.eos_token_ids.numel():
+            is_eos = torch.isin(tokens, state.eos_token_ids) & (index < count_kept[:, None])
             first_eos = torch.where(is_eos, index, tokens.shape[1]).amin(dim=1)
             count_kept = torch.minimum(count_kept, first_eos + 1)
             state.done = state.done | is_eos.any(dim=1)
-        column = torch.where(index < count_kept[:, None], state.num_new[:, None] + index, self.max_new_tokens)
+        cut_off = state.output.shape[1] - 1
+        column = torch.where(index < count_kept[:, None], state.num_new[:, None] + index, cut_off)
         state.output.scatter_(1, column, tokens)
         state.num_new = state.num_new + count_kept
-        state.done = state.done | (state.num_new >= self.max_new_tokens)
+        state.done = state.done | (state.num_new >= state.limit)
         state.bonus = tokens.gather(1, (count - 1)[:, None]).squeeze(1)
 
 
@@ -332,7 +394,7 @@ class RowPlan:
     offset_by_kind: Tensor
 
     @classmethod
-    def make(cls, layout: RowLayout, mask_embeds: Tensor | None) -> "RowPlan":
+    def make(cls, layout: RowLayout, mask_embeds: Tensor | None = None) -> "RowPlan":
         """The plan of `layout`."""
         R, device = layout.num_rows, layout.offsets.device
         ones = torch.ones(1, R, dtype=torch.bool, device=device)

@@ -3,6 +3,7 @@
 Maps processors, stopping criteria and left padding onto the step loop. Legend: B batch, S prompt length.
 """
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,27 +82,34 @@ def generate_for_transformers(
             f"found lengths {min(map(len, prompts))} to {max(map(len, prompts))}"
         )
     max_new_tokens, eos, others = _limits(stopping_criteria, input_ids.shape[1])
-    law = TokenLaw(not generation_config.do_sample, tuple(_without_padding(p) for p in processors))
-    decoder = model._decoder(prompts, law, max_new_tokens, num_speculative_tokens, mode, eos=eos)
+    generator = model._generator(None) if generation_config.do_sample else None
+    law = TokenLaw(not generation_config.do_sample, tuple(_without_padding(p) for p in processors), generator)
+    shape = model._draft_shape(num_speculative_tokens, None, mode)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     checked = [0] * len(prompts)
-    state = None
-    for state in decoder.generate(prompts):
-        if others:
-            _apply_criteria(state, others, input_ids, checked)
-        if streamer is not None:
-            for token in state.output[0, checked[0] : int(state.num_new[0])].tolist():
-                streamer.put(torch.tensor([token]))
-        checked = state.num_new.tolist()
+    with model._engine(prompts, law, max_new_tokens, shape, mode, eos=eos) as engine:
+        with closing(engine.run(prompts, one_behind=not others)) as steps:
+            for step in steps:
+                num_new = step.num_new
+                assert engine.state is not None
+                if others:
+                    _apply_criteria(engine.state, others, input_ids, checked)
+                    num_new = engine.state.num_new.tolist()[: len(prompts)]
+                if streamer is not None:
+                    for token in step.tokens[0][: num_new[0] - checked[0]]:
+                        streamer.put(torch.tensor([token]))
+                checked = num_new
+                if others and bool(engine.state.done[: len(prompts)].all()):
+                    break
+        assert engine.state is not None
+        new, num_new = engine.state.output[: len(prompts)].cpu(), engine.state.num_new[: len(prompts)].cpu()
     if streamer is not None:
         streamer.end()
-    assert state is not None
-    width = max(checked)
+    width = int(num_new.max())
     pad = generation_config._pad_token_tensor  # type: ignore[attr-defined]
     fill = pad_token_id(model.base_model) if pad is None else int(pad)
-    index = torch.arange(width, device=input_ids.device)
-    new = state.output[:, :width].masked_fill(index >= state.num_new[:, None], fill)
+    new = new[:, :width].masked_fill(torch.arange(width) >= num_new[:, None], fill)
     sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]

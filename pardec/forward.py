@@ -153,6 +153,11 @@ class TargetModel:
         """Input embeddings of real tokens, in the space of the embedding module's output (scaled, where it scales)."""
         return self.base.get_input_embeddings()(token_ids)
 
+    def clamp_positions(self, positions: Tensor) -> Tensor:
+        """Rows that can no longer be emitted may lie beyond the model's positions; they must stay computable."""
+        limit = self.max_positions
+        return positions if limit is None else positions.clamp_max(limit - 1)
+
     def run(
         self,
         inputs_embeds: Tensor,

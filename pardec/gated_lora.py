@@ -8,7 +8,8 @@ Legend: B batch, R rows, r rank, M mask rows.
 import math
 import threading
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -90,9 +91,9 @@ class LoraGate:
         # of the thread that runs a step: others that run the base meanwhile find the gate closed
         self._here = _OpenRows()
         self._lock = threading.Lock()
-        self._num_attached = 0
-        self._handles: list[RemovableHandle] = []
-        self._targets: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self._num_attached: Counter[nn.Module] = Counter()
+        self._handles: dict[nn.Module, RemovableHandle] = {}
+        self._targets: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for name, (a, b) in weights.pairs().items():
             module = _base_module(base, name)
             weight = cast(Tensor, module.weight)
@@ -103,23 +104,30 @@ class LoraGate:
             dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
             a_t = a.to(weight.device, dtype).T.contiguous()  # [in, r]
             b_t = (b.to(weight.device, torch.float32) * weights.scaling).to(dtype).T.contiguous()  # [r, out]
-            self._targets.append((module, a_t, b_t))
+            self._targets[module] = (a_t, b_t)
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Keeps the hooks on the base for the time of the context; contexts may overlap."""
+    def attached(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
+        """Keeps the hooks on the base for the time of the context; contexts may overlap.
+
+        Args:
+            but: layers that apply the LoRA themselves, by `add_stacked`.
+        """
+        served = set(but)
+        modules = [module for module in self._targets if module not in served]
         with self._lock:
-            if self._num_attached == 0:
-                self._handles = [m.register_forward_hook(self._make_hook(a_t, b_t)) for m, a_t, b_t in self._targets]
-            self._num_attached += 1
+            for module in modules:
+                if not self._num_attached[module]:
+                    self._handles[module] = module.register_forward_hook(self._make_hook(*self._targets[module]))
+            self._num_attached.update(modules)
         try:
             yield
         finally:
             with self._lock:
-                self._num_attached -= 1
-                if self._num_attached == 0:
-                    for handle in self._handles:
-                        handle.remove()
+                self._num_attached.subtract(modules)
+                for module in modules:
+                    if not self._num_attached[module]:
+                        self._handles.pop(module).remove()
 
     @contextmanager
     def open(self, rows: slice | Tensor, batch_size: int, num_rows: int) -> Iterator[None]:
@@ -135,6 +143,40 @@ class LoraGate:
             yield
         finally:
             self._here.rows = None
+
+    def stacked(self, modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
+        """The LoRA of layers that read one input, as one: A, shape [sum r, in], and B, block-diagonal.
+
+        Returns:
+            A and B, shape [sum r, sum out]; None if no layer has one.
+        """
+        pairs = [self._targets.get(module) for module in modules]
+        if not any(pairs):
+            return None
+        some = next(pair for pair in pairs if pair)
+        a = torch.cat([pair[0] for pair in pairs if pair], dim=1)
+        nothing = [some[1].new_zeros(0, _linear_shape(module)[0]) for module in modules]
+        b = torch.block_diag(*[pair[1] if pair else none for pair, none in zip(pairs, nothing, strict=True)])
+        return a.T.contiguous(), b.contiguous()
+
+    def add_stacked(self, output: Tensor, low: Tensor, b: Tensor) -> None:
+        """Adds `low @ b` to the mask rows of `output`, in place, if the gate is open.
+
+        Args:
+            output: of layers that read one input, side by side, shape [B, R, sum out] or flattened.
+            low: A x of every row, shape [B, R, sum r].
+            b: from `stacked`.
+        """
+        rows = self._here.rows
+        if rows is None:
+            return
+        if output.shape[:-1] != self._here.shape:
+            output, low = self._unflatten(output), self._unflatten(low)
+        assert isinstance(rows, slice)
+        if output.shape[0] == 1:
+            output[0, rows].addmm_(low[0, rows], b)
+        else:
+            output[:, rows].baddbmm_(low[:, rows], b.expand(output.shape[0], -1, -1))
 
     def _make_hook(self, a_t: Tensor, b_t: Tensor):
         def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -4,6 +4,7 @@ Knows no model, no cache and no batch.
 Legend: K num_speculative_tokens, R rows of a forward, N anchors, T tokens of a training sequence, M mask rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,23 +54,37 @@ def block_layout(num_speculative_tokens: int) -> RowLayout:
     return RowLayout(1, torch.arange(K + 1), ones.tril(), torch.arange(K))
 
 
-def chain_layout(num_speculative_tokens: int) -> RowLayout:
-    """The fused chain `[bonus, d1..dK | block_0 .. block_K]`, (K + 1)^2 rows.
+def full_blocks(num_speculative_tokens: int) -> tuple[int, ...]:
+    """Block lengths of the full fused chain: K mask tokens behind each of the K + 1 real rows."""
+    return (num_speculative_tokens,) * (num_speculative_tokens + 1)
 
-    block_i hangs behind real row i: its mask token j (1..K) sits at offset i + j and sees real rows 0..i and its
-    own mask tokens up to j. Whatever number a of drafts is accepted, block_a holds the next drafts.
-    K = 0 is plain decoding.
+
+def chain_layout(block_lengths: Sequence[int]) -> RowLayout:
+    """The fused chain `[bonus, d1..dK | block_0 .. block_K]`, with `full_blocks(K)` (K + 1)^2 rows.
+
+    block_i hangs behind real row i: its mask token j (1..block_lengths[i]) sits at offset i + j and sees real rows
+    0..i and its own mask tokens up to j. Whatever number a of drafts is accepted, block_a holds the next drafts.
+    `(0,)` is plain decoding.
+
+    Args:
+        block_lengths: mask tokens behind each real row, K + 1 numbers in 0..K.
     """
-    K = num_speculative_tokens
-    num_real, num_mask = K + 1, (K + 1) * K
-    block = torch.arange(num_mask) // max(K, 1)  # the real row that each mask row hangs behind
-    depth = torch.arange(num_mask) % max(K, 1)  # 0-based index within its block
+    num_real, num_mask = len(block_lengths), sum(block_lengths)
+    lengths = torch.tensor(block_lengths)
+    block = torch.arange(num_real).repeat_interleave(lengths)  # the real row that each mask row hangs behind
+    depth = torch.arange(num_mask) - block_starts(block_lengths)[block] + num_real  # 0-based index within its block
     offsets = torch.cat([torch.arange(num_real), block + depth + 1])
     visible = torch.zeros(num_real + num_mask, num_real + num_mask, dtype=torch.bool)
     visible[:num_real, :num_real] = torch.ones(num_real, num_real, dtype=torch.bool).tril()
     visible[num_real:, :num_real] = torch.arange(num_real) <= block[:, None]
     visible[num_real:, num_real:] = (block[:, None] == block) & (depth[:, None] >= depth)
     return RowLayout(num_real, offsets, visible, depth)
+
+
+def block_starts(block_lengths: Sequence[int]) -> Tensor:
+    """Row of the first mask token of each block of a fused chain, shape [K + 1]."""
+    lengths = torch.tensor(block_lengths)
+    return len(block_lengths) + lengths.cumsum(0) - lengths
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@
 import copy
 import operator
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,13 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pardec.adapter import Adapter, AdapterError, load_adapter
 from pardec.base import eos_token_ids, load_base, load_tokenizer, pad_token_id, refuse_by_config
 from pardec.decode import MODES, Decoder, DecodeState
+from pardec.engine import Engine
 from pardec.fingerprint import differences, fingerprint
 from pardec.forward import TargetModel, embedding_weight
+from pardec.engine_pool import EnginePool
 from pardec.gated_lora import LoraGate
+from pardec.layout import full_blocks
 from pardec.prepack import PackedLinears
 from pardec.probe import probe
+from pardec.run import device_name
 from pardec.sampling import TokenLaw, make_warpers
 from pardec.stats import DecodeStats, SequenceCounts, pool
+from pardec.survey import Survey, survey
+#from pardec.tuning import TunedChoice, read_tuned
 
 MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -72,17 +77,36 @@ class StreamChunk:
 class SelfSpeculativeModel:
     """A frozen causal language model that drafts for itself with learned mask tokens.
 
+    Attributes:
+        base_model: the model, always as if nothing else were here.
+        tokenizer: None where the base came without one.
+        adapter: mask tokens, and a LoRA where one was trained; None allows plain mode only.
+        capture: steps run as CUDA graphs; False only to compare.
+        tuned: the choice of `pardec tune` for this device, used where no num_speculative_tokens is asked for.
+
     Source: PaSS, arXiv:2311.13581; verification of arXiv:2302.01318.
     """
 
-    def __init__(self, base_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, adapter: Adapter | None):
-        """Takes a loaded base as it is; `adapter` None allows plain mode only. Use `pardec.load` for checks."""
+    def __init__(
+        self,
+        base_model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        adapter: Adapter | None,
+        *,
+        compile: bool = False,
+    ):
+        """Takes a loaded base as it is. Use `pardec.load` for checks."""
         self.base_model = base_model
         self.tokenizer = tokenizer
         self.adapter = adapter
         self.target = TargetModel.wrap(base_model)
+        self.compile = compile
+        self.capture = self.target.device.type == "cuda"
+        self.tuned: object | None = None
         self._streamer = None
-        self._linears = PackedLinears(base_model)
+        self._survey: Survey | None = None
+        self._linears: dict[bool, PackedLinears] = {}
+        self._pool = EnginePool()
         self._gate = None
         if adapter is not None and adapter.lora is not None:
             self._gate = LoraGate(base_model, adapter.lora)
@@ -102,6 +126,7 @@ class SelfSpeculativeModel:
         num_speculative_tokens: int | None = None,
         mode: str = "fused",
         num_return_sequences: int = 1,
+        block_lengths: Sequence[int] | None = None,
     ) -> GenerationOutput:
         """Continues every prompt exactly as the base model alone would: the same tokens, or the same law.
 
@@ -113,23 +138,30 @@ class SelfSpeculativeModel:
             top_p: keep the likeliest tokens that sum to p.
             min_p: keep tokens at least min_p times as likely as the likeliest.
             seed: of the one generator that all rows draw from; None for torch's global one.
-            num_speculative_tokens: K; default what the adapter was trained with; 0 is plain decoding.
+            num_speculative_tokens: K; 0 is plain decoding. Default what `pardec tune` chose for this device, else
+                what the adapter was trained with.
             mode: `plain`, `two_pass` or `fused`.
-            num_return_sequences: continuations per prompt, next to each other.
+            num_return_sequences: continuations per prompt, next to each other; they share its prefill.
+            block_lengths: instead of K, how many tokens a fused step drafts behind 0, 1, .. K accepted ones: K + 1
+                numbers of which K is the largest.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
         """
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences: expected an integer >= 1, found {num_return_sequences}")
-        ids = [row for row in self._token_ids(prompts) for _ in range(num_return_sequences)]
+        ids = self._token_ids(prompts)
         law = self._law(temperature, top_k, top_p, min_p, seed)
-        decoder = self._decoder(ids, law, max_new_tokens, num_speculative_tokens, mode)
-        start = time.perf_counter()
-        state = deque(decoder.generate(ids), maxlen=1).pop()  # the last one
-        outputs = _outputs(state)
-        seconds = time.perf_counter() - start  # reading the outputs has waited for the device
-        return self._result(ids, outputs, counts_of(state, decoder.mode), seconds)
+        shape = self._draft_shape(num_speculative_tokens, block_lengths, mode)
+        with self._engine(ids, law, max_new_tokens, shape, mode) as engine:
+            start = time.perf_counter()
+            for _ in engine.run(ids, repeats=num_return_sequences):
+                pass
+            assert engine.state is not None
+            rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
+            outputs = _outputs(engine.state, len(rows))
+            seconds = time.perf_counter() - start  # reading the outputs has waited for the device
+            return self._result(rows, outputs, counts_of(engine.state, mode, len(rows)), seconds)
 
     def stream(
         self,
@@ -143,73 +175,148 @@ class SelfSpeculativeModel:
         seed: int | None = None,
         num_speculative_tokens: int | None = None,
         mode: str = "fused",
+        block_lengths: Sequence[int] | None = None,
     ) -> Iterator[StreamChunk]:
         """Yields what each step emits for one prompt; arguments and errors as in `generate`."""
         ids = self._token_ids(prompt)
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self._law(temperature, top_k, top_p, min_p, seed)
-        decoder = self._decoder(ids, law, max_new_tokens, num_speculative_tokens, mode)
-        return self._stream(decoder, ids)
+        shape = self._draft_shape(num_speculative_tokens, block_lengths, mode)
+        self._check(ids, max_new_tokens, mode)
+        return self._stream(ids, law, max_new_tokens, shape, mode)
 
-    def _stream(self, decoder: Decoder, ids: list[list[int]]) -> Iterator[StreamChunk]:
+    def _stream(
+        self, ids: list[list[int]], law: TokenLaw, max_new_tokens: int, shape: tuple[int, ...], mode: str
+    ) -> Iterator[StreamChunk]:
         text = _TextStream(self.tokenizer)
-        emitted = 0
-        with closing(decoder.generate(ids)) as states:
-            for state in states:
-                new = state.output[0, emitted : int(state.num_new[0])].tolist()
-                steps = int(state.num_steps[0])
-                accepted = int(state.accepted[0, steps - 1]) if steps else 0
-                first = 1 if decoder.mode == "two_pass" else 0  # its exact token stands before the drafts
-                emitted += len(new)
-                yield StreamChunk(text.put(new, last=bool(state.done[0])), new, min(accepted, max(len(new) - first, 0)))
+        with self._engine(ids, law, max_new_tokens, shape, mode) as engine, closing(engine.run(ids)) as steps:
+            for step in steps:
+                new = step.tokens[0]
+                # the exact token of two_pass stands before the drafts
+                first = 1 if engine.decoder.mode == "two_pass" else 0
+                accepted = min(step.num_accepted[0], max(len(new) - first, 0))
+                yield StreamChunk(text.put(new, last=step.done[0]), new, accepted)
 
     def _law(
         self, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
     ) -> TokenLaw:
         warpers = make_warpers(temperature, top_k, top_p, min_p)
-        generator = None
-        if seed is not None:
-            if not 0 <= seed < 2**63:
-                raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, found {seed}")
-            generator = torch.Generator(self.target.device).manual_seed(seed)
-        return TokenLaw(temperature == 0, tuple(warpers), generator)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, found {seed}")
+        return TokenLaw(temperature == 0, tuple(warpers), self._generator(seed) if temperature else None)
 
-    def _decoder(
-        self,
-        prompts: list[list[int]],
-        law: TokenLaw,
-        max_new_tokens: int,
-        num_speculative_tokens: int | None,
-        mode: str,
-        eos: list[int] | None = None,
-    ) -> Decoder:
-        """A decoder for these prompts, after every check that needs no forward."""
+    def _generator(self, seed: int | None) -> torch.Generator:
+        """A generator of its own for each call, so that a captured step can hold it; None: seeded by torch's."""
+        chosen = int(torch.randint(2**62, ())) if seed is None else seed
+        return torch.Generator(self.target.device).manual_seed(chosen)
+
+    def _check(self, prompts: list[list[int]], max_new_tokens: int, mode: str) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected an integer >= 1, found {max_new_tokens}")
         self._check_positions(max(map(len, prompts)), max_new_tokens)
-        K = self._resolve_num_speculative_tokens(num_speculative_tokens, mode)
-        device = self.target.device
-        eos_ids = torch.tensor(eos_token_ids(self.base_model) if eos is None else eos, device=device).long()
-        self._linears.refresh()
-        if K == 0:
-            return Decoder(self.target, "plain", 0, law, max_new_tokens, eos_ids, linears=self._linears)
-        assert self.adapter is not None
-        masks = self.adapter.embeddings_for(K).to(device, self.target.dtype)
-        return Decoder(self.target, mode, K, law, max_new_tokens, eos_ids, masks, self._gate, self._linears)
 
-    def _resolve_num_speculative_tokens(self, asked: int | None, mode: str) -> int:
+    @contextmanager
+    def _engine(
+        self,
+        prompts: list[list[int]],
+        law: TokenLaw,
+        max_new_tokens: int,
+        shape: tuple[int, ...],
+        mode: str,
+        eos: list[int] | None = None,
+    ) -> Iterator[Engine]:
+        """An engine for these prompts, after every check that needs no forward; nobody else has it meanwhile."""
+        self._check(prompts, max_new_tokens, mode)
+        if shape == (0,):
+            mode = "plain"
+        eos_ids = eos_token_ids(self.base_model) if eos is None else eos
+        if self._survey is None:
+            self._survey = survey(self.target)
+        linears = self._packed(with_lora=mode != "plain" and self._gate is not None)
+        # graphs hold on to addresses, compiled code to modules
+        keep = law.key is not None and (self.capture or self.compile)
+        key = (mode, shape, law.key, len(eos_ids), self.capture, self.compile, _signature(self.base_model))
+        engine = self._pool.take(key) if keep else None
+        if engine is None:
+            engine = self._new_engine(law, shape, mode, linears)
+        elif law.generator is not None:
+            assert engine.decoder.law.generator is not None
+            engine.decoder.law.generator.manual_seed(law.generator.initial_seed())
+        engine.decoder.max_new_tokens = max_new_tokens
+        engine.decoder.eos_token_ids = torch.tensor(eos_ids, device=self.target.device).long()
+        usable = False
+        try:
+            yield engine
+            usable = True
+        except GeneratorExit:  # a stream that is not read to its end
+            usable = True
+            raise
+        finally:
+            if keep and usable:
+                self._pool.give_back(key, engine)
+
+    def _new_engine(self, law: TokenLaw, shape: tuple[int, ...], mode: str, linears: PackedLinears) -> Engine:
+        assert self._survey is not None
+        K, masks, gate = len(shape) - 1, None, None
+        if K:
+            assert self.adapter is not None
+            masks, gate = self.adapter.embeddings_for(K).to(self.target.device, self.target.dtype), self._gate
+        decoder = Decoder(
+            self.target,
+            mode,
+            K,
+            law,
+            max_new_tokens=1,  # set for each call, as are the EOS ids
+            eos_token_ids=torch.empty(0, dtype=torch.long),
+            mask_embeddings=masks,
+            gate=gate,
+            linears=linears,
+            block_lengths=shape,
+            query_group=self._survey.query_group,
+            compile_step=compiled if self.compile else None,
+        )
+        return Engine(decoder, self._survey.bytes_per_slot, captured=self.capture and not law.needs_prefix)
+
+    def _packed(self, with_lora: bool) -> PackedLinears:
+        """Packed weights, up to date; empty on other devices than a CPU."""
+        assert self._survey is not None
+        if with_lora not in self._linears:
+            self._linears[with_lora] = PackedLinears(self._survey.siblings, self._gate if with_lora else None)
+        if not self.compile:
+            self._linears[with_lora].refresh()
+        return self._linears[with_lora]
+
+    def _draft_shape(self, asked: int | None, block_lengths: Sequence[int] | None, mode: str) -> tuple[int, ...]:
+        """Block lengths of the fused chain; for two_pass only their number counts; (0,) for plain decoding."""
+        if block_lengths is not None:
+            return self._checked_blocks(asked, block_lengths, mode)
         if asked is not None and asked < 0:
             raise ValueError(f"num_speculative_tokens: expected an integer >= 0, found {asked}")
         if asked is not None and asked > MAX_SPECULATIVE_TOKENS:
             raise ValueError(f"num_speculative_tokens: expected at most {MAX_SPECULATIVE_TOKENS}, found {asked}")
         if mode == "plain":
-            return 0
+            return (0,)
         if self.adapter is None:
             raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
-        return self.adapter.metadata.num_speculative_tokens if asked is None else asked
+        if asked is None and mode == "fused" and self.tuned is not None:
+            return tuple(self.tuned.block_lengths)
+        return full_blocks(self.adapter.metadata.num_speculative_tokens if asked is None else asked)
+
+    def _checked_blocks(self, asked: int | None, block_lengths: Sequence[int], mode: str) -> tuple[int, ...]:
+        blocks = tuple(operator.index(length) for length in block_lengths)
+        K = len(blocks) - 1
+        if mode != "fused" or asked is not None:
+            raise ValueError("block_lengths: expected mode fused and no num_speculative_tokens beside it")
+        if not 0 <= K <= MAX_SPECULATIVE_TOKENS or min(blocks) < 0 or max(blocks) != K:
+            raise ValueError(
+                f"block_lengths: expected K + 1 numbers from 0 to K of which K is the largest, found {blocks}"
+            )
+        if K and self.adapter is None:
+            raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
+        return blocks
 
     def _check_positions(self, prompt_tokens: int, max_new_tokens: int) -> None:
         limit = self.target.max_positions
@@ -325,6 +432,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
+    compile: bool = False,
     trust_remote_code: bool = False,
 ) -> SelfSpeculativeModel:
     """Loads an adapter and its base, and refuses pairs that do not belong together or cannot be exact.
@@ -335,6 +443,8 @@ def load(
         device: default CUDA where there is one, else the CPU.
         dtype: default float32 on a CPU, the checkpoint's own on CUDA.
         attn_implementation: `sdpa` or `eager`; default what transformers chooses.
+        compile: compile the steps with torch.compile (inductor): the first call takes minutes, later ones are
+            faster on CUDA; on a CPU packed weights, which it replaces, measured as fast.
         trust_remote_code: run code that comes with the base.
 
     Raises:
@@ -369,7 +479,8 @@ def load(
     wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
     if wrong:
         raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
-    model = SelfSpeculativeModel(loaded, tokenizer, adapter)
+    model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
+    #model.tuned = read_tuned(directory, device_name(model.target.device), model.target.dtype, compile)
     if adapter.mask_embeddings.shape[1] != model.target.embedding_dim:
         raise AdapterError(
             f"{directory}: mask embeddings: expected width {model.target.embedding_dim}, "
@@ -379,24 +490,38 @@ def load(
     return model
 
 
-def counts_of(state: DecodeState, mode: str) -> list[SequenceCounts]:
-    """The counts of every row of a decoding state."""
+def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward` under torch.compile, specialised for every shape that it meets."""
+    optimised = torch.compile(forward, dynamic=False)
+
+    def run(*args) -> Tensor:
+        # each batch, number of rows and cache bucket is a compilation; torch gives up after 8 by default
+        with torch._dynamo.config.patch(recompile_limit=256):  # type: ignore[attr-defined]
+            return optimised(*args)
+
+    return run
+
+
+def _signature(base: PreTrainedModel) -> int:
+    """Changes when weights are replaced, or modules, their hooks or their forward."""
+    modules = ((id(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in base.modules())
+    tensors = (tensor.data_ptr() for both in (base.parameters(), base.buffers()) for tensor in both)
+    return hash((*modules, *tensors))
+
+
+def counts_of(state: DecodeState, mode: str, num_sequences: int) -> list[SequenceCounts]:
+    """The counts of the first rows of a decoding state."""
     per_step = 2 if mode == "two_pass" else 1
-    rows = zip(
-        state.num_steps.tolist(),
-        state.accepted.tolist(),
-        state.drafted.tolist(),
-        state.num_new.tolist(),
-        strict=True,
-    )
+    columns = (state.num_steps, state.accepted, state.drafted, state.num_new)
+    rows = zip(*(column[:num_sequences].tolist() for column in columns), strict=True)
     return [
         SequenceCounts(accepted[:steps], drafted[:steps], new, per_step, per_step)
         for steps, accepted, drafted, new in rows
     ]
 
 
-def _outputs(state: DecodeState) -> list[list[int]]:
-    rows = zip(state.output.tolist(), state.num_new.tolist(), strict=True)
+def _outputs(state: DecodeState, num_sequences: int) -> list[list[int]]:
+    rows = zip(state.output[:num_sequences].tolist(), state.num_new[:num_sequences].tolist(), strict=True)
     return [output[:n] for output, n in rows]
 
 

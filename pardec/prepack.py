@@ -1,17 +1,22 @@
 """Weights packed once for the few rows of a decoding step, on CPUs.
 
 A CPU's float32 matrix product repacks the weight matrix at every call, which for a handful of rows costs more than
-the product itself. oneDNN takes weights that were packed before. The base's modules are switched over for the time
-of one forward only, and only for the thread that runs it, so that outside of it the base is untouched.
+the product itself. oneDNN takes weights that were packed before. Layers that read the same input become one product,
+and where a LoRA is given its A matrices ride along in it. The base's modules are switched over for the time of one
+forward only, and only for the thread that runs it, so that outside of it the base is untouched.
+Legend: R rows, r rank.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import psutil
 import torch
 from torch import Tensor, nn
+
+from pardec.gated_lora import LoraGate
 
 # rows that oneDNN packs for; any other number is computed correctly
 _TYPICAL_ROWS = 16
@@ -24,23 +29,30 @@ class PackedLinears:
     free. `refresh` packs weights that have changed anew.
     """
 
-    def __init__(self, base: nn.Module):
-        self._base = base
-        self._modules: list[nn.Linear] = []
-        self._forwards: list[Callable[[Tensor], Tensor]] = []
+    def __init__(self, siblings: Sequence[Sequence[nn.Module]], gate: LoraGate | None = None):
+        """Packs the layers of `siblings`, tuples that read the same input; with `gate`, its LoRA into them."""
+        self._siblings = siblings
+        self._gate = gate
+        self._groups: list[_Group] = []
         self._checksums: list[Tensor] = []
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The layers that are packed; a LoRA on them is applied by `active`, not by hooks."""
+        return [module for group in self._groups for module in group.modules]
 
     def refresh(self) -> None:
         """Packs the weights if there are none packed or they are no longer what was packed."""
-        modules = [m for m in self._base.modules() if isinstance(m, nn.Linear) and _can_be_packed(m)]
-        needed = sum(module.weight.nbytes for module in modules)
-        if modules != self._modules and needed > psutil.virtual_memory().available / 2:
-            modules = []
-        checksums = [_checksum(module.weight) for module in modules]
-        unchanged = modules == self._modules and all(map(torch.equal, checksums, self._checksums))
+        groups = [group for siblings in self._siblings for group in _packable(siblings)]
+        linears = [module for group in groups for module in group]
+        needed = sum(module.weight.nbytes for module in linears)
+        if linears != self.modules and needed > psutil.virtual_memory().available / 2:
+            groups = linears = []
+        checksums = [_checksum(t.detach()) for m in linears for t in (m.weight, m.bias) if t is not None]
+        unchanged = linears == self.modules and all(map(torch.equal, checksums, self._checksums))
         if not unchanged:
-            self._forwards = [_packed_forward(module) for module in modules]
-            self._modules, self._checksums = modules, checksums
+            self._groups = [_Group.pack(group, self._gate) for group in groups]
+            self._checksums = checksums
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -49,21 +61,107 @@ class PackedLinears:
             yield
             return
         switched = []
-        for module, forward in zip(self._modules, self._forwards, strict=True):
-            if "forward" not in module.__dict__:  # someone else's own forward stays
-                module.__dict__["forward"] = forward  # found before the class's method
-                switched.append(module)
+        for group in self._groups:
+            for module, forward in zip(group.modules, group.forwards, strict=True):
+                if "forward" not in module.__dict__:  # someone else's own forward stays
+                    module.__dict__["forward"] = forward  # found before the class's method
+                    switched.append(module)
         _here.is_active = True
         try:
             yield
         finally:
             _here.is_active = False
+            _here.group, _here.input, _here.outputs = None, None, ()
             for module in switched:
                 module.__dict__.pop("forward", None)
 
 
-# of the thread that runs the step: others that run the base meanwhile get its own arithmetic
-_here = threading.local()
+class _Here(threading.local):
+    """Of the thread that runs the step: others that run the base meanwhile get its own arithmetic."""
+
+    is_active: bool = False
+    group: object = None  # whose outputs these are
+    input: Tensor | None = None
+    version: int = 0
+    outputs: Sequence[Tensor] = ()
+
+
+_here = _Here()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linear layers that read one input, and their replacements."""
+
+    modules: list[nn.Linear]
+    forwards: list[Callable[[Tensor], Tensor]]
+
+    @classmethod
+    def pack(cls, modules: list[nn.Linear], gate: LoraGate | None) -> "_Group":
+        product = _packed_product(modules, gate)
+        if len(modules) == 1:
+            return cls(modules, [_single_forward(modules[0], product)])
+        sizes, token = [module.out_features for module in modules], object()
+        return cls(modules, [_sibling_forward(token, m, i, product, sizes) for i, m in enumerate(modules)])
+
+
+def _single_forward(module: nn.Linear, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        if not _here.is_active:
+            return nn.functional.linear(x, module.weight, module.bias)
+        return product(x)
+
+    return forward
+
+
+def _sibling_forward(
+    group: object, module: nn.Linear, index: int, product: Callable[[Tensor], Tensor], sizes: list[int]
+) -> Callable[[Tensor], Tensor]:
+    """Whichever of the siblings comes first computes all; the others find their part if their input is the same."""
+
+    def forward(x: Tensor) -> Tensor:
+        here = _here
+        if not here.is_active:
+            return nn.functional.linear(x, module.weight, module.bias)
+        # tensors of inference mode do not count their versions, so that nobody could tell if one was written to
+        version = None if x.is_inference() else x._version
+        if here.group is not group or here.input is not x or version is None or here.version != version:
+            here.group, here.input, here.version = group, x, version or 0
+            here.outputs = product(x).split(sizes, dim=-1)
+        return here.outputs[index]
+
+    return forward
+
+
+def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable[[Tensor], Tensor]:
+    """x -> the outputs of all `modules` side by side, with the gate's LoRA on its open rows."""
+    weight = torch.cat([module.weight.detach() for module in modules])
+    bias = None
+    if any(module.bias is not None for module in modules):
+        bias = torch.cat([m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules])
+    linear, num_outputs = torch.ops.mkldnn._linear_pointwise.default, weight.shape[0]
+    pairs = None if gate is None else gate.stacked(modules)
+    if gate is None or pairs is None:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+        return lambda x: linear(x, packed, bias, "none", [], "")
+    a, b = pairs
+    packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([weight, a]), _TYPICAL_ROWS)
+    if bias is not None:
+        bias = torch.cat([bias, bias.new_zeros(a.shape[0])])
+
+    def product(x: Tensor) -> Tensor:
+        y = linear(x, packed, bias, "none", [], "")
+        outputs = y.narrow(-1, 0, num_outputs)
+        gate.add_stacked(outputs, y.narrow(-1, num_outputs, a.shape[0]), b)
+        return outputs
+
+    return product
+
+
+def _packable(siblings: Sequence[nn.Module]) -> list[list[nn.Linear]]:
+    """The layers of `siblings` that can be packed: together, if all can."""
+    linears = [m for m in siblings if isinstance(m, nn.Linear) and _can_be_packed(m)]
+    return [linears] if len(linears) == len(siblings) else [[module] for module in linears]
 
 
 def _can_be_packed(module: nn.Linear) -> bool:
@@ -74,19 +172,7 @@ def _can_be_packed(module: nn.Linear) -> bool:
 
 
 @torch.no_grad()
-def _checksum(weight: Tensor) -> Tensor:
+def _checksum(tensor: Tensor) -> Tensor:
     """Sums of the bit patterns along rows: integers, so that no change is too small to be seen."""
-    bits = torch.int64 if weight.shape[1] % 2 == 0 else torch.int32
-    return weight.detach().contiguous().view(bits).sum(dim=1)
-
-
-def _packed_forward(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), _TYPICAL_ROWS)
-    linear, bias = torch.ops.mkldnn._linear_pointwise.default, module.bias
-
-    def forward(x: Tensor) -> Tensor:
-        if not getattr(_here, "is_active", False):
-            return nn.functional.linear(x, module.weight, module.bias)
-        return linear(x, packed, bias, "none", [], "")
-
-    return forward
+    bits = torch.int64 if tensor.shape[-1] % 2 == 0 else torch.int32
+    return tensor.contiguous().view(bits).sum(dim=-1)

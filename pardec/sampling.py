@@ -5,7 +5,7 @@ Legend: B batch, R rows, V vocabulary.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,13 @@ class TokenLaw:
         if self.needs_prefix:
             names = ", ".join(type(p).__name__ for p in self.processors if type(p) not in _WARPERS)
             warnings.warn(f"{names} run row by row on the host, which slows every step", stacklevel=3)
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for laws that a captured step cannot tell apart, the generator aside; None if some is unknown."""
+        if self.needs_prefix:
+            return None
+        return (self.greedy, *((type(p), *sorted(map(str, vars(p).items()))) for p in self.processors))
 
     @property
     def needs_prefix(self) -> bool:

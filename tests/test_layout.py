@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pardec.layout import block_layout, chain_layout, real_layout, training_layout
+from pardec.layout import block_layout, chain_layout, full_blocks, real_layout, training_layout
 
 DRAFT_LENGTHS = range(6)
 
@@ -35,7 +35,7 @@ def assert_layout_is(layout, rows):
 
 @pytest.mark.parametrize("K", DRAFT_LENGTHS)
 def test_chain_holds_the_real_rows_and_one_block_behind_each(K):
-    layout = chain_layout(K)
+    layout = chain_layout(full_blocks(K))
     assert layout.num_rows == (K + 1) ** 2
     assert_layout_is(layout, chain_rows(K))
 
@@ -51,7 +51,7 @@ def test_real_rows_are_causal_and_nothing_else(num_rows):
 
 
 def test_layouts_have_the_dtypes_that_indexing_and_masks_need():
-    for layout in (chain_layout(3), chain_layout(0), block_layout(0), block_layout(3), real_layout(2)):
+    for layout in (chain_layout((3, 3, 3, 3)), chain_layout((0,)), block_layout(0), block_layout(3), real_layout(2)):
         assert layout.offsets.dtype == torch.int64
         assert layout.mask_indices.dtype == torch.int64
         assert layout.visible.dtype == torch.bool
@@ -100,7 +100,7 @@ def test_training_blocks_see_their_prefix_and_themselves(K, anchors, T):
 @pytest.mark.parametrize("K", range(1, 6))
 def test_training_and_decoding_agree_on_what_a_block_sees(K):
     """Block i of the chain behind c committed tokens is the training block of anchor c + i."""
-    committed, chain = 4, chain_layout(K)
+    committed, chain = 4, chain_layout(full_blocks(K))
     anchors = torch.arange(committed, committed + K + 1)[None]
     training = training_layout(anchors, K, committed + K + 1)
     assert torch.equal(training.positions[0], committed + chain.offsets[K + 1 :])

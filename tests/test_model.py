@@ -250,9 +250,9 @@ def test_the_probe_notices_rows_that_leak(llama, monkeypatch):
     from pardec import decode
     from pardec.layout import RowLayout, chain_layout
 
-    def leaking(num_speculative_tokens: int) -> RowLayout:
-        layout = chain_layout(num_speculative_tokens)
-        layout.visible[1, num_speculative_tokens + 1] = True
+    def leaking(block_lengths) -> RowLayout:
+        layout = chain_layout(block_lengths)
+        layout.visible[1, len(block_lengths)] = True
         return layout
 
     monkeypatch.setattr(decode, "chain_layout", leaking)

@@ -7,11 +7,16 @@ from pardec.model import SelfSpeculativeModel
 from pardec.prepack import PackedLinears
 
 
+def packed_linears(model: torch.nn.Module) -> PackedLinears:
+    """Every linear layer by itself."""
+    return PackedLinears([(module,) for module in model.modules() if isinstance(module, torch.nn.Linear)])
+
+
 def test_packed_layers_give_the_same_numbers_for_any_number_of_rows():
     torch.manual_seed(0)
     for bias in (True, False):
         model = torch.nn.Sequential(torch.nn.Linear(48, 80, bias=bias))
-        packed = PackedLinears(model)
+        packed = packed_linears(model)
         packed.refresh()
         for shape in ((1, 1, 48), (1, 25, 48), (3, 9, 48), (7, 48), (200, 48)):
             x = torch.randn(shape)
@@ -94,7 +99,7 @@ def test_another_thread_that_runs_the_base_gets_its_own_numbers():
 def test_a_forward_that_someone_else_replaced_is_left_alone():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model[0].forward = lambda x: x + 1
-    packed = PackedLinears(model)
+    packed = packed_linears(model)
     packed.refresh()
     with packed.active():
         assert torch.equal(model(torch.zeros(1, 4)), torch.ones(1, 4))
@@ -103,9 +108,9 @@ def test_a_forward_that_someone_else_replaced_is_left_alone():
 
 def test_other_dtypes_are_not_packed():
     model = tiny_model("llama", dtype=torch.float64)
-    packed = PackedLinears(model)
+    packed = packed_linears(model)
     packed.refresh()
-    assert packed._modules == []
+    assert packed.modules == []
 
 
 def test_nothing_is_packed_where_memory_is_short(monkeypatch):
@@ -115,6 +120,6 @@ def test_nothing_is_packed_where_memory_is_short(monkeypatch):
         available = 1000
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Short)
-    packed = PackedLinears(tiny_model("llama", dtype=torch.float32))
+    packed = packed_linears(tiny_model("llama", dtype=torch.float32))
     packed.refresh()
-    assert packed._modules == []
+    assert packed.modules == []

@@ -93,7 +93,7 @@ def recorded_step(decoder: Decoder, state, monkeypatch, first=None):
     calls = []
 
     def recorder(target_probs, draft_probs, draft_tokens, draft_length, *, generator=None):
-        calls.append((target_probs, draft_probs, draft_tokens, draft_length))
+        calls.append(tuple(t.clone() for t in (target_probs, draft_probs, draft_tokens, draft_length)))
         B, drafted = draft_tokens.shape
         tokens = torch.zeros(B, drafted + 1, dtype=torch.long)
         if drafted == 0:

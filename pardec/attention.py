@@ -1,0 +1,129 @@
+"""How a decoding step attends: grouped query heads over the key/value heads as they lie in the cache.
+
+With an explicit mask transformers' sdpa repeats the keys and values for every query head of a group, which reads and
+writes the whole context several times over. Here the query heads of a group become further rows of one attention, so
+nothing is repeated. The route is on a model only while a step runs.
+Legend: B batch, H key/value heads, G query heads for each of them, R rows, S slots.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+ROUTE = "pardec_grouped"
+STOCK = "sdpa"
+_lock = threading.Lock()
+_num_open: dict[int, int] = {}  # by id of the configuration: steps that run on it now
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention of a step in transformers' attention interface; any other call is passed on to its sdpa.
+
+    A step is told by its mask, which `group_rows` has made G R rows tall.
+
+    Args:
+        module: the attention layer.
+        query: shape [B, H G, R, D].
+        key: shape [B, H, S, D].
+        value: shape [B, H, S, D'].
+        attention_mask: additive, shape [B, 1, G R, S].
+        dropout: 0 in a frozen model.
+        scaling: of the scores.
+        kwargs: what transformers passes to every attention function.
+    """
+    (B, num_heads, R, D), H = query.shape, key.shape[1]
+    is_step = attention_mask is not None and attention_mask.dtype != torch.bool
+    if not is_step or attention_mask.shape[2] != R * (num_heads // H):
+        stock = AttentionInterface._global_mapping[STOCK]
+        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if _here.calls is not None:
+        _here.calls.append(module)
+    rows = query.reshape(B, H, -1, D)  # heads of a group lie side by side
+    mask = attention_mask.to(query.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    return out.view(B, num_heads, R, -1).transpose(1, 2), None
+
+
+AttentionInterface.register(ROUTE, grouped_attention)
+
+
+class _Calls(threading.local):
+    calls: list[torch.nn.Module] | None = None
+
+
+_here = _Calls()
+
+
+@contextmanager
+def grouped_attention_calls() -> Iterator[list[torch.nn.Module]]:
+    """Collects the layers that attend through the route in this thread."""
+    _here.calls = calls = []
+    try:
+        yield calls
+    finally:
+        _here.calls = None
+
+
+def group_rows(mask: Tensor | Mapping[str, Tensor], group: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """Masks of a step as the route takes them: additive, with the rows of a group of query heads stacked.
+
+    Args:
+        mask: bool, shape [B, 1, R, S], or one for each kind of layer.
+        group: G.
+        dtype: of the queries.
+
+    Returns:
+        shape [B, 1, G R, S]; row g R + r is row r.
+    """
+    if isinstance(mask, Mapping):
+        return {kind: _grouped(one, group, dtype) for kind, one in mask.items()}
+    return _grouped(mask, group, dtype)
+
+
+def _grouped(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    # made additive once for all layers: attention kernels would turn a boolean mask into this in every layer
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    additive = torch.where(mask, zero, float("-inf"))
+    return additive.repeat(1, 1, group, 1) if group > 1 else additive
+
+
+@contextmanager
+def grouped_route(base: PreTrainedModel) -> Iterator[None]:
+    """Lets the layers of a model with sdpa attention take the route; the model is as it was afterwards.
+
+    Contexts may overlap, in threads too: what is not a step is passed on to sdpa.
+    """
+    config = base.config.get_text_config(decoder=True)
+    with _lock:
+        _num_open[id(config)] = _num_open.get(id(config), 0) + 1
+        config._attn_implementation = ROUTE
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_open[id(config)] -= 1
+            if not _num_open[id(config)]:
+                del _num_open[id(config)]
+                config._attn_implementation = STOCK
+
+
+def query_group(base: PreTrainedModel) -> int:
+    """G of a model whose configuration names its head counts; 1 where they differ between layers or are not named."""
+    config = base.config.get_text_config(decoder=True)
+    heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
+        return 1
+    return heads // kv_heads

@@ -1,0 +1,208 @@
+"""The loop around the step: memory, cache buckets, captured graphs, and reading finished tokens one step behind.
+
+On CUDA the host launches one graph per step and waits for the step before it; elsewhere steps run as they are.
+Legend: B sequences, P prompt tokens, R rows of a step.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from pardec.cache import SlotCache
+from pardec.decode import Decoder, DecodeState
+from pardec.graphs import CapturedSteps, Recorder, record_cuda_graph
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step, or prefill, has brought; one entry per sequence.
+
+    Attributes:
+        num_new: emitted tokens so far.
+        done: whether EOS or the length limit was met.
+        num_accepted: drafts that the step accepted; 0 after prefill.
+        tokens: ids that the step emitted.
+    """
+
+    num_new: list[int]
+    done: list[bool]
+    num_accepted: list[int]
+    tokens: list[list[int]]
+
+
+class Engine:
+    """Decodes one batch after another with one decoder, keeping its graphs and its cache.
+
+    Attributes:
+        decoder: makes the steps.
+        state: of the batch that is running or ran last.
+    """
+
+    def __init__(
+        self, decoder: Decoder, bytes_per_slot: int, *, captured: bool = False, recorder: Recorder = record_cuda_graph
+    ):
+        """Args: decoder; bytes_per_slot: of the cache, per token and sequence; captured: steps run as graphs."""
+        self.decoder = decoder
+        self.state: DecodeState | None = None
+        self._bytes_per_slot = bytes_per_slot
+        self._graphs = CapturedSteps(decoder, recorder) if captured else None
+
+    def run(
+        self, prompts: list[list[int]], *, repeats: int = 1, one_behind: bool = True
+    ) -> Generator[Progress, None, None]:
+        """Decodes until all sequences are done; yields after prefill and for every step.
+
+        The LoRA's hooks, where there are any, are on the base only while this runs.
+
+        Args:
+            prompts: lists of token ids.
+            repeats: sequences that continue each prompt.
+            one_behind: a step is launched before the one before it is read, so that the device never waits; the
+                state may then be a step ahead of what was yielded. False where the caller changes the state.
+        """
+        decoder = self.decoder
+        num_sequences = len(prompts) * repeats
+        state = self.state = self._begin(prompts, repeats)
+        one_behind = one_behind and state.lengths.device.type == "cuda"
+        # the most tokens that a sequence can have committed when a step begins, known to the host without waiting
+        longest = max(len(prompt) for prompt in prompts)
+        prompt_lengths = [len(prompt) for prompt in prompts for _ in range(repeats)]
+        reports = _Reports(state.report, num_sequences)
+        reports.post(state.report)
+        progress = reports.read()
+        yield progress
+        with decoder.attached(but=decoder.modules_with_own_lora):
+            while not all(progress.done):
+                unread = int(one_behind and reports.num_posted > 0)
+                state.cache.num_used = self._bucket(longest + unread * decoder.tokens_per_step, state.cache)
+                self._step(state)
+                reports.post(state.report)
+                if one_behind and reports.num_posted < 2:
+                    continue
+                progress = reports.read()
+                live = zip(progress.num_new, progress.done, prompt_lengths, strict=True)
+                longest = max((p + n - 1 for n, done, p in live if not done), default=longest)
+                yield progress
+
+    def _step(self, state: DecodeState) -> None:
+        if self._graphs is None:
+            self.decoder.step(state)
+        else:
+            self._graphs.step()
+
+    def _begin(self, prompts: list[list[int]], repeats: int) -> DecodeState:
+        """The state after prefill."""
+        decoder, num_sequences = self.decoder, len(prompts) * repeats
+        num_slots = decoder.num_slots(max(len(prompt) for prompt in prompts))
+        if self._graphs is None:
+            check_memory(decoder.target.device, self._bytes_per_slot, num_sequences, num_slots)
+            return decoder.prefill(prompts, repeats=repeats)
+        B, capacity = _power_of_two(num_sequences), decoder.max_new_tokens
+        if self._graphs.fits(B, num_slots, capacity):
+            assert self._graphs.state is not None
+            cache, capacity = self._graphs.state.cache, self._graphs.state.output.shape[1] - 1
+        else:
+            self._graphs.state = self.state = None  # free what is too small
+            num_slots, capacity = self._bucket(num_slots), self._bucket(capacity)
+            check_memory(decoder.target.device, self._bytes_per_slot, B, num_slots)
+            cache = SlotCache(decoder.target.num_layers, num_slots, B)
+        unused = B - num_sequences
+        state = decoder.prefill(prompts, repeats=repeats, num_unused=unused, cache=cache, capacity=capacity)
+        return self._graphs.take_over(state)
+
+    def _bucket(self, num_tokens: int, cache: SlotCache | None = None) -> int:
+        """Slots to attend to when `num_tokens` may be committed before a step; without a cache, slots to allocate."""
+        if cache is not None:
+            num_tokens += self.decoder.num_slots_per_step
+        compiled = self.decoder.compile_step is not None
+        on_cuda = self.decoder.target.device.type == "cuda"
+        slots = bucket(num_tokens, few=compiled, coarse=on_cuda)
+        return slots if cache is None else min(slots, cache.num_slots)
+
+
+def bucket(num_slots: int, *, few: bool, coarse: bool) -> int:
+    """Rounds up so that few graphs are captured, or, with `few`, fewer still are compiled.
+
+    Args:
+        num_slots: at least this many.
+        few: powers of two from 256.
+        coarse: at most an eighth too many, multiples of 256; otherwise multiples of 64.
+    """
+    if few:
+        return max(256, _power_of_two(num_slots))
+    step = max(256, _power_of_two(num_slots) // 8) if coarse else 64
+    return -(-num_slots // step) * step
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def check_memory(device: torch.device, bytes_per_slot: int, num_sequences: int, num_slots: int) -> None:
+    """Refuses a cache that does not fit.
+
+    Raises:
+        ValueError: naming what it takes, what is free, and what would fit.
+    """
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reusable
+    elif device.type == "cpu":
+        free = psutil.virtual_memory().available
+    else:
+        return
+    needed = bytes_per_slot * num_sequences * num_slots
+    if needed > free:
+        fits = free // bytes_per_slot
+        raise ValueError(
+            f"cache: expected at most {free / GIB:.2f} GiB, free on {device}, found {needed / GIB:.2f} GiB for "
+            f"{num_sequences} sequences of {num_slots} tokens; {fits // num_slots} such sequences or "
+            f"{fits // num_sequences} tokens for each would fit"
+        )
+
+
+class _Reports:
+    """Copies of a small device tensor on their way to the host, at most two at a time."""
+
+    def __init__(self, report: Tensor, num_sequences: int):
+        self.num_posted = 0
+        self._num_sequences = num_sequences
+        self._on_cuda = report.device.type == "cuda"
+        self._num_new = [0] * num_sequences
+        if self._on_cuda:
+            self._buffers = [torch.empty(report.shape, dtype=report.dtype, pin_memory=True) for _ in range(2)]
+            self._events = [torch.cuda.Event() for _ in range(2)]
+        self._waiting: list[Tensor | int] = []
+        self._next = 0
+
+    def post(self, report: Tensor) -> None:
+        """Starts a copy."""
+        if self._on_cuda:
+            self._buffers[self._next].copy_(report, non_blocking=True)
+            self._events[self._next].record()
+            self._waiting.append(self._next)
+            self._next = 1 - self._next
+        else:
+            self._waiting.append(report)
+        self.num_posted += 1
+
+    def read(self) -> Progress:
+        """Waits for the oldest copy."""
+        oldest = self._waiting.pop(0)
+        self.num_posted -= 1
+        if isinstance(oldest, int):
+            self._events[oldest].synchronize()
+            oldest = self._buffers[oldest]
+        num_new, done, num_accepted, tokens = [], [], [], []
+        for before, row in zip(self._num_new, oldest[: self._num_sequences].tolist(), strict=True):
+            num_new.append(row[0])
+            done.append(bool(row[1]))
+            num_accepted.append(row[2])
+            tokens.append(row[3 : 3 + row[0] - before])
+        self._num_new = num_new
+        return Progress(num_new, done, num_accepted, tokens)
