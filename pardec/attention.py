@@ -7,6 +7,7 @@ Legend: B batch, H key/value heads, G query heads for each of them, R rows, S sl
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 ROUTE = "pardec_grouped"
 STOCK = "sdpa"
 _lock = threading.Lock()
-_num_open: dict[int, int] = {}  # by id of the configuration: steps that run on it now
+_num_open: Counter[int] = Counter()  # by id of the configuration: steps that run on it now
 
 
 def grouped_attention(
@@ -100,24 +101,25 @@ def _grouped(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     return additive.repeat(1, 1, group, 1) if group > 1 else additive
 
 
-@contextmanager
-def grouped_route(base: PreTrainedModel) -> Iterator[None]:
-    """Lets the layers of a model with sdpa attention take the route; the model is as it was afterwards.
+class GroupedRoute:
+    """Context in which the layers of a model with sdpa attention take the route; the model is as it was afterwards.
 
     Contexts may overlap, in threads too: what is not a step is passed on to sdpa.
     """
-    config = base.config.get_text_config(decoder=True)
-    with _lock:
-        _num_open[id(config)] = _num_open.get(id(config), 0) + 1
-        config._attn_implementation = ROUTE
-    try:
-        yield
-    finally:
+
+    def __init__(self, base: PreTrainedModel):
+        self._config = base.config.get_text_config(decoder=True)
+
+    def __enter__(self) -> None:
         with _lock:
-            _num_open[id(config)] -= 1
-            if not _num_open[id(config)]:
-                del _num_open[id(config)]
-                config._attn_implementation = STOCK
+            _num_open[id(self._config)] += 1
+            self._config._attn_implementation = ROUTE
+
+    def __exit__(self, *error: object) -> None:
+        with _lock:
+            _num_open[id(self._config)] -= 1
+            if not _num_open[id(self._config)]:
+                self._config._attn_implementation = STOCK
 
 
 def query_group(base: PreTrainedModel) -> int:

@@ -1,4 +1,4 @@
-"""The command line: `pardec generate` and `pardec check`.
+"""The command line: `pardec generate`, `pardec check` and `pardec tune`.
 
 Imports torch and transformers inside the commands only, so that `--help` is quick.
 Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
@@ -117,8 +117,65 @@ def check(
     sys.exit(0 if identical else 1)
 
 
+@app.command()
+def tune(
+    directory: Directory,
+    prompt_file: Annotated[
+        str | None,
+        typer.Option(
+            help="prompts to measure on, as in generate; default the standard prompts of the validation split",
+            show_default=False,
+        ),
+    ] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="default 16, or 4", show_default=False)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="for each prompt; default 128, or 32", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="tune for `pardec.load(..., compile=True)`")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter measurements")] = False,
+    picture: Annotated[
+        str | None, typer.Option(help="PNG to draw ms per step against rows in", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")] = False,
+) -> None:
+    """Measure this device, choose how many tokens to draft for the most tokens/s, and keep the choice."""
+    from pardec.run import exit_on_unusable_input
+
+    with exit_on_unusable_input():
+        texts = None if prompt_file is None else _read_prompts(None, None, prompt_file)
+        model = _load(directory, base, device, dtype, trust_remote_code, compile)
+
+        from pardec.measuring import QUICK, Effort
+        from pardec.tune import prompts_to_tune_on, show_report, tune
+
+        count = num_prompts or max(4 if quick else 16, batch_size)
+        report = tune(
+            model,
+            directory,
+            prompts_to_tune_on(model, texts, num_prompts if texts else count),
+            max_new_tokens=max_new_tokens or (32 if quick else 128),
+            batch_size=batch_size,
+            temperature=temperature,
+            top_k=top_k,
+            effort=QUICK if quick else Effort(),
+        )
+        show_report(report, as_json=as_json, picture=None if picture is None else Path(picture))
+
+
 def _load(
-    directory: str, base: str | None, device: str | None, dtype: str | None, trust_remote_code: bool
+    directory: str,
+    base: str | None,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    compile: bool = False,
 ) -> "SelfSpeculativeModel":
     import torch
     from transformers.utils import logging
@@ -134,6 +191,7 @@ def _load(
         base=base,
         device=where,
         dtype=None if dtype is None else getattr(torch, dtype),
+        compile=compile,
         trust_remote_code=trust_remote_code,
     )
 

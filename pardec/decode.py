@@ -5,19 +5,19 @@ Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a f
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pardec.attention import group_rows, grouped_route
 from pardec.cache import SlotCache
-from pardec.forward import FULL, TargetModel
+from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
-from pardec.layout import RowLayout, block_layout, block_starts, chain_layout, full_blocks, real_layout
+from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
 from pardec.prefill import prefill_prompts
 from pardec.prepack import PackedLinears
+from pardec.rows import RowForward, RowPlan
 from pardec.sampling import TokenLaw
 from pardec.verify import verify_greedy, verify_sample
 
@@ -106,19 +106,14 @@ class Decoder:
         layouts = {"step": chain_layout(blocks), "draft": block_layout(K)}
         if self.mode == "two_pass":
             layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
-        self._plans = {name: self._plan(layout) for name, layout in layouts.items()}
+        self.forward = RowForward(
+            self.target, self.mask_embeddings, self.gate, self.linears, self.query_group, self.compile_step
+        )
+        self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
-        self._block_lengths = torch.tensor(blocks, device=device)
-        # a block of length 0 may start behind the last row; what is read there is a draft that does not exist
-        self._block_starts = block_starts(blocks).clamp_max(chain_layout(blocks).num_rows - 1).to(device)
-        self._forward = self.target.run if self.compile_step is None else self.compile_step(self.target.run)
-
-    def _plan(self, layout: RowLayout) -> "RowPlan":
-        mask_embeds = None
-        if layout.num_rows > layout.num_real:
-            assert self.mask_embeddings is not None
-            mask_embeds = self.mask_embeddings[layout.mask_indices.to(self.mask_embeddings.device)][None]
-        return RowPlan.make(layout.to(self.target.device), mask_embeds)
+        self._next_block = _next_block(blocks).to(device)
+        self._draft_index = torch.arange(K, device=device)
+        self._token_index = torch.arange(self.tokens_per_step, device=device)
 
     @property
     def rows_per_step(self) -> int:
@@ -193,8 +188,10 @@ class Decoder:
         first = self._choose(state, logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
             state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
-        self._emit(state, first, torch.ones_like(lengths))
-        self._report(state, first, torch.zeros_like(lengths))
+        none = torch.zeros_like(lengths)
+        self._emit(state, first, none)
+        width = self.tokens_per_step - 1  # of the report, which is the same after every step
+        self._report(state, torch.cat([first, state.report[:, :width]], dim=1), none)
         return state
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
@@ -203,19 +200,14 @@ class Decoder:
         with self.attached() if masks is not None else nullcontext():
             logits = prefill_prompts(self.target, padded, lengths, cache, masks, self.gate)
             if logits is None:  # a long prompt, of which all but the last token is in the cache
-                plan = self._plans["draft"] if masks is not None else RowPlan.make(real_layout(1).to(padded.device))
+                plan = self._plans["draft"] if masks is not None else self.forward.plan(real_layout(1))
                 last = padded.gather(1, (lengths - 1)[:, None])
-                logits = self._run(plan, cache, lengths - 1, [last])
+                logits = self.forward.run(plan, cache, lengths - 1, last)
         return logits
 
-    def attached(self, but: Sequence[torch.nn.Module] = ()) -> AbstractContextManager[None]:
+    def attached(self, but: Sequence[nn.Module] = ()) -> AbstractContextManager[None]:
         """Keeps the LoRA's hooks, where there is one, on the base; see `LoraGate.attached`."""
         return nullcontext() if self.gate is None else self.gate.attached(but)
-
-    @property
-    def modules_with_own_lora(self) -> Sequence[torch.nn.Module]:
-        """Layers whose LoRA a step applies without hooks."""
-        return () if self.linears is None or self.compile_step is not None else self.linears.modules
 
     @torch.no_grad()
     def step(self, state: DecodeState) -> None:
@@ -228,40 +220,38 @@ class Decoder:
     @torch.no_grad()
     def step_logits(self, state: DecodeState) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
-        return self._run(self._plans["step"], state.cache, state.lengths, [state.bonus[:, None], state.drafts])
+        rows = torch.cat([state.bonus[:, None], state.drafts], dim=1)
+        return self.forward.run(self._plans["step"], state.cache, state.lengths, rows)
 
     def _fused_step(self, state: DecodeState) -> None:
         K = self.num_speculative_tokens
         logits = self.step_logits(state)
-        tokens, num_accepted = self._verify(state, logits[:, : K + 1], [state.bonus[:, None], state.drafts])
+        # the argmax of all rows at once; processors and float64 models need scores of the real rows
+        best = logits.argmax(dim=-1) if self.law.is_plain_argmax(logits.dtype) else None
+        real = (logits if best is None else best)[:, : K + 1]
+        tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
         self._record(state, num_accepted)
         if K:
-            state.drafts, state.draft_probs = self._draft(logits, num_accepted)
-            state.draft_length = self._block_lengths[num_accepted]
-        self._commit(state, tokens, num_accepted, num_accepted + 1)
-
-    def _draft(self, logits: Tensor, num_accepted: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Next drafts, shape [B, K], and their law, from the block behind the last accepted draft.
-
-        Behind the length of a shorter block stand its last row's drafts again; they do not exist for verification.
-        """
-        last = (self._block_lengths[num_accepted] - 1).clamp_min(0)
-        index = torch.minimum(torch.arange(self.num_speculative_tokens, device=last.device), last[:, None])
-        rows = self._block_starts[num_accepted][:, None] + index
-        if logits.shape[0] == 1:
-            return self.law.draw(logits.index_select(1, rows[0]))
-        return self.law.draw(logits.gather(1, rows[:, :, None].expand(-1, -1, logits.shape[2])))
+            # behind the length of a shorter block its last row's draft stands again, and does not exist
+            block = self._next_block.index_select(0, num_accepted)
+            rows, state.draft_length = block[:, :K], block[:, K]
+            if best is not None:
+                state.drafts = best.gather(1, rows)
+            else:
+                wide = rows[:, :, None].expand(-1, -1, logits.shape[2])
+                state.drafts, state.draft_probs = self.law.draw(logits.gather(1, wide))
+        self._commit(state, tokens, num_accepted, num_accepted)
 
     def _two_pass_step(self, state: DecodeState) -> None:
         bonus = state.bonus[:, None]
-        logits = self._run(self._plans["draft"], state.cache, state.lengths, [bonus])
+        logits = self.forward.run(self._plans["draft"], state.cache, state.lengths, bonus)
         exact = self._choose(state, logits[:, :1], bonus)
         state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
-        rows = [exact, state.drafts]
-        logits = self._run(self._plans["verify"], state.cache, state.lengths + 1, rows)
-        tokens, num_accepted = self._verify(state, logits, [bonus, *rows])
+        rows = torch.cat([exact, state.drafts], dim=1)
+        logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
+        tokens, num_accepted = self._verify(state, logits, [bonus, rows])
         self._record(state, num_accepted)
-        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted, num_accepted + 2)
+        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted, num_accepted + 1)
 
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
@@ -276,16 +266,22 @@ class Decoder:
             generator=self.law.generator,
         ).tokens
 
-    def _verify(self, state: DecodeState, logits: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Emitted tokens, shape [B, K + 1], and accepted drafts, shape [B]; `rows` = ids not yet committed."""
+    def _verify(self, state: DecodeState, real: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Emitted tokens, shape [B, K + 1], and accepted drafts, shape [B].
+
+        `real` = logits of the real rows, or their argmax already; `rows` = ids not yet committed.
+        """
+        if not real.is_floating_point():
+            verdict = verify_greedy(real, state.drafts, state.draft_length)
+            return verdict.tokens, verdict.num_accepted
         prefix_of = None
         if self.law.needs_prefix:
             ids = torch.cat(rows, dim=1)
             prefix_of = self._prefixes(state, ids, first_row=ids.shape[1] - self.num_speculative_tokens)
         if self.law.greedy:
-            verdict = verify_greedy(self.law.argmax(logits, prefix_of), state.drafts, state.draft_length)
+            verdict = verify_greedy(self.law.argmax(real, prefix_of), state.drafts, state.draft_length)
         else:
-            p = self.law.probs(logits, prefix_of)
+            p = self.law.probs(real, prefix_of)
             q = state.draft_probs if state.draft_probs is not None else p[:, :0]
             verdict = verify_sample(p, q, state.drafts, state.draft_length, generator=self.law.generator)
         return verdict.tokens, verdict.num_accepted
@@ -302,108 +298,51 @@ class Decoder:
 
         return prefix_of
 
-    def _run(self, plan: "RowPlan", cache: SlotCache, lengths: Tensor, real_ids: list[Tensor]) -> Tensor:
-        """Logits, shape [B, R, V], of the plan's rows behind `lengths` committed tokens."""
-        target, layout = self.target, plan.layout
-        ids = torch.cat(real_ids, dim=1) if len(real_ids) > 1 else real_ids[0]
-        embeds = target.embed(ids)
-        if plan.mask_embeds is not None:
-            embeds = torch.cat([embeds, plan.mask_embeds.expand(ids.shape[0], -1, -1)], dim=1)
-        positions = self.target.clamp_positions(lengths[:, None] + layout.offsets)
-        slot = torch.arange(cache.num_used, device=ids.device)
-        # 0: committed, 1..R: rows of this forward, R + 1: stale
-        kind = (slot - lengths[:, None] + 1).clamp_(0, layout.num_rows + 1)
-        visible = plan.visible_by_kind[kind].transpose(1, 2)
-        key_positions = slot[None]
-        if target.attention.layer_types != (FULL,):
-            key_positions = torch.where(kind == 0, slot, lengths[:, None] + plan.offset_by_kind[kind])
-        mask = target.attention.render(visible, positions, key_positions, embeds.dtype)
-        if self.query_group is not None:
-            mask = group_rows(mask, self.query_group, embeds.dtype)
-        cache.slots = lengths[:, None] + plan.row_index
-        with self._own_forward(plan, *embeds.shape[:2]):
-            return self._forward(embeds, positions, mask, cache)
-
-    def _own_forward(self, plan: "RowPlan", batch_size: int, num_rows: int) -> ExitStack:
-        """What makes the base run a step: open gate, packed weights, attention route; undone on exit."""
-        stack = ExitStack()
-        if self.gate is not None and plan.mask_embeds is not None:
-            stack.enter_context(self.gate.open(plan.mask_rows, batch_size, num_rows))
-        if self.linears is not None and self.compile_step is None:
-            stack.enter_context(self.linears.active())
-        if self.query_group is not None:
-            stack.enter_context(grouped_route(self.target.base))
-        return stack
-
     def _record(self, state: DecodeState, num_accepted: Tensor) -> None:
         """Counts a round, before EOS or length cuts, for rows that were not done when it began."""
-        column = state.num_steps.clamp_max(state.accepted.shape[1] - 1)[:, None]
+        column = state.num_steps[:, None]
         state.accepted.scatter_(1, column, num_accepted[:, None])
         if self.num_speculative_tokens:
             state.drafted.scatter_(1, column, state.draft_length[:, None])
         state.num_steps = state.num_steps + ~state.done
 
-    def _commit(self, state: DecodeState, tokens: Tensor, num_accepted: Tensor, count: Tensor) -> None:
-        """Emits tokens[:, :count] and advances the committed length past all of them but the last."""
-        self._emit(state, tokens, count)
+    def _commit(self, state: DecodeState, tokens: Tensor, num_accepted: Tensor, last: Tensor) -> None:
+        """Emits tokens[:, : last + 1] and advances the committed length past all of them but the last."""
+        self._emit(state, tokens, last)
         # rows that are done keep writing behind a length that no longer grows
-        state.lengths = torch.where(state.done, state.lengths, state.lengths + count)
+        state.lengths = torch.where(state.done, state.lengths, state.lengths + last + 1)
         self._report(state, tokens, num_accepted)
 
     def _report(self, state: DecodeState, tokens: Tensor, num_accepted: Tensor) -> None:
-        state.report[:, : 3 + tokens.shape[1]] = torch.cat(
-            [torch.stack([state.num_new, state.done.long(), num_accepted], dim=1), tokens], dim=1
-        )
+        counts = [column[:, None] for column in (state.num_new, state.done, num_accepted)]
+        state.report = torch.cat([*counts, tokens], dim=1)
 
-    def _emit(self, state: DecodeState, tokens: Tensor, count: Tensor) -> None:
-        """Appends the first `count` tokens of each live row to its output, up to EOS and the length limit."""
-        index = torch.arange(tokens.shape[1], device=tokens.device)
-        room = (state.limit - state.num_new).masked_fill(state.done, 0)
-        count_kept = torch.minimum(count, room)
+    def _emit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> None:
+        """Appends tokens[:, : last + 1] of each live row to its output, up to EOS and the length limit."""
+        index = self._token_index[: tokens.shape[1]]
+        count = torch.minimum(last + 1, state.limit - state.num_new).masked_fill(state.done, 0)
+        kept = index < count[:, None]
         if state.eos_token_ids.numel():
-            is_eos = torch.isin(tokens, state.eos_token_ids) & (index < count_kept[:, None])
-            first_eos = torch.where(is_eos, index, tokens.shape[1]).amin(dim=1)
-            count_kept = torch.minimum(count_kept, first_eos + 1)
+            is_eos = (tokens[:, :, None] == state.eos_token_ids).any(dim=2) & kept
+            before = is_eos.cumsum(dim=1) - is_eos.long()  # EOS tokens in front of each
+            kept = kept & (before == 0)
+            count = kept.sum(dim=1)
             state.done = state.done | is_eos.any(dim=1)
-        cut_off = state.output.shape[1] - 1
-        column = torch.where(index < count_kept[:, None], state.num_new[:, None] + index, cut_off)
+        column = torch.where(kept, state.num_new[:, None] + index, state.output.shape[1] - 1)
         state.output.scatter_(1, column, tokens)
-        state.num_new = state.num_new + count_kept
+        state.num_new = state.num_new + count
         state.done = state.done | (state.num_new >= state.limit)
-        state.bonus = tokens.gather(1, (count - 1)[:, None]).squeeze(1)
+        state.bonus = tokens.gather(1, last[:, None]).squeeze(1)
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """A layout with the tensors that every forward of it needs, made once.
+def _next_block(block_lengths: Sequence[int]) -> Tensor:
+    """By number of accepted drafts, the rows that hold the next drafts, and how many there are: shape [K + 1, K + 1].
 
-    Attributes:
-        layout: on the target's device.
-        mask_embeds: inputs of the mask rows, shape [1, M, D]; None without mask rows.
-        mask_rows: where they stand.
-        row_index: 0..R-1.
-        visible_by_kind: by kind of slot (0 committed, 1..R rows, R + 1 stale), shape [R + 2, R], bool.
-        offset_by_kind: position of such a slot minus the committed length, shape [R + 2].
+    Rows behind the end of a short block repeat its last one; behind an empty block stands any row.
     """
-
-    layout: RowLayout
-    mask_embeds: Tensor | None
-    mask_rows: slice
-    row_index: Tensor
-    visible_by_kind: Tensor
-    offset_by_kind: Tensor
-
-    @classmethod
-    def make(cls, layout: RowLayout, mask_embeds: Tensor | None = None) -> "RowPlan":
-        """The plan of `layout`."""
-        R, device = layout.num_rows, layout.offsets.device
-        ones = torch.ones(1, R, dtype=torch.bool, device=device)
-        zero = layout.offsets.new_zeros(1)
-        return cls(
-            layout=layout,
-            mask_embeds=mask_embeds,
-            mask_rows=slice(layout.num_real, R),
-            row_index=torch.arange(R, device=device),
-            visible_by_kind=torch.cat([ones, layout.visible.T, ~ones]),
-            offset_by_kind=torch.cat([zero, layout.offsets, zero]),
-        )
+    K, rows = len(block_lengths) - 1, []
+    num_rows = K + 1 + sum(block_lengths)
+    for start, length in zip(block_starts(block_lengths).tolist(), block_lengths, strict=True):
+        ends = min(start + max(length, 1), num_rows)
+        rows.append([min(start + j, ends - 1) for j in range(K)] + [length])
+    return torch.tensor(rows)

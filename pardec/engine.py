@@ -76,7 +76,7 @@ class Engine:
         reports.post(state.report)
         progress = reports.read()
         yield progress
-        with decoder.attached(but=decoder.modules_with_own_lora):
+        with decoder.attached(but=decoder.forward.modules_with_own_lora):
             while not all(progress.done):
                 unread = int(one_behind and reports.num_posted > 0)
                 state.cache.num_used = self._bucket(longest + unread * decoder.tokens_per_step, state.cache)

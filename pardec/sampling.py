@@ -124,10 +124,14 @@ class TokenLaw:
 
     def argmax(self, logits: Tensor, prefix_of: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """The greedy tokens, shape [B, R]; arguments as in `scores`."""
-        if not self.processors and logits.dtype != torch.float64:
+        if self.is_plain_argmax(logits.dtype):
             return logits.argmax(dim=-1)
-        # `generate` compares float32 scores, also for a float64 model
         return self.scores(logits, prefix_of).argmax(dim=-1)
+
+    def is_plain_argmax(self, dtype: torch.dtype) -> bool:
+        """Whether the greedy token is the argmax of logits of this dtype as they are."""
+        # `generate` compares float32 scores, also for a float64 model
+        return self.greedy and not self.processors and dtype != torch.float64
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Drafts from the logits of mask rows, shape [B, R]: tokens, and the law q they were drawn from.

@@ -64,23 +64,32 @@ def verdict_law(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor,
     Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1; Chen et al. 2023, arXiv:2302.01318, Theorem 1.
     """
     K = draft_tokens.shape[1]
-    _check_shapes(draft_tokens, draft_length, target_probs=(target_probs, K + 1), draft_probs=(draft_probs, K))
-    if target_probs.shape[2] != draft_probs.shape[2]:
-        raise ValueError(
-            f"expected one vocabulary, found target_probs of shape {tuple(target_probs.shape)} and draft_probs of "
-            f"shape {tuple(draft_probs.shape)}"
-        )
-    if target_probs.dtype != torch.float32 or draft_probs.dtype != torch.float32:
-        raise ValueError(f"expected float32 probabilities, found {target_probs.dtype} and {draft_probs.dtype}")
+    _check_probs(target_probs, draft_probs, draft_tokens, draft_length)
     exists = _exists(draft_length, K)
-    p = target_probs[:, :K].gather(2, draft_tokens[:, :, None]).squeeze(2)
+    accept = _accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * exists
+    bonus = bonus_law(target_probs[:, :K], draft_probs, exists)
+    return VerdictLaw(accept, torch.cat([bonus, target_probs[:, K:]], dim=1))
+
+
+def _accept_probability(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor) -> Tensor:
+    p = target_probs.gather(2, draft_tokens[:, :, None]).squeeze(2)
     q = draft_probs.gather(2, draft_tokens[:, :, None]).squeeze(2)
-    accept = (p / q.clamp_min(torch.finfo(q.dtype).tiny)).clamp_max(1.0)
-    residual = (target_probs[:, :K] - draft_probs).clamp_min(0)
-    total = residual.sum(dim=2, keepdim=True)
-    from_residual = exists[:, :, None] & (total > 0)
-    bonus = torch.where(from_residual, residual / total.clamp_min(torch.finfo(p.dtype).tiny), target_probs[:, :K])
-    return VerdictLaw(accept * exists, torch.cat([bonus, target_probs[:, K:]], dim=1))
+    return (p / q.clamp_min(torch.finfo(q.dtype).tiny)).clamp_max(1.0)
+
+
+def bonus_law(target_probs: Tensor, draft_probs: Tensor, rejected: Tensor) -> Tensor:
+    """Law of the bonus token: norm(max(0, p - q)) where a draft was rejected, p elsewhere.
+
+    Args:
+        target_probs: p, shape [..., V].
+        draft_probs: q of the draft in that place, same shape.
+        rejected: shape [...].
+    """
+    residual = (target_probs - draft_probs).clamp_min(0)
+    total = residual.sum(dim=-1, keepdim=True)
+    from_residual = rejected[..., None] & (total > 0)
+    tiny = torch.finfo(target_probs.dtype).tiny
+    return torch.where(from_residual, residual / total.clamp_min(tiny), target_probs)
 
 
 def verify_sample(
@@ -107,14 +116,25 @@ def verify_sample(
 
     Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1, same letters.
     """
-    law = verdict_law(target_probs, draft_probs, draft_tokens, draft_length)
-    u = torch.rand(law.accept.shape, device=law.accept.device, generator=generator)
-    num_accepted = (u < law.accept).cumprod(dim=1).sum(dim=1)
-    V = law.bonus.shape[2]
-    chosen = law.bonus.gather(1, num_accepted[:, None, None].expand(-1, -1, V)).squeeze(1)
-    bonus = sample_from(chosen, generator)
+    K = draft_tokens.shape[1]
+    _check_probs(target_probs, draft_probs, draft_tokens, draft_length)
+    if K == 0:
+        bonus = sample_from(target_probs, generator)
+        return Verdict(bonus, draft_length.new_zeros(draft_length.shape))
+    accept = _accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * _exists(draft_length, K)
+    u = torch.rand(accept.shape, device=accept.device, generator=generator)
+    num_accepted = (u < accept).cumprod(dim=1).sum(dim=1)
+    # of all laws in `verdict_law` only the one at the end of the accepted run is needed
+    p = _row(target_probs, num_accepted)
+    q = _row(draft_probs, num_accepted.clamp_max(K - 1))
+    bonus = sample_from(bonus_law(p, q, rejected=num_accepted < draft_length), generator)
     tokens = torch.cat([draft_tokens, draft_tokens.new_zeros(draft_tokens.shape[0], 1)], dim=1)
     return Verdict(tokens.scatter(1, num_accepted[:, None], bonus[:, None]), num_accepted)
+
+
+def _row(probs: Tensor, index: Tensor) -> Tensor:
+    """probs[b, index[b]], shape [B, V]."""
+    return probs.gather(1, index[:, None, None].expand(-1, -1, probs.shape[2])).squeeze(1)
 
 
 def sample_from(probs: Tensor, generator: Generator | None = None) -> Tensor:
@@ -129,6 +149,18 @@ def sample_from(probs: Tensor, generator: Generator | None = None) -> Tensor:
 
 def _exists(draft_length: Tensor, num_speculative_tokens: int) -> Tensor:
     return torch.arange(num_speculative_tokens, device=draft_length.device) < draft_length[:, None]
+
+
+def _check_probs(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor, draft_length: Tensor) -> None:
+    K = draft_tokens.shape[1]
+    _check_shapes(draft_tokens, draft_length, target_probs=(target_probs, K + 1), draft_probs=(draft_probs, K))
+    if target_probs.shape[2] != draft_probs.shape[2]:
+        raise ValueError(
+            f"expected one vocabulary, found target_probs of shape {tuple(target_probs.shape)} and draft_probs of "
+            f"shape {tuple(draft_probs.shape)}"
+        )
+    if target_probs.dtype != torch.float32 or draft_probs.dtype != torch.float32:
+        raise ValueError(f"expected float32 probabilities, found {target_probs.dtype} and {draft_probs.dtype}")
 
 
 def _check_shapes(draft_tokens: Tensor, draft_length: Tensor, **others: tuple[Tensor, int]) -> None:

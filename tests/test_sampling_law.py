@@ -251,13 +251,7 @@ def test_the_chi_square_notices_a_lossy_rule(toy, monkeypatch):
     """Drawing from p after a rejection, as published code does, is caught by the same test."""
     from pardec import verify
 
-    honest = verify.verdict_law
-
-    def lossy(target_probs, draft_probs, draft_tokens, draft_length):
-        law = honest(target_probs, draft_probs, draft_tokens, draft_length)
-        return verify.VerdictLaw(law.accept, target_probs)
-
-    monkeypatch.setattr(verify, "verdict_law", lossy)
+    monkeypatch.setattr(verify, "bonus_law", lambda target_probs, draft_probs, rejected: target_probs)
     ours = SelfSpeculativeModel(toy, None, make_adapter(toy, K, lora_rank=2))
     counts = sample_counts(ours, "fused", WARPERS["temperature"])
     assert chi_square_z(counts, joint_law(toy, PROMPT, 4, WARPERS["temperature"])) > 2 * Z_LIMIT

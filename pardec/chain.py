@@ -1,0 +1,187 @@
+"""Expected tokens per step of a fused chain with unequal blocks, and the best blocks for every number of rows.
+
+Knows probabilities only: no model, no device, no cost.
+Legend: K num_speculative_tokens, M shapes. A shape is given by its block_lengths, K + 1 numbers from 0 to K of which K
+is the largest: after i accepted drafts, block_lengths[i] tokens are drafted next. (0,) is plain decoding.
+`conditional` is the chance that draft j is accepted given that those before it were: shape [K], or [K + 1, K] with
+one row for each number of drafts that the step before accepted.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+PLAIN = (0,)
+# all shapes are tried up to this K: 5 ** 5 = 3,125 of them at most
+EXHAUSTIVE_K = 4
+# the chance over all rows counts as much as this many rounds of one row
+_PRIOR_ROUNDS = 4
+_DISCOUNT = 1 - 1e-8  # gives the long-run average to about 1e-8, whether or not the chain is ergodic
+
+BlockLengths = tuple[int, ...]
+
+
+# ---------------------------------------------------------------------- expected tokens
+
+
+def num_rows(block_lengths: Sequence[int]) -> int:
+    """Rows of a fused step: K + 1 real ones and the mask rows."""
+    return len(block_lengths) + sum(block_lengths)
+
+
+def check_block_lengths(block_lengths: Sequence[int]) -> BlockLengths:
+    """The same as a tuple.
+
+    Raises:
+        ValueError: unless these are K + 1 numbers from 0 to K of which K is the largest.
+    """
+    blocks = tuple(block_lengths)
+    if not blocks or min(blocks) < 0 or max(blocks) != len(blocks) - 1:
+        raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K of which K is the largest, found {blocks}")
+    return blocks
+
+
+def conditional_acceptance(runs: Sequence[Sequence[int]], num_speculative_tokens: int) -> np.ndarray:
+    """Chances of acceptance by position and by what the step before accepted, from decoding with a full chain.
+
+    After many accepted drafts the next ones are likelier to be accepted, which decides where to prune.
+
+    Args:
+        runs: accepted drafts in each step of each sequence, decoded with a full chain of at least K.
+        num_speculative_tokens: K; what was accepted beyond it is ignored.
+
+    Returns:
+        Shape [K + 1, K]. Small samples are drawn towards the chance over all rows.
+    """
+    K = num_speculative_tokens
+    reached, accepted = np.zeros((K + 1, K)), np.zeros((K + 1, K))
+    for run in runs:
+        for before, now in itertools.pairwise(min(count, K) for count in run):
+            reached[before, : now + 1] += 1
+            accepted[before, :now] += 1
+    pooled = accepted.sum(0) / np.maximum(reached.sum(0), 1)
+    return (accepted + _PRIOR_ROUNDS * pooled) / (reached + _PRIOR_ROUNDS)
+
+
+def expected_tokens_per_step(conditional: ArrayLike, block_lengths: Sequence[int]) -> float:
+    """Tokens that a step emits in the long run, bonus token included, beginning with K drafts after prefill.
+
+    The number of accepted drafts is a Markov chain: it decides how many are drafted, hence how many can be accepted.
+
+    Raises:
+        ValueError: if block lengths or chances cannot be what they are said to be.
+    """
+    K = len(check_block_lengths(block_lengths)) - 1
+    return 1.0 if K == 0 else float(_long_run_tokens(_table(conditional, K), np.array([block_lengths]))[0])
+
+
+def expected_steps(conditional: ArrayLike, block_lengths: Sequence[int], num_tokens: int) -> np.ndarray:
+    """Expected steps that emit the first n tokens after that of prefill, n = 0..num_tokens; shape [num_tokens + 1].
+
+    Unlike a division by the tokens per step it counts what the last step emits in vain.
+    """
+    K = len(check_block_lengths(block_lengths)) - 1
+    if K == 0:
+        return np.arange(num_tokens + 1, dtype=float)
+    table = _table(conditional, K)
+    chances = _transitions(table, np.array([block_lengths]))[0]
+    # steps[n, a]: to emit n tokens when the step before accepted a; those before n = 0 stand for too many tokens
+    steps = np.zeros((K + 1 + num_tokens, K + 1))
+    first = _first_step(table)
+    found, accepted = np.zeros(num_tokens + 1), np.arange(K + 1)
+    for n in range(1, num_tokens + 1):
+        after = steps[K + n - 1 - accepted, accepted]
+        steps[K + n] = 1 + chances @ after
+        found[n] = 1 + first @ after
+    return found
+
+
+def _table(conditional: ArrayLike, K: int) -> np.ndarray:
+    table = np.asarray(conditional, dtype=float)
+    if table.ndim == 1 and table.shape[0] >= K:
+        table = np.tile(table[:K], (K + 1, 1))
+    if table.shape != (K + 1, K):
+        raise ValueError(f"conditional: expected shape [{K}] or [{K + 1}, {K}], found {list(table.shape)}")
+    if not ((table >= 0) & (table <= 1)).all():
+        raise ValueError(f"conditional: expected probabilities, found {table.min()} to {table.max()}")
+    return table
+
+
+def _transitions(table: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Chance to accept a' after a; blocks of shape [M, K + 1], result [M, K + 1, K + 1]."""
+    K = table.shape[1]
+    # a draft that does not exist is never accepted
+    chances = np.where(np.arange(K) < blocks[:, :, None], table, 0)
+    end = np.zeros((*chances.shape[:2], 1))
+    reached = np.cumprod(np.concatenate([end + 1, chances], axis=2), axis=2)
+    return reached * (1 - np.concatenate([chances, end], axis=2))
+
+
+def _first_step(table: np.ndarray) -> np.ndarray:
+    """Chance to accept a of the K drafts of prefill, shape [K + 1]."""
+    K = table.shape[1]
+    return _transitions(table, np.full((1, K + 1), K))[0, K]
+
+
+def _long_run_tokens(table: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Expected tokens per step of each of M shapes; blocks [M, K + 1], result [M]."""
+    K = table.shape[1]
+    system = np.eye(K + 1) - _DISCOUNT * _transitions(table, blocks)
+    values = np.linalg.solve(system, np.arange(K + 1.0)[None, :, None])[..., 0]
+    return 1 + (1 - _DISCOUNT) * values @ _first_step(table)
+
+
+# ---------------------------------------------------------------------- search
+
+
+def best_shapes(conditional: ArrayLike) -> dict[int, BlockLengths]:
+    """For every number of rows, the shape of exactly this K with the most expected tokens per step.
+
+    All shapes are tried up to K = `EXHAUSTIVE_K`. Beyond, rows are removed from the full chain one at a time, always
+    the one that costs the fewest tokens, and each shape on the way is improved by moving single rows between blocks.
+
+    Args:
+        conditional: its last dimension is K >= 1.
+    """
+    K = np.asarray(conditional).shape[-1]
+    table = _table(conditional, K)
+    if K <= EXHAUSTIVE_K:
+        shapes = np.array([shape for shape in itertools.product(range(K + 1), repeat=K + 1) if max(shape) == K])
+        tokens = _long_run_tokens(table, shapes)
+        ordered = shapes[np.argsort(tokens, kind="stable")]
+        return {num_rows(shape): tuple(shape) for shape in ordered.tolist()}  # later ones are better
+    return {num_rows(shape): _improved(table, shape) for shape in _pruned(table)}
+
+
+def _pruned(table: np.ndarray) -> list[BlockLengths]:
+    """Shapes from the full chain down to a single block, one row fewer each time."""
+    K = table.shape[1]
+    path = [(K,) * (K + 1)]
+    while sum(path[-1]) > K:
+        path.append(_best(table, [_moved(path[-1], i, None) for i in range(K + 1) if path[-1][i]]))
+    return path
+
+
+def _improved(table: np.ndarray, shape: BlockLengths) -> BlockLengths:
+    """The shape after moving single rows between blocks for as long as that brings tokens."""
+    K = table.shape[1]
+    while True:
+        pairs = itertools.permutations(range(K + 1), 2)
+        moves = [_moved(shape, i, j) for i, j in pairs if shape[i] and shape[j] < K]
+        better = _best(table, [shape, *moves])
+        gain = np.diff(_long_run_tokens(table, np.array([shape, better])))[0]
+        if gain < 1e-9:
+            return shape
+        shape = better
+
+
+def _moved(shape: BlockLengths, source: int, target: int | None) -> BlockLengths:
+    return tuple(length - (i == source) + (i == target) for i, length in enumerate(shape))
+
+
+def _best(table: np.ndarray, shapes: Sequence[BlockLengths]) -> BlockLengths:
+    K = table.shape[1]
+    allowed = [shape for shape in shapes if max(shape) == K]
+    return allowed[int(np.argmax(_long_run_tokens(table, np.array(allowed))))]

@@ -1,0 +1,154 @@
+"""One forward of a layout's rows behind what is committed, with everything that makes it fast while it runs.
+
+Knows layouts, the cache and the base; no drafts and no verification.
+Legend: B batch, M mask rows, R rows, S cache slots, G query heads for each key/value head, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from pardec.attention import GroupedRoute, group_rows
+from pardec.cache import SlotCache
+from pardec.forward import FULL, TargetModel
+from pardec.gated_lora import LoraGate
+from pardec.layout import RowLayout
+from pardec.prepack import PackedLinears
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """A layout with the tensors that every forward of it needs, made once.
+
+    Attributes:
+        layout: on the target's device.
+        mask_embeds: inputs of the mask rows, shape [1, M, D]; None without mask rows.
+        mask_rows: where they stand.
+        row_index: 0..R-1.
+        visible_by_kind: by kind of slot (0 committed, 1..R rows, R + 1 stale), shape [R + 2, R], bool.
+        offset_by_kind: position of such a slot minus the committed length, shape [R + 2].
+        bias_by_kind: what the attention route adds to the scores, shape [G R, R + 2]; None for other attention.
+    """
+
+    layout: RowLayout
+    mask_embeds: Tensor | None
+    mask_rows: slice
+    row_index: Tensor
+    visible_by_kind: Tensor
+    offset_by_kind: Tensor
+    bias_by_kind: Tensor | None
+
+
+@dataclass
+class RowForward:
+    """Runs plans on one target.
+
+    Attributes:
+        target: the frozen model.
+        mask_embeddings: shape [K, D] in the target's dtype and device; None without mask tokens.
+        gate: LoRA at mask rows, or None.
+        linears: packed weights, or None.
+        query_group: G of the attention route; None for the model's own attention.
+        compile_step: wraps the forward, such as `torch.compile`; None for none.
+    """
+
+    target: TargetModel
+    mask_embeddings: Tensor | None = None
+    gate: LoraGate | None = None
+    linears: PackedLinears | None = None
+    query_group: int | None = None
+    compile_step: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+    _slot_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+
+    def __post_init__(self) -> None:
+        self._forward = self.target.run if self.compile_step is None else self.compile_step(self.target.run)
+        self._embed = self.target.base.get_input_embeddings()
+        self._limit = self.target.max_positions
+        # without windows what a row sees follows from the kind of slot alone
+        self._mixes_windows = self.target.attention.layer_types != (FULL,)
+        if self.compile_step is not None:
+            self.linears = None  # compiled code has weights of its own
+
+    @property
+    def modules_with_own_lora(self) -> Sequence[nn.Module]:
+        """Layers whose LoRA needs no hooks."""
+        return () if self.linears is None else self.linears.modules
+
+    @cached_property
+    def _route(self) -> GroupedRoute:
+        return GroupedRoute(self.target.base)
+
+    def plan(self, layout: RowLayout) -> RowPlan:
+        """The plan of `layout`."""
+        layout = layout.to(self.target.device)
+        R = layout.num_rows
+        ones = torch.ones(1, R, dtype=torch.bool, device=layout.offsets.device)
+        zero = layout.offsets.new_zeros(1)
+        visible = torch.cat([ones, layout.visible.T, ~ones])
+        mask_embeds = bias = None
+        if R > layout.num_real:
+            assert self.mask_embeddings is not None
+            mask_embeds = self.mask_embeddings[layout.mask_indices.to(self.mask_embeddings.device)][None]
+        if self.query_group is not None and not self._mixes_windows:
+            mask = group_rows(visible.T[None, None], self.query_group, self.target.dtype)
+            assert isinstance(mask, Tensor)
+            bias = mask[0, 0].contiguous()
+        return RowPlan(
+            layout=layout,
+            mask_embeds=mask_embeds,
+            mask_rows=slice(layout.num_real, R),
+            row_index=torch.arange(R, device=layout.offsets.device),
+            visible_by_kind=visible,
+            offset_by_kind=torch.cat([zero, layout.offsets, zero]),
+            bias_by_kind=bias,
+        )
+
+    def run(self, plan: RowPlan, cache: SlotCache, lengths: Tensor, ids: Tensor) -> Tensor:
+        """Logits of the plan's rows, shape [B, R, V].
+
+        Args:
+            plan: made here.
+            cache: `num_used` slots of it are attended to.
+            lengths: committed tokens, shape [B].
+            ids: of the real rows, shape [B, num_real].
+        """
+        behind = lengths[:, None]
+        embeds = self._embed(ids)
+        if plan.mask_embeds is not None:
+            embeds = torch.cat([embeds, plan.mask_embeds.expand(ids.shape[0], -1, -1)], dim=1)
+        positions = behind + plan.layout.offsets
+        if self._limit is not None and cache.num_slots > self._limit:
+            positions = self.target.clamp_positions(positions)
+        mask = self._mask(plan, cache, behind, positions)
+        cache.slots = behind + plan.row_index
+        with ExitStack() as stack:
+            if self.gate is not None and plan.mask_embeds is not None:
+                stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))
+            if self.linears is not None:
+                stack.enter_context(self.linears.active())
+            if self.query_group is not None:
+                stack.enter_context(self._route)
+            return self._forward(embeds, positions, mask, cache)
+
+    def _mask(self, plan: RowPlan, cache: SlotCache, behind: Tensor, positions: Tensor):
+        """What the rows attend to, in the form that the attention takes."""
+        if self._slot_index.shape[0] < cache.num_slots + 1:
+            self._slot_index = torch.arange(cache.num_slots + 1, device=behind.device)
+        # 0: committed, 1..R: rows of this forward, R + 1: stale
+        kind = (self._slot_index[1 : cache.num_used + 1] - behind).clamp_(0, plan.layout.num_rows + 1)
+        if plan.bias_by_kind is not None:
+            if kind.shape[0] == 1:
+                return plan.bias_by_kind.index_select(1, kind[0])[None, None]
+            return plan.bias_by_kind[:, kind].transpose(0, 1)[:, None]
+        attention = self.target.attention
+        visible = plan.visible_by_kind[kind].transpose(1, 2)
+        slot = self._slot_index[: cache.num_used]
+        key_positions = slot[None]
+        if self._mixes_windows:
+            key_positions = torch.where(kind == 0, slot, behind + plan.offset_by_kind[kind])
+        mask = attention.render(visible, positions, key_positions, self.target.dtype)
+        return mask if self.query_group is None else group_rows(mask, self.query_group, self.target.dtype)
