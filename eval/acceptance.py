@@ -23,8 +23,8 @@ def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="adapter directory")
-    parser.add_argument("--data", default=STDLIB, help="python-stdlib, or a file or folder of held-out data")
-    parser.add_argument("--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib")
+    parser.add_argument("--data", default=STDLIB, help="python-stdlib, python-packages, or held-out data")
+    parser.add_argument("--split", default=TEST, choices=(VALIDATION, TEST), help="of the first two")
     parser.add_argument("--num-prompts", type=int, help="default all standard prompts")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--num-speculative-tokens", type=int, help="default what was trained")

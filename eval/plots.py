@@ -98,7 +98,7 @@ def plot_speed_ratios(
 
     num_ways = max(map(len, panels.values()))
     size = (6 * len(panels) + 1, 0.5 * num_ways + 2)
-    figure, grid = pyplot.subplots(1, len(panels), figsize=size, dpi=130, squeeze=False)
+    figure, grid = pyplot.subplots(1, len(panels), figsize=size, dpi=130, squeeze=False, layout="constrained")
     for axes, (setting, ways) in zip(grid[0], panels.items(), strict=True):
         batches = list(dict.fromkeys(batch for found in ways.values() for batch in found))
         height = 0.8 / len(batches)
@@ -119,9 +119,9 @@ def plot_speed_ratios(
         axes.set_xlabel("speed / plain: median, quartiles as lines")
         axes.set_title(setting, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0][-1].legend(frameon=False, fontsize=8)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)

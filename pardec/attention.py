@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 ROUTE = "pardec_grouped"
 STOCK = "sdpa"
+_FIELD = "_attn_implementation_internal"  # behind `config._attn_implementation`
 _lock = threading.Lock()
 _num_open: Counter[int] = Counter()  # by id of the configuration: steps that run on it now
 
@@ -108,18 +109,20 @@ class GroupedRoute:
     """
 
     def __init__(self, base: PreTrainedModel):
-        self._config = base.config.get_text_config(decoder=True)
+        # past the configuration's own setter, which takes longer than a layer of a small model
+        self._fields = vars(base.config.get_text_config(decoder=True))
+        self._key = id(self._fields)
 
     def __enter__(self) -> None:
         with _lock:
-            _num_open[id(self._config)] += 1
-            self._config._attn_implementation = ROUTE
+            _num_open[self._key] += 1
+            self._fields[_FIELD] = ROUTE
 
     def __exit__(self, *error: object) -> None:
         with _lock:
-            _num_open[id(self._config)] -= 1
-            if not _num_open[id(self._config)]:
-                self._config._attn_implementation = STOCK
+            _num_open[self._key] -= 1
+            if not _num_open[self._key]:
+                self._fields[_FIELD] = STOCK
 
 
 def query_group(base: PreTrainedModel) -> int:

@@ -1,7 +1,7 @@
 """Key/value caches: slots written per row for decoding, a frozen prefix for training.
 
 Both give every layer, sliding-window ones too, keys and values of full length; windows live in the attention mask.
-Knows nothing of tokens or masks. Legend: B rows of the batch, H key/value heads, R rows of the forward, S slots, D head size.
+Knows nothing of tokens or masks. Legend: B batch, H key/value heads, R rows of the forward, S slots, D head size.
 """
 
 import torch

@@ -155,12 +155,15 @@ def tune(
         from pardec.measuring import QUICK, Effort
         from pardec.tune import prompts_to_tune_on, show_report, tune
 
-        count = num_prompts or max(4 if quick else 16, batch_size)
+        if num_prompts is None and texts is None:
+            num_prompts = max(4 if quick else 16, batch_size)
+        if max_new_tokens is None:
+            max_new_tokens = 32 if quick else 128
         report = tune(
             model,
             directory,
-            prompts_to_tune_on(model, texts, num_prompts if texts else count),
-            max_new_tokens=max_new_tokens or (32 if quick else 128),
+            prompts_to_tune_on(model, texts, num_prompts),
+            max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             temperature=temperature,
             top_k=top_k,

@@ -30,7 +30,8 @@ class DataConfig(Section):
     """What is trained on.
 
     Attributes:
-        path: file, folder or hub dataset; `python-stdlib` is the source of the running interpreter's library.
+        path: file, folder or hub dataset; `python-stdlib` is the source of the running interpreter's
+            library, `python-packages` that of the packages installed for it.
         format: `auto` goes by suffix; `text`, `jsonl`, or `hub` for anything that `datasets` loads.
         subset: configuration of a hub dataset.
         split: of a hub dataset.

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from pardec.errors import first_line
 
 STDLIB = "python-stdlib"
+PACKAGES = "python-packages"
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 PROMPT_TOKENS = 128
 PROMPT_STRIDE_TOKENS = 4000
@@ -84,6 +85,16 @@ def python_sources(folder: Path, split: str) -> Iterator[str]:
 def stdlib_folder() -> Path:
     """The library of the running interpreter."""
     return Path(sysconfig.get_paths()["stdlib"])
+
+
+def source_folder(path: str) -> Path | None:
+    """The folder behind `python-stdlib`, or behind `python-packages`, what is installed for the running interpreter.
+
+    Both are split by the hash of each file's path. None for any other path.
+    """
+    if path == STDLIB:
+        return stdlib_folder()
+    return Path(sysconfig.get_paths()["purelib"]) if path == PACKAGES else None
 
 
 # ---------------------------------------------------------------------- reading
@@ -325,13 +336,13 @@ def load_corpus(
     """Reads, validates, splits and tokenises data.
 
     Args:
-        path: see `read_rows`, or `python-stdlib`.
+        path: see `read_rows`, `python-stdlib` or `python-packages`.
         tokenizer: of the base.
         format: see `read_rows`.
         subset: see `read_rows`.
         split: see `read_rows`.
         validation_path: default a held-out part of `path`.
-        test_path: default none, but for `python-stdlib`.
+        test_path: default none, but for the two of these.
         max_length: T.
         max_tokens: no more training text than this is tokenised.
         seed: of the order of documents.
@@ -340,8 +351,9 @@ def load_corpus(
     Raises:
         DataError: for data that cannot be used.
     """
-    if path == STDLIB:
-        rows = {s: [{"text": t} for t in python_sources(stdlib_folder(), s)] for s in (TRAIN, VALIDATION, TEST)}
+    folder = source_folder(path)
+    if folder is not None:
+        rows = {s: [{"text": t} for t in python_sources(folder, s)] for s in (TRAIN, VALIDATION, TEST)}
     else:
         rows = {TRAIN: read_rows(path, format, split, subset), VALIDATION: [], TEST: []}
         if validation_path is None:
@@ -442,12 +454,13 @@ def standard_prompts(
 def held_out_prompts(
     tokenizer: PreTrainedTokenizerBase, split: str, path: str = STDLIB, num_prompts: int | None = None
 ) -> list[list[int]]:
-    """Standard prompts of a split of the standard library, or of a data file.
+    """Standard prompts of a split of `python-stdlib` or `python-packages`, or of a data file.
 
     Raises:
         DataError: for data that cannot be used.
     """
-    rows = [{"text": t} for t in python_sources(stdlib_folder(), split)] if path == STDLIB else read_rows(path, "auto")
+    folder = source_folder(path)
+    rows = read_rows(path, "auto") if folder is None else [{"text": t} for t in python_sources(folder, split)]
     return standard_prompts([tokenise(row, tokenizer, path) for row in rows], num_prompts=num_prompts)
 
 

@@ -36,7 +36,7 @@ class DecodeState:
         draft_probs: the law q they were drawn from, shape [B, K, V]; None when greedy.
         draft_length: drafts that exist in each row, shape [B], in 0..K.
         done: rows that have met EOS or their length, shape [B], bool.
-        limit: new tokens allowed, shape [B].
+        room: new tokens still allowed, shape [B]; 0 where done.
         eos_token_ids: shape [n], may be empty.
         prompts: padded prompt ids, shape [B, P].
         prompt_lengths: shape [B].
@@ -55,7 +55,7 @@ class DecodeState:
     draft_probs: Tensor | None
     draft_length: Tensor
     done: Tensor
-    limit: Tensor
+    room: Tensor
     eos_token_ids: Tensor
     prompts: Tensor
     prompt_lengths: Tensor
@@ -162,7 +162,7 @@ class Decoder:
         padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
         cache = cache or SlotCache(self.target.num_layers, self.num_slots(P), B)
         logits = self._prefill_logits(padded, lengths, cache)
-        if B > len(prompts):
+        if len(prompts) < B:
             cache.spread(source, P + K)
             padded, lengths, logits = padded[source], lengths[source], logits[source]
         capacity = capacity or self.max_new_tokens
@@ -173,8 +173,8 @@ class Decoder:
             drafts=lengths.new_zeros(B, K),
             draft_probs=None,
             draft_length=lengths.new_full((B,), K),
-            done=torch.arange(B, device=device) >= B - num_unused,
-            limit=lengths.new_full((B,), self.max_new_tokens),
+            done=torch.zeros(B, dtype=torch.bool, device=device),
+            room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
             eos_token_ids=self.eos_token_ids,
             prompts=padded,
             prompt_lengths=lengths.clone(),
@@ -217,7 +217,6 @@ class Decoder:
         else:
             self._fused_step(state)
 
-    @torch.no_grad()
     def step_logits(self, state: DecodeState) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
         rows = torch.cat([state.bonus[:, None], state.drafts], dim=1)
@@ -320,18 +319,19 @@ class Decoder:
     def _emit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> None:
         """Appends tokens[:, : last + 1] of each live row to its output, up to EOS and the length limit."""
         index = self._token_index[: tokens.shape[1]]
-        count = torch.minimum(last + 1, state.limit - state.num_new).masked_fill(state.done, 0)
+        count = torch.minimum(last + 1, state.room)
         kept = index < count[:, None]
         if state.eos_token_ids.numel():
             is_eos = (tokens[:, :, None] == state.eos_token_ids).any(dim=2) & kept
-            before = is_eos.cumsum(dim=1) - is_eos.long()  # EOS tokens in front of each
-            kept = kept & (before == 0)
+            kept &= is_eos.cumsum(dim=1) == is_eos  # all but what stands behind an EOS token
             count = kept.sum(dim=1)
-            state.done = state.done | is_eos.any(dim=1)
+            state.room = (state.room - count).masked_fill(is_eos.any(dim=1), 0)
+        else:
+            state.room = state.room - count
         column = torch.where(kept, state.num_new[:, None] + index, state.output.shape[1] - 1)
         state.output.scatter_(1, column, tokens)
         state.num_new = state.num_new + count
-        state.done = state.done | (state.num_new >= state.limit)
+        state.done = state.room == 0
         state.bonus = tokens.gather(1, last[:, None]).squeeze(1)
 
 

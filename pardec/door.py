@@ -188,5 +188,5 @@ def _apply_criteria(state: DecodeState, criteria: StoppingCriteriaList, input_id
         for n in range(done_before + 1, int(state.num_new[b]) + 1):
             if bool(criteria(row[:, : input_ids.shape[1] + n], None).all()):  # type: ignore[arg-type]
                 state.num_new[b] = n
-                state.done[b] = True
+                state.done[b], state.room[b] = True, 0
                 break

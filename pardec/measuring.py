@@ -7,14 +7,12 @@ Legend: K num_speculative_tokens; a shape is given by its block_lengths, see `pa
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from pardec.chain import PLAIN, BlockLengths, best_shapes, conditional_acceptance, expected_tokens_per_step, num_rows
+from pardec.chain import PLAIN, BlockLengths, best_shapes, conditional_acceptance, num_rows
 from pardec.layout import full_blocks
-from pardec.tuning import Candidate, Workload, choose, finalists, monotone_cost, predict
+from pardec.tuning import Candidate, Workload, choose, finalists, monotone_cost, predict, spread_over_rows
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Effort:
     repetitions: int = 3
 
 
-QUICK = Effort(num_shapes=3, num_batches=1, num_finalists=2, repetitions=2)
+QUICK = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=2)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Measured:
     """A candidate and what it did.
 
     Attributes:
-        candidate: with what was predicted.
+        candidate: with what was predicted, at the speed that the machine had when this was measured.
         tokens_per_second: of whole calls, prefill included.
         ms_per_step: without prefill.
         tokens_per_step: of the mean sequence.
@@ -108,11 +106,13 @@ class Findings:
         measured: all that was measured on all prompts, fastest first.
         costs: of steps.
         conditional_acceptance: of the full chain by position, over all its steps.
+        drift: speed of plain decoding in the last part, relative to when steps were timed; 1 on a quiet machine.
     """
 
     measured: list[Measured]
     costs: StepCosts
     conditional_acceptance: list[float]
+    drift: float
 
     @property
     def plain(self) -> Measured:
@@ -154,8 +154,9 @@ def measure(
         raise ValueError("prompts: expected some that the model continues by more than one token, found none")
     tables = {k: conditional_acceptance(runs, k) for k in range(1, K + 1)}
     shapes = [shape for k in tables for shape in best_shapes(tables[k]).values()]
-    spread = [i * num_batches // effort.num_batches for i in range(min(effort.num_batches, num_batches))]
-    probes = _spread_over_rows(shapes, tables, effort.num_shapes)
+    few = min(effort.num_batches, num_batches)
+    spread = [i * num_batches // few for i in range(few)]
+    probes = spread_over_rows(shapes, tables, effort.num_shapes)
     costs = measure_costs(decode, probes, spread, max_new_tokens, effort.repetitions, warm_up)
     workload = Workload(
         new_tokens=[call.new_tokens for call in calls],
@@ -172,23 +173,11 @@ def measure(
     chosen = finalists([predicted(shape) for shape in shapes], effort.num_finalists)
     # plain decoding is the floor, the full chain what would be used untuned
     extra = [predicted(shape) for shape in (full_blocks(K), PLAIN) if shape not in {c.block_lengths for c in chosen}]
-    measured = measure_finalists(
+    measured, drift = measure_finalists(
         decode, [*chosen, *extra], costs, range(num_batches), max_new_tokens, effort.repetitions, warm_up
     )
     pooled = [_ratio(sum(a >= j for r in runs for a in r), sum(a >= j - 1 for r in runs for a in r)) for j in tables]
-    return Findings(measured, costs, pooled)
-
-
-def _spread_over_rows(
-    shapes: Sequence[BlockLengths], tables: Mapping[int, np.ndarray], count: int
-) -> list[BlockLengths]:
-    """Up to `count` shapes from the fewest rows to the most, each the best of its number of rows."""
-    by_rows: dict[int, BlockLengths] = {}
-    for shape in sorted(shapes, key=lambda one: expected_tokens_per_step(tables[len(one) - 1], one)):
-        by_rows[num_rows(shape)] = shape
-    wanted = np.geomspace(min(by_rows), max(by_rows), max(count, 2))
-    nearest = {min(by_rows, key=lambda rows: abs(rows - want)) for want in wanted.tolist()}
-    return [by_rows[rows] for rows in sorted(nearest)]
+    return Findings(measured, costs, pooled, drift)
 
 
 def measure_costs(
@@ -231,22 +220,49 @@ def measure_finalists(
     max_new_tokens: int,
     repetitions: int,
     warm_up: int,
-) -> list[Measured]:
-    """Runs the candidates on every batch in turn, so that they share the machine's moods; fastest first."""
+) -> tuple[list[Measured], float]:
+    """Runs the candidates on every batch in turn, so that they share the machine's moods.
+
+    Predictions are scaled by the drift of plain decoding, which must be among the candidates: that the machine has
+    become slower or faster since its steps were timed is not their matter.
+
+    Returns:
+        The candidates, fastest first, and the drift.
+    """
     shapes = [candidate.block_lengths for candidate in candidates]
     _warm_up(decode, shapes, batches[:warm_up], max_new_tokens)
-    calls = _repeated(decode, [(s, batch, max_new_tokens) for batch in batches for s in shapes], repetitions)
+    calls = _repeated(decode, [(shape, batch, max_new_tokens) for batch in batches for shape in shapes], repetitions)
+
+    def seen(shape: BlockLengths) -> list[Call]:
+        return [calls[shape, batch, max_new_tokens] for batch in batches]
+
+    predicted_plain = next(one for one in candidates if one.block_lengths == PLAIN).tokens_per_second
+    drift = tokens_per_second(seen(PLAIN)) / predicted_plain
     measured = []
     for candidate in candidates:
-        mine = [calls[candidate.block_lengths, batch, max_new_tokens] for batch in batches]
-        seconds, steps = sum(call.seconds for call in mine), sum(call.num_steps for call in mine)
-        tokens = sum(sum(call.new_tokens) for call in mine)
-        prefill = (costs.plain_prefill if candidate.block_lengths == PLAIN else costs.prefill) / 1000 * len(mine)
-        after_prefill = sum(n - 1 for call in mine for n in call.new_tokens)
-        rounds = sum(len(run) for call in mine for run in call.accepted)
-        ms_per_step = 1000 * _ratio(seconds - prefill, steps)
-        measured.append(Measured(candidate, tokens / seconds, ms_per_step, _ratio(after_prefill, rounds)))
-    return sorted(measured, key=lambda one: -one.tokens_per_second)
+        mine = seen(candidate.block_lengths)
+        prefill_ms = (costs.plain_prefill if candidate.block_lengths == PLAIN else costs.prefill) / drift
+        ms_after_prefill = sum(1000 * call.seconds - prefill_ms for call in mine)
+        tokens_after_prefill = sum(n - 1 for call in mine for n in call.new_tokens)
+        at_this_speed = replace(
+            candidate,
+            ms_per_step=candidate.ms_per_step / drift,
+            tokens_per_second=candidate.tokens_per_second * drift,
+        )
+        measured.append(
+            Measured(
+                at_this_speed,
+                tokens_per_second=tokens_per_second(mine),
+                ms_per_step=_ratio(ms_after_prefill, sum(call.num_steps for call in mine)),
+                tokens_per_step=_ratio(tokens_after_prefill, sum(len(run) for call in mine for run in call.accepted)),
+            )
+        )
+    return sorted(measured, key=lambda one: -one.tokens_per_second), drift
+
+
+def tokens_per_second(calls: Sequence[Call]) -> float:
+    """Of whole calls, prefill included."""
+    return sum(sum(call.new_tokens) for call in calls) / sum(call.seconds for call in calls)
 
 
 def _warm_up(decode: Decode, shapes: Iterable[BlockLengths], batches: Iterable[int], max_new_tokens: int) -> None:

@@ -21,9 +21,9 @@ from pardec.adapter import Adapter, AdapterError, load_adapter
 from pardec.base import eos_token_ids, load_base, load_tokenizer, pad_token_id, refuse_by_config
 from pardec.decode import MODES, Decoder, DecodeState
 from pardec.engine import Engine
+from pardec.engine_pool import EnginePool
 from pardec.fingerprint import differences, fingerprint
 from pardec.forward import TargetModel, embedding_weight
-from pardec.engine_pool import EnginePool
 from pardec.gated_lora import LoraGate
 from pardec.layout import full_blocks
 from pardec.prepack import PackedLinears
@@ -32,7 +32,7 @@ from pardec.run import device_name
 from pardec.sampling import TokenLaw, make_warpers
 from pardec.stats import DecodeStats, SequenceCounts, pool
 from pardec.survey import Survey, survey
-#from pardec.tuning import TunedChoice, read_tuned
+from pardec.tuning import TunedChoice, read_tuned
 
 MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -102,7 +102,7 @@ class SelfSpeculativeModel:
         self.target = TargetModel.wrap(base_model)
         self.compile = compile
         self.capture = self.target.device.type == "cuda"
-        self.tuned: object | None = None
+        self.tuned: TunedChoice | None = None
         self._streamer = None
         self._survey: Survey | None = None
         self._linears: dict[bool, PackedLinears] = {}
@@ -480,7 +480,7 @@ def load(
     if wrong:
         raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
-    #model.tuned = read_tuned(directory, device_name(model.target.device), model.target.dtype, compile)
+    model.tuned = read_tuned(directory, device_name(model.target.device), model.target.dtype, compile)
     if adapter.mask_embeddings.shape[1] != model.target.embedding_dim:
         raise AdapterError(
             f"{directory}: mask embeddings: expected width {model.target.embedding_dim}, "

@@ -8,9 +8,9 @@ Legend: R rows, r rank.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -34,6 +34,7 @@ class PackedLinears:
         self._siblings = siblings
         self._gate = gate
         self._groups: list[_Group] = []
+        self._switches: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = []
         self._checksums: list[Tensor] = []
 
     @property
@@ -52,28 +53,38 @@ class PackedLinears:
         unchanged = linears == self.modules and all(map(torch.equal, checksums, self._checksums))
         if not unchanged:
             self._groups = [_Group.pack(group, self._gate) for group in groups]
+            self._switches = [
+                (vars(module), forward)
+                for group in self._groups
+                for module, forward in zip(group.modules, group.forwards, strict=True)
+            ]
             self._checksums = checksums
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Lets the model's linear layers use the packed weights inside the context."""
-        if torch.is_autocast_enabled("cpu"):  # the caller wants another dtype
-            yield
-            return
-        switched = []
-        for group in self._groups:
-            for module, forward in zip(group.modules, group.forwards, strict=True):
-                if "forward" not in module.__dict__:  # someone else's own forward stays
-                    module.__dict__["forward"] = forward  # found before the class's method
-                    switched.append(module)
-        _here.is_active = True
-        try:
-            yield
-        finally:
-            _here.is_active = False
-            _here.group, _here.input, _here.outputs = None, None, ()
-            for module in switched:
-                module.__dict__.pop("forward", None)
+    def active(self) -> "_Switched":
+        """Context inside which the model's linear layers use the packed weights."""
+        # where autocast is on the caller wants another dtype
+        return _Switched([] if torch.is_autocast_enabled("cpu") else self._switches)
+
+
+class _Switched:
+    """Puts replacements in front of the modules' own forward, for the time of one forward of the model."""
+
+    def __init__(self, switches: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]]):
+        self._switches = switches
+        self._switched: list[dict[str, Any]] = []
+
+    def __enter__(self) -> None:
+        for fields, forward in self._switches:
+            if "forward" not in fields:  # someone else's own forward stays
+                fields["forward"] = forward  # found before the class's method
+                self._switched.append(fields)
+        _here.is_active = bool(self._switches)
+
+    def __exit__(self, *error: object) -> None:
+        _here.is_active = False
+        _here.group, _here.input, _here.outputs = None, None, ()
+        for fields in self._switched:
+            fields.pop("forward", None)
 
 
 class _Here(threading.local):

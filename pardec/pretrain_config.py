@@ -9,7 +9,8 @@ class SourcesConfig(Section):
     """What is trained on.
 
     Attributes:
-        path: a folder of Python sources, or `python-stdlib` for the running interpreter's library.
+        path: a folder of Python sources, `python-stdlib` for the running interpreter's library, or
+            `python-packages` for the packages installed for it.
         max_length: tokens of a training sequence.
         max_characters: no more training text than this is used, files drawn at random; default all.
     """

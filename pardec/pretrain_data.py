@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pardec.data import STDLIB, TEST, TRAIN, VALIDATION, DataError, Document, python_sources, stdlib_folder
+from pardec.data import STDLIB, TEST, TRAIN, VALIDATION, DataError, Document, python_sources, source_folder
 
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_ID = 0
@@ -27,14 +27,14 @@ def read_sources(path: str, *, seed: int, max_characters: int | None = None) -> 
     """Texts by split, the training ones shuffled.
 
     Args:
-        path: a folder, or `python-stdlib`.
+        path: a folder, `python-stdlib` or `python-packages`.
         seed: of the order.
         max_characters: of training text; default all.
 
     Raises:
         DataError: if there is no folder, there are no sources, or there are none of a split.
     """
-    folder = stdlib_folder() if path == STDLIB else Path(path)
+    folder = source_folder(path) or Path(path)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
         raise DataError(f"data.path {path}: expected {STDLIB} or a folder of Python sources, found {found}")

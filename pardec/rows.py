@@ -90,7 +90,7 @@ class RowForward:
         zero = layout.offsets.new_zeros(1)
         visible = torch.cat([ones, layout.visible.T, ~ones])
         mask_embeds = bias = None
-        if R > layout.num_real:
+        if layout.num_real < R:
             assert self.mask_embeddings is not None
             mask_embeds = self.mask_embeddings[layout.mask_indices.to(self.mask_embeddings.device)][None]
         if self.query_group is not None and not self._mixes_windows:

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm.auto import tqdm
 
 from pardec.chain import PLAIN, BlockLengths, num_rows
@@ -51,6 +52,7 @@ class TuneReport:
             "ms_per_step_by_rows": costs.by_rows,
             "plain_ms_per_step": costs.plain,
             "prefill_ms": costs.prefill,
+            "drift": self.findings.drift,
             "num_prompts": self.num_prompts,
             "max_new_tokens": self.max_new_tokens,
             "file": self.path,
@@ -178,7 +180,7 @@ def prompts_to_tune_on(
 
 def show_report(report: TuneReport, *, as_json: bool = False, picture: Path | None = None) -> None:
     """Prints the report as a table or as one JSON object, and draws the picture where one is asked for."""
-    console = Console()
+    console = Console(stderr=as_json, markup=False, highlight=False)  # paths may hold brackets
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
@@ -190,53 +192,51 @@ def show_report(report: TuneReport, *, as_json: bool = False, picture: Path | No
         said = f"picture: {picture}"
     except ImportError as error:
         said = f"no picture: {error}; pip install 'pardec[plots]' brings it"
-    if not as_json:
-        console.print(said, soft_wrap=True)
+    console.print(said, soft_wrap=True)
 
 
 def print_report(report: TuneReport, console: Console) -> None:
     """The table of what was measured, and the choice in a sentence."""
     choice, findings = report.choice, report.findings
     law = "greedy" if choice.temperature == 0 else f"temperature {choice.temperature}, top-k {choice.top_k}"
+    measured_on = f"{report.num_prompts} prompts, {report.max_new_tokens} new tokens, batch {choice.batch_size}, {law}"
     table = Table(
-        "drafts behind\n0, 1, .. K accepted",
-        *(
-            "rows",
-            "tokens per step\nexpected",
-            "measured",
-            "ms per step\npredicted",
-            "measured",
-            "tokens/s\npredicted",
-            "measured",
-            "difference",
-            "ratio to\nplain",
-        ),
-        title=(
-            f"{report.num_prompts} prompts, {report.max_new_tokens} new tokens, batch {choice.batch_size}, {law}; "
-            f"tokens/s of whole calls, prefill included\n{choice.device}, {choice.dtype}"
-        ),
+        Column("drafts behind\n0, 1 .. K", no_wrap=True),
+        "rows",
+        "tokens\na step",
+        "ms\na step",
+        "tokens/s\npredicted",
+        "tokens/s\nmeasured",
+        "differ-\nence",
+        "ratio to\nplain",
+        title=f"{measured_on}\n{choice.device}, {choice.dtype}",
+        caption="tokens and ms a step: as predicted; tokens/s: whole calls, prefill included",
+        box=SIMPLE_HEAD,
+        padding=0,  # fits 80 columns
     )
     for one in findings.measured:
         row, shape = _figures(one, findings.plain), one.candidate.block_lengths
-        is_full = len(shape) - 1 == len(choice.conditional_acceptance) and shape == full_blocks(len(shape) - 1)
-        name = "plain" if shape == PLAIN else " ".join(map(str, shape)) + (" (full chain)" if is_full else "")
         table.add_row(
-            name,
+            "plain" if shape == PLAIN else " ".join(map(str, shape)),
             str(row["rows"]),
             f"{row['predicted_tokens_per_step']:.2f}",
-            f"{row['measured_tokens_per_step']:.2f}",
             f"{row['predicted_ms_per_step']:.2f}",
-            f"{row['measured_ms_per_step']:.2f}",
             f"{row['predicted_tokens_per_second']:.1f}",
             f"{row['measured_tokens_per_second']:.1f}",
-            f"{100 * (row['measured_to_predicted'] - 1):+.1f} %",
+            "" if shape == PLAIN else f"{100 * (row['measured_to_predicted'] - 1):+.1f} %",
             f"{row['ratio_to_plain']:.2f} x",
             style="bold" if shape == choice.block_lengths else "",
         )
     console.print(table)
     rates = ", ".join(f"{rate:.2f}" for rate in choice.conditional_acceptance)
-    console.print(f"acceptance by position, given those before: {rates}")
-    console.print(f"chosen: {describe(choice)}, written to {report.path}", soft_wrap=True)
+    K = len(choice.conditional_acceptance)
+    lines = (
+        f"acceptance by position, given those before: {rates}",
+        f"plain decoding ran at {findings.drift:.2f} times its speed of when steps were timed; predictions follow it",
+        f"without tuning: {' '.join(map(str, full_blocks(K)))}",
+        f"chosen: {describe(choice)}; written to {report.path}",
+    )
+    console.print("\n".join(lines), soft_wrap=True)
 
 
 def describe(choice: TunedChoice) -> str:

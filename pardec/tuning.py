@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from pydantic import TypeAdapter, ValidationError
 
 from pardec.adapter import EMBEDDINGS_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
-from pardec.chain import PLAIN, BlockLengths, check_block_lengths, expected_steps, expected_tokens_per_step
+from pardec.chain import PLAIN, BlockLengths, check_block_lengths, expected_steps, expected_tokens_per_step, num_rows
 
 TUNED_FILE = "tuned.json"
 FORMAT_VERSION = 1
@@ -94,6 +94,18 @@ def predict(block_lengths: BlockLengths, conditional: ArrayLike, ms_per_step: fl
     seconds = (len(batches) * prefill_ms + steps * ms_per_step) / 1000
     tokens_per_step = expected_tokens_per_step(conditional, block_lengths)
     return Candidate(block_lengths, tokens_per_step, ms_per_step, sum(map(sum, batches)) / seconds)
+
+
+def spread_over_rows(
+    shapes: Sequence[BlockLengths], tables: Mapping[int, np.ndarray], count: int
+) -> list[BlockLengths]:
+    """Up to `count` shapes from the fewest rows to the most, each the best of its number of rows."""
+    by_rows: dict[int, BlockLengths] = {}
+    for shape in sorted(shapes, key=lambda one: expected_tokens_per_step(tables[len(one) - 1], one)):
+        by_rows[num_rows(shape)] = shape
+    wanted = np.geomspace(min(by_rows), max(by_rows), max(count, 2))
+    nearest = {min(by_rows, key=lambda rows: abs(rows - want)) for want in wanted.tolist()}
+    return [by_rows[rows] for rows in sorted(nearest)]
 
 
 def finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:

@@ -138,13 +138,29 @@ def _row(probs: Tensor, index: Tensor) -> Tensor:
 
 
 def sample_from(probs: Tensor, generator: Generator | None = None) -> Tensor:
-    """One index per row of `probs`, shape [..., V], drawn from it without a device-to-host synchronisation.
+    """One index per row of `probs`, shape [..., V], drawn from it without a device-to-host synchronisation."""
+    return _by_inversion(probs, generator) if probs.device.type == "cpu" else _by_race(probs, generator)
 
-    Exponential races: argmax p_i / e_i with e_i ~ Exp(1) is distributed as p.
-    """
+
+def _by_race(probs: Tensor, generator: Generator | None) -> Tensor:
+    """Exponential races: argmax p_i / e_i with e_i ~ Exp(1) is distributed as p. V random numbers, all in parallel."""
     race = torch.empty_like(probs).exponential_(generator=generator)
     # an exact 0 would turn 0 / 0 into NaN, which argmax prefers
     return (probs / race.clamp_min_(torch.finfo(probs.dtype).tiny)).argmax(dim=-1)
+
+
+def _by_inversion(probs: Tensor, generator: Generator | None) -> Tensor:
+    """The first index whose cumulative probability exceeds a uniform number.
+
+    One random number, where a CPU draws one after another. Sums run in order, so they never fall, and an index of
+    probability 0 is never first.
+    """
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[..., -1:]
+    u = torch.rand(total.shape, dtype=torch.float64, device=probs.device, generator=generator) * total
+    # rounding may have carried u to the total, behind every index
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, u, right=True).squeeze(-1)
 
 
 def _exists(draft_length: Tensor, num_speculative_tokens: int) -> Tensor:

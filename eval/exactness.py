@@ -1,0 +1,299 @@
+"""Checks that greedy decoding gives the base's own tokens, and looks into every place where it does not.
+
+    python eval/exactness.py runs/quickstart --dtypes float32,bfloat16 [--prompts FILE.jsonl] [--output runs/exactness]
+
+Every prompt is decoded in the modes plain, two_pass and fused and by the base's own `generate`, one at a time, and
+in mode fused also in batches; all are compared with plain and with `generate`. Where two sequences first differ, one
+plain forward of the base over what they share says whether their tokens are a tie that rounding decides. Prints
+Markdown tables and one JSON object as the last line. Exit code 1 if a difference is no tie, 0 otherwise.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from prompts import Prompt, read_prompts
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+import pardec
+from pardec.base import eos_token_ids, pad_token_id
+from pardec.data import STDLIB, TEST, VALIDATION
+from pardec.model import SelfSpeculativeModel
+from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
+
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
+# in units of logits: the best logits are a tie when they are this close
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+# In units of eps(dtype) * largest |logit|, for dtypes that round the logits themselves: rounding two logits moves
+# their gap by up to 1 such unit, so 2 between two forwards with different numbers of rows, which take other kernels.
+# The rest is for the activations, which every layer rounds as well.
+HALF_PRECISION_TOLERANCE = 8
+RUNS = (("plain", 1), ("two_pass", 1), ("fused", 1), ("fused", 8))  # mode, prompts decoded together at most
+FULL = {"num_prompts": None, "max_new_tokens": 128}
+QUICK = {"num_prompts": 3, "max_new_tokens": 24}
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place where two continuations of a prompt differ; gaps are in units of logits."""
+
+    prompt: str  # its name
+    index: int  # of the first new token that differs
+    tokens: tuple[int | None, int | None]  # of the mode and of the reference; None where the sequence has ended
+    top2_gap: float  # between the two largest logits
+    relative_gap: float  # top2_gap / largest |logit|
+    token_gap: float  # between the logits of the two tokens
+    shortfall: float  # of the less likely of the two tokens, below the largest logit
+    tolerance: float  # the largest shortfall of a tie
+    explained: bool  # whether the two tokens are a tie
+
+
+def tie_tolerance(dtype: torch.dtype, largest_logit: float) -> float:
+    """How far below the largest logit a token may be that rounding in `dtype` can put first, in units of logits."""
+    if dtype in TOLERANCE:
+        return TOLERANCE[dtype]
+    return HALF_PRECISION_TOLERANCE * torch.finfo(dtype).eps * largest_logit
+
+
+def first_difference(found: Sequence[int], reference: Sequence[int]) -> int | None:
+    """Index of the first token that differs; where one sequence begins with the other, the shorter one's length."""
+    for index, (a, b) in enumerate(zip(found, reference, strict=False)):
+        if a != b:
+            return index
+    return None if len(found) == len(reference) else min(len(found), len(reference))
+
+
+def examine(
+    prompt: str,
+    found: Sequence[int],
+    reference: Sequence[int],
+    logits_after: Callable[[Sequence[int]], Tensor],
+    dtype: torch.dtype,
+    eos_ids: Sequence[int],
+) -> Divergence | None:
+    """The first divergence of two continuations, None if they are the same.
+
+    Both tokens must be within the tolerance of the largest logit: in a low precision the two best tokens of this
+    forward need not be those that the decodings chose. A sequence that ends without an EOS where the other goes on is
+    taken to have chosen the likeliest EOS silently; no other difference in length can be a tie.
+
+    Args:
+        prompt: its name.
+        found: new tokens of a mode.
+        reference: new tokens that it is compared with.
+        logits_after: the base's logits behind the prompt and these new tokens, shape [V].
+        dtype: that both were decoded in.
+        eos_ids: that end a text.
+    """
+    index = first_difference(found, reference)
+    if index is None:
+        return None
+    logits = logits_after(reference[:index]).cpu().double()  # subtracting in float64 adds no rounding
+    first, second = logits.topk(2).values.tolist()
+    largest = float(logits.abs().nan_to_num(nan=0.0, posinf=0.0).max())
+    tolerance = tie_tolerance(dtype, largest)
+    ours, theirs = (ids[index] if index < len(ids) else None for ids in (found, reference))
+    chosen = [token for token in (ours, theirs) if token is not None]
+    if len(chosen) == 1 and eos_ids and not set(reference[:index][-1:]) & set(eos_ids):
+        chosen.append(max(eos_ids, key=lambda token: float(logits[token])))
+    below = first - logits[chosen]
+    return Divergence(
+        prompt=prompt,
+        index=index,
+        tokens=(ours, theirs),
+        top2_gap=first - second,
+        relative_gap=(first - second) / largest if largest else 0.0,
+        token_gap=float(below.max() - below.min()),
+        shortfall=float(below.max()),
+        tolerance=tolerance,
+        # a logit that is no number is never within the tolerance
+        explained=len(set(chosen)) == 2 and bool((below <= tolerance).all()),
+    )
+
+
+def compare(
+    prompts: Sequence[Prompt],
+    found: Sequence[Sequence[int]],
+    reference: Sequence[Sequence[int]],
+    logits_after: Callable[[Sequence[int], Sequence[int]], Tensor],
+    dtype: torch.dtype,
+    eos_ids: Sequence[int],
+) -> dict:
+    """Compares the continuations of all prompts; arguments as in `examine`, `logits_after` takes the prompt's ids too.
+
+    Returns:
+        dict: `identical`, the share of prompts whose sequences are the same; `num_tokens` compared, which end at a
+            divergence; `num_divergences`; `num_unexplained`; `divergences`, as dicts.
+    """
+    divergences, num_tokens = [], 0
+    for prompt, ours, theirs in zip(prompts, found, reference, strict=True):
+        one = examine(prompt.name, ours, theirs, partial(logits_after, prompt.token_ids), dtype, eos_ids)
+        num_tokens += len(theirs) if one is None else one.index + 1
+        if one is not None:
+            divergences.append(one)
+    return {
+        "num_prompts": len(prompts),
+        "num_tokens": num_tokens,
+        "identical": round(1 - len(divergences) / len(prompts), 4),
+        "num_divergences": len(divergences),
+        "num_unexplained": sum(not one.explained for one in divergences),
+        "divergences": [asdict(one) for one in divergences],
+    }
+
+
+def decode(
+    model: SelfSpeculativeModel, prompts: Sequence[Prompt], args: argparse.Namespace, dtype: str
+) -> tuple[dict[tuple[str, int], list[list[int]]], list[list[int]]]:
+    """Greedy new tokens of every prompt: by mode and batch size, and by the base's own `generate`."""
+    outputs: dict[tuple[str, int], list[list[int]]] = {(mode, min(size, len(prompts))): [] for mode, size in RUNS}
+    bar = tqdm(total=(len(outputs) + 1) * len(prompts), desc=dtype, unit="prompt")
+    settings = {"max_new_tokens": args.max_new_tokens, "num_speculative_tokens": args.num_speculative_tokens}
+    for (mode, batch_size), collected in outputs.items():
+        for start in range(0, len(prompts), batch_size):
+            batch = [prompt.token_ids for prompt in prompts[start : start + batch_size]]
+            collected += model.generate(batch, mode=mode, **settings).token_ids
+            bar.update(len(batch))
+    base = model.base_model
+    # a checkpoint's defaults may hold penalties and other processors; the greedy law has none of them
+    eos_ids, pad_id = eos_token_ids(base), pad_token_id(base)
+    base.generation_config = GenerationConfig(eos_token_id=eos_ids or None, pad_token_id=pad_id)
+    generated = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.token_ids], device=model.target.device)
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": args.max_new_tokens, "do_sample": False}
+        generated.append(base.generate(ids, **options)[0, ids.shape[1] :].tolist())  # type: ignore[operator]
+        bar.update()
+    bar.close()
+    return outputs, generated
+
+
+def measure(model: SelfSpeculativeModel, prompts: Sequence[Prompt], args: argparse.Namespace, dtype: str) -> list[dict]:
+    """Decodes all prompts in every way and compares: one row for each mode, batch size and reference."""
+    outputs, generated = decode(model, prompts, args, dtype)
+
+    @torch.no_grad()
+    def logits_after(prompt: Sequence[int], new: Sequence[int]) -> Tensor:
+        ids = torch.tensor([[*prompt, *new]], device=model.target.device)
+        return model.base_model(input_ids=ids, use_cache=False).logits[0, -1]
+
+    rows, eos_ids = [], eos_token_ids(model.base_model)
+    for reference, expected in (("plain", outputs["plain", 1]), ("generate", generated)):
+        for (mode, batch_size), found in outputs.items():
+            if mode != reference:
+                row = {"dtype": dtype, "mode": mode, "batch_size": batch_size, "reference": reference}
+                rows.append(row | compare(prompts, found, expected, logits_after, DTYPES[dtype], eos_ids))
+    return rows
+
+
+def report(args: argparse.Namespace) -> bool:
+    """Measures in every dtype, prints and writes; whether every divergence is a tie."""
+    logging.disable_progress_bar()
+    check_options(args)
+    rows, prompts, facts = [], [], {}
+    for dtype in args.dtypes.split(","):
+        gc.collect()  # frees the model before this one, which its hooks refer to
+        model = pardec.load(args.directory, base=args.base, dtype=DTYPES[dtype], device=args.device)
+        if model.tokenizer is None:
+            raise ValueError("base: expected a tokenizer beside the model, found none")
+        assert model.adapter is not None
+        # not what `pardec tune` chose here: that may be fewer, or plain decoding
+        args.num_speculative_tokens = args.num_speculative_tokens or model.adapter.metadata.num_speculative_tokens
+        limits = {"num_prompts": args.num_prompts, "max_prompt_tokens": args.max_prompt_tokens}
+        prompts = prompts or read_prompts(args.prompts, model.tokenizer, split=args.split, **limits)
+        # refuses what does not fit the model before anything is decoded
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids)).token_ids
+        model.stream(longest, max_new_tokens=args.max_new_tokens, num_speculative_tokens=args.num_speculative_tokens)
+        facts = {"adapter": args.directory, "device": device_name(model.target.device), "num_prompts": len(prompts)}
+        rows += measure(model, prompts, args, dtype)
+        del model
+    asked = ("base", "prompts", "split", "max_new_tokens", "max_prompt_tokens", "num_speculative_tokens")
+    facts |= {key: getattr(args, key) for key in asked} | {"command": command_line(), "versions": library_versions()}
+    exact = not any(row["num_unexplained"] for row in rows)
+    # JSON has no number for what is not finite
+    result = json.loads(json.dumps({"exact": exact, **facts, "rows": rows}), parse_constant=lambda name: None)
+    text = print_tables(result)
+    print(json.dumps(result))
+    if args.output is not None:
+        path = Path(args.output if args.output.endswith(".json") else f"{args.output}/exactness.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return exact
+
+
+def print_tables(result: dict) -> str:
+    """Prints the Markdown report and returns it: a line for each comparison, and one for each divergence."""
+    console = Console(width=1000, record=True, markup=False, highlight=False)  # no cell is broken into lines
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    asked = f"{result['num_prompts']} prompts of {result['prompts']}, at most {result['max_new_tokens']} new tokens"
+    console.print(f"# Exactness of {result['adapter']}", f"`{result['command']}`", sep="\n\n", end="\n\n")
+    console.print(f"{asked}, K = {result['num_speculative_tokens']}; {result['device']}; {versions}")
+    names = ("dtype", "mode", "batch", "against")
+    table = Table(*names, "tokens compared", "identical", "divergences", "unexplained", box=box.MARKDOWN)
+    gaps = ("top-2 gap", "/ largest logit", "gap of the ids", "below the best", "tolerance")
+    places = Table(*names, "prompt", "token", "ids", *gaps, "explained", box=box.MARKDOWN)
+    for row in result["rows"]:
+        run = (row["dtype"], row["mode"], str(row["batch_size"]), row["reference"])
+        counts = (str(row["num_tokens"]), f"{row['identical']:.1%}", str(row["num_divergences"]))
+        table.add_row(*run, *counts, str(row["num_unexplained"]))
+        for one in row["divergences"]:
+            ids = " / ".join("end" if token is None else str(token) for token in one["tokens"])
+            values = (one[key] for key in ("top2_gap", "relative_gap", "token_gap", "shortfall", "tolerance"))
+            cells = ("not finite" if value is None else f"{value:.2g}" for value in values)
+            places.add_row(*run, one["prompt"], str(one["index"]), ids, *cells, "yes" if one["explained"] else "NO")
+    console.print(table)
+    if places.row_count:
+        console.print("First divergences, with the logits of one plain forward there:", places, sep="\n")
+    return "".join(line.rstrip() + "\n" for line in console.export_text().splitlines())
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses what no model could use."""
+    for name in args.dtypes.split(","):
+        if name not in DTYPES:
+            raise ValueError(f"dtypes: expected some of {','.join(DTYPES)}, found {name!r}")
+    if args.num_speculative_tokens is not None and args.num_speculative_tokens < 1:
+        raise ValueError(f"num_speculative_tokens: expected an integer >= 1, found {args.num_speculative_tokens}")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device: expected a torch device of this machine, found {args.device!r}") from None
+
+
+def main() -> None:
+    """Reads the command line; bad input ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", help="adapter directory")
+    parser.add_argument("--base", help="base model, if not the one that the adapter names")
+    parser.add_argument("--prompts", default=STDLIB, help="python-stdlib, python-packages, a .jsonl or text file")
+    parser.add_argument("--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib and python-packages")
+    parser.add_argument("--num-prompts", type=int, help="default all of the source")
+    parser.add_argument("--max-prompt-tokens", type=int, help="keep only the end of longer prompts")
+    parser.add_argument("--max-new-tokens", type=int, help="limit per prompt")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help=f"some of {','.join(DTYPES)}")
+    parser.add_argument("--device", help="default CUDA where there is one")
+    parser.add_argument("--num-speculative-tokens", type=int, help="default what was trained")
+    parser.add_argument("--output", help="folder, or .json file, for the JSON and the Markdown beside it")
+    parser.add_argument("--quick", action="store_true", help="few prompts and tokens, for a first look")
+    parser.set_defaults(**FULL)
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args()
+    with exit_on_unusable_input():
+        sys.exit(0 if report(args) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Makes every GPU table of this project on the machine at hand: `make gpu-report`.
+
+    python eval/gpu_report.py [--output runs/gpu-report] [--minutes 60] [--quick]
+
+Runs tests, step latencies of an 8B shape, pretrains a base of 100 M parameters on the Python packages installed for
+this interpreter, trains adapters for it, tunes them, and measures speed and exactness. Every step ends within nine
+minutes and is skipped once it is done, so a run that was cut off, or whose --minutes are over, continues when it is
+started again. Nothing is downloaded. Small results are gathered in one folder, with REPORT.md to begin with.
+Exit codes: 0 all done, 1 a step failed, 3 time is over and steps are left.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pardec.run import device_name, exit_on_unusable_input, git_commit, library_versions
+
+ROOT = Path(__file__).resolve().parent.parent
+STEP_LIMIT_SECONDS = 9 * 60
+# a step is begun only if the time that is left would do for most of it
+MIN_SECONDS_FOR_A_STEP = 60
+TIME_IS_OVER = 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part of the report.
+
+    Attributes:
+        name: of its files.
+        command: arguments of the Python interpreter, run in the project's folder.
+        results: small files that it leaves, to be gathered.
+    """
+
+    name: str
+    command: Sequence[str]
+    results: Sequence[Path] = ()
+
+
+def steps(work: Path, quick: bool) -> list[Step]:
+    """All steps in order; `quick` rehearses them on any machine, with sizes that show nothing."""
+    base, embeddings, lora = work / "base", work / "embeddings", work / "lora"
+    tests = ["-m", "pytest", "-m", "gpu", "tests/gpu", *(["--collect-only"] if quick else ["-ra"])]
+    made = [Step("tests", tests), *latency_steps(work, quick)]
+    made.append(Step("pretrain", pretraining(base, quick), [base / "README.md", base / "metrics.jsonl"]))
+    for output, recipe in ((embeddings, "python_100m_embeddings.yaml"), (lora, "python_100m_lora.yaml")):
+        command = ["train/train_adapter.py", f"recipes/{recipe}", f"base={base}", f"output_dir={output}"]
+        if quick:
+            command += ["train.steps=2", "train.batch_size=2", "train.anchors_per_sequence=4", "eval.every=2"]
+            command += ["eval.num_prompts=2", "eval.max_new_tokens=8", "data.max_length=64"]
+            command += ["data.path=python-stdlib"]
+        results = [output / "pardec.json", output / "metrics.jsonl"]
+        made.append(Step(f"train-{output.name}", command, results))
+    for adapter in (embeddings, lora):
+        command = ["-m", "pardec", "tune", str(adapter), *(["--quick"] if quick else ["--num-prompts", "16"])]
+        made.append(Step(f"tune-{adapter.name}", command, [adapter / "tuned.json"]))
+    return made + serving_steps(work, embeddings, lora, quick)
+
+
+def latency_steps(work: Path, quick: bool) -> list[Step]:
+    """ms per step against rows, captured, without and with compile."""
+    if quick:
+        command = ["eval/latency.py", "--quick", "--output", str(work / "latency")]
+        return [Step("latency", command, files_of(work / "latency"))]
+    made = []
+    # a shape is compiled for every number of rows, which takes about a minute each
+    wanted = {"latency": [], "latency-compiled": ["--compile", "--rows", "1,25,81", "--contexts", "1024"]}
+    for name, options in wanted.items():
+        command = ["eval/latency.py", "--shape", "llama-8b", "--profile", *options, "--output", str(work / name)]
+        made.append(Step(name, command, files_of(work / name)))
+    command = ["eval/latency.py", "--shape", "llama-8b", "--attention", "stock", "--rows", "1,25,81"]
+    made.append(Step("latency-stock", [*command, "--output", str(work / "latency-stock")], files_of(work / "latency-stock")))
+    return made
+
+
+def pretraining(base: Path, quick: bool) -> list[str]:
+    """The base: as many tokens as an H100 takes in about six minutes."""
+    command = ["train/pretrain_base.py", "recipes/pretrain_100m_gpu.yaml", f"output_dir={base}"]
+    if quick:
+        sizes = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2"]
+        sizes += ["model.num_key_value_heads=1", "model.intermediate_size=32", "tokenizer.vocab_size=300"]
+        short = ["data.path=python-stdlib", "data.max_characters=400000", "data.max_length=64", "eval.max_tokens=500"]
+        schedule = ["train.steps=2", "train.batch_size=2", "train.gradient_accumulation_steps=1"]
+        return [*command, *sizes, *short, *schedule]
+    schedule = ["train.steps=1400", "train.batch_size=64", "train.gradient_accumulation_steps=1"]
+    schedule += ["train.checkpoint_every=200", "eval.every=700"]
+    return [*command, "data.path=python-packages", "data.max_characters=250000000", *schedule]
+
+
+def serving_steps(work: Path, embeddings: Path, lora: Path, quick: bool) -> list[Step]:
+    """Speed beside every peer, and exactness, for both adapters."""
+    speed = ["eval/speed.py", str(embeddings), str(lora), "--output", str(work / "speed")]
+    speed += ["--quick"] if quick else ["--prompts", "python-packages", "--batch-sizes", "1,4,16"]
+    exact = ["eval/exactness.py", str(lora), "--output", str(work / "exactness")]
+    exact += ["--quick"] if quick else ["--prompts", "python-packages", "--num-prompts", "32"]
+    return [
+        Step("speed", speed, files_of(work / "speed")),
+        Step("exactness", exact, files_of(work / "exactness")),
+    ]
+
+
+def files_of(stem: Path) -> list[Path]:
+    """What a script of eval/ writes for `--output stem`."""
+    return [stem.with_name(stem.name + suffix) for suffix in (".json", ".md", ".png")] + [stem]
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/gpu-report", help="folder of the report")
+    parser.add_argument("--minutes", type=float, default=60, help="no step is begun that would not end within them")
+    parser.add_argument("--only", help="names of steps, with commas; done ones are done again")
+    parser.add_argument("--quick", action="store_true", help="rehearse on any machine; the figures mean nothing")
+    args = parser.parse_args()
+    with exit_on_unusable_input():
+        if not args.quick and not torch.cuda.is_available():
+            raise ValueError("device: expected a CUDA device, found none; --quick rehearses the report without one")
+        sys.exit(report(args))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Runs what is left of the report and gathers the results; returns the exit code."""
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    planned = steps(output / "work", args.quick)
+    chosen = args.only.split(",") if args.only else None
+    unknown = set(chosen or ()) - {step.name for step in planned}
+    if unknown:
+        raise ValueError(f"--only: expected some of {', '.join(s.name for s in planned)}, found {sorted(unknown)[0]}")
+    end = time.monotonic() + 60 * args.minutes
+    code = 0
+    for step in planned:
+        if step.name not in chosen if chosen else is_done(output, step):
+            continue
+        left = end - time.monotonic()
+        if left < MIN_SECONDS_FOR_A_STEP:
+            print(f"time is over before {step.name}; run again to continue", flush=True)
+            code = code or TIME_IS_OVER
+            break
+        code = code or run_step(output, step, min(STEP_LIMIT_SECONDS, left))
+    write_report(output, planned)
+    return code
+
+
+def is_done(output: Path, step: Step) -> bool:
+    """Whether the step ended well before, with the same command."""
+    found = read_record(output, step)
+    return found is not None and found["code"] == 0 and found["command"] == list(step.command)
+
+
+def read_record(output: Path, step: Step) -> dict | None:
+    """What `run_step` wrote of the step."""
+    path = output / f"{step.name}.step.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def run_step(output: Path, step: Step, limit_seconds: float) -> int:
+    """Runs a step with its output in a log and on the terminal's last line; returns 1 if it failed."""
+    print(f"{step.name}: python {' '.join(step.command)}", flush=True)
+    log, start = output / f"{step.name}.log", time.monotonic()
+    # one process on one device, so that figures are those of one
+    environment = {"CUDA_VISIBLE_DEVICES": "0", **os.environ, "PYTHONUNBUFFERED": "1"}
+    (output / "work").mkdir(exist_ok=True)
+    with log.open("w") as file:
+        command = [sys.executable, *step.command]
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=limit_seconds
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+    seconds = round(time.monotonic() - start, 1)
+    gathered = [gather(path, output) for path in step.results if path.exists()] if code == 0 else []
+    record = {"command": list(step.command), "code": code, "seconds": seconds, "results": gathered}
+    aside = output / f"{step.name}.step.json.tmp"
+    aside.write_text(json.dumps(record, indent=1) + "\n")
+    aside.replace(output / f"{step.name}.step.json")
+    said = "done" if code == 0 else "cut off; run again to continue" if code == -1 else f"failed, see {log}"
+    print(f"{step.name}: {said} after {seconds:.0f} s", flush=True)
+    return int(code != 0)
+
+
+def gather(path: Path, output: Path) -> str:
+    """Copies a result file, or the files of a folder, beside the report; returns the name there."""
+    name = f"{path.parent.name}-{path.name}" if path.name in COMMON_NAMES else path.name
+    if path.is_dir():
+        shutil.copytree(path, output / name, dirs_exist_ok=True)
+    else:
+        shutil.copy(path, output / name)
+    return name
+
+
+# files that several steps leave under one name
+COMMON_NAMES = ("README.md", "metrics.jsonl", "pardec.json", "tuned.json")
+
+
+def write_report(output: Path, planned: Sequence[Step]) -> None:
+    """REPORT.md: the machine, the steps, and every table in one place."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
+    lines = [f"# {device_name(device)}", "", f"{versions}; commit {git_commit() or 'unknown'}.", ""]
+    lines += ["| step | seconds | ended | command |", "|---|---:|---|---|"]
+    tables = []
+    for step in planned:
+        record = read_record(output, step)
+        if record is None:
+            lines.append(f"| {step.name} | | not run | |")
+            continue
+        ended = "well" if record["code"] == 0 else "cut off" if record["code"] == -1 else f"code {record['code']}"
+        command = " ".join(record["command"]).replace(f"{output}/", "")
+        lines.append(f"| {step.name} | {record['seconds']:.0f} | {ended} | `python {command}` |")
+        for name in record["results"]:
+            found = output / name
+            pages = sorted(found.glob("*.md")) if found.is_dir() else [found] if found.suffix == ".md" else []
+            tables += [f"\n## {step.name}\n\n{page.read_text()}" for page in pages]
+    (output / "REPORT.md").write_text("\n".join([*lines, *tables]) + "\n")
+    print(f"report: {output / 'REPORT.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Measures how fast a base decodes with its adapters, beside plain decoding and what transformers offers.
+
+    python eval/speed.py runs/quickstart [DIR2 ...] [--assistant NAME_OR_PATH] [--prompts FILE.jsonl] [--quick]
+
+All ways of decoding run in one process on the same prompts, in turn; the first pass warms up and is not counted. EOS
+is ignored unless --stop-at-eos is given, so that all ways decode equally many tokens. Writes a table, JSON and a
+picture into eval/results; the last line printed is one JSON object. Exit code 1 if greedy tokens of any way are not
+those of `model.generate` for each prompt alone, ties of the arithmetic aside.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
+from exactness import Divergence, examine
+from prompts import Prompt, read_prompts
+from tables import print_results, write_results
+from timing import rows_of, time_ways
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+import pardec
+from pardec.adapter import load_adapter
+from pardec.base import eos_token_ids, load_base
+from pardec.data import STDLIB, TEST, VALIDATION
+from pardec.model import SelfSpeculativeModel
+from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.sampling import make_warpers
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+FULL = {"num_prompts": 16, "max_new_tokens": 128, "batch_sizes": "1,4,16", "repetitions": 3}
+QUICK = {"num_prompts": 2, "max_new_tokens": 16, "batch_sizes": "1,2", "repetitions": 1}
+MAX_PROMPT_TOKENS = 1024
+OUT_OF_MEMORY = "one of the ways ran out of the device's memory at this batch size"
+
+
+def main() -> None:
+    """Reads the command line; bad input ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directories", nargs="+", help="adapter directories, all of one base")
+    parser.add_argument("--base", help="base model, if not the one that the first adapter names")
+    parser.add_argument("--assistant", help="folder or hub name of a smaller model with the same vocabulary")
+    parser.add_argument("--prompts", default=STDLIB, help="python-stdlib, python-packages, a .jsonl or text file")
+    parser.add_argument(
+        "--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib and python-packages"
+    )
+    parser.add_argument("--num-prompts", type=int, help=f"default {FULL['num_prompts']}")
+    parser.add_argument("--max-new-tokens", type=int, help=f"default {FULL['max_new_tokens']}")
+    parser.add_argument("--batch-sizes", help=f"numbers with commas, default {FULL['batch_sizes']}")
+    parser.add_argument(
+        "--num-speculative-tokens", help="of fused mode, with commas; default 1,2,4 and what was trained"
+    )
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the sampled setting")
+    parser.add_argument("--top-k", type=int, default=10, help="of the sampled setting")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--greedy-only", action="store_true")
+    only.add_argument("--sampled-only", action="store_true")
+    parser.add_argument(
+        "--repetitions", type=int, help=f"counted passes, default {FULL['repetitions']}; one more warms up"
+    )
+    parser.add_argument("--stop-at-eos", action="store_true", help="end at EOS; speeds then count emitted tokens only")
+    parser.add_argument("--compile", action="store_true", help="compile pardec's own steps, plain ones too")
+    parser.add_argument("--device", help="default CUDA where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="default float32 on a CPU, the checkpoint's own on CUDA")
+    parser.add_argument("--output", help="path of the results without suffix; default eval/results/speed_<device>")
+    parser.add_argument(
+        "--quick", action="store_true", help="few prompts and tokens, for a first look: runs/speed_quick"
+    )
+    parser.set_defaults(**FULL)
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args()
+    with exit_on_unusable_input():
+        sys.exit(report(args))
+
+
+def report(args: argparse.Namespace) -> int:
+    """The whole measurement; returns the exit code."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # `generate` warns of what its own assisted decoding passes to it
+    settings, batch_sizes, asked_k = check_options(args)
+    models = load_models(args)
+    model = next(iter(models.values()))
+    base, device = model.base_model, model.target.device
+    base.generation_config = neutral_generation_config(base, args.stop_at_eos)
+    assistant = load_assistant(args.assistant, base, args.stop_at_eos)
+    prompts = prompts_for(model, args)
+    if batch_sizes[-1] > len(prompts):
+        raise ValueError(
+            f"batch_sizes: expected at most {len(prompts)}, the number of prompts, found {batch_sizes[-1]}"
+        )
+    batches = {size: batches_of(prompts, size) for size in batch_sizes}
+    plan = [
+        (setting, size, *ways_for(models, asked_k, assistant, setting, size))
+        for setting in settings
+        for size in batch_sizes
+    ]
+    references = {} if args.sampled_only else greedy_references(base, prompts, settings[0])
+    compare = partial(compare_with_generate, base=base, references=references)
+    rows, left_out, problems = [], [], []
+    num_calls = sum(len(ways) * len(batches[size]) * (args.repetitions + 1) for _, size, ways, _ in plan)
+    with tqdm(total=num_calls, unit="call") as bar:
+        for setting, size, ways, without in plan:
+            bar.set_description(f"{setting.name}, batch {size}")
+            ids = [[prompt.token_ids for prompt in batch] for batch in batches[size]]
+            place = {"setting": setting.name, "batch_size": size}
+            left_out += [place | one for one in without]
+            try:
+                timed = time_ways(ways, ids, repetitions=args.repetitions, device=device, on_call=bar.update)
+            except torch.OutOfMemoryError:  # what smaller batches gave is worth keeping
+                left_out += [place | {"way": w.name, "adapter": w.adapter, "reason": OUT_OF_MEMORY} for w in ways]
+                continue
+            found, wrong = rows_of(timed, batches[size], None if setting.temperature else compare)
+            rows += [place | row for row in found]
+            problems += [f"batch {size}, {problem}" for problem in wrong]
+    if not rows:
+        raise ValueError("device: expected memory for one batch size at least, found too little for all")
+    result = {"rows": rows, "left_out": left_out, "problems": problems} | facts(args, model, prompts, batch_sizes)
+    write_results(result, output_stem(args, device))
+    print_results(result)
+    print(json.dumps(result))
+    return 1 if problems else 0
+
+
+def check_options(args: argparse.Namespace) -> tuple[list[Setting], list[int], list[int] | None]:
+    """Settings, batch sizes and K of fused mode, None for the default ones; refuses what no model could use."""
+    for option in ("num_prompts", "max_new_tokens", "repetitions"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"{option}: expected an integer >= 1, found {getattr(args, option)}")
+    if args.temperature == 0:
+        raise ValueError("temperature: expected more than 0, which is what the greedy rows have, found 0")
+    make_warpers(args.temperature, args.top_k, None, None)
+    batch_sizes = integers("batch_sizes", args.batch_sizes)
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device: expected a torch device of this machine, found {args.device!r}") from None
+    greedy = Setting("greedy", args.max_new_tokens)
+    sampled = Setting("sampled", args.max_new_tokens, args.temperature, args.top_k)
+    settings = [greedy] * (not args.sampled_only) + [sampled] * (not args.greedy_only)
+    asked = args.num_speculative_tokens
+    return settings, batch_sizes, None if asked is None else integers("num_speculative_tokens", asked)
+
+
+def integers(option: str, text: str) -> list[int]:
+    """The numbers of `1,2,4`, in ascending order."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise ValueError(f"{option}: expected integers >= 1 with commas between them, found {text!r}")
+    return numbers
+
+
+def labelled(directories: Sequence[str]) -> dict[str, str]:
+    """Adapter directories by what tables call them: the last folder's name where that is enough."""
+    names = [Path(directory).resolve().name for directory in directories]
+    return dict(zip(names if len(set(names)) == len(names) else directories, directories, strict=True))
+
+
+def load_models(args: argparse.Namespace) -> dict[str, SelfSpeculativeModel]:
+    """The models by label, all on one loaded base."""
+    reference = load_adapter(args.directories[0]).metadata.base
+    revision = reference.revision if args.base is None else None
+    base = load_base(args.base or reference.name, device=args.device, dtype=args.dtype, revision=revision)
+    return {
+        label: pardec.load(directory, base=base, compile=args.compile)
+        for label, directory in labelled(args.directories).items()
+    }
+
+
+def load_assistant(name: str | None, base: PreTrainedModel, stop_at_eos: bool) -> PreTrainedModel | None:
+    """The assistant in the base's dtype, on its device."""
+    if name is None:
+        return None
+    assistant = load_base(name, device=base.device, dtype=base.dtype)
+    check_assistant(base, assistant)
+    assistant.generation_config = neutral_generation_config(assistant, stop_at_eos)
+    return assistant
+
+
+def prompts_for(model: SelfSpeculativeModel, args: argparse.Namespace) -> list[Prompt]:
+    """The prompts, with room in the model for what is decoded."""
+    if model.tokenizer is None:
+        raise ValueError("base: expected a tokenizer beside the model, found none")
+    limit = model.target.max_positions
+    room = MAX_PROMPT_TOKENS if limit is None else min(MAX_PROMPT_TOKENS, limit - args.max_new_tokens)
+    if room < 1:
+        raise ValueError(
+            f"max_new_tokens: expected fewer than the model's {limit} positions, found {args.max_new_tokens}"
+        )
+    options = {"split": args.split, "num_prompts": args.num_prompts, "max_prompt_tokens": room}
+    return read_prompts(args.prompts, model.tokenizer, **options)
+
+
+def batches_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+    """Full batches, without the prompts that would not fill one; the longest first, as static caches only grow."""
+    batches = [list(prompts[start : start + size]) for start in range(0, len(prompts) - size + 1, size)]
+    return sorted(batches, key=lambda batch: -max(len(prompt.token_ids) for prompt in batch))
+
+
+def greedy_references(
+    base: PreTrainedModel, prompts: Sequence[Prompt], greedy: Setting
+) -> dict[tuple[int, ...], list[int]]:
+    """By ids of the prompt, what `model.generate` gives for it alone."""
+    alone = generate_way(base, greedy, name="generate")
+    return {tuple(prompt.token_ids): alone.decode([prompt.token_ids], 0).token_ids[0] for prompt in prompts}
+
+
+def compare_with_generate(
+    prompt: Prompt, token_ids: list[int], *, base: PreTrainedModel, references: dict[tuple[int, ...], list[int]]
+) -> Divergence | None:
+    """Where the tokens first differ from those of `model.generate`, and whether that is a tie."""
+
+    @torch.no_grad()
+    def logits_after(new: Sequence[int]) -> Tensor:
+        ids = torch.tensor([[*prompt.token_ids, *new]], device=base.device)
+        return base(input_ids=ids, use_cache=False).logits[0, -1]
+
+    expected = references[tuple(prompt.token_ids)]
+    return examine(prompt.name, token_ids, expected, logits_after, base.dtype, eos_token_ids(base))
+
+
+def facts(args: argparse.Namespace, model: SelfSpeculativeModel, prompts: Sequence[Prompt], sizes: list[int]) -> dict:
+    """What the rows depend on: settings, base, device, versions, command."""
+    assert model.adapter is not None
+    asked = ("prompts", "split", "max_new_tokens", "repetitions", "temperature", "top_k", "stop_at_eos", "compile")
+    return {
+        **{name: getattr(args, name) for name in asked},
+        "num_prompts": len(prompts),
+        "batch_sizes": sizes,
+        "adapters": labelled(args.directories),
+        "base": args.base or model.adapter.metadata.base.name,
+        "assistant": args.assistant,
+        "weights_mib": round(model_bytes(model.base_model) / 2**20, 1),
+        "dtype": str(model.target.dtype).removeprefix("torch."),
+        "device": device_name(model.target.device),
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        "command": command_line(),
+    }
+
+
+def output_stem(args: argparse.Namespace, device: torch.device) -> Path:
+    """Path of the results without suffix."""
+    if args.output is not None:
+        return Path(args.output.removesuffix(".json"))
+    if args.quick:
+        return Path("runs/speed_quick")
+    name = device_name(device) if device.type == "cuda" else device.type
+    return Path("eval/results") / f"speed_{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}"
+
+
+if __name__ == "__main__":
+    main()

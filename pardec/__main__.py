@@ -1,0 +1,5 @@
+"""`python -m pardec`, the command line for environments without console scripts."""
+
+from pardec.cli import main
+
+main()
