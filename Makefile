@@ -6,7 +6,7 @@ CPUS := $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(CPUS)
 .DELETE_ON_ERROR:
-.PHONY: setup demo test check clean
+.PHONY: setup demo speed gpu-report test check clean
 
 setup: .venv/.installed
 
@@ -20,6 +20,14 @@ demo: setup  ## train two adapters on the packaged model, measure them, print th
 	$(LAUNCH) train/train_adapter.py recipes/quickstart_embeddings.yaml
 	$(LAUNCH) train/train_adapter.py recipes/quickstart.yaml
 	$(BIN)/python eval/demo.py runs/quickstart_embeddings runs/quickstart
+
+speed: setup  ## tune the demo's adapters for this device and measure them beside every peer, minutes
+	$(BIN)/python -m pardec tune runs/quickstart_embeddings
+	$(BIN)/python -m pardec tune runs/quickstart
+	$(BIN)/python eval/speed.py runs/quickstart_embeddings runs/quickstart --batch-sizes 1,4
+
+gpu-report: setup  ## every GPU table of this project, made on your CUDA device; run again to continue
+	$(BIN)/python eval/gpu_report.py $(REPORT)
 
 test: setup  ## the whole test suite (GPU tests run only where asked for with -m gpu)
 	$(BIN)/python -m pytest

@@ -78,7 +78,9 @@ def latency_steps(work: Path, quick: bool) -> list[Step]:
         command = ["eval/latency.py", "--shape", "llama-8b", "--profile", *options, "--output", str(work / name)]
         made.append(Step(name, command, files_of(work / name)))
     command = ["eval/latency.py", "--shape", "llama-8b", "--attention", "stock", "--rows", "1,25,81"]
-    made.append(Step("latency-stock", [*command, "--output", str(work / "latency-stock")], files_of(work / "latency-stock")))
+    made.append(
+        Step("latency-stock", [*command, "--output", str(work / "latency-stock")], files_of(work / "latency-stock"))
+    )
     return made
 
 
@@ -146,7 +148,8 @@ def report(args: argparse.Namespace) -> int:
             print(f"time is over before {step.name}; run again to continue", flush=True)
             code = code or TIME_IS_OVER
             break
-        code = code or run_step(output, step, min(STEP_LIMIT_SECONDS, left))
+        failed = run_step(output, step, min(STEP_LIMIT_SECONDS, left))
+        code = code or failed
     write_report(output, planned)
     return code
 

@@ -47,8 +47,8 @@ def grouped_attention(
         kwargs: what transformers passes to every attention function.
     """
     (B, num_heads, R, D), H = query.shape, key.shape[1]
-    is_step = attention_mask is not None and attention_mask.dtype != torch.bool
-    if not is_step or attention_mask.shape[2] != R * (num_heads // H):
+    rows_of_step = R * (num_heads // H)
+    if attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.shape[2] != rows_of_step:
         stock = AttentionInterface._global_mapping[STOCK]
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if _here.calls is not None:
@@ -56,7 +56,7 @@ def grouped_attention(
     rows = query.reshape(B, H, -1, D)  # heads of a group lie side by side
     mask = attention_mask.to(query.dtype)
     out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.view(B, num_heads, R, -1).transpose(1, 2), None
+    return out.view(B, num_heads, R, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ROUTE, grouped_attention)

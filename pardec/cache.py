@@ -71,6 +71,12 @@ class SlotCache(Cache):
         self.slots: Tensor | None = None
         super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of every layer that has been written to, each of shape [B, H, S, D]."""
+        found = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]  # type: ignore[union-attr]
+        return [buffer for buffer in found if buffer is not None]
+
     def spread(self, source: Tensor, num_slots: int) -> None:
         """Row b takes the first `num_slots` slots of row `source[b]`: prompts that were run once serve several rows.
 
@@ -78,11 +84,9 @@ class SlotCache(Cache):
             source: shape [B], int64; B up to `num_sequences`.
             num_slots: slots that are worth copying.
         """
-        for layer in self.layers:
-            for buffer in (layer.keys, layer.values):
-                assert buffer is not None
-                # the selection is a copy, so rows may be read and overwritten in any order
-                buffer[: source.shape[0], :, :num_slots] = buffer[source, :, :num_slots]
+        for buffer in self.buffers:
+            # the selection is a copy, so rows may be read and overwritten in any order
+            buffer[: source.shape[0], :, :num_slots] = buffer[source, :, :num_slots]
 
 
 class _PrefixLayer(CacheLayerMixin):

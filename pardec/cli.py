@@ -127,9 +127,9 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(help="default 16, or 4", show_default=False)] = None,
+    num_prompts: Annotated[int | None, typer.Option(help="default 16, with --quick 4", show_default=False)] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="for each prompt; default 128, or 32", show_default=False)
+        int | None, typer.Option(help="for each prompt; default 128, with --quick 32", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,

@@ -22,6 +22,8 @@ from pardec.sampling import TokenLaw
 from pardec.verify import verify_greedy, verify_sample
 
 MODES = ("plain", "two_pass", "fused")
+# a mark is accepted drafts + draft_length * this; more than any K
+_MARK = 256
 
 
 @dataclass
@@ -40,12 +42,11 @@ class DecodeState:
         eos_token_ids: shape [n], may be empty.
         prompts: padded prompt ids, shape [B, P].
         prompt_lengths: shape [B].
-        output: emitted ids, shape [B, capacity + 1]; the last column takes what is cut off.
+        output: emitted ids, shape [B, capacity + W], W the most that a step emits; only the first num_new count.
         num_new: emitted ids that count, shape [B].
-        num_steps: rounds in which the row was not done, shape [B].
-        accepted: number of accepted drafts in each round, shape [B, capacity].
-        drafted: draft_length in each round, shape [B, capacity].
-        report: for the host, shape [B, 3 + W]: num_new, done, drafts accepted by the last step and its tokens.
+        marks: a round's drafts, shape [B, capacity + W], where its first token stands in `output`; see `rounds`.
+        tokens: of the last step, shape [B, W], emitted or not.
+        num_accepted: drafts accepted by the last step, shape [B].
     """
 
     cache: SlotCache
@@ -61,10 +62,20 @@ class DecodeState:
     prompt_lengths: Tensor
     output: Tensor
     num_new: Tensor
-    num_steps: Tensor
-    accepted: Tensor
-    drafted: Tensor
-    report: Tensor
+    marks: Tensor
+    tokens: Tensor
+    num_accepted: Tensor
+
+    def report(self) -> Tensor:
+        """For the host, in one tensor, shape [B, 3 + W]: num_new, done, num_accepted, tokens."""
+        counts = [column[:, None] for column in (self.num_new, self.done, self.num_accepted)]
+        return torch.cat([*counts, self.tokens], dim=1)
+
+    def rounds(self) -> list[list[tuple[int, int]]]:
+        """(accepted drafts, draft_length) of the rounds of each sequence, before EOS or length cuts."""
+        ends = self.num_new.tolist()
+        marks = [row[:end] for row, end in zip(self.marks.tolist(), ends, strict=True)]
+        return [[(mark % _MARK, mark // _MARK) for mark in row if mark >= 0] for row in marks]
 
 
 @dataclass
@@ -178,20 +189,16 @@ class Decoder:
             eos_token_ids=self.eos_token_ids,
             prompts=padded,
             prompt_lengths=lengths.clone(),
-            output=lengths.new_zeros(B, capacity + 1),
+            output=lengths.new_zeros(B, capacity + self.tokens_per_step),
             num_new=lengths.new_zeros(B),
-            num_steps=lengths.new_zeros(B),
-            accepted=lengths.new_zeros(B, capacity),
-            drafted=lengths.new_zeros(B, capacity),
-            report=lengths.new_zeros(B, 3 + self.tokens_per_step),
+            marks=lengths.new_full((B, capacity + self.tokens_per_step), -1),
+            tokens=lengths.new_zeros(B, self.tokens_per_step),
+            num_accepted=lengths.new_zeros(B),
         )
         first = self._choose(state, logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
             state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
-        none = torch.zeros_like(lengths)
-        self._emit(state, first, none)
-        width = self.tokens_per_step - 1  # of the report, which is the same after every step
-        self._report(state, torch.cat([first, state.report[:, :width]], dim=1), none)
+        self._emit(state, torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths))
         return state
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
@@ -229,7 +236,7 @@ class Decoder:
         best = logits.argmax(dim=-1) if self.law.is_plain_argmax(logits.dtype) else None
         real = (logits if best is None else best)[:, : K + 1]
         tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
-        self._record(state, num_accepted)
+        self._mark(state, num_accepted)
         if K:
             # behind the length of a shorter block its last row's draft stands again, and does not exist
             block = self._next_block.index_select(0, num_accepted)
@@ -239,7 +246,7 @@ class Decoder:
             else:
                 wide = rows[:, :, None].expand(-1, -1, logits.shape[2])
                 state.drafts, state.draft_probs = self.law.draw(logits.gather(1, wide))
-        self._commit(state, tokens, num_accepted, num_accepted)
+        self._commit(state, tokens, num_accepted)
 
     def _two_pass_step(self, state: DecodeState) -> None:
         bonus = state.bonus[:, None]
@@ -249,8 +256,8 @@ class Decoder:
         rows = torch.cat([exact, state.drafts], dim=1)
         logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
         tokens, num_accepted = self._verify(state, logits, [bonus, rows])
-        self._record(state, num_accepted)
-        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted, num_accepted + 1)
+        self._mark(state, num_accepted)
+        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted + 1)
 
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
@@ -297,42 +304,40 @@ class Decoder:
 
         return prefix_of
 
-    def _record(self, state: DecodeState, num_accepted: Tensor) -> None:
-        """Counts a round, before EOS or length cuts, for rows that were not done when it began."""
-        column = state.num_steps[:, None]
-        state.accepted.scatter_(1, column, num_accepted[:, None])
+    def _mark(self, state: DecodeState, num_accepted: Tensor) -> None:
+        """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts."""
+        state.num_accepted, mark = num_accepted, num_accepted
         if self.num_speculative_tokens:
-            state.drafted.scatter_(1, column, state.draft_length[:, None])
-        state.num_steps = state.num_steps + ~state.done
+            mark = torch.add(num_accepted, state.draft_length, alpha=_MARK)
+        state.marks.scatter_(1, state.num_new[:, None], mark[:, None])
 
-    def _commit(self, state: DecodeState, tokens: Tensor, num_accepted: Tensor, last: Tensor) -> None:
+    def _commit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> None:
         """Emits tokens[:, : last + 1] and advances the committed length past all of them but the last."""
-        self._emit(state, tokens, last)
-        # rows that are done keep writing behind a length that no longer grows
-        state.lengths = torch.where(state.done, state.lengths, state.lengths + last + 1)
-        self._report(state, tokens, num_accepted)
+        # of rows that end here, or have ended before, the length no longer matters: it only must not grow on
+        state.lengths = state.lengths + self._emit(state, tokens, last)
 
-    def _report(self, state: DecodeState, tokens: Tensor, num_accepted: Tensor) -> None:
-        counts = [column[:, None] for column in (state.num_new, state.done, num_accepted)]
-        state.report = torch.cat([*counts, tokens], dim=1)
-
-    def _emit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> None:
-        """Appends tokens[:, : last + 1] of each live row to its output, up to EOS and the length limit."""
-        index = self._token_index[: tokens.shape[1]]
-        count = torch.minimum(last + 1, state.room)
-        kept = index < count[:, None]
+    def _emit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> Tensor:
+        """Appends tokens[:, : last + 1] to each row's output, up to EOS and the length limit; returns how many."""
+        end = last
+        # what stands behind the end of a row's output does not count, so all tokens may be written
+        state.output.scatter_(1, state.num_new[:, None] + self._token_index, tokens)
+        state.tokens = tokens
+        if state.eos_token_ids.numel() and tokens.shape[1] > 1:
+            stops = _is_any(tokens, state.eos_token_ids) | (self._token_index >= last[:, None])
+            end = stops.byte().argmax(dim=1)  # the first EOS token or the last token, whichever comes first
+        count = torch.minimum(end + 1, state.room)
+        state.bonus = tokens.gather(1, end[:, None])[:, 0]
+        state.room = state.room - count
         if state.eos_token_ids.numel():
-            is_eos = (tokens[:, :, None] == state.eos_token_ids).any(dim=2) & kept
-            kept &= is_eos.cumsum(dim=1) == is_eos  # all but what stands behind an EOS token
-            count = kept.sum(dim=1)
-            state.room = (state.room - count).masked_fill(is_eos.any(dim=1), 0)
-        else:
-            state.room = state.room - count
-        column = torch.where(kept, state.num_new[:, None] + index, state.output.shape[1] - 1)
-        state.output.scatter_(1, column, tokens)
+            state.room = state.room.masked_fill(_is_any(state.bonus, state.eos_token_ids), 0)
         state.num_new = state.num_new + count
         state.done = state.room == 0
-        state.bonus = tokens.gather(1, last[:, None]).squeeze(1)
+        return count
+
+
+def _is_any(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Whether each token is one of `ids`, shape [n]."""
+    return tokens == ids if ids.shape[0] == 1 else (tokens[..., None] == ids).any(dim=-1)
 
 
 def _next_block(block_lengths: Sequence[int]) -> Tensor:

@@ -72,16 +72,15 @@ class Engine:
         # the most tokens that a sequence can have committed when a step begins, known to the host without waiting
         longest = max(len(prompt) for prompt in prompts)
         prompt_lengths = [len(prompt) for prompt in prompts for _ in range(repeats)]
-        reports = _Reports(state.report, num_sequences)
-        reports.post(state.report)
+        reports = _Reports(num_sequences)
+        reports.post(state, None)
         progress = reports.read()
         yield progress
         with decoder.attached(but=decoder.forward.modules_with_own_lora):
             while not all(progress.done):
                 unread = int(one_behind and reports.num_posted > 0)
                 state.cache.num_used = self._bucket(longest + unread * decoder.tokens_per_step, state.cache)
-                self._step(state)
-                reports.post(state.report)
+                reports.post(state, self._step(state))
                 if one_behind and reports.num_posted < 2:
                     continue
                 progress = reports.read()
@@ -89,11 +88,22 @@ class Engine:
                 longest = max((p + n - 1 for n, done, p in live if not done), default=longest)
                 yield progress
 
-    def _step(self, state: DecodeState) -> None:
-        if self._graphs is None:
-            self.decoder.step(state)
-        else:
-            self._graphs.step()
+    def run_to_end(self, prompts: list[list[int]], *, repeats: int = 1) -> DecodeState:
+        """The state after `run`, for callers that look at nothing before; the base is prepared once for all steps."""
+        steps = self.run(prompts, repeats=repeats)
+        next(steps)  # prefill takes the base as it is
+        with self.decoder.forward.prepared():
+            for _ in steps:
+                pass
+        assert self.state is not None
+        return self.state
+
+    def _step(self, state: DecodeState) -> Tensor | None:
+        """Launches a step; returns its report where the step has made one already."""
+        if self._graphs is not None:
+            return self._graphs.step()
+        self.decoder.step(state)
+        return None
 
     def _begin(self, prompts: list[list[int]], repeats: int) -> DecodeState:
         """The state after prefill."""
@@ -105,7 +115,7 @@ class Engine:
         B, capacity = _power_of_two(num_sequences), decoder.max_new_tokens
         if self._graphs.fits(B, num_slots, capacity):
             assert self._graphs.state is not None
-            cache, capacity = self._graphs.state.cache, self._graphs.state.output.shape[1] - 1
+            cache, capacity = self._graphs.state.cache, self._graphs.capacity
         else:
             self._graphs.state = self.state = None  # free what is too small
             num_slots, capacity = self._bucket(num_slots), self._bucket(capacity)
@@ -167,39 +177,43 @@ def check_memory(device: torch.device, bytes_per_slot: int, num_sequences: int, 
 
 
 class _Reports:
-    """Copies of a small device tensor on their way to the host, at most two at a time."""
+    """What steps report, on its way from the device to the host; at most two at a time."""
 
-    def __init__(self, report: Tensor, num_sequences: int):
+    def __init__(self, num_sequences: int):
         self.num_posted = 0
         self._num_sequences = num_sequences
-        self._on_cuda = report.device.type == "cuda"
         self._num_new = [0] * num_sequences
-        if self._on_cuda:
-            self._buffers = [torch.empty(report.shape, dtype=report.dtype, pin_memory=True) for _ in range(2)]
-            self._events = [torch.cuda.Event() for _ in range(2)]
-        self._waiting: list[Tensor | int] = []
-        self._next = 0
+        self._waiting: list[list[list[int]] | tuple[Tensor, torch.cuda.Event]] = []
+        self._buffers: list[Tensor] = []
 
-    def post(self, report: Tensor) -> None:
-        """Starts a copy."""
-        if self._on_cuda:
-            self._buffers[self._next].copy_(report, non_blocking=True)
-            self._events[self._next].record()
-            self._waiting.append(self._next)
-            self._next = 1 - self._next
-        else:
-            self._waiting.append(report)
+    def post(self, state: DecodeState, report: Tensor | None) -> None:
+        """Starts on its way what the last step did."""
         self.num_posted += 1
+        if state.lengths.device.type != "cuda":
+            n = self._num_sequences
+            columns = (state.num_new, state.done, state.num_accepted, state.tokens)
+            rows = zip(*(column[:n].tolist() for column in columns), strict=True)
+            self._waiting.append([[num_new, done, accepted, *tokens] for num_new, done, accepted, tokens in rows])
+            return
+        report = state.report() if report is None else report
+        if len(self._buffers) < 2:
+            self._buffers.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
+        self._buffers.reverse()  # the two take turns
+        self._buffers[0].copy_(report, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(report.device))
+        self._waiting.append((self._buffers[0], event))
 
     def read(self) -> Progress:
-        """Waits for the oldest copy."""
+        """Waits for the oldest report."""
         oldest = self._waiting.pop(0)
         self.num_posted -= 1
-        if isinstance(oldest, int):
-            self._events[oldest].synchronize()
-            oldest = self._buffers[oldest]
+        if isinstance(oldest, tuple):
+            buffer, event = oldest
+            event.synchronize()
+            oldest = buffer[: self._num_sequences].tolist()
         num_new, done, num_accepted, tokens = [], [], [], []
-        for before, row in zip(self._num_new, oldest[: self._num_sequences].tolist(), strict=True):
+        for before, row in zip(self._num_new, oldest, strict=True):
             num_new.append(row[0])
             done.append(bool(row[1]))
             num_accepted.append(row[2])

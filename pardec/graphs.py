@@ -28,7 +28,8 @@ def record_cuda_graph(run: Callable[[], None], generator: torch.Generator | None
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph, pool=pool):
+    # other threads may use the device meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
@@ -45,6 +46,7 @@ class CapturedSteps:
         self.state: DecodeState | None = None
         self._recorder = recorder
         self._replays: dict[int, Callable[[], None]] = {}
+        self._report: Tensor = torch.empty(0)
         self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
         self._failed = False
 
@@ -53,7 +55,12 @@ class CapturedSteps:
         state = self.state
         if state is None or state.lengths.shape[0] != batch_size:
             return False
-        return state.cache.num_slots >= num_slots and state.output.shape[1] > capacity
+        return state.cache.num_slots >= num_slots and self.capacity >= capacity
+
+    @property
+    def capacity(self) -> int:
+        """New tokens that the state can hold."""
+        return 0 if self.state is None else self.state.output.shape[1] - self.decoder.tokens_per_step
 
     def take_over(self, state: DecodeState) -> DecodeState:
         """Makes a freshly prefilled state the one that graphs run on, and returns it.
@@ -62,18 +69,19 @@ class CapturedSteps:
         """
         if self.state is None or self.state.cache is not state.cache or not _same_shapes(self.state, state):
             self.state = state
+            self._report = state.report()
             self._replays.clear()
             return state
         self.state.prompts = state.prompts  # of another width; read by no graph
         _copy(state, self.state)
         return self.state
 
-    def step(self) -> None:
-        """One step on the state; what attention sees is `state.cache.num_used`."""
+    def step(self) -> Tensor | None:
+        """One step on the state, whose attention sees `state.cache.num_used` slots; returns its report if captured."""
         assert self.state is not None
         if self._failed:
             self.decoder.step(self.state)
-            return
+            return None
         num_used = self.state.cache.num_used
         if num_used not in self._replays:
             try:
@@ -87,8 +95,9 @@ class CapturedSteps:
                 )
                 self._failed = True
                 self.decoder.step(self.state)
-                return
+                return None
         self._replays[num_used]()
+        return self._report
 
     def _capture(self, state: DecodeState) -> Callable[[], None]:
         """A graph of one step for the cache's present bucket; the state is left as it was."""
@@ -100,6 +109,7 @@ class CapturedSteps:
             work = replace(state)
             self.decoder.step(work)
             _copy(work, state)
+            self._report.copy_(work.report())
 
         try:
             # kernels are chosen, compiled and given their workspaces before the capture; slots behind the committed

@@ -27,7 +27,7 @@ class Effort:
     """
 
     num_shapes: int = 6  # with plain decoding no more than a model keeps engines for
-    num_batches: int = 2
+    num_batches: int = 3
     num_finalists: int = 3
     repetitions: int = 3
 
@@ -154,8 +154,9 @@ def measure(
         raise ValueError("prompts: expected some that the model continues by more than one token, found none")
     tables = {k: conditional_acceptance(runs, k) for k in range(1, K + 1)}
     shapes = [shape for k in tables for shape in best_shapes(tables[k]).values()]
-    few = min(effort.num_batches, num_batches)
-    spread = [i * num_batches // few for i in range(few)]
+    timeable = [batch for batch in range(num_batches) if calls[batch].num_steps]
+    few = min(effort.num_batches, len(timeable))
+    spread = [timeable[i * len(timeable) // few] for i in range(few)]
     probes = spread_over_rows(shapes, tables, effort.num_shapes)
     costs = measure_costs(decode, probes, spread, max_new_tokens, effort.repetitions, warm_up)
     workload = Workload(
@@ -188,27 +189,35 @@ def measure_costs(
     repetitions: int,
     warm_up: int,
 ) -> StepCosts:
-    """Milliseconds per step of plain decoding and of some shapes: long calls less calls that end with prefill."""
+    """Milliseconds per step of plain decoding and of some shapes: long calls less calls that end with prefill.
+
+    A shape's cost is the median of its ratios to plain decoding of the same batch at about the same time.
+    """
     both = [PLAIN, *shapes]
     _warm_up(decode, both, batches[:warm_up], max_new_tokens)
     keys = [(shape, batch, n) for batch in batches for shape in both for n in (max_new_tokens, 1)]
     calls = _repeated(decode, keys, repetitions)
 
-    def seconds(shape: BlockLengths, n: int) -> float:
-        return sum(calls[shape, batch, n].seconds for batch in batches)
+    def step_ms(shape: BlockLengths) -> list[float]:
+        return [
+            1000 * max(long.seconds - short.seconds, 1e-6) / max(long.num_steps, 1)
+            for batch in batches
+            for long, short in zip(calls[shape, batch, max_new_tokens], calls[shape, batch, 1], strict=True)
+        ]
 
-    def step_ms(shape: BlockLengths) -> float:
-        num_steps = sum(calls[shape, batch, max_new_tokens].num_steps for batch in batches)
-        return 1000 * max(seconds(shape, max_new_tokens) - seconds(shape, 1), 1e-9) / max(num_steps, 1)
+    def prefill_ms(shapes: Iterable[BlockLengths]) -> float:
+        pairs = itertools.product(shapes, batches)
+        return 1000 * statistics.median(call.seconds for shape, batch in pairs for call in calls[shape, batch, 1])
 
-    def prefill_ms(shape: BlockLengths) -> float:
-        return 1000 * seconds(shape, 1) / len(batches)
-
+    plain = step_ms(PLAIN)
+    ratios = {
+        shape: statistics.median(ms / base for ms, base in zip(step_ms(shape), plain, strict=True)) for shape in shapes
+    }
     return StepCosts(
-        by_rows={num_rows(shape): step_ms(shape) for shape in shapes},
-        plain=step_ms(PLAIN),
-        prefill=statistics.median(prefill_ms(shape) for shape in shapes),
-        plain_prefill=prefill_ms(PLAIN),
+        by_rows={num_rows(shape): ratios[shape] * statistics.median(plain) for shape in shapes},
+        plain=statistics.median(plain),
+        prefill=prefill_ms(shapes),
+        plain_prefill=prefill_ms([PLAIN]),
     )
 
 
@@ -234,7 +243,7 @@ def measure_finalists(
     calls = _repeated(decode, [(shape, batch, max_new_tokens) for batch in batches for shape in shapes], repetitions)
 
     def seen(shape: BlockLengths) -> list[Call]:
-        return [calls[shape, batch, max_new_tokens] for batch in batches]
+        return [_median_call(calls[shape, batch, max_new_tokens]) for batch in batches]
 
     predicted_plain = next(one for one in candidates if one.block_lengths == PLAIN).tokens_per_second
     drift = tokens_per_second(seen(PLAIN)) / predicted_plain
@@ -273,16 +282,17 @@ def _warm_up(decode: Decode, shapes: Iterable[BlockLengths], batches: Iterable[i
 
 def _repeated(
     decode: Decode, keys: Sequence[tuple[BlockLengths, int, int]], repetitions: int
-) -> dict[tuple[BlockLengths, int, int], Call]:
-    """One call for each key with its median seconds; every other repetition runs backwards, so that drift cancels."""
+) -> dict[tuple[BlockLengths, int, int], list[Call]]:
+    """Calls for each key; every other repetition runs backwards, so that drift cancels."""
     calls: dict[tuple[BlockLengths, int, int], list[Call]] = {key: [] for key in keys}
     for repetition in range(repetitions):
         for key in keys if repetition % 2 == 0 else reversed(keys):
             calls[key].append(decode(*key))
-    return {
-        key: replace(repeats[0], seconds=statistics.median(call.seconds for call in repeats))
-        for key, repeats in calls.items()
-    }
+    return calls
+
+
+def _median_call(calls: Sequence[Call]) -> Call:
+    return replace(calls[0], seconds=statistics.median(call.seconds for call in calls))
 
 
 def _ratio(numerator: float, denominator: float) -> float:

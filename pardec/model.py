@@ -155,13 +155,11 @@ class SelfSpeculativeModel:
         shape = self._draft_shape(num_speculative_tokens, block_lengths, mode)
         with self._engine(ids, law, max_new_tokens, shape, mode) as engine:
             start = time.perf_counter()
-            for _ in engine.run(ids, repeats=num_return_sequences):
-                pass
-            assert engine.state is not None
+            state = engine.run_to_end(ids, repeats=num_return_sequences)
             rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
-            outputs = _outputs(engine.state, len(rows))
+            outputs = _outputs(state, len(rows))
             seconds = time.perf_counter() - start  # reading the outputs has waited for the device
-            return self._result(rows, outputs, counts_of(engine.state, mode, len(rows)), seconds)
+            return self._result(rows, outputs, counts_of(state, mode, len(rows)), seconds)
 
     def stream(
         self,
@@ -512,11 +510,9 @@ def _signature(base: PreTrainedModel) -> int:
 def counts_of(state: DecodeState, mode: str, num_sequences: int) -> list[SequenceCounts]:
     """The counts of the first rows of a decoding state."""
     per_step = 2 if mode == "two_pass" else 1
-    columns = (state.num_steps, state.accepted, state.drafted, state.num_new)
-    rows = zip(*(column[:num_sequences].tolist() for column in columns), strict=True)
+    rows = zip(state.rounds()[:num_sequences], state.num_new.tolist()[:num_sequences], strict=True)
     return [
-        SequenceCounts(accepted[:steps], drafted[:steps], new, per_step, per_step)
-        for steps, accepted, drafted, new in rows
+        SequenceCounts([a for a, _ in rounds], [d for _, d in rounds], new, per_step, per_step) for rounds, new in rows
     ]
 
 

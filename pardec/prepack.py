@@ -10,7 +10,6 @@ Legend: R rows, r rank.
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import torch
@@ -34,7 +33,7 @@ class PackedLinears:
         self._siblings = siblings
         self._gate = gate
         self._groups: list[_Group] = []
-        self._switches: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]] = []
+        self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         self._checksums: list[Tensor] = []
 
     @property
@@ -53,44 +52,59 @@ class PackedLinears:
         unchanged = linears == self.modules and all(map(torch.equal, checksums, self._checksums))
         if not unchanged:
             self._groups = [_Group.pack(group, self._gate) for group in groups]
-            self._switches = [
-                (vars(module), forward)
-                for group in self._groups
-                for module, forward in zip(group.modules, group.forwards, strict=True)
-            ]
+            pairs = [zip(group.modules, group.forwards, strict=True) for group in self._groups]
+            self._forwards = dict(pair for group in pairs for pair in group)
             self._checksums = checksums
 
     def active(self) -> "_Switched":
         """Context inside which the model's linear layers use the packed weights."""
         # where autocast is on the caller wants another dtype
-        return _Switched([] if torch.is_autocast_enabled("cpu") else self._switches)
+        return _Switched({} if torch.is_autocast_enabled("cpu") else self._forwards)
 
 
 class _Switched:
-    """Puts replacements in front of the modules' own forward, for the time of one forward of the model."""
+    """Puts a dispatcher in front of the forward of modules, and tells it what to run in this thread.
 
-    def __init__(self, switches: list[tuple[dict[str, Any], Callable[[Tensor], Tensor]]]):
-        self._switches = switches
-        self._switched: list[dict[str, Any]] = []
+    Contexts of several threads, and of several sets of packed weights, may overlap.
+    """
+
+    def __init__(self, forwards: dict[nn.Linear, Callable[[Tensor], Tensor]]):
+        self._forwards = forwards
+        self._switched: list[nn.Linear] = []
 
     def __enter__(self) -> None:
-        for fields, forward in self._switches:
-            if "forward" not in fields:  # someone else's own forward stays
-                fields["forward"] = forward  # found before the class's method
-                self._switched.append(fields)
-        _here.is_active = bool(self._switches)
+        with _lock:
+            for module in self._forwards:
+                fields = vars(module)
+                if module in _num_open:
+                    _num_open[module] += 1
+                elif "forward" not in fields:  # someone else's own forward stays
+                    fields["forward"] = _dispatcher(module)  # found before the class's method
+                    _num_open[module] = 1
+                else:
+                    continue
+                self._switched.append(module)
+        _here.forwards = self._forwards
 
     def __exit__(self, *error: object) -> None:
-        _here.is_active = False
+        _here.forwards = None
         _here.group, _here.input, _here.outputs = None, None, ()
-        for fields in self._switched:
-            fields.pop("forward", None)
+        with _lock:
+            for module in self._switched:
+                _num_open[module] -= 1
+                if not _num_open[module]:
+                    del _num_open[module]
+                    vars(module).pop("forward", None)
+
+
+_lock = threading.Lock()
+_num_open: dict[nn.Linear, int] = {}  # contexts that hold each module now
 
 
 class _Here(threading.local):
     """Of the thread that runs the step: others that run the base meanwhile get its own arithmetic."""
 
-    is_active: bool = False
+    forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] | None = None
     group: object = None  # whose outputs these are
     input: Tensor | None = None
     version: int = 0
@@ -98,6 +112,14 @@ class _Here(threading.local):
 
 
 _here = _Here()
+
+
+def _dispatcher(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        own = _here.forwards and _here.forwards.get(module)
+        return own(x) if own else nn.functional.linear(x, module.weight, module.bias)
+
+    return forward
 
 
 @dataclass(frozen=True)
@@ -111,29 +133,18 @@ class _Group:
     def pack(cls, modules: list[nn.Linear], gate: LoraGate | None) -> "_Group":
         product = _packed_product(modules, gate)
         if len(modules) == 1:
-            return cls(modules, [_single_forward(modules[0], product)])
+            return cls(modules, [product])
         sizes, token = [module.out_features for module in modules], object()
-        return cls(modules, [_sibling_forward(token, m, i, product, sizes) for i, m in enumerate(modules)])
-
-
-def _single_forward(module: nn.Linear, product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        if not _here.is_active:
-            return nn.functional.linear(x, module.weight, module.bias)
-        return product(x)
-
-    return forward
+        return cls(modules, [_sibling_forward(token, index, product, sizes) for index in range(len(modules))])
 
 
 def _sibling_forward(
-    group: object, module: nn.Linear, index: int, product: Callable[[Tensor], Tensor], sizes: list[int]
+    group: object, index: int, product: Callable[[Tensor], Tensor], sizes: list[int]
 ) -> Callable[[Tensor], Tensor]:
     """Whichever of the siblings comes first computes all; the others find their part if their input is the same."""
 
     def forward(x: Tensor) -> Tensor:
         here = _here
-        if not here.is_active:
-            return nn.functional.linear(x, module.weight, module.bias)
         # tensors of inference mode do not count their versions, so that nobody could tell if one was written to
         version = None if x.is_inference() else x._version
         if here.group is not group or here.input is not x or version is None or here.version != version:

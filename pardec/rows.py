@@ -5,9 +5,8 @@ Legend: B batch, M mask rows, R rows, S cache slots, G query heads for each key/
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +27,17 @@ class RowPlan:
         layout: on the target's device.
         mask_embeds: inputs of the mask rows, shape [1, M, D]; None without mask rows.
         mask_rows: where they stand.
-        row_index: 0..R-1.
+        offsets: of the layout, shape [1, R].
+        row_index: 0..R-1, shape [1, R].
         visible_by_kind: by kind of slot (0 committed, 1..R rows, R + 1 stale), shape [R + 2, R], bool.
         offset_by_kind: position of such a slot minus the committed length, shape [R + 2].
-        bias_by_kind: what the attention route adds to the scores, shape [G R, R + 2]; None for other attention.
+        bias_by_kind: what the attention route adds to the scores, [1, 1, G R, R + 2]; None for other attention.
     """
 
     layout: RowLayout
     mask_embeds: Tensor | None
     mask_rows: slice
+    offsets: Tensor
     row_index: Tensor
     visible_by_kind: Tensor
     offset_by_kind: Tensor
@@ -72,15 +73,16 @@ class RowForward:
         self._mixes_windows = self.target.attention.layer_types != (FULL,)
         if self.compile_step is not None:
             self.linears = None  # compiled code has weights of its own
+        contexts = [] if self.linears is None else [self.linears.active]
+        if self.query_group is not None:
+            route = GroupedRoute(self.target.base)
+            contexts.append(lambda: route)
+        self._prepared = _Prepared(contexts)
 
     @property
     def modules_with_own_lora(self) -> Sequence[nn.Module]:
         """Layers whose LoRA needs no hooks."""
         return () if self.linears is None else self.linears.modules
-
-    @cached_property
-    def _route(self) -> GroupedRoute:
-        return GroupedRoute(self.target.base)
 
     def plan(self, layout: RowLayout) -> RowPlan:
         """The plan of `layout`."""
@@ -96,12 +98,13 @@ class RowForward:
         if self.query_group is not None and not self._mixes_windows:
             mask = group_rows(visible.T[None, None], self.query_group, self.target.dtype)
             assert isinstance(mask, Tensor)
-            bias = mask[0, 0].contiguous()
+            bias = mask.contiguous()
         return RowPlan(
             layout=layout,
             mask_embeds=mask_embeds,
             mask_rows=slice(layout.num_real, R),
-            row_index=torch.arange(R, device=layout.offsets.device),
+            offsets=layout.offsets[None],
+            row_index=torch.arange(R, device=layout.offsets.device)[None],
             visible_by_kind=visible,
             offset_by_kind=torch.cat([zero, layout.offsets, zero]),
             bias_by_kind=bias,
@@ -116,23 +119,26 @@ class RowForward:
             lengths: committed tokens, shape [B].
             ids: of the real rows, shape [B, num_real].
         """
-        behind = lengths[:, None]
+        # [B, 1]; one length is broadcast as it is
+        behind = lengths if lengths.shape[0] == 1 else lengths[:, None]
         embeds = self._embed(ids)
         if plan.mask_embeds is not None:
             embeds = torch.cat([embeds, plan.mask_embeds.expand(ids.shape[0], -1, -1)], dim=1)
-        positions = behind + plan.layout.offsets
+        positions = behind + plan.offsets
         if self._limit is not None and cache.num_slots > self._limit:
             positions = self.target.clamp_positions(positions)
         mask = self._mask(plan, cache, behind, positions)
         cache.slots = behind + plan.row_index
-        with ExitStack() as stack:
-            if self.gate is not None and plan.mask_embeds is not None:
-                stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))
-            if self.linears is not None:
-                stack.enter_context(self.linears.active())
-            if self.query_group is not None:
-                stack.enter_context(self._route)
+        if self.gate is None or plan.mask_embeds is None:
+            with self.prepared():
+                return self._forward(embeds, positions, mask, cache)
+        with self.gate.open(plan.mask_rows, *embeds.shape[:2]), self.prepared():
             return self._forward(embeds, positions, mask, cache)
+
+    def prepared(self) -> "_Prepared":
+        """Context that holds packed weights and the attention route on the base; around several forwards it is
+        entered once for all."""
+        return self._prepared
 
     def _mask(self, plan: RowPlan, cache: SlotCache, behind: Tensor, positions: Tensor):
         """What the rows attend to, in the form that the attention takes."""
@@ -141,9 +147,10 @@ class RowForward:
         # 0: committed, 1..R: rows of this forward, R + 1: stale
         kind = (self._slot_index[1 : cache.num_used + 1] - behind).clamp_(0, plan.layout.num_rows + 1)
         if plan.bias_by_kind is not None:
-            if kind.shape[0] == 1:
-                return plan.bias_by_kind.index_select(1, kind[0])[None, None]
-            return plan.bias_by_kind[:, kind].transpose(0, 1)[:, None]
+            if kind.dim() == 1:
+                return plan.bias_by_kind.index_select(3, kind)
+            return plan.bias_by_kind[0, 0][:, kind].transpose(0, 1)[:, None]
+        kind, behind = kind.view(-1, cache.num_used), behind.view(-1, 1)
         attention = self.target.attention
         visible = plan.visible_by_kind[kind].transpose(1, 2)
         slot = self._slot_index[: cache.num_used]
@@ -152,3 +159,23 @@ class RowForward:
             key_positions = torch.where(kind == 0, slot, behind + plan.offset_by_kind[kind])
         mask = attention.render(visible, positions, key_positions, self.target.dtype)
         return mask if self.query_group is None else group_rows(mask, self.query_group, self.target.dtype)
+
+
+class _Prepared:
+    """Enters contexts that are made anew each time; what is nested inside changes nothing."""
+
+    def __init__(self, contexts: list[Callable[[], AbstractContextManager[object]]]):
+        self._contexts = contexts
+        self._depth = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            for make in self._contexts:
+                self._stack.enter_context(make())
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._stack.close()

@@ -42,7 +42,7 @@ def survey(target: TargetModel) -> Survey:
     """Runs two tokens through `target`."""
     with _observed_inputs(target.base) as inputs:
         logits, cache = _run(target, group=None)
-    bytes_per_slot = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values) if t is not None)
+    bytes_per_slot = sum(buffer.nbytes for buffer in cache.buffers)
     group = query_group(target.base) if text_config(target.base)._attn_implementation == STOCK else None
     if group is not None and not _takes_route(target, group, logits):
         group = None

@@ -130,8 +130,21 @@ def tune(
 
         found = measure(decode, len(batches), K, max_new_tokens, effort, warm_up)
         bar.total = bar.n  # fewer shapes than allowed for may have been worth measuring
-    best, plain = found.chosen, found.plain
-    choice = TunedChoice(
+    choice = _choice(model, directory, found, batch_size, temperature, top_k)
+    path = write_tuned(directory, choice)
+    return TuneReport(choice, found, str(path), len(batches) * batch_size, max_new_tokens)
+
+
+def _choice(
+    model: SelfSpeculativeModel,
+    directory: str | Path,
+    found: Findings,
+    batch_size: int,
+    temperature: float,
+    top_k: int | None,
+) -> TunedChoice:
+    best = found.chosen
+    return TunedChoice(
         device=device_name(model.target.device),
         dtype=str(model.target.dtype).removeprefix("torch."),
         compile=model.compile,
@@ -140,15 +153,13 @@ def tune(
         ms_per_step=best.ms_per_step,
         predicted_tokens_per_second=best.candidate.tokens_per_second,
         measured_tokens_per_second=best.tokens_per_second,
-        plain_tokens_per_second=plain.tokens_per_second,
+        plain_tokens_per_second=found.plain.tokens_per_second,
         conditional_acceptance=found.conditional_acceptance,
         temperature=temperature,
         top_k=top_k,
         batch_size=batch_size,
         versions=library_versions(),
     )
-    path = write_tuned(directory, choice)
-    return TuneReport(choice, found, str(path), len(batches) * batch_size, max_new_tokens)
 
 
 def _full_batches(prompts: Sequence[list[int]], batch_size: int) -> list[list[list[int]]]:
@@ -266,9 +277,8 @@ def plot_costs(report: TuneReport, path: Path) -> None:
     rows = sorted(costs.by_rows)
     axes.plot(rows, [costs.by_rows[r] for r in rows], "o-", color="#3b6fb6", label="fused steps")
     axes.plot(1, costs.plain, "s", color="#777777", label="plain decoding")
-    axes.plot(
-        num_rows(choice.block_lengths), choice.ms_per_step, "*", color="#d9742b", markersize=14, label=describe(choice)
-    )
+    chosen_ms = choice.ms_per_step * report.findings.drift  # as if measured together with the others
+    axes.plot(num_rows(choice.block_lengths), chosen_ms, "*", color="#d9742b", markersize=14, label=describe(choice))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rows of a step")
     axes.set_ylabel("ms per step")

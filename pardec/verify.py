@@ -36,6 +36,8 @@ def verify_greedy(target_tokens: Tensor, draft_tokens: Tensor, draft_length: Ten
     """
     K = draft_tokens.shape[1]
     _check_shapes(draft_tokens, draft_length, target_tokens=(target_tokens, K + 1))
+    if K == 0:
+        return Verdict(target_tokens, torch.zeros_like(draft_length))
     accepted = (target_tokens[:, :K] == draft_tokens) & _exists(draft_length, K)
     # accepted drafts equal the target's tokens, so the target's tokens are what is emitted
     return Verdict(target_tokens, accepted.cumprod(dim=1).sum(dim=1))

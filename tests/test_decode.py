@@ -53,7 +53,7 @@ def test_planted_drafts_are_accepted_and_tokens_equal_generate(family, mode, shi
     assert counts == num_planted
     assert [row[:NEW_TOKENS] for row in references] == state.output[:, :NEW_TOKENS].tolist()
     per_round = 2 if mode == "two_pass" else 1
-    assert state.num_steps.tolist() == [-(-(NEW_TOKENS - 1) // (n + per_round)) for n in num_planted]
+    assert [len(rounds) for rounds in state.rounds()] == [-(-(NEW_TOKENS - 1) // (n + per_round)) for n in num_planted]
 
 
 def run_planted(decoder: Decoder, rows, references, num_planted):
@@ -83,7 +83,7 @@ def run_planted(decoder: Decoder, rows, references, num_planted):
             if decoder.mode == "fused":
                 state.drafts = plant()
             decoder.step(state)
-    accepted = [set(row[:n].tolist()) for row, n in zip(state.accepted, state.num_steps, strict=True)]
+    accepted = [{a for a, _ in rounds} for rounds in state.rounds()]
     assert all(len(counts) == 1 for counts in accepted)
     return state, [counts.pop() for counts in accepted]
 
@@ -223,7 +223,7 @@ def test_dead_drafts_are_ignored(llama, mode, monkeypatch):
                 monkeypatch.setattr(TokenLaw, "draw", lambda self, logits: (torch.tensor([reference[2 : K + 2]]), None))
             decoder.step(state)
             monkeypatch.undo()
-        assert int(state.accepted[0, 0]) == length
+        assert state.rounds()[0][0] == (length, length)
         emitted = int(state.num_new[0])
         assert state.output[0, :emitted].tolist() == reference[:emitted]
 
