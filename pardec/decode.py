@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pardec.cache import SlotCache
 from pardec.forward import TargetModel
@@ -204,17 +204,18 @@ class Decoder:
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
         masks = self.mask_embeddings if self.mode == "fused" and self.num_speculative_tokens else None
-        with self.attached() if masks is not None else nullcontext():
+        with self.gate.attached() if self.gate is not None and masks is not None else nullcontext():
             logits = prefill_prompts(self.target, padded, lengths, cache, masks, self.gate)
-            if logits is None:  # a long prompt, of which all but the last token is in the cache
-                plan = self._plans["draft"] if masks is not None else self.forward.plan(real_layout(1))
-                last = padded.gather(1, (lengths - 1)[:, None])
-                logits = self.forward.run(plan, cache, lengths - 1, last)
-        return logits
+        if logits is not None:
+            return logits
+        # long prompts, of which all but the last token is in the cache
+        plan = self._plans["draft"] if masks is not None else self.forward.plan(real_layout(1))
+        with self.forward.attached():
+            return self.forward.run(plan, cache, lengths - 1, padded.gather(1, (lengths - 1)[:, None]))
 
-    def attached(self, but: Sequence[nn.Module] = ()) -> AbstractContextManager[None]:
-        """Keeps the LoRA's hooks, where there is one, on the base; see `LoraGate.attached`."""
-        return nullcontext() if self.gate is None else self.gate.attached(but)
+    def attached(self) -> AbstractContextManager[None]:
+        """What must be on the base while steps run; see `RowForward.attached`."""
+        return self.forward.attached()
 
     @torch.no_grad()
     def step(self, state: DecodeState) -> None:
@@ -226,16 +227,19 @@ class Decoder:
 
     def step_logits(self, state: DecodeState) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
-        rows = torch.cat([state.bonus[:, None], state.drafts], dim=1)
-        return self.forward.run(self._plans["step"], state.cache, state.lengths, rows)
+        return self._step_logits(state, torch.cat([state.bonus[:, None], state.drafts], dim=1))
+
+    def _step_logits(self, state: DecodeState, ids: Tensor) -> Tensor:
+        return self.forward.run(self._plans["step"], state.cache, state.lengths, ids)
 
     def _fused_step(self, state: DecodeState) -> None:
         K = self.num_speculative_tokens
-        logits = self.step_logits(state)
+        ids = torch.cat([state.bonus[:, None], state.drafts], dim=1) if K else state.bonus[:, None]
+        logits = self._step_logits(state, ids)
         # the argmax of all rows at once; processors and float64 models need scores of the real rows
         best = logits.argmax(dim=-1) if self.law.is_plain_argmax(logits.dtype) else None
         real = (logits if best is None else best)[:, : K + 1]
-        tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
+        tokens, num_accepted = self._verify(state, real, [ids])
         self._mark(state, num_accepted)
         if K:
             # behind the length of a shorter block its last row's draft stands again, and does not exist

@@ -57,7 +57,7 @@ class Engine:
     ) -> Generator[Progress, None, None]:
         """Decodes until all sequences are done; yields after prefill and for every step.
 
-        The LoRA's hooks, where there are any, are on the base only while this runs.
+        The LoRA's hooks and packed weights, where there are any, are on the base only while this runs.
 
         Args:
             prompts: lists of token ids.
@@ -76,7 +76,7 @@ class Engine:
         reports.post(state, None)
         progress = reports.read()
         yield progress
-        with decoder.attached(but=decoder.forward.modules_with_own_lora):
+        with decoder.attached():
             while not all(progress.done):
                 unread = int(one_behind and reports.num_posted > 0)
                 state.cache.num_used = self._bucket(longest + unread * decoder.tokens_per_step, state.cache)
@@ -87,16 +87,6 @@ class Engine:
                 live = zip(progress.num_new, progress.done, prompt_lengths, strict=True)
                 longest = max((p + n - 1 for n, done, p in live if not done), default=longest)
                 yield progress
-
-    def run_to_end(self, prompts: list[list[int]], *, repeats: int = 1) -> DecodeState:
-        """The state after `run`, for callers that look at nothing before; the base is prepared once for all steps."""
-        steps = self.run(prompts, repeats=repeats)
-        next(steps)  # prefill takes the base as it is
-        with self.decoder.forward.prepared():
-            for _ in steps:
-                pass
-        assert self.state is not None
-        return self.state
 
     def _step(self, state: DecodeState) -> Tensor | None:
         """Launches a step; returns its report where the step has made one already."""
@@ -192,7 +182,7 @@ class _Reports:
         if state.lengths.device.type != "cuda":
             n = self._num_sequences
             columns = (state.num_new, state.done, state.num_accepted, state.tokens)
-            rows = zip(*(column[:n].tolist() for column in columns), strict=True)
+            rows = zip(*(column.tolist()[:n] for column in columns), strict=True)
             self._waiting.append([[num_new, done, accepted, *tokens] for num_new, done, accepted, tokens in rows])
             return
         report = state.report() if report is None else report

@@ -155,7 +155,10 @@ class SelfSpeculativeModel:
         shape = self._draft_shape(num_speculative_tokens, block_lengths, mode)
         with self._engine(ids, law, max_new_tokens, shape, mode) as engine:
             start = time.perf_counter()
-            state = engine.run_to_end(ids, repeats=num_return_sequences)
+            for _ in engine.run(ids, repeats=num_return_sequences):
+                pass
+            state = engine.state
+            assert state is not None
             rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
             outputs = _outputs(state, len(rows))
             seconds = time.perf_counter() - start  # reading the outputs has waited for the device

@@ -8,7 +8,8 @@ Legend: R rows, r rank.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -56,49 +57,53 @@ class PackedLinears:
             self._forwards = dict(pair for group in pairs for pair in group)
             self._checksums = checksums
 
-    def active(self) -> "_Switched":
-        """Context inside which the model's linear layers use the packed weights."""
-        # where autocast is on the caller wants another dtype
-        return _Switched({} if torch.is_autocast_enabled("cpu") else self._forwards)
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Puts a dispatcher in front of the layers' forward; it runs their own outside of `active`.
 
-
-class _Switched:
-    """Puts a dispatcher in front of the forward of modules, and tells it what to run in this thread.
-
-    Contexts of several threads, and of several sets of packed weights, may overlap.
-    """
-
-    def __init__(self, forwards: dict[nn.Linear, Callable[[Tensor], Tensor]]):
-        self._forwards = forwards
-        self._switched: list[nn.Linear] = []
-
-    def __enter__(self) -> None:
+        Contexts of several threads, and of several sets of packed weights, may overlap.
+        """
+        installed = []
         with _lock:
             for module in self._forwards:
-                fields = vars(module)
                 if module in _num_open:
                     _num_open[module] += 1
-                elif "forward" not in fields:  # someone else's own forward stays
-                    fields["forward"] = _dispatcher(module)  # found before the class's method
+                elif "forward" not in vars(module):  # someone else's own forward stays
+                    vars(module)["forward"] = _dispatcher(module)  # found before the class's method
                     _num_open[module] = 1
                 else:
                     continue
-                self._switched.append(module)
+                installed.append(module)
+        try:
+            yield
+        finally:
+            with _lock:
+                for module in installed:
+                    _num_open[module] -= 1
+                    if not _num_open[module]:
+                        del _num_open[module]
+                        vars(module).pop("forward", None)
+
+    def active(self) -> "_Active":
+        """Context inside which, in this thread, installed layers use the packed weights."""
+        # where autocast is on the caller wants another dtype
+        return _Active(None if torch.is_autocast_enabled("cpu") else self._forwards)
+
+
+_lock = threading.Lock()
+_num_open: dict[nn.Linear, int] = {}  # contexts that hold each module now
+
+
+class _Active:
+    def __init__(self, forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] | None):
+        self._forwards = forwards
+
+    def __enter__(self) -> None:
         _here.forwards = self._forwards
 
     def __exit__(self, *error: object) -> None:
         _here.forwards = None
         _here.group, _here.input, _here.outputs = None, None, ()
-        with _lock:
-            for module in self._switched:
-                _num_open[module] -= 1
-                if not _num_open[module]:
-                    del _num_open[module]
-                    vars(module).pop("forward", None)
-
-
-_lock = threading.Lock()
-_num_open: dict[nn.Linear, int] = {}  # contexts that hold each module now
 
 
 class _Here(threading.local):
@@ -116,8 +121,8 @@ _here = _Here()
 
 def _dispatcher(module: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        own = _here.forwards and _here.forwards.get(module)
-        return own(x) if own else nn.functional.linear(x, module.weight, module.bias)
+        own = None if _here.forwards is None else _here.forwards.get(module)
+        return nn.functional.linear(x, module.weight, module.bias) if own is None else own(x)
 
     return forward
 

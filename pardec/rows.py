@@ -4,12 +4,12 @@ Knows layouts, the cache and the base; no drafts and no verification.
 Legend: B batch, M mask rows, R rows, S cache slots, G query heads for each key/value head, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pardec.attention import GroupedRoute, group_rows
 from pardec.cache import SlotCache
@@ -63,7 +63,7 @@ class RowForward:
     linears: PackedLinears | None = None
     query_group: int | None = None
     compile_step: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
-    _slot_index: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    _slot_index: dict[int, Tensor] = field(default_factory=dict)  # 1..num_used by num_used, kept for graphs
 
     def __post_init__(self) -> None:
         self._forward = self.target.run if self.compile_step is None else self.compile_step(self.target.run)
@@ -73,16 +73,19 @@ class RowForward:
         self._mixes_windows = self.target.attention.layer_types != (FULL,)
         if self.compile_step is not None:
             self.linears = None  # compiled code has weights of its own
-        contexts = [] if self.linears is None else [self.linears.active]
-        if self.query_group is not None:
-            route = GroupedRoute(self.target.base)
-            contexts.append(lambda: route)
-        self._prepared = _Prepared(contexts)
+        self._route = None if self.query_group is None else GroupedRoute(self.target.base)
 
-    @property
-    def modules_with_own_lora(self) -> Sequence[nn.Module]:
-        """Layers whose LoRA needs no hooks."""
-        return () if self.linears is None else self.linears.modules
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """What must be on the base while steps run, and acts inside of them only: the LoRA's hooks, packed weights."""
+        with ExitStack() as stack:
+            if self.linears is not None:
+                stack.enter_context(self.linears.installed())
+            if self.gate is not None:
+                # packed layers add their LoRA themselves
+                packed = [] if self.linears is None else self.linears.modules
+                stack.enter_context(self.gate.attached(but=packed))
+            yield
 
     def plan(self, layout: RowLayout) -> RowPlan:
         """The plan of `layout`."""
@@ -129,23 +132,21 @@ class RowForward:
             positions = self.target.clamp_positions(positions)
         mask = self._mask(plan, cache, behind, positions)
         cache.slots = behind + plan.row_index
-        if self.gate is None or plan.mask_embeds is None:
-            with self.prepared():
-                return self._forward(embeds, positions, mask, cache)
-        with self.gate.open(plan.mask_rows, *embeds.shape[:2]), self.prepared():
+        with ExitStack() as stack:
+            if self.gate is not None and plan.mask_embeds is not None:
+                stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))
+            if self.linears is not None:
+                stack.enter_context(self.linears.active())
+            if self._route is not None:
+                stack.enter_context(self._route)
             return self._forward(embeds, positions, mask, cache)
-
-    def prepared(self) -> "_Prepared":
-        """Context that holds packed weights and the attention route on the base; around several forwards it is
-        entered once for all."""
-        return self._prepared
 
     def _mask(self, plan: RowPlan, cache: SlotCache, behind: Tensor, positions: Tensor):
         """What the rows attend to, in the form that the attention takes."""
-        if self._slot_index.shape[0] < cache.num_slots + 1:
-            self._slot_index = torch.arange(cache.num_slots + 1, device=behind.device)
+        if cache.num_used not in self._slot_index:
+            self._slot_index[cache.num_used] = torch.arange(1, cache.num_used + 1, device=behind.device)
         # 0: committed, 1..R: rows of this forward, R + 1: stale
-        kind = (self._slot_index[1 : cache.num_used + 1] - behind).clamp_(0, plan.layout.num_rows + 1)
+        kind = (self._slot_index[cache.num_used] - behind).clamp_(0, plan.layout.num_rows + 1)
         if plan.bias_by_kind is not None:
             if kind.dim() == 1:
                 return plan.bias_by_kind.index_select(3, kind)
@@ -153,29 +154,10 @@ class RowForward:
         kind, behind = kind.view(-1, cache.num_used), behind.view(-1, 1)
         attention = self.target.attention
         visible = plan.visible_by_kind[kind].transpose(1, 2)
-        slot = self._slot_index[: cache.num_used]
+        slot = self._slot_index[cache.num_used] - 1
         key_positions = slot[None]
         if self._mixes_windows:
             key_positions = torch.where(kind == 0, slot, behind + plan.offset_by_kind[kind])
         mask = attention.render(visible, positions, key_positions, self.target.dtype)
         return mask if self.query_group is None else group_rows(mask, self.query_group, self.target.dtype)
 
-
-class _Prepared:
-    """Enters contexts that are made anew each time; what is nested inside changes nothing."""
-
-    def __init__(self, contexts: list[Callable[[], AbstractContextManager[object]]]):
-        self._contexts = contexts
-        self._depth = 0
-        self._stack = ExitStack()
-
-    def __enter__(self) -> None:
-        self._depth += 1
-        if self._depth == 1:
-            for make in self._contexts:
-                self._stack.enter_context(make())
-
-    def __exit__(self, *error: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._stack.close()
