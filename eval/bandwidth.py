@@ -2,7 +2,6 @@
 
 The bandwidth is that of a plain copy, measured in the same run and counted as bytes read plus bytes written.
 Knows modules and tensors, nothing of how steps are run.
-Legend: R rows of a step.
 """
 
 import statistics
@@ -19,6 +18,7 @@ from pardec.gated_lora import LoraWeights
 CUDA_COPY_BYTES = 2**30
 # far more than the caches of a CPU hold
 CPU_COPY_BYTES = 2**28
+WARM_UP_SECONDS = 0.1
 
 
 def copy_bandwidth(device: torch.device, *, num_bytes: int | None = None, repetitions: int = 10) -> float:
@@ -27,13 +27,16 @@ def copy_bandwidth(device: torch.device, *, num_bytes: int | None = None, repeti
     Args:
         device: a CPU or a CUDA device.
         num_bytes: of each buffer; default far more than caches hold.
-        repetitions: timed, after two that warm up.
+        repetitions: timed, after a tenth of a second that wakes the device up.
     """
     num_bytes = num_bytes or (CUDA_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES)
     # random bits: memory may be faster on zeros
     source = torch.randint(-(2**62), 2**62, (num_bytes // 8,), device=device)
     target = torch.empty_like(source)
-    seconds = [_seconds_of_copy(source, target) for _ in range(repetitions + 2)][2:]
+    start = time.perf_counter()
+    while time.perf_counter() - start < WARM_UP_SECONDS:
+        _seconds_of_copy(source, target)
+    seconds = [_seconds_of_copy(source, target) for _ in range(repetitions)]
     return 2 * source.nbytes / statistics.median(seconds)
 
 

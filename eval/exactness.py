@@ -278,7 +278,9 @@ def main() -> None:
     parser.add_argument("directory", help="adapter directory")
     parser.add_argument("--base", help="base model, if not the one that the adapter names")
     parser.add_argument("--prompts", default=STDLIB, help="python-stdlib, python-packages, a .jsonl or text file")
-    parser.add_argument("--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib and python-packages")
+    parser.add_argument(
+        "--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib and python-packages"
+    )
     parser.add_argument("--num-prompts", type=int, help="default all of the source")
     parser.add_argument("--max-prompt-tokens", type=int, help="keep only the end of longer prompts")
     parser.add_argument("--max-new-tokens", type=int, help="limit per prompt")

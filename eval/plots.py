@@ -125,3 +125,39 @@ def plot_speed_ratios(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def plot_step_latency(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]], title: str, path: Path
+) -> None:
+    """Milliseconds per step against rows, one panel per setting, the bound dashed in the colour of its line.
+
+    Args:
+        panels: by setting and label of the line: rows, milliseconds, and milliseconds of the bound.
+        title: what was measured.
+        path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (6 * len(panels) + 1, 4.5)
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=size, dpi=130, squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, (setting, lines) in zip(grid[0], panels.items(), strict=True):
+        for label, points in lines.items():
+            rows, ms, bound = zip(*points, strict=True)
+            (line,) = axes.plot(rows, ms, "o-", markersize=3, linewidth=1.2, label=label)
+            axes.plot(rows, bound, "--", linewidth=0.8, color=line.get_color())
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("rows of a step; 1 is plain decoding")
+        axes.set_title(setting, fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=7)
+    grid[0][0].set_ylabel("ms per step; dashed: bytes / bandwidth")
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)

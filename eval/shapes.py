@@ -108,9 +108,9 @@ def config_of(shape: str) -> PretrainedConfig:
     """
     if shape not in SHAPES:
         raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, found {shape!r}")
-    sizes = dict(SHAPES[shape])
-    config = CONFIG_MAPPING[sizes.pop("model_type")](**sizes, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    return config
+    no_special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    sizes: dict[str, Any] = {**SHAPES[shape], **no_special_tokens}
+    return CONFIG_MAPPING[sizes.pop("model_type")](**sizes)
 
 
 def random_model(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:

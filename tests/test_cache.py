@@ -98,6 +98,65 @@ def test_slot_cache_returns_its_own_buffers_and_reports_their_length():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
+def test_attention_is_given_the_used_slots_and_all_slots_are_written(batch):
+    """Rows behind the used slots, such as those of a sequence that is done, must not be lost or shifted."""
+    generator = torch.Generator().manual_seed(4)
+    cache = SlotCache(1, SLOTS)
+    cache.update(*random_states(generator, batch, 6), 0)
+    for num_used in (8, SLOTS, 7, 1):
+        before = [cache.layers[0].keys.clone(), cache.layers[0].values.clone()]
+        cache.num_used = num_used
+        cache.slots = torch.stack([torch.tensor([6 + b, 7 + b, SLOTS - 1]) for b in range(batch)])
+        states = random_states(generator, batch, 3)
+        returned = cache.update(*states, 0)
+        assert cache.get_mask_sizes(3, 0) == (num_used, 0)
+        for old, new, out, name in zip(before, states, returned, ("keys", "values"), strict=True):
+            for b in range(batch):
+                old[b, :, cache.slots[b]] = new[b]
+            assert torch.equal(getattr(cache.layers[0], name), old)
+            assert torch.equal(out, old[:, :, :num_used])
+            assert out.data_ptr() == getattr(cache.layers[0], name).data_ptr()
+
+
+def test_room_for_more_sequences_than_the_first_forward_has():
+    generator = torch.Generator().manual_seed(5)
+    cache = SlotCache(1, SLOTS, num_sequences=4)
+    prompt = random_states(generator, 2, 5)
+    returned = cache.update(*prompt, 0)
+    assert all(torch.equal(out, states) for out, states in zip(returned, prompt, strict=True))
+    keys = cache.layers[0].keys
+    assert keys.shape == (4, H, SLOTS, D)
+    assert torch.equal(keys[:2, :, :5], prompt[0])
+    assert not keys[2:].any()
+    assert not keys[:, :, 5:].any()
+    cache.slots = torch.tensor([[5], [3]])  # a later chunk of the same two prompts
+    chunk = random_states(generator, 2, 1)
+    assert cache.update(*chunk, 0)[0].shape == (2, H, SLOTS, D)
+    assert torch.equal(keys[0, :, 5], chunk[0][0, :, 0])
+    assert torch.equal(keys[1, :, 3], chunk[0][1, :, 0])
+    cache.slots = torch.tensor([[5], [5], [0], [7]])
+    step = random_states(generator, 4, 1)
+    assert cache.update(*step, 0)[0].shape == (4, H, SLOTS, D)
+    assert torch.equal(keys[torch.arange(4), :, cache.slots[:, 0]], step[0][:, :, 0])
+
+
+@pytest.mark.parametrize("source", [[0, 0, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0], [1, 0], [0]], ids=str)
+def test_prompts_are_spread_to_the_sequences_that_continue_them(source):
+    generator = torch.Generator().manual_seed(6)
+    cache = SlotCache(LAYERS, SLOTS, num_sequences=4)
+    for layer in range(LAYERS):
+        cache.update(*random_states(generator, 2, 9), layer)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    cache.spread(torch.tensor(source), 6)
+    for layer, buffers in zip(cache.layers, before, strict=True):
+        for found, old in zip((layer.keys, layer.values), buffers, strict=True):
+            for b in range(4):
+                for slot in range(SLOTS):
+                    moved = b < len(source) and slot < 6
+                    assert torch.equal(found[b, :, slot], old[source[b] if moved else b, :, slot])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
 def test_slots_never_written_cannot_poison_masked_attention(batch, monkeypatch):
     """A NaN in a masked value slot reaches the output, so unwritten memory must not be handed out."""
 

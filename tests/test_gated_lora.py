@@ -1,6 +1,7 @@
 """The gated LoRA against PEFT's own loader and forward, in float64, on tiny random models."""
 
 import copy
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -280,6 +281,75 @@ def test_an_exception_inside_an_open_gate_closes_it(trained, ids):
         with pytest.raises(KeyError), gate.open(MASK_ROWS, *ids.shape):
             raise KeyError
         assert torch.equal(run(trained.base, ids), plain)
+
+
+def test_layers_that_apply_the_lora_themselves_have_no_hooks(trained, ids):
+    """What `but` leaves out, `add_stacked` adds: together they are the LoRA."""
+    base, gate, gated_modules = trained.base, LoraGate(trained.base, trained.weights), []
+    with gate.attached():
+        gated_modules += [module for module in base.modules() if module._forward_hooks]
+    own = gated_modules[::2]
+    with gate.attached(but=own):
+        assert [module for module in base.modules() if module._forward_hooks] == gated_modules[1::2]
+        with gate.attached():  # contexts may overlap, as with a prefill while a stream is open
+            assert num_hooks(base) == len(gated_modules)
+        assert num_hooks(base) == len(gated_modules) - len(own)
+    assert num_hooks(base) == 0
+
+    def add(module, args, output):
+        a, b = gate.stacked([module])
+        gate.add_stacked(output, args[0] @ a.T, b)
+
+    expected = gated(base, gate, ids, MASK_ROWS)
+    handles = [module.register_forward_hook(add) for module in own]
+    with torch.no_grad(), gate.attached(but=own), gate.open(MASK_ROWS, *ids.shape):
+        close(run(base, ids), expected)
+    assert not torch.equal(run(base, ids), expected)
+    for handle in handles:
+        handle.remove()
+
+
+def test_stacked_pairs_are_those_of_the_layers_side_by_side():
+    base = nn.Module()
+    widths = {"q": 6, "k": 4, "v": 5}
+    for name, width in widths.items():
+        setattr(base, name, nn.Linear(8, width, dtype=torch.float64))
+    tensors = {}
+    for name in ("q", "v"):
+        # powers of two, so that scaling them in float32 rounds nothing
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, 8)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(widths[name], 2).sign() / 4
+    gate = LoraGate(base, LoraWeights({"peft_type": "LORA", "r": 2, "lora_alpha": 6}, tensors))
+    a, b = gate.stacked([base.q, base.k, base.v])
+    assert a.dtype == b.dtype == torch.float64
+    assert a.shape == (4, 8)
+    assert b.shape == (4, 15)
+    x = torch.randn(7, 8, dtype=torch.float64)
+    parts = []
+    for name, width in widths.items():
+        pair = [tensors.get(f"base_model.model.{name}.lora_{half}.weight") for half in "AB"]
+        parts.append(torch.zeros(7, width) if pair[0] is None else 3 * x @ pair[0].double().T @ pair[1].double().T)
+    close(x @ a.T @ b, torch.cat(parts, dim=1))
+    assert gate.stacked([base.k]) is None
+    outputs = torch.randn(1, 7, 15, dtype=torch.float64)
+    closed, opened = outputs.clone(), outputs.clone()
+    gate.add_stacked(closed, (x @ a.T)[None], b)
+    assert torch.equal(closed, outputs)
+    with gate.open(slice(5, 7), 1, 7):
+        gate.add_stacked(opened, (x @ a.T)[None], b)
+    assert torch.equal(opened[:, :5], outputs[:, :5])
+    close(opened[:, 5:], outputs[:, 5:] + torch.cat(parts, dim=1)[None, 5:])
+
+
+def test_other_threads_find_the_gate_closed(trained, ids):
+    gate, base = LoraGate(trained.base, trained.weights), trained.base
+    before, seen = run(base, ids), []
+    with gate.attached(), gate.open(MASK_ROWS, *ids.shape):
+        thread = threading.Thread(target=lambda: seen.append(run(base, ids)))
+        thread.start()
+        thread.join()
+        assert not torch.equal(run(base, ids), before)
+    assert torch.equal(seen[0], before)
 
 
 def test_the_gate_can_be_attached_again(trained, ids):

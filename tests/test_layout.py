@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pardec.layout import block_layout, chain_layout, full_blocks, real_layout, training_layout
+from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout, training_layout
 
 DRAFT_LENGTHS = range(6)
 
@@ -38,6 +38,40 @@ def test_chain_holds_the_real_rows_and_one_block_behind_each(K):
     layout = chain_layout(full_blocks(K))
     assert layout.num_rows == (K + 1) ** 2
     assert_layout_is(layout, chain_rows(K))
+
+
+# K + 1 numbers: mask tokens behind each real row
+PRUNED = [(0,), (1, 0), (0, 1), (0, 0), (2, 1, 1), (2, 1, 0), (0, 2, 1), (3, 2, 1, 1), (3, 0, 0, 0), (1, 3, 0, 2)]
+
+
+def pruned_rows(block_lengths):
+    """Rows of a chain with blocks of these lengths, in order; names as in `chain_rows`."""
+    real = [("real", i) for i in range(len(block_lengths))]
+    return real + [("mask", i, j) for i, length in enumerate(block_lengths) for j in range(1, length + 1)]
+
+
+@pytest.mark.parametrize("block_lengths", PRUNED, ids=str)
+def test_short_and_empty_blocks_hold_the_first_mask_tokens_behind_their_real_row(block_lengths):
+    assert_layout_is(chain_layout(block_lengths), pruned_rows(block_lengths))
+
+
+@pytest.mark.parametrize("block_lengths", PRUNED, ids=str)
+def test_a_pruned_chain_is_the_full_chain_without_the_rows_that_were_dropped(block_lengths):
+    K = len(block_lengths) - 1
+    kept = [row[0] == "real" or row[2] <= block_lengths[row[1]] for row in chain_rows(K)]
+    full, pruned, keep = chain_layout(full_blocks(K)), chain_layout(block_lengths), torch.tensor(kept)
+    assert torch.equal(pruned.offsets, full.offsets[keep])
+    assert torch.equal(pruned.visible, full.visible[keep][:, keep])
+    assert torch.equal(pruned.mask_indices, full.mask_indices[keep[K + 1 :]])
+    assert pruned.num_real == full.num_real == K + 1
+
+
+@pytest.mark.parametrize("block_lengths", PRUNED, ids=str)
+def test_block_starts_name_the_row_of_each_first_mask_token(block_lengths):
+    rows = pruned_rows(block_lengths)
+    for i, start in enumerate(block_starts(block_lengths).tolist()):
+        before = [row for row in rows if row[0] == "real" or row[1] < i]
+        assert start == len(before)  # also where the block is empty
 
 
 @pytest.mark.parametrize("K", DRAFT_LENGTHS)

@@ -1,5 +1,7 @@
 """Packed weights: the same product, the base untouched, changes noticed."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
@@ -173,8 +175,14 @@ def hooked(base: Siblings, gate: LoraGate, x: torch.Tensor, rows: slice) -> list
         return base(x)
 
 
+@contextmanager
+def in_use(packed: PackedLinears):
+    with torch.no_grad(), packed.installed(), packed.active():
+        yield
+
+
 def run_packed(base: Siblings, packed: PackedLinears, gate: LoraGate, x: torch.Tensor, rows: slice | None):
-    with torch.no_grad(), gate.attached(but=packed.modules), packed.active():
+    with gate.attached(but=packed.modules), in_use(packed):
         if rows is None:
             return base(x)
         with gate.open(rows, *x.shape[:2]):
@@ -219,7 +227,7 @@ def test_a_flattened_batch_is_gated_too():
     packed = packed_siblings(base, gate)
     x, rows = torch.randn(3, R, IN), slice(NUM_REAL, R)
     expected = run_packed(base, packed, gate, x, rows)
-    with torch.no_grad(), packed.active(), gate.open(rows, 3, R):
+    with in_use(packed), gate.open(rows, 3, R):
         found = base(x.view(3 * R, IN))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.view(other.shape), other, rtol=1e-6, atol=1e-6)
@@ -238,7 +246,7 @@ def test_a_sibling_that_is_given_another_input_answers_for_that_input():
     base = Siblings("k")
     packed = packed_siblings(base)
     x, y = torch.randn(2, 1, R, IN)
-    with torch.no_grad(), packed.active():
+    with in_use(packed):
         for layer, given in ((base.q, x), (base.k, y), (base.v, x), (base.k, x), (base.q, y), (base.q, x.clone())):
             close(layer(given), exact(layer, given))
 
@@ -247,7 +255,7 @@ def test_an_input_that_is_written_to_in_between_is_another_input():
     base = Siblings("k")
     packed = packed_siblings(base)
     x = torch.randn(1, R, IN)
-    with torch.no_grad(), packed.active():
+    with in_use(packed):
         close(base.q(x), exact(base.q, x))
         x.mul_(-2)
         close(base.k(x), exact(base.k, x))
@@ -259,7 +267,7 @@ def test_results_that_the_caller_writes_to_do_not_reach_the_siblings():
     base = Siblings("k")
     packed = packed_siblings(base)
     x = torch.randn(1, R, IN)
-    with torch.no_grad(), packed.active():
+    with in_use(packed):
         base.q(x).zero_()
         close(base.k(x), exact(base.k, x))
         close(base.v(x), exact(base.v, x))
@@ -269,13 +277,12 @@ def test_nothing_is_remembered_from_one_forward_to_the_next():
     base = Siblings()
     packed = packed_siblings(base)
     x = torch.randn(1, R, IN)
-    with torch.no_grad():
-        with packed.active():
-            base.q(x)
-        base.k.weight.mul_(3)
-        packed.refresh()
-        with packed.active():
-            close(base.k(x), exact(base.k, x))
+    with in_use(packed):
+        base.q(x)
+    base.k.weight.data.mul_(3)
+    packed.refresh()
+    with in_use(packed):
+        close(base.k(x), exact(base.k, x))
 
 
 def test_inference_mode_gives_the_same_numbers():
@@ -289,7 +296,7 @@ def test_inference_mode_gives_the_same_numbers():
         x = ordinary.clone()
         for one, other in zip(run_packed(base, packed, gate, x, slice(NUM_REAL, R)), expected, strict=True):
             close(one, other)
-        with packed.active():
+        with in_use(packed):
             base.q(x)
             x.mul_(-2)
             close(base.k(x), exact(base.k, x))
@@ -311,7 +318,7 @@ def test_biases_and_weights_of_any_sibling_that_change_are_packed_again(name):
     for change in changes:
         change()
         packed.refresh()
-        with torch.no_grad(), packed.active():
+        with in_use(packed):
             for sibling, found in zip(base.children(), base(x), strict=True):
                 close(found, exact(sibling, x))
 
@@ -343,7 +350,7 @@ def test_steps_with_packed_siblings_and_lora_give_the_logits_of_hooks(family):
                 adapter.mask_embeddings, opened, linears)  # fmt: skip
             state = decoder.prefill(rows[:batch])
             state.bonus, state.drafts = torch.tensor([1, 2, 3])[:batch], torch.tensor([[4, 5, 6]] * batch)
-            with torch.no_grad(), decoder.attached(but=decoder.forward.modules_with_own_lora):
+            with torch.no_grad(), decoder.attached():
                 seen[name] = decoder.step_logits(state)
         spread = seen["hooks"].std()
         assert (seen["packed"] - seen["hooks"]).abs().max() / spread < 1e-3

@@ -1,0 +1,229 @@
+"""Measures what a step costs against its number of rows, beside the time that reading its bytes takes.
+
+    python eval/latency.py --shape llama-8b [--rows 1,25,81] [--contexts 1024] [--compile both] [--profile]
+    python eval/latency.py runs/quickstart
+    python eval/latency.py --quick
+
+Times plain steps (1 row) and full fused chains of (K + 1)^2 rows, of random weights in a named shape or of an adapter
+directory and its base. All row counts take turns in one process, so that ratios compare neighbours in time. Prints a
+table for every context; writes JSON, Markdown and a picture into eval/results; the last line is one JSON object.
+"""
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+from bandwidth import StepBound, copy_bandwidth, lora_bytes_per_step, weight_bytes_per_step
+from latency_tables import print_results, write_results
+from shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
+from step_groups import Plan, measure_group
+from steps import FLEX, GROUPED, STOCK, Subject, Variant
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+import pardec
+from pardec.adapter import load_adapter
+from pardec.forward import TargetModel
+from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+
+FULL = {"rows": "1,4,9,16,25,36,49,64,81", "contexts": "256,1024,4096", "repetitions": 10}
+QUICK = {"rows": "1,4,9", "contexts": "64,128", "repetitions": 3}
+QUICK_SHAPE = "tiny"
+# with these, and the default repetitions and contexts, no row count moves on to another cache bucket
+STEPS_PER_BLOCK = {"cuda": 10, "cpu": 1}
+ATTENTIONS = (GROUPED, STOCK, FLEX)
+YES, NO, BOTH = "yes", "no", "both"
+SETTINGS = {NO: [False], YES: [True], BOTH: [False, True]}
+
+
+def main() -> None:
+    """Reads the command line; bad input ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", help="adapter directory, to measure with its base")
+    parser.add_argument("--shape", help=f"random weights instead: {', '.join(SHAPES)}; with --quick {QUICK_SHAPE}")
+    parser.add_argument(
+        "--rows", help=f"squares (K + 1)^2 with commas, default {FULL['rows']}; plain always goes along"
+    )
+    parser.add_argument("--contexts", help=f"tokens, with commas, default {FULL['contexts']}")
+    parser.add_argument(
+        "--compile", nargs="?", const=YES, default=NO, choices=list(SETTINGS), help="steps under torch.compile"
+    )
+    parser.add_argument("--lora", default=BOTH, choices=list(SETTINGS), help="a LoRA at mask rows")
+    parser.add_argument("--lora-rank", type=int, default=16, help="of the random LoRA of a --shape")
+    parser.add_argument("--attention", default=GROUPED, help=f"of steps, with commas: {', '.join(ATTENTIONS)}")
+    parser.add_argument("--forced-acceptance", type=int, metavar="N", help="an oracle makes every step accept N drafts")
+    parser.add_argument("--profile", action="store_true", help="what the device does in a step (CUDA only)")
+    parser.add_argument("--repetitions", type=int, help=f"counted blocks of steps, default {FULL['repetitions']}")
+    parser.add_argument("--device", help="default CUDA where there is one")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16, on a CPU float32"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", help="path of the results without suffix; default eval/results/latency_<device>")
+    parser.add_argument("--quick", action="store_true", help="few rows, short contexts: runs/latency_quick")
+    parser.set_defaults(**FULL)
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args()
+    with exit_on_unusable_input():
+        report(args)
+
+
+def report(args: argparse.Namespace) -> None:
+    """The whole measurement; results are written anew after every group, so that a run cut off leaves what it had."""
+    logging.disable_progress_bar()
+    device = device_of(args.device)
+    plan = plan_of(args, device)
+    subject = load_subject(args, device, max(plan.drafted))
+    base, bandwidth = subject.target.base, copy_bandwidth(device)
+    bound = StepBound(
+        bandwidth,
+        weight_bytes_per_step(base),
+        0 if subject.lora is None else lora_bytes_per_step(subject.lora, subject.target.dtype),
+        subject.facts.bytes_per_slot,
+    )
+    result = facts(args, subject, plan, bound) | {"rows": [], "profiles": [], "left_out": [], "is_complete": False}
+    stem = output_stem(args, device)
+    with tqdm(total=plan.blocks_per_group * len(plan.variants) * len(plan.contexts), unit="block") as bar:
+        for index, variant in enumerate(plan.variants):
+            if variant.compile:
+                # compiled code does not tell a base with a LoRA's hooks from one without
+                torch._dynamo.reset()
+            for context in plan.contexts:
+                bar.set_description(f"context {context}{', compiled' * variant.compile}{', LoRA' * variant.lora}")
+                group = measure_group(subject, variant, context, plan, bound, bar.update)
+                for key in ("rows", "profiles", "left_out"):
+                    result[key] += getattr(group, key)
+                result["is_complete"] = (index + 1, context) == (len(plan.variants), plan.contexts[-1])
+                if result["rows"]:
+                    write_results(result, stem)
+    if not result["rows"]:
+        raise ValueError(f"nothing could be measured: {result['left_out'][0]['reason']}")
+    print_results(result)
+    print(json.dumps(result))
+
+
+# ---------------------------------------------------------------------- what is asked for
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device, if this machine has it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = device if name is None else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        device = torch.device("meta")
+    if device.type not in STEPS_PER_BLOCK:
+        raise ValueError(f"device: expected a CPU or CUDA device of this machine, found {name!r}")
+    return device
+
+
+def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
+    """The plan; refuses what no model could be measured with."""
+    if args.directory is None and args.shape is None:
+        if not args.quick:
+            raise ValueError("directory: expected an adapter directory, --shape or --quick, found none of them")
+        args.shape = QUICK_SHAPE
+    if args.directory is not None and args.shape is not None:
+        raise ValueError("shape: expected no --shape beside an adapter directory, found both")
+    for option in ("repetitions", "lora_rank"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"{option}: expected an integer >= 1, found {getattr(args, option)}")
+    if args.profile and device.type != "cuda":
+        raise ValueError(f"profile: expected a CUDA device, found {device.type}")
+    drafted = [math.isqrt(rows) - 1 for rows in integers("rows", args.rows)]
+    if [(K + 1) ** 2 for K in drafted] != integers("rows", args.rows):
+        raise ValueError(f"rows: expected squares (K + 1)^2 such as 1, 4, 9, found {args.rows}")
+    forced = args.forced_acceptance
+    if forced is not None and not 0 <= forced <= max(drafted):
+        raise ValueError(f"forced_acceptance: expected 0 to {max(drafted)} drafts, which the rows hold, found {forced}")
+    attentions = list(dict.fromkeys(args.attention.split(",")))
+    usable = ATTENTIONS if device.type == "cuda" else ATTENTIONS[:2]  # FlexAttention has no fast kernel for a CPU
+    if not set(attentions) <= set(usable):
+        raise ValueError(f"attention: expected some of {', '.join(usable)} on this device, found {args.attention!r}")
+    return Plan(
+        variants=[
+            Variant(compile, lora, attention)
+            for attention in attentions
+            for compile in SETTINGS[args.compile]
+            for lora in SETTINGS[args.lora]
+        ],
+        contexts=integers("contexts", args.contexts),
+        drafted=sorted({0, *(K for K in drafted if forced is None or forced <= K)}),
+        steps_per_block=STEPS_PER_BLOCK[device.type],
+        repetitions=args.repetitions,
+        forced_acceptance=forced,
+        profile=args.profile,
+        seed=args.seed,
+    )
+
+
+def integers(option: str, text: str) -> list[int]:
+    """The numbers of `1,4,9`, in ascending order."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise ValueError(f"{option}: expected integers >= 1 with commas between them, found {text!r}")
+    return numbers
+
+
+def load_subject(args: argparse.Namespace, device: torch.device, max_drafted: int) -> Subject:
+    """Random numbers in the shape that was asked for, or an adapter with its base."""
+    if args.directory is not None:
+        model = pardec.load(args.directory, device=device, dtype=args.dtype)
+        adapter = model.adapter
+        assert adapter is not None
+        shared, trained = adapter.metadata.mask_sharing == "shared", adapter.metadata.num_speculative_tokens
+        masks = adapter.embeddings_for(max_drafted if shared else min(max_drafted, trained))
+        return Subject(model.target, masks.to(model.target.device, model.target.dtype), adapter.lora)
+    default = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = default if args.dtype is None else getattr(torch, args.dtype)
+    base = random_model(config_of(args.shape), device, dtype, args.seed)
+    lora = None if args.lora == NO else random_lora(base, args.lora_rank, args.seed)
+    return Subject(TargetModel.wrap(base), random_mask_embeddings(base, max(max_drafted, 1), args.seed), lora)
+
+
+def facts(args: argparse.Namespace, subject: Subject, plan: Plan, bound: StepBound) -> dict:
+    """What the rows depend on."""
+    base, head = subject.target.base, subject.target.base.get_output_embeddings()
+    return {
+        "model": args.shape if args.directory is None else load_adapter(args.directory).metadata.base.name,
+        "adapter": args.directory,
+        "num_parameters": base.num_parameters(),
+        "tied_embeddings": head is not None and head.weight is base.get_input_embeddings().weight,
+        "lora_rank": None if subject.lora is None else subject.lora.rank,
+        "bytes_per_second": bound.bytes_per_second,
+        "weight_bytes_per_step": bound.weight_bytes,
+        "lora_bytes_per_step": bound.lora_bytes,
+        "bytes_per_slot": bound.bytes_per_slot,
+        "steps_per_block": plan.steps_per_block,
+        "repetitions": plan.repetitions,
+        "forced_acceptance": plan.forced_acceptance,
+        "captured": subject.target.device.type == "cuda",
+        "seed": plan.seed,
+        "dtype": str(subject.target.dtype).removeprefix("torch."),
+        "device": device_name(subject.target.device),
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        "command": command_line(),
+    }
+
+
+def output_stem(args: argparse.Namespace, device: torch.device) -> Path:
+    """Path of the results without suffix."""
+    if args.output is not None:
+        return Path(args.output.removesuffix(".json"))
+    if args.quick:
+        return Path("runs/latency_quick")
+    name = device_name(device) if device.type == "cuda" else device.type
+    return Path("eval/results") / f"latency_{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}"
+
+
+if __name__ == "__main__":
+    main()
