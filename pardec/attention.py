@@ -13,12 +13,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 ROUTE = "pardec_grouped"
 STOCK = "sdpa"
 _FIELD = "_attn_implementation_internal"  # behind `config._attn_implementation`
-_lock = threading.Lock()
+_lock = threading.RLock()
 _num_open: Counter[int] = Counter()  # by id of the configuration: steps that run on it now
 
 
@@ -56,10 +57,13 @@ def grouped_attention(
     rows = query.reshape(B, H, -1, D)  # heads of a group lie side by side
     mask = attention_mask.to(query.dtype)
     out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
-    return out.view(B, num_heads, R, -1).transpose(1, 2).contiguous(), None
+    out = out.unflatten(2, (-1, R)).permute(0, 3, 1, 2, 4)  # [B, R, H, G, D'], in whatever strides the kernel chose
+    return out.reshape(B, R, num_heads, -1), None
 
 
 AttentionInterface.register(ROUTE, grouped_attention)
+# other threads that run the base while a step does must get the masks of sdpa
+AttentionMaskInterface.register(ROUTE, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
 
 
 class _Calls(threading.local):

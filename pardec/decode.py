@@ -182,7 +182,7 @@ class Decoder:
             lengths=lengths,
             bonus=lengths.new_zeros(B),
             drafts=lengths.new_zeros(B, K),
-            draft_probs=None,
+            draft_probs=None if self.law.greedy or not K else logits.new_zeros(B, K, logits.shape[2]).float(),
             draft_length=lengths.new_full((B,), K),
             done=torch.zeros(B, dtype=torch.bool, device=device),
             room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),

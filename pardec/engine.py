@@ -4,7 +4,8 @@ On CUDA the host launches one graph per step and waits for the step before it; e
 Legend: B sequences, P prompt tokens, R rows of a step.
 """
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import psutil
@@ -44,16 +45,31 @@ class Engine:
     """
 
     def __init__(
-        self, decoder: Decoder, bytes_per_slot: int, *, captured: bool = False, recorder: Recorder = record_cuda_graph
+        self,
+        decoder: Decoder,
+        bytes_per_slot: int,
+        *,
+        captured: bool = False,
+        recorder: Recorder = record_cuda_graph,
+        make_room: Callable[[], None] = lambda: None,
     ):
-        """Args: decoder; bytes_per_slot: of the cache, per token and sequence; captured: steps run as graphs."""
+        """Makes an engine.
+
+        Args:
+            decoder: makes the steps.
+            bytes_per_slot: of the cache, per token and sequence.
+            captured: steps run as graphs.
+            recorder: makes a graph.
+            make_room: frees what it can when a cache does not fit.
+        """
         self.decoder = decoder
         self.state: DecodeState | None = None
         self._bytes_per_slot = bytes_per_slot
+        self._make_room = make_room
         self._graphs = CapturedSteps(decoder, recorder) if captured else None
 
     def run(
-        self, prompts: list[list[int]], *, repeats: int = 1, one_behind: bool = True
+        self, prompts: list[list[int]], *, repeats: int = 1, one_behind: bool = True, alone: bool = False
     ) -> Generator[Progress, None, None]:
         """Decodes until all sequences are done; yields after prefill and for every step.
 
@@ -64,6 +80,7 @@ class Engine:
             repeats: sequences that continue each prompt.
             one_behind: a step is launched before the one before it is read, so that the device never waits; the
                 state may then be a step ahead of what was yielded. False where the caller changes the state.
+            alone: nobody looks at the base between two steps, so what a step puts on it may stay there meanwhile.
         """
         decoder = self.decoder
         num_sequences = len(prompts) * repeats
@@ -76,11 +93,14 @@ class Engine:
         reports.post(state, None)
         progress = reports.read()
         yield progress
-        with decoder.attached():
+        held = alone and self._graphs is None
+        with decoder.attached() if held else nullcontext():
             while not all(progress.done):
                 unread = int(one_behind and reports.num_posted > 0)
                 state.cache.num_used = self._bucket(longest + unread * decoder.tokens_per_step, state.cache)
-                reports.post(state, self._step(state))
+                with nullcontext() if held or self._graphs is not None else decoder.attached():
+                    report = self._step(state)
+                reports.post(state, report)
                 if one_behind and reports.num_posted < 2:
                     continue
                 progress = reports.read()
@@ -100,20 +120,32 @@ class Engine:
         decoder, num_sequences = self.decoder, len(prompts) * repeats
         num_slots = decoder.num_slots(max(len(prompt) for prompt in prompts))
         if self._graphs is None:
-            check_memory(decoder.target.device, self._bytes_per_slot, num_sequences, num_slots)
-            return decoder.prefill(prompts, repeats=repeats)
-        B, capacity = _power_of_two(num_sequences), decoder.max_new_tokens
+            if decoder.compile_step is not None:  # code is compiled for the cache's size
+                num_slots = self._bucket(num_slots)
+            cache = self._new_cache(num_sequences, num_slots)
+            return decoder.prefill(prompts, repeats=repeats, cache=cache)
+        B, capacity = power_of_two(num_sequences), decoder.max_new_tokens
         if self._graphs.fits(B, num_slots, capacity):
             assert self._graphs.state is not None
             cache, capacity = self._graphs.state.cache, self._graphs.capacity
+            for buffer in cache.buffers:  # infinities of an earlier call would reach even rows that do not see them
+                buffer.zero_()
         else:
             self._graphs.state = self.state = None  # free what is too small
-            num_slots, capacity = self._bucket(num_slots), self._bucket(capacity)
-            check_memory(decoder.target.device, self._bytes_per_slot, B, num_slots)
-            cache = SlotCache(decoder.target.num_layers, num_slots, B)
+            capacity = self._bucket(capacity)
+            cache = self._new_cache(B, self._bucket(num_slots))
         unused = B - num_sequences
         state = decoder.prefill(prompts, repeats=repeats, num_unused=unused, cache=cache, capacity=capacity)
         return self._graphs.take_over(state)
+
+    def _new_cache(self, num_sequences: int, num_slots: int) -> SlotCache:
+        target = self.decoder.target
+        try:
+            check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
+        except ValueError:
+            self._make_room()
+            check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
+        return SlotCache(target.num_layers, num_slots, num_sequences)
 
     def _bucket(self, num_tokens: int, cache: SlotCache | None = None) -> int:
         """Slots to attend to when `num_tokens` may be committed before a step; without a cache, slots to allocate."""
@@ -130,16 +162,15 @@ def bucket(num_slots: int, *, few: bool, coarse: bool) -> int:
 
     Args:
         num_slots: at least this many.
-        few: powers of two from 256.
-        coarse: at most an eighth too many, multiples of 256; otherwise multiples of 64.
+        few: multiples of 256, and of a quarter of the next power of two.
+        coarse: multiples of 256, and of an eighth of the next power of two; otherwise multiples of 64.
     """
-    if few:
-        return max(256, _power_of_two(num_slots))
-    step = max(256, _power_of_two(num_slots) // 8) if coarse else 64
+    step = max(256, power_of_two(num_slots) // (4 if few else 8)) if coarse or few else 64
     return -(-num_slots // step) * step
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least `n`."""
     return 1 << (n - 1).bit_length()
 
 

@@ -17,7 +17,7 @@ class EnginePool:
     """Idle engines by what they were made for."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close a stream in here
         self._idle: OrderedDict[Hashable, Engine] = OrderedDict()
 
     def take(self, key: Hashable) -> Engine | None:
@@ -29,5 +29,11 @@ class EnginePool:
         """Keeps `engine` for the next caller."""
         with self._lock:
             self._idle[key] = engine
+            self._idle.move_to_end(key)
             while len(self._idle) > _MAX_ENGINES:
                 self._idle.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forgets all idle engines, and frees what they hold."""
+        with self._lock:
+            self._idle.clear()

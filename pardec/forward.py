@@ -173,7 +173,7 @@ class TargetModel:
             position_ids: shape [B, R], int64.
             attention_mask: from `AttentionForm.render`; None for a causal prefill.
             cache: takes the rows' keys and values.
-            logits_to_keep: rows whose logits are wanted, shape [n] or [B, n]; 0 for all.
+            logits_to_keep: rows whose logits are wanted, shape [n]; the last n for a number, 0 for all.
 
         Returns:
             shape [B, n, V].

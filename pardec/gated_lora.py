@@ -90,7 +90,7 @@ class LoraGate:
     def __init__(self, base: nn.Module, weights: LoraWeights):
         # of the thread that runs a step: others that run the base meanwhile find the gate closed
         self._here = _OpenRows()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._num_attached: Counter[nn.Module] = Counter()
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._targets: dict[nn.Module, tuple[Tensor, Tensor]] = {}
@@ -186,7 +186,10 @@ class LoraGate:
             x = args[0]
             if x.shape[:-1] != self._here.shape:
                 x, output = self._unflatten(x), self._unflatten(output)
-            if isinstance(rows, slice):
+            if not x.dtype == output.dtype == a_t.dtype:  # under autocast
+                with torch.autocast(x.device.type, enabled=False):
+                    self._add_cast(x, output, a_t, b_t, rows)
+            elif isinstance(rows, slice):
                 if x.shape[0] == 1:
                     output[0, rows].addmm_(torch.mm(x[0, rows], a_t), b_t)
                 else:
@@ -197,6 +200,14 @@ class LoraGate:
                 output.scatter_add_(1, index.expand(-1, -1, output.shape[2]), mask_rows @ a_t @ b_t)
 
         return add_to_mask_rows
+
+    def _add_cast(self, x: Tensor, output: Tensor, a_t: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:
+        added = (x.to(a_t.dtype) @ a_t @ b_t).to(output.dtype)
+        if isinstance(rows, slice):
+            output[:, rows] += added[:, rows]
+        else:
+            index = rows[:, :, None].expand(-1, -1, output.shape[2])
+            output.scatter_add_(1, index, added.gather(1, index))
 
     def _unflatten(self, x: Tensor) -> Tensor:
         """Some models flatten batch and rows for a part of a layer; the view shares memory with what they return."""

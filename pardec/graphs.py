@@ -5,7 +5,7 @@ Knows that a step reads and writes the tensors of a state; not what it computes.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -14,22 +14,52 @@ from torch import Tensor
 from pardec.decode import Decoder, DecodeState
 from pardec.errors import first_line
 
-Recorder = Callable[[Callable[[], None], torch.Generator | None, Any], Callable[[], None]]
+
+@dataclass(frozen=True)
+class CaptureSite:
+    """Where the graphs of one state are captured.
+
+    Attributes:
+        stream: of their own: torch's common capture stream would share its workspaces with all other graphs, which
+            die with any one of them. It also names the device.
+        pool: memory that they share, as they never run side by side.
+    """
+
+    stream: torch.cuda.Stream
+    pool: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> "CaptureSite | None":
+        """A new site; None on devices without graphs."""
+        if device.type != "cuda":
+            return None
+        return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
 
 
-def record_cuda_graph(run: Callable[[], None], generator: torch.Generator | None, pool: Any) -> Callable[[], None]:
+Recorder = Callable[[Callable[[], None], torch.Generator | None, CaptureSite | None], Callable[[], None]]
+
+
+def record_cuda_graph(
+    run: Callable[[], None], generator: torch.Generator | None, site: CaptureSite | None
+) -> Callable[[], None]:
     """Captures the kernels that `run` launches and returns what launches them again.
 
     Args:
         run: launches work on the current device; nothing on the host may depend on its results.
         generator: that `run` draws from, if any; its state advances with every replay.
-        pool: memory that the graphs of one state share, as they never run side by side.
+        site: where.
     """
+    if site is None:
+        raise RuntimeError("expected a CUDA device")
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
-    # other threads may use the device meanwhile
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    before = torch.cuda.current_stream(site.stream.device)
+    # a capture that fails must not leave this thread on its stream; other threads may use the device meanwhile
+    with (
+        torch.cuda.stream(before),
+        torch.cuda.graph(graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"),
+    ):
         run()
     return graph.replay
 
@@ -47,7 +77,7 @@ class CapturedSteps:
         self._recorder = recorder
         self._replays: dict[int, Callable[[], None]] = {}
         self._report: Tensor = torch.empty(0)
-        self._pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
+        self._site: CaptureSite | None = None
         self._failed = False
 
     def fits(self, batch_size: int, num_slots: int, capacity: int) -> bool:
@@ -71,6 +101,7 @@ class CapturedSteps:
             self.state = state
             self._report = state.report()
             self._replays.clear()
+            self._site = CaptureSite.on(state.lengths.device)
             return state
         self.state.prompts = state.prompts  # of another width; read by no graph
         _copy(state, self.state)
@@ -80,8 +111,7 @@ class CapturedSteps:
         """One step on the state, whose attention sees `state.cache.num_used` slots; returns its report if captured."""
         assert self.state is not None
         if self._failed:
-            self.decoder.step(self.state)
-            return None
+            return self._uncaptured()
         num_used = self.state.cache.num_used
         if num_used not in self._replays:
             try:
@@ -94,10 +124,14 @@ class CapturedSteps:
                     stacklevel=2,
                 )
                 self._failed = True
-                self.decoder.step(self.state)
-                return None
+                return self._uncaptured()
         self._replays[num_used]()
         return self._report
+
+    def _uncaptured(self) -> None:
+        assert self.state is not None
+        with self.decoder.attached():
+            self.decoder.step(self.state)
 
     def _capture(self, state: DecodeState) -> Callable[[], None]:
         """A graph of one step for the cache's present bucket; the state is left as it was."""
@@ -107,32 +141,33 @@ class CapturedSteps:
 
         def run() -> None:
             work = replace(state)
-            self.decoder.step(work)
+            with self.decoder.attached():
+                self.decoder.step(work)
             _copy(work, state)
             self._report.copy_(work.report())
 
         try:
             # kernels are chosen, compiled and given their workspaces before the capture; slots behind the committed
             # tokens are overwritten by the next step, so the cache needs no saving
-            _warm_up(run, state.lengths.device)
+            _warm_up(run, self._site)
             _copy(saved, state)
-            return self._recorder(run, generator, self._pool)
+            return self._recorder(run, generator, self._site)
         finally:
             _copy(saved, state)
             if generator is not None and drawn is not None:
                 generator.set_state(drawn)
 
 
-def _warm_up(run: Callable[[], None], device: torch.device) -> None:
-    if device.type != "cuda":
+def _warm_up(run: Callable[[], None], site: CaptureSite | None) -> None:
+    if site is None:
         run()
         return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    current = torch.cuda.current_stream(site.stream.device)
+    site.stream.wait_stream(current)
+    with torch.cuda.stream(site.stream):
         for _ in range(2):
             run()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current.wait_stream(site.stream)
 
 
 def _tensors(state: DecodeState) -> dict[str, Tensor]:

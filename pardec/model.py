@@ -7,7 +7,7 @@
 import copy
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pardec.adapter import Adapter, AdapterError, load_adapter
 from pardec.base import eos_token_ids, load_base, load_tokenizer, pad_token_id, refuse_by_config
 from pardec.decode import MODES, Decoder, DecodeState
-from pardec.engine import Engine
+from pardec.engine import Engine, power_of_two
 from pardec.engine_pool import EnginePool
 from pardec.fingerprint import differences, fingerprint
 from pardec.forward import TargetModel, embedding_weight
@@ -153,9 +153,10 @@ class SelfSpeculativeModel:
         ids = self._token_ids(prompts)
         law = self._law(temperature, top_k, top_p, min_p, seed)
         shape = self._draft_shape(num_speculative_tokens, block_lengths, mode)
-        with self._engine(ids, law, max_new_tokens, shape, mode) as engine:
+        num_sequences = len(ids) * num_return_sequences
+        with self._engine(ids, law, max_new_tokens, shape, mode, num_sequences=num_sequences) as engine:
             start = time.perf_counter()
-            for _ in engine.run(ids, repeats=num_return_sequences):
+            for _ in engine.run(ids, repeats=num_return_sequences, alone=True):
                 pass
             state = engine.state
             assert state is not None
@@ -228,6 +229,7 @@ class SelfSpeculativeModel:
         shape: tuple[int, ...],
         mode: str,
         eos: list[int] | None = None,
+        num_sequences: int | None = None,
     ) -> Iterator[Engine]:
         """An engine for these prompts, after every check that needs no forward; nobody else has it meanwhile."""
         self._check(prompts, max_new_tokens, mode)
@@ -239,7 +241,12 @@ class SelfSpeculativeModel:
         linears = self._packed(with_lora=mode != "plain" and self._gate is not None)
         # graphs hold on to addresses, compiled code to modules
         keep = law.key is not None and (self.capture or self.compile)
-        key = (mode, shape, law.key, len(eos_ids), self.capture, self.compile, _signature(self.base_model))
+        key = (
+            (mode, shape, law.key, len(eos_ids), self.capture, self.compile),
+            power_of_two(num_sequences or len(prompts)),
+            _signature(self.base_model),
+            _arithmetic(self.target.device),
+        )
         engine = self._pool.take(key) if keep else None
         if engine is None:
             engine = self._new_engine(law, shape, mode, linears)
@@ -279,7 +286,8 @@ class SelfSpeculativeModel:
             query_group=self._survey.query_group,
             compile_step=compiled if self.compile else None,
         )
-        return Engine(decoder, self._survey.bytes_per_slot, captured=self.capture and not law.needs_prefix)
+        captured = self.capture and law.is_capturable
+        return Engine(decoder, self._survey.bytes_per_slot, captured=captured, make_room=self._pool.clear)
 
     def _packed(self, with_lora: bool) -> PackedLinears:
         """Packed weights, up to date; empty on other devices than a CPU."""
@@ -497,17 +505,30 @@ def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(*args) -> Tensor:
         # each batch, number of rows and cache bucket is a compilation; torch gives up after 8 by default
-        with torch._dynamo.config.patch(recompile_limit=256):  # type: ignore[attr-defined]
+        # hooks that a user adds later must be noticed
+        limits = {"recompile_limit": 256, "skip_nnmodule_hook_guards": False}
+        with torch._dynamo.config.patch(limits):  # type: ignore[attr-defined]
             return optimised(*args)
 
     return run
 
 
 def _signature(base: PreTrainedModel) -> int:
-    """Changes when weights are replaced, or modules, their hooks or their forward."""
-    modules = ((id(m), len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m)) for m in base.modules())
+    """Changes when weights are replaced, or modules, their hooks, their forward or their mode."""
+    modules = (
+        (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")), m.training)
+        for m in base.modules()
+    )
     tensors = (tensor.data_ptr() for both in (base.parameters(), base.buffers()) for tensor in both)
     return hash((*modules, *tensors))
+
+
+def _arithmetic(device: torch.device) -> Hashable:
+    """What the caller may have switched on around a call, and graphs and compiled code would not notice."""
+    kind = device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    tf32 = torch.backends.cuda.matmul.allow_tf32 if kind == "cuda" else None
+    return torch.is_inference_mode_enabled(), autocast, tf32
 
 
 def counts_of(state: DecodeState, mode: str, num_sequences: int) -> list[SequenceCounts]:

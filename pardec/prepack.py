@@ -50,7 +50,8 @@ class PackedLinears:
         if linears != self.modules and needed > psutil.virtual_memory().available / 2:
             groups = linears = []
         checksums = [_checksum(t.detach()) for m in linears for t in (m.weight, m.bias) if t is not None]
-        unchanged = linears == self.modules and all(map(torch.equal, checksums, self._checksums))
+        unchanged = linears == self.modules and len(checksums) == len(self._checksums)
+        unchanged = unchanged and all(map(torch.equal, checksums, self._checksums))
         if not unchanged:
             self._groups = [_Group.pack(group, self._gate) for group in groups]
             pairs = [zip(group.modules, group.forwards, strict=True) for group in self._groups]
@@ -69,7 +70,7 @@ class PackedLinears:
                 if module in _num_open:
                     _num_open[module] += 1
                 elif "forward" not in vars(module):  # someone else's own forward stays
-                    vars(module)["forward"] = _dispatcher(module)  # found before the class's method
+                    vars(module)["forward"] = _Dispatcher(module)  # found before the class's method
                     _num_open[module] = 1
                 else:
                     continue
@@ -82,7 +83,8 @@ class PackedLinears:
                     _num_open[module] -= 1
                     if not _num_open[module]:
                         del _num_open[module]
-                        vars(module).pop("forward", None)
+                        if isinstance(vars(module).get("forward"), _Dispatcher):  # not what someone put there since
+                            del vars(module)["forward"]
 
     def active(self) -> "_Active":
         """Context inside which, in this thread, installed layers use the packed weights."""
@@ -90,7 +92,7 @@ class PackedLinears:
         return _Active(None if torch.is_autocast_enabled("cpu") else self._forwards)
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _num_open: dict[nn.Linear, int] = {}  # contexts that hold each module now
 
 
@@ -119,12 +121,16 @@ class _Here(threading.local):
 _here = _Here()
 
 
-def _dispatcher(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
+class _Dispatcher:
+    """Stands for a layer's forward: packed weights where they are active, else the layer's own arithmetic."""
+
+    def __init__(self, module: nn.Linear):
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = self._module
         own = None if _here.forwards is None else _here.forwards.get(module)
         return nn.functional.linear(x, module.weight, module.bias) if own is None else own(x)
-
-    return forward
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,8 @@ def _packable(siblings: Sequence[nn.Module]) -> list[list[nn.Linear]]:
 
 
 def _can_be_packed(module: nn.Linear) -> bool:
-    if type(module) is not nn.Linear or "forward" in module.__dict__:  # a subclass computes something else
+    replaced = "forward" in vars(module) and module not in _num_open
+    if type(module) is not nn.Linear or replaced:  # a subclass computes something else
         return False
     on_cpu = module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
     return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
@@ -200,6 +207,11 @@ def _can_be_packed(module: nn.Linear) -> bool:
 
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> Tensor:
-    """Sums of the bit patterns along rows: integers, so that no change is too small to be seen."""
+    """Sums of the bit patterns along rows, each place with a factor of its own: integers, so that nothing is lost."""
     bits = torch.int64 if tensor.shape[-1] % 2 == 0 else torch.int32
-    return tensor.contiguous().view(bits).sum(dim=-1)
+    words = tensor.contiguous().view(bits)
+    factors = _FACTORS[torch.arange(words.shape[-1]) % len(_FACTORS)]
+    return (words * factors).sum(dim=-1)
+
+
+_FACTORS = torch.randint(2**62, (8191,), generator=torch.Generator().manual_seed(0)) * 2 + 1

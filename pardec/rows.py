@@ -160,4 +160,3 @@ class RowForward:
             key_positions = torch.where(kind == 0, slot, behind + plan.offset_by_kind[kind])
         mask = attention.render(visible, positions, key_positions, self.target.dtype)
         return mask if self.query_group is None else group_rows(mask, self.query_group, self.target.dtype)
-

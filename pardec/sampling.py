@@ -89,7 +89,12 @@ class TokenLaw:
         """Equal for laws that a captured step cannot tell apart, the generator aside; None if some is unknown."""
         if self.needs_prefix:
             return None
-        return (self.greedy, *((type(p), *sorted(map(str, vars(p).items()))) for p in self.processors))
+        return (self.greedy, *((type(p), *sorted((k, _exact(v)) for k, v in vars(p).items())) for p in self.processors))
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether nothing in it reads a value back to the host, as torch's distributions do in the eta warper."""
+        return not self.needs_prefix and not any(isinstance(p, EtaLogitsWarper) for p in self.processors)
 
     @property
     def needs_prefix(self) -> bool:
@@ -149,3 +154,8 @@ class TokenLaw:
         for processor in self.processors:
             row = processor(ids, row)  # type: ignore[operator]
         return row[0]
+
+
+def _exact(value: object) -> str:
+    """Different for different settings; tensors print rounded."""
+    return repr(value.tolist() if isinstance(value, Tensor) else value)

@@ -76,8 +76,9 @@ def test_calls_of_one_kind_share_an_engine_and_others_do_not(capturing):
     wrap, made = capturing
     base = tiny_model("llama")
     ours, rows = wrap(base), prompts(V, (5, 2))
-    for options in ({}, {"max_new_tokens": 4}, {"num_return_sequences": 2}):
+    for options in ({}, {"max_new_tokens": 4}):
         ours.generate(rows, **{"max_new_tokens": NEW} | options)
+    ours.generate(rows[:1], max_new_tokens=NEW, num_return_sequences=2)  # a batch of two again
     assert len(made) == 1
     kinds = [
         {"temperature": 0.7},
@@ -88,6 +89,7 @@ def test_calls_of_one_kind_share_an_engine_and_others_do_not(capturing):
         {"mode": "two_pass"},
         {"num_speculative_tokens": 2},
         {"block_lengths": (2, 1, 0)},
+        {"num_return_sequences": 2},
     ]
     for number, options in enumerate(kinds, 2):
         first = ours.generate(rows, max_new_tokens=4, seed=1, **options).token_ids
