@@ -113,3 +113,15 @@ def test_every_step_names_files_and_recipes_that_exist(tmp_path):
             named = [word for word in step.command if word.startswith(("eval/", "train/", "recipes/", "tests/"))]
             assert named or step.command[:2] == ["-m", "pardec"]
             assert all((root / word).exists() for word in named), named
+
+
+def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, monkeypatch):
+    folder = tmp_path / "report"
+    only = "tests,pretrain,train-lora,exactness"
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--quick", "--output", str(folder), "--only", only])
+    with pytest.raises(SystemExit) as ended:
+        gpu_report.main()
+    logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}
+    assert ended.value.code == 0, logs
+    assert "exactness" in (folder / "REPORT.md").read_text().lower()
+    assert (folder / "lora-pardec.json").exists()
