@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.errors import first_line
-from pardec.forward import UnsupportedModelError
+from pardec.forward import SUPPORTED_ATTENTION, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -46,6 +46,10 @@ def load_base(
         ValueError: if nothing loadable is found under the name.
         UnsupportedModelError: for a model that cannot be decoded exactly.
     """
+    if attn_implementation not in (None, *SUPPORTED_ATTENTION):
+        raise ValueError(
+            f"attn_implementation: expected one of {', '.join(SUPPORTED_ATTENTION)}, found {attn_implementation!r}"
+        )
     path = resolve_base(name)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype is None:
@@ -66,6 +70,10 @@ def load_base(
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
+            raise ValueError(
+                f"attn_implementation: expected eager, the one that {config.model_type} models take, found 'sdpa'"
+            ) from None
         raise ValueError(f"base {name!r}: cannot be loaded: {first_line(error)}") from None
     if not hasattr(base, "hf_device_map"):
         base = base.to(where)  # type: ignore[arg-type]

@@ -61,7 +61,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)] = None,
     mode: Annotated[str, typer.Option(help="fused, two_pass or plain")] = "fused",
     num_speculative_tokens: Annotated[
-        int | None, typer.Option(help="drafted tokens per step; default all that were trained", show_default=False)
+        int | None,
+        typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run plain decoding too, side by side")] = False,

@@ -441,3 +441,33 @@ def test_no_files_but_safetensors_json_and_markdown_are_written(saved):
     suffixes = {path.suffix for path in saved.rglob("*") if path.is_file()}
     assert suffixes == {".safetensors", ".json", ".md"}
     shutil.rmtree(saved)
+
+
+def test_an_attention_that_the_base_or_the_decoder_refuses_is_answered_with_those_it_takes(tmp_path):
+    from pardec.base import load_base
+
+    tiny_model("gemma2-eager", dtype=torch.float32).save_pretrained(tmp_path)
+    assert load_base(str(tmp_path), device="cpu", attn_implementation="eager").config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="attn_implementation: expected one of sdpa, eager, found 'flex_attention'"):
+        load_base(str(tmp_path), device="cpu", attn_implementation="flex_attention")
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = GptOssConfig(vocab_size=61, **sizes, **heads)
+    GptOssForCausalLM(config).save_pretrained(tmp_path / "sinks")
+    with pytest.raises(ValueError, match="expected eager, the one that gpt_oss models take, found 'sdpa'"):
+        load_base(str(tmp_path / "sinks"), device="cpu", attn_implementation="sdpa")
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_what_would(llama, monkeypatch):
+    import psutil
+
+    class Short:
+        available = 40_000
+
+    ours = SelfSpeculativeModel(llama, None, make_adapter(llama, K))
+    ours.generate([ROWS[0]], max_new_tokens=2)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Short)
+    with pytest.raises(ValueError, match=r"cache: expected at most 0\.00 GiB, free on cpu, found .* would fit"):
+        ours.generate([ROWS[0]], max_new_tokens=60)
