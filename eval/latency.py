@@ -12,12 +12,11 @@ table for every context; writes JSON, Markdown and a picture into eval/results; 
 import argparse
 import json
 import math
-import re
-from pathlib import Path
 
 import torch
 from bandwidth import StepBound, copy_bandwidth, lora_bytes_per_step, weight_bytes_per_step
 from latency_tables import print_results, write_results
+from result_files import output_stem
 from shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
 from step_groups import Plan, measure_group
 from steps import FLEX, GROUPED, STOCK, Subject, Variant
@@ -86,7 +85,7 @@ def report(args: argparse.Namespace) -> None:
         subject.facts.bytes_per_slot,
     )
     result = facts(args, subject, plan, bound) | {"rows": [], "profiles": [], "left_out": [], "is_complete": False}
-    stem = output_stem(args, device)
+    stem = output_stem("latency", args.output, args.quick, device)
     with tqdm(total=plan.blocks_per_group * len(plan.variants) * len(plan.contexts), unit="block") as bar:
         for index, variant in enumerate(plan.variants):
             if variant.compile:
@@ -213,16 +212,6 @@ def facts(args: argparse.Namespace, subject: Subject, plan: Plan, bound: StepBou
         "git_commit": git_commit(),
         "command": command_line(),
     }
-
-
-def output_stem(args: argparse.Namespace, device: torch.device) -> Path:
-    """Path of the results without suffix."""
-    if args.output is not None:
-        return Path(args.output.removesuffix(".json"))
-    if args.quick:
-        return Path("runs/latency_quick")
-    name = device_name(device) if device.type == "cuda" else device.type
-    return Path("eval/results") / f"latency_{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}"
 
 
 if __name__ == "__main__":

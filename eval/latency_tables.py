@@ -3,14 +3,14 @@
 Knows the keys of the rows, nothing of how they were measured.
 """
 
-import json
 from pathlib import Path
 
 from plots import plot_step_latency
+from result_files import write_files
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from tables import TextTable, written_aside
+from tables import TextTable
 
 HEADER = ("LoRA", "rows", "K", "ms/step", "x plain", "bound ms", "share of bound", "TFLOP/s")
 FORCED_HEADER = ("tokens/step", "tokens/s", "tokens/s x plain")
@@ -198,11 +198,6 @@ def panels_of(result: dict) -> dict[str, dict[str, list[tuple[int, float, float]
 
 
 def write_results(result: dict, stem: Path) -> None:
-    """Writes `stem`.json, .md and .png, each replaced as a whole."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(stem.with_name(stem.name + ".json")) as aside:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
-    with written_aside(stem.with_name(stem.name + ".md")) as aside:
-        aside.write_text(markdown_of(result))
-    with written_aside(stem.with_name(stem.name + ".png")) as aside:
-        plot_step_latency(panels_of(result), f"a step of {result['model']}, {result['device']}", aside)
+    """Writes `stem`.json, .md and .png."""
+    title = f"a step of {result['model']}, {result['device']}"
+    write_files(result, stem, markdown_of(result), lambda path: plot_step_latency(panels_of(result), title, path))

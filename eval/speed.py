@@ -10,7 +10,6 @@ those of `model.generate` for each prompt alone, ties of the arithmetic aside.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
 from exactness import Divergence, examine
 from prompts import Prompt, read_prompts
+from result_files import output_stem
 from tables import print_results, write_results
 from timing import rows_of, time_ways
 from torch import Tensor
@@ -124,7 +124,7 @@ def report(args: argparse.Namespace) -> int:
     if not rows:
         raise ValueError("device: expected memory for one batch size at least, found too little for all")
     result = {"rows": rows, "left_out": left_out, "problems": problems} | facts(args, model, prompts, batch_sizes)
-    write_results(result, output_stem(args, device))
+    write_results(result, output_stem("speed", args.output, args.quick, device))
     print_results(result)
     print(json.dumps(result))
     return 1 if problems else 0
@@ -248,16 +248,6 @@ def facts(args: argparse.Namespace, model: SelfSpeculativeModel, prompts: Sequen
         "git_commit": git_commit(),
         "command": command_line(),
     }
-
-
-def output_stem(args: argparse.Namespace, device: torch.device) -> Path:
-    """Path of the results without suffix."""
-    if args.output is not None:
-        return Path(args.output.removesuffix(".json"))
-    if args.quick:
-        return Path("runs/speed_quick")
-    name = device_name(device) if device.type == "cuda" else device.type
-    return Path("eval/results") / f"speed_{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}"
 
 
 if __name__ == "__main__":

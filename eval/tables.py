@@ -3,15 +3,13 @@
 Knows the keys of the rows, nothing of how they were measured. Every file is replaced as a whole.
 """
 
-import json
-import os
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from plots import plot_speed_ratios
+from result_files import write_files
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -183,21 +181,5 @@ def panels_of(result: dict) -> dict[str, dict[str, dict[str, tuple[float, float,
 
 def write_results(result: dict, stem: Path) -> None:
     """Writes `stem`.json, .md and .png."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(stem.with_name(stem.name + ".json")) as aside:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
-    with written_aside(stem.with_name(stem.name + ".md")) as aside:
-        aside.write_text(markdown_of(result))
-    with written_aside(stem.with_name(stem.name + ".png")) as aside:
-        plot_speed_ratios(panels_of(result), f"speed over plain decoding, {result['device']}", aside)
-
-
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which is renamed to `path` when all went well and removed otherwise."""
-    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    title = f"speed over plain decoding, {result['device']}"
+    write_files(result, stem, markdown_of(result), lambda path: plot_speed_ratios(panels_of(result), title, path))

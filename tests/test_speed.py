@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT / "eval"))
     import baselines
+    import result_files
     import speed
     import tables
     import timing
@@ -336,7 +337,7 @@ def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):
     path.write_text("old")
 
     def killed() -> None:
-        with tables.written_aside(path) as aside:
+        with result_files.written_aside(path) as aside:
             aside.write_text("half")
             raise KeyboardInterrupt
 

@@ -1,0 +1,51 @@
+"""Where the scripts of this folder leave their results, each file whole or not at all: JSON, Markdown, a picture."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pardec.run import device_name
+
+
+def output_stem(kind: str, output: str | None, quick: bool, device: torch.device) -> Path:
+    """Path of the results without suffix.
+
+    Args:
+        kind: of results, such as `speed`.
+        output: what was asked for, if anything.
+        quick: a first look must not overwrite results that are kept.
+        device: part of the default name.
+    """
+    if output is not None:
+        return Path(output.removesuffix(".json"))
+    if quick:
+        return Path(f"runs/{kind}_quick")
+    name = device_name(device) if device.type == "cuda" else device.type
+    return Path("eval/results") / f"{kind}_{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}"
+
+
+def write_files(result: dict, stem: Path, markdown: str, draw: Callable[[Path], None]) -> None:
+    """Writes `stem`.json, .md and .png; `draw` makes the picture at the path that it is given."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(stem.with_name(stem.name + ".json")) as aside:
+        aside.write_text(json.dumps(result, indent=1) + "\n")
+    with written_aside(stem.with_name(stem.name + ".md")) as aside:
+        aside.write_text(markdown)
+    with written_aside(stem.with_name(stem.name + ".png")) as aside:
+        draw(aside)
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, which is renamed to `path` when all went well and removed otherwise."""
+    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
