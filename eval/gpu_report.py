@@ -72,7 +72,7 @@ def latency_steps(work: Path, quick: bool) -> list[Step]:
         command = ["eval/latency.py", "--quick", "--output", str(work / "latency")]
         return [Step("latency", command, files_of(work / "latency"))]
     made = []
-    # a shape is compiled for every number of rows, which takes about a minute each
+    # a shape is compiled for every number of rows, which takes long
     wanted = {"latency": [], "latency-compiled": ["--compile", "--rows", "1,25,81", "--contexts", "1024"]}
     for name, options in wanted.items():
         command = ["eval/latency.py", "--shape", "llama-8b", "--profile", *options, "--output", str(work / name)]
@@ -85,7 +85,7 @@ def latency_steps(work: Path, quick: bool) -> list[Step]:
 
 
 def pretraining(base: Path, quick: bool) -> list[str]:
-    """The base: as many tokens as an H100 takes in about six minutes."""
+    """The base: 92 million tokens, meant to fit one step of the report on an H100."""
     command = ["train/pretrain_base.py", "recipes/pretrain_100m_gpu.yaml", f"output_dir={base}"]
     if quick:
         sizes = ["model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2"]
