@@ -77,10 +77,10 @@ def latency_steps(work: Path, quick: bool) -> list[Step]:
     for name, options in wanted.items():
         command = ["eval/latency.py", "--shape", "llama-8b", "--profile", *options, "--output", str(work / name)]
         made.append(Step(name, command, files_of(work / name)))
-    command = ["eval/latency.py", "--shape", "llama-8b", "--attention", "stock", "--rows", "1,25,81"]
-    made.append(
-        Step("latency-stock", [*command, "--output", str(work / "latency-stock")], files_of(work / "latency-stock"))
-    )
+    routes = ["--attention", "grouped,stock,flex", "--rows", "1,25,81", "--contexts", "1024,4096", "--lora", "no"]
+    stem = work / "latency-attention"
+    command = ["eval/latency.py", "--shape", "llama-8b", *routes, "--output", str(stem)]
+    made.append(Step("latency-attention", command, files_of(stem)))
     return made
 
 
