@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -18,6 +18,10 @@ SUPPORTED_LAYER_TYPES = (FULL, SLIDING, CHUNKED)
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 # their frequencies depend on the largest position of a call
 _SWITCHING_ROPE = ("dynamic", "longrope")
+
+
+# older versions of transformers take one `logits_to_keep` for all sequences only
+_TAKES_ROWS_OF_EACH = hasattr(modeling_utils, "slice_logits_to_keep")
 
 
 class UnsupportedModelError(ValueError):
@@ -173,7 +177,7 @@ class TargetModel:
             position_ids: shape [B, R], int64.
             attention_mask: from `AttentionForm.render`; None for a causal prefill.
             cache: takes the rows' keys and values.
-            logits_to_keep: rows whose logits are wanted, shape [n]; the last n for a number, 0 for all.
+            logits_to_keep: rows whose logits are wanted, shape [n], or [B, n] by `run_at`; 0 for all.
 
         Returns:
             shape [B, n, V].
@@ -187,6 +191,23 @@ class TargetModel:
             use_cache=True,
             logits_to_keep=logits_to_keep,
         ).logits
+
+    def run_at(
+        self,
+        rows: Tensor,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | Mapping[str, Tensor] | None,
+        cache: Cache,
+    ) -> Tensor:
+        """Logits of rows that differ between sequences, shape [B, n, V]; `rows`, shape [B, n], the rest as in `run`."""
+        if rows.shape[0] > 1 and _TAKES_ROWS_OF_EACH:
+            return self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=rows)
+        # one set of rows for all sequences, out of which each takes its own
+        columns = rows.unique()
+        logits = self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=columns)
+        where = torch.searchsorted(columns, rows)
+        return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[2]))
 
 
 def position_limit(base: PreTrainedModel) -> int | None:

@@ -58,12 +58,8 @@ def prefill_prompts(
         if gate is not None:
             gate_open = gate.open(rows, B, P + num_masks)
     positions = target.clamp_positions(torch.arange(P + num_masks, device=padded.device).expand(B, -1))
-    # one set of rows for all prompts: older versions of transformers take no rows of each prompt's own
-    columns = keep.unique()
     with gate_open:
-        logits = target.run(embeds, positions, None, cache, logits_to_keep=columns)
-    where = torch.searchsorted(columns, keep)
-    return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[2]))
+        return target.run_at(keep, embeds, positions, None, cache)
 
 
 def _run_chunks(target: TargetModel, padded: Tensor, cache: SlotCache, chunk: int) -> None:

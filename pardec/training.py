@@ -133,7 +133,7 @@ class MaskTokenTrainer(nn.Module):
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
         # the mask token at position s predicts what the real token at s predicts
         keep = layout.positions.clamp_max(input_ids.shape[1] - 1)
-        return Prefix(cache, self.target.run(self.target.embed(input_ids), positions, None, cache, keep))
+        return Prefix(cache, self.target.run_at(keep, self.target.embed(input_ids), positions, None, cache))
 
     def _run_mask_rows(self, layout: TrainingLayout, num_tokens: int, cache: PrefixCache) -> Tensor:
         target, (B, M) = self.target, layout.positions.shape
