@@ -16,6 +16,7 @@ import math
 import torch
 from bandwidth import StepBound, copy_bandwidth, lora_bytes_per_step, weight_bytes_per_step
 from latency_tables import print_results, write_results
+from options import integers
 from result_files import output_stem
 from shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
 from step_groups import Plan, measure_group
@@ -159,17 +160,6 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
         profile=args.profile,
         seed=args.seed,
     )
-
-
-def integers(option: str, text: str) -> list[int]:
-    """The numbers of `1,4,9`, in ascending order."""
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        numbers = [0]
-    if numbers[0] < 1:
-        raise ValueError(f"{option}: expected integers >= 1 with commas between them, found {text!r}")
-    return numbers
 
 
 def load_subject(args: argparse.Namespace, device: torch.device, max_drafted: int) -> Subject:

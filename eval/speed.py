@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
 from exactness import Divergence, examine
+from options import integers
 from prompts import Prompt, read_prompts
 from result_files import output_stem
 from tables import print_results, write_results
@@ -148,17 +149,6 @@ def check_options(args: argparse.Namespace) -> tuple[list[Setting], list[int], l
     settings = [greedy] * (not args.sampled_only) + [sampled] * (not args.greedy_only)
     asked = args.num_speculative_tokens
     return settings, batch_sizes, None if asked is None else integers("num_speculative_tokens", asked)
-
-
-def integers(option: str, text: str) -> list[int]:
-    """The numbers of `1,2,4`, in ascending order."""
-    try:
-        numbers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        numbers = [0]
-    if numbers[0] < 1:
-        raise ValueError(f"{option}: expected integers >= 1 with commas between them, found {text!r}")
-    return numbers
 
 
 def labelled(directories: Sequence[str]) -> dict[str, str]:

@@ -123,7 +123,6 @@ class Decoder:
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
         self._next_block = _next_block(blocks).to(device)
-        self._draft_index = torch.arange(K, device=device)
         self._token_index = torch.arange(self.tokens_per_step, device=device)
 
     @property
@@ -227,19 +226,20 @@ class Decoder:
 
     def step_logits(self, state: DecodeState) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
-        return self._step_logits(state, torch.cat([state.bonus[:, None], state.drafts], dim=1))
+        return self.forward.run(self._plans["step"], state.cache, state.lengths, self._uncommitted(state))
 
-    def _step_logits(self, state: DecodeState, ids: Tensor) -> Tensor:
-        return self.forward.run(self._plans["step"], state.cache, state.lengths, ids)
+    def _uncommitted(self, state: DecodeState) -> Tensor:
+        """Ids of the real rows, shape [B, K + 1]."""
+        bonus = state.bonus[:, None]
+        return torch.cat([bonus, state.drafts], dim=1) if self.num_speculative_tokens else bonus
 
     def _fused_step(self, state: DecodeState) -> None:
         K = self.num_speculative_tokens
-        ids = torch.cat([state.bonus[:, None], state.drafts], dim=1) if K else state.bonus[:, None]
-        logits = self._step_logits(state, ids)
+        logits = self.step_logits(state)
         # the argmax of all rows at once; processors and float64 models need scores of the real rows
         best = logits.argmax(dim=-1) if self.law.is_plain_argmax(logits.dtype) else None
         real = (logits if best is None else best)[:, : K + 1]
-        tokens, num_accepted = self._verify(state, real, [ids])
+        tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
         self._mark(state, num_accepted)
         if K:
             # behind the length of a shorter block its last row's draft stands again, and does not exist

@@ -240,14 +240,15 @@ class SelfSpeculativeModel:
             self._survey = survey(self.target)
         linears = self._packed(with_lora=mode != "plain" and self._gate is not None)
         # graphs hold on to addresses, compiled code to modules
-        keep = law.key is not None and (self.capture or self.compile)
-        key = (
-            (mode, shape, law.key, len(eos_ids), self.capture, self.compile),
-            power_of_two(num_sequences or len(prompts)),
-            _signature(self.base_model),
-            _arithmetic(self.target.device),
-        )
-        engine = self._pool.take(key) if keep else None
+        key = None
+        if law.key is not None and (self.capture or self.compile):
+            key = (
+                (mode, shape, law.key, len(eos_ids), self.capture, self.compile),
+                power_of_two(num_sequences or len(prompts)),
+                _signature(self.base_model),
+                _arithmetic(self.target.device),
+            )
+        engine = None if key is None else self._pool.take(key)
         if engine is None:
             engine = self._new_engine(law, shape, mode, linears)
         elif law.generator is not None:
@@ -263,7 +264,7 @@ class SelfSpeculativeModel:
             usable = True
             raise
         finally:
-            if keep and usable:
+            if key is not None and usable:
                 self._pool.give_back(key, engine)
 
     def _new_engine(self, law: TokenLaw, shape: tuple[int, ...], mode: str, linears: PackedLinears) -> Engine:

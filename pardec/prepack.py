@@ -2,8 +2,8 @@
 
 A CPU's float32 matrix product repacks the weight matrix at every call, which for a handful of rows costs more than
 the product itself. oneDNN takes weights that were packed before. Layers that read the same input become one product,
-and where a LoRA is given its A matrices ride along in it. The base's modules are switched over for the time of one
-forward only, and only for the thread that runs it, so that outside of it the base is untouched.
+and where a LoRA is given its A matrices ride along in it. Packed weights are used inside of a step only, and only by
+the thread that runs it; whoever runs the base meanwhile gets its own arithmetic.
 Legend: R rows, r rank.
 """
 
