@@ -133,9 +133,10 @@ def report(args: argparse.Namespace) -> None:
 def measure_untrained(model: SelfSpeculativeModel, prompts: list[list[int]], max_new_tokens: int):
     """Sampled mean acceptance length of mask tokens that learned nothing, and its rates per position."""
     assert model.adapter is not None
-    K = model.adapter.metadata.num_speculative_tokens
-    masks = mean_embedding(model.target).cpu().repeat(model.adapter.mask_embeddings.shape[0], 1)
-    adapter = Adapter(masks, model.adapter.metadata)
+    facts = model.adapter.metadata
+    K = facts.num_speculative_tokens
+    masks = mean_embedding(model.target).cpu().repeat(1 if facts.mask_sharing == "shared" else K, 1)
+    adapter = Adapter(masks, facts.model_copy(update={"head": None}))
     untrained = SelfSpeculativeModel(model.base_model, model.tokenizer, adapter)
     found = measure_acceptance(untrained, prompts, max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_k=TOP_K)
     return found.mean_acceptance_length, found.stats.acceptance_rate_per_position["unconditional"][:K]

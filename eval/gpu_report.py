@@ -3,9 +3,10 @@
     python eval/gpu_report.py [--output runs/gpu-report] [--minutes 60] [--quick]
 
 Runs tests, step latencies of an 8B shape, pretrains a base of 100 M parameters on the Python packages installed for
-this interpreter, trains adapters for it, tunes them, and measures speed and exactness. Every step ends within nine
-minutes and is skipped once it is done, so a run that was cut off, or whose --minutes are over, continues when it is
-started again. Nothing is downloaded. Small results are gathered in one folder, with REPORT.md to begin with.
+this interpreter, trains adapters for it, tunes them, measures speed and exactness, and compares ways of training in a
+study, one variant a step. Every step ends within nine minutes and is skipped once it is done, so a run that was cut
+off, or whose --minutes are over, continues when it is started again. Nothing is downloaded. Small results are gathered
+in one folder, with REPORT.md to begin with.
 Exit codes: 0 all done, 1 a step failed, 3 time is over and steps are left.
 """
 
@@ -13,10 +14,12 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,7 @@ STEP_LIMIT_SECONDS = 9 * 60
 # a step is begun only if the time that is left would do for most of it
 MIN_SECONDS_FOR_A_STEP = 60
 TIME_IS_OVER = 3
+STUDY, STUDY_VARIANTS = "eval/studies/gpu_100m.yaml", ("lora", "embeddings", "lora-head", "lora-head-joint")
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def steps(work: Path, quick: bool) -> list[Step]:
     for adapter in (embeddings, lora):
         command = ["-m", "pardec", "tune", str(adapter), *(["--quick"] if quick else ["--num-prompts", "16"])]
         made.append(Step(f"tune-{adapter.name}", command, [adapter / "tuned.json"]))
-    return made + serving_steps(work, embeddings, lora, quick)
+    return made + serving_steps(work, embeddings, lora, quick) + study_steps(work, base, quick)
 
 
 def latency_steps(work: Path, quick: bool) -> list[Step]:
@@ -108,6 +112,15 @@ def serving_steps(work: Path, embeddings: Path, lora: Path, quick: bool) -> list
         Step("speed", speed, files_of(work / "speed")),
         Step("exactness", exact, files_of(work / "exactness")),
     ]
+
+
+def study_steps(work: Path, base: Path, quick: bool) -> list[Step]:
+    """Each variant of the study; every step leaves the table of all variants so far."""
+    stem = work / "study"
+    command = ["eval/ablate.py", STUDY, "--work", str(work / "variants"), "--output", str(stem)]
+    sizes = ["data.path=python-stdlib", "--quick"] if quick else []
+    command += ["--set", f"base={base}", *sizes]
+    return [Step(f"study-{name}", [*command, "--only", name], files_of(stem)) for name in STUDY_VARIANTS]
 
 
 def files_of(stem: Path) -> list[Path]:
@@ -175,12 +188,14 @@ def run_step(output: Path, step: Step, limit_seconds: float) -> int:
     (output / "work").mkdir(exist_ok=True)
     with log.open("w") as file:
         command = [sys.executable, *step.command]
+        options = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
+        process = subprocess.Popen(command, cwd=ROOT, **options)
         try:
-            code = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=limit_seconds
-            ).returncode
+            code = process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
             code = -1
+        finally:
+            end_group(process)
     seconds = round(time.monotonic() - start, 1)
     gathered = [gather(path, output) for path in step.results if path.exists()] if code == 0 else []
     record = {"command": list(step.command), "code": code, "seconds": seconds, "results": gathered}
@@ -190,6 +205,13 @@ def run_step(output: Path, step: Step, limit_seconds: float) -> int:
     said = "done" if code == 0 else "cut off; run again to continue" if code == -1 else f"failed, see {log}"
     print(f"{step.name}: {said} after {seconds:.0f} s", flush=True)
     return int(code != 0)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """Ends what is left of a step, the processes that it has started too: nothing may go on beside the next step."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def gather(path: Path, output: Path) -> str:
@@ -212,7 +234,7 @@ def write_report(output: Path, planned: Sequence[Step]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
     lines = [f"# {device_name(device)}", "", f"{versions}; commit {git_commit() or 'unknown'}.", ""]
     lines += ["| step | seconds | ended | command |", "|---|---:|---|---|"]
-    tables = []
+    tables: dict[Path, str] = {}
     for step in planned:
         record = read_record(output, step)
         if record is None:
@@ -224,8 +246,10 @@ def write_report(output: Path, planned: Sequence[Step]) -> None:
         for name in record["results"]:
             found = output / name
             pages = sorted(found.glob("*.md")) if found.is_dir() else [found] if found.suffix == ".md" else []
-            tables += [f"\n## {step.name}\n\n{page.read_text()}" for page in pages]
-    (output / "REPORT.md").write_text("\n".join([*lines, *tables]) + "\n")
+            # a table that several steps add to stands behind the last of them
+            kept = {page: text for page, text in tables.items() if page not in pages}
+            tables = kept | {page: f"\n## {step.name}\n\n{page.read_text()}" for page in pages}
+    (output / "REPORT.md").write_text("\n".join([*lines, *tables.values()]) + "\n")
     print(f"report: {output / 'REPORT.md'}")
 
 

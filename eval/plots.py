@@ -161,3 +161,42 @@ def plot_step_latency(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def plot_study(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]], baseline: str, title: str, path: Path
+) -> None:
+    """Mean acceptance length of each row of a study as a point with its interval, one panel per figure.
+
+    Args:
+        panels: by figure and row: lower end of the interval, value, upper end.
+        baseline: the row that a vertical line marks, where it is among them.
+        title: what was measured.
+        path: of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    size = (5 * len(panels) + 2, 0.32 * len(names) + 1.6)
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=size, dpi=130, squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, (figure_name, rows) in zip(grid[0], panels.items(), strict=True):
+        for name, (low, value, high) in rows.items():
+            place = names.index(name)
+            axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", markersize=4, color="#3b6fb6")
+            axes.text(value, place - 0.15, f"{value:.3f}", fontsize=6, ha="center", va="bottom")
+        if baseline in rows:
+            axes.axvline(rows[baseline][1], color="#888888", linewidth=0.8)
+        axes.set_title(figure_name, fontsize=10)
+        axes.set_xlabel("mean acceptance length, 95 % interval over prompts")
+        axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].set_yticks(range(len(names)), names, fontsize=8)
+    grid[0][0].set_ylim(len(names) - 0.5, -0.7)
+    figure.suptitle(title, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -1,9 +1,9 @@
-"""An adapter: mask embeddings and perhaps a gated LoRA, with their provenance, in memory and on disk.
+"""An adapter: mask embeddings, a gated LoRA, a sampler head, with their provenance, in memory and on disk.
 
-On disk: `pardec.json`, `mask_embeddings.safetensors`, `lora/` in PEFT's format. safetensors and JSON only.
-Writing is safe against a kill at any moment: a complete copy is renamed to `.incoming` first, and as long as that
-folder exists it is what is read.
-Legend: K num_speculative_tokens, D width of an input embedding.
+On disk: `pardec.json`, `mask_embeddings.safetensors`, `lora/` in PEFT's format, `head.safetensors`. safetensors and
+JSON only. Writing is safe against a kill at any moment: a complete copy is renamed to `.incoming` first, and as long
+as that folder exists it is what is read.
+Legend: K num_speculative_tokens, D width of an input embedding, H of a hidden state, W of the head.
 """
 
 import hashlib
@@ -27,6 +27,9 @@ from pardec.gated_lora import LoraWeights
 FORMAT_VERSION = 1
 METADATA_FILE = "pardec.json"
 EMBEDDINGS_FILE = "mask_embeddings.safetensors"
+HEAD_FILE = "head.safetensors"
+HEAD_TENSORS = ("inner.bias", "inner.weight", "outer.weight")
+MASK_EMBEDDINGS, UNIFORM_NOISE = "mask_embeddings", "uniform_noise"  # what may stand at mask rows
 LORA_DIR = "lora"
 LORA_CONFIG_FILE = f"{LORA_DIR}/adapter_config.json"
 LORA_WEIGHTS_FILE = f"{LORA_DIR}/adapter_model.safetensors"
@@ -51,13 +54,28 @@ class BaseReference(BaseModel):
     revision: str | None = None
 
 
+class HeadShape(BaseModel):
+    """Sizes of a sampler head.
+
+    Attributes:
+        width: W.
+        shortlist: tokens of each mask row that it scores.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: int = Field(ge=1)
+    shortlist: int = Field(ge=1)
+
+
 class AdapterMetadata(BaseModel):
     """Content of `pardec.json`.
 
     Attributes:
         num_speculative_tokens: K that the adapter was trained with.
         mask_sharing: one embedding per position, or one for all.
-        draft_input: what stands at mask rows.
+        draft_input: what stands at mask rows: mask embeddings, or embeddings of uniformly random tokens.
+        head: of the sampler head; None without one, and then not written, as older versions know no such key.
         base: where the base was loaded from.
         fingerprint: what identifies the base.
         training: objective, data, command, git commit, library versions, steps.
@@ -70,7 +88,8 @@ class AdapterMetadata(BaseModel):
     format_version: int = FORMAT_VERSION
     num_speculative_tokens: int = Field(ge=1)
     mask_sharing: Literal["distinct", "shared"] = "distinct"
-    draft_input: Literal["mask_embeddings"] = "mask_embeddings"
+    draft_input: Literal["mask_embeddings", "uniform_noise"] = MASK_EMBEDDINGS
+    head: HeadShape | None = None
     base: BaseReference
     fingerprint: Fingerprint
     training: dict[str, Any] = {}
@@ -84,32 +103,42 @@ class Adapter:
 
     Attributes:
         mask_embeddings: shape [K, D], or [1, D] if shared; float32, in the space of the embedding module's output.
+            None where random tokens stand at mask rows.
         metadata: provenance.
         lora: the gated LoRA, or None.
+        head: weights of the sampler head, float32, by name: inner.weight [W, H + D], inner.bias [W],
+            outer.weight [H, W]; or None.
+
+    Raises:
+        AdapterError: for parts that do not fit each other.
     """
 
-    mask_embeddings: Tensor
+    mask_embeddings: Tensor | None
     metadata: AdapterMetadata
     lora: LoraWeights | None = None
+    head: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        shared = self.metadata.mask_sharing == "shared"
-        rows = 1 if shared else self.metadata.num_speculative_tokens
-        if self.mask_embeddings.dim() != 2 or self.mask_embeddings.shape[0] != rows:
-            raise AdapterError(
-                f"mask embeddings: expected shape [{rows}, D] for {self.metadata.mask_sharing} mask tokens with "
-                f"num_speculative_tokens {self.metadata.num_speculative_tokens}, "
-                f"found {list(self.mask_embeddings.shape)}"
-            )
-        if not bool(torch.isfinite(self.mask_embeddings).all()):
-            raise AdapterError("mask embeddings: expected finite numbers, found NaN or infinity")
+        if self.metadata.draft_input == UNIFORM_NOISE:
+            if self.mask_embeddings is not None:
+                shape = list(self.mask_embeddings.shape)
+                raise AdapterError(f"mask embeddings: expected none with draft_input {UNIFORM_NOISE}, found {shape}")
+            if self.lora is None:
+                raise AdapterError(
+                    f"lora: expected one with draft_input {UNIFORM_NOISE}, as all is learned by it, found none"
+                )
+        else:
+            _check_mask_embeddings(self.mask_embeddings, self.metadata)
+        _check_head(self.head, self.metadata.head)
 
     def embeddings_for(self, num_speculative_tokens: int) -> Tensor:
         """Mask embeddings of shape [num_speculative_tokens, D].
 
         Raises:
-            ValueError: if more are asked for than were trained and they are distinct.
+            ValueError: if there are none, or more are asked for than were trained and they are distinct.
         """
+        if self.mask_embeddings is None:
+            raise ValueError(f"mask embeddings: expected some, found draft_input {self.metadata.draft_input}")
         trained = self.metadata.num_speculative_tokens
         if self.metadata.mask_sharing == "shared":
             return self.mask_embeddings.expand(num_speculative_tokens, -1)
@@ -119,6 +148,37 @@ class Adapter:
                 f"adapter was trained with, found {num_speculative_tokens}"
             )
         return self.mask_embeddings[:num_speculative_tokens]
+
+
+def _check_mask_embeddings(mask_embeddings: Tensor | None, metadata: AdapterMetadata) -> None:
+    rows = 1 if metadata.mask_sharing == "shared" else metadata.num_speculative_tokens
+    if mask_embeddings is None or mask_embeddings.dim() != 2 or mask_embeddings.shape[0] != rows:
+        raise AdapterError(
+            f"mask embeddings: expected shape [{rows}, D] for {metadata.mask_sharing} mask tokens with "
+            f"num_speculative_tokens {metadata.num_speculative_tokens}, "
+            f"found {'none' if mask_embeddings is None else list(mask_embeddings.shape)}"
+        )
+    if not bool(torch.isfinite(mask_embeddings).all()):
+        raise AdapterError("mask embeddings: expected finite numbers, found NaN or infinity")
+
+
+def _check_head(head: dict[str, Tensor] | None, shape: HeadShape | None) -> None:
+    if head is None or shape is None:
+        if head is not shape:
+            found = f"weights without the key head in {METADATA_FILE}" if shape is None else "that key without weights"
+            raise AdapterError(f"head: expected weights and the key head in {METADATA_FILE}, or neither, found {found}")
+        return
+    if sorted(head) != sorted(HEAD_TENSORS):
+        raise AdapterError(f"head: expected {', '.join(HEAD_TENSORS)}, found {', '.join(sorted(head)) or 'nothing'}")
+    shapes, W = {name: list(head[name].shape) for name in HEAD_TENSORS}, shape.width
+    H, both = shapes["outer.weight"][:1], shapes["inner.weight"][1:]
+    expected = {"inner.bias": [W], "inner.weight": [W, *both], "outer.weight": [*H, W]}
+    if shapes != expected or not [0] < H < both:
+        raise AdapterError(
+            f"head: expected inner.bias [{W}], inner.weight [{W}, H + D], outer.weight [H, {W}], found {shapes}"
+        )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in head.values()):
+        raise AdapterError("head: expected finite numbers, found NaN or infinity")
 
 
 def save_adapter(adapter: Adapter, directory: str | Path) -> None:
@@ -147,23 +207,30 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> None:
 
 
 def _write_files(adapter: Adapter, folder: Path) -> None:
+    written = []
+    if adapter.mask_embeddings is not None:
+        save_file({"mask_embeddings": _plain(adapter.mask_embeddings)}, folder / EMBEDDINGS_FILE)
+        written.append(EMBEDDINGS_FILE)
+    if adapter.head is not None:
+        save_file({name: _plain(tensor) for name, tensor in adapter.head.items()}, folder / HEAD_FILE)
+        written.append(HEAD_FILE)
     if adapter.lora is not None:
         (folder / LORA_DIR).mkdir()
-    save_file(
-        {"mask_embeddings": adapter.mask_embeddings.detach().float().cpu().contiguous()}, folder / EMBEDDINGS_FILE
-    )
-    written = [EMBEDDINGS_FILE]
-    if adapter.lora is not None:
         save_file(adapter.lora.tensors, folder / LORA_WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / LORA_CONFIG_FILE).write_text(json.dumps(adapter.lora.config, indent=2, sort_keys=True))
         (folder / LORA_README_FILE).write_text(_LORA_README)
         written += [LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE]
     files = {name: _sha256(folder / name) for name in written}
     metadata = adapter.metadata.model_copy(update={"files": files})
-    (folder / METADATA_FILE).write_text(metadata.model_dump_json(indent=2) + "\n")
+    unknown_before = {"head"} if metadata.head is None else None
+    (folder / METADATA_FILE).write_text(metadata.model_dump_json(indent=2, exclude=unknown_before) + "\n")
     for path in folder.rglob("*"):
         if path.is_file():
             _sync(path)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()
 
 
 def _sync(path: Path) -> None:
@@ -173,8 +240,7 @@ def _sync(path: Path) -> None:
 
 def _publish(incoming: Path, directory: Path) -> None:
     names = [METADATA_FILE, *AdapterMetadata.model_validate_json((incoming / METADATA_FILE).read_text()).files]
-    if not (incoming / LORA_DIR).exists():
-        _remove_lora(directory)
+    _remove_stale(directory, names)
     for name in names:
         (directory / name).parent.mkdir(exist_ok=True)
         copy = directory / f"{name}.new"
@@ -187,9 +253,9 @@ def _publish(incoming: Path, directory: Path) -> None:
     shutil.rmtree(removed)
 
 
-def _remove_lora(directory: Path) -> None:
-    """An older adapter's LoRA; whatever else someone keeps in that folder stays."""
-    for name in (LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE):
+def _remove_stale(directory: Path, names: list[str]) -> None:
+    """An older adapter's files that are not among the new one's `names`; whatever else someone keeps there stays."""
+    for name in {EMBEDDINGS_FILE, HEAD_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE}.difference(names):
         (directory / name).unlink(missing_ok=True)
     folder = directory / LORA_DIR
     if folder.is_dir() and not any(folder.iterdir()):
@@ -215,13 +281,17 @@ def load_adapter(directory: str | Path) -> Adapter:
                 f"{root / name}: expected sha256 {expected[:12]}, found {_sha256(root / name)[:12]}: "
                 "the file is truncated or was changed"
             )
-    tensors = _read_tensors(root / EMBEDDINGS_FILE)
-    if set(tensors) != {"mask_embeddings"}:
-        raise AdapterError(f"{root / EMBEDDINGS_FILE}: expected mask_embeddings, found {sorted(tensors)}")
-    lora = None
+    masks = lora = head = None
+    if EMBEDDINGS_FILE in metadata.files:
+        tensors = _read_tensors(root / EMBEDDINGS_FILE)
+        if set(tensors) != {"mask_embeddings"}:
+            raise AdapterError(f"{root / EMBEDDINGS_FILE}: expected mask_embeddings, found {sorted(tensors)}")
+        masks = tensors["mask_embeddings"]
     if LORA_WEIGHTS_FILE in metadata.files:
         lora = _read_lora(root)
-    return Adapter(tensors["mask_embeddings"], metadata, lora)
+    if HEAD_FILE in metadata.files:
+        head = _read_tensors(root / HEAD_FILE)
+    return Adapter(masks, metadata, lora, head)
 
 
 def _read_metadata(root: Path) -> AdapterMetadata:
@@ -241,8 +311,10 @@ def _read_metadata(root: Path) -> AdapterMetadata:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise AdapterError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from None
-    if EMBEDDINGS_FILE not in metadata.files:
-        raise AdapterError(f"{path}: expected {EMBEDDINGS_FILE} among its files, found {sorted(metadata.files)}")
+    parts = {EMBEDDINGS_FILE: metadata.draft_input == MASK_EMBEDDINGS, HEAD_FILE: metadata.head is not None}
+    for name, needed in parts.items():
+        if needed and name not in metadata.files:
+            raise AdapterError(f"{path}: expected {name} among its files, found {sorted(metadata.files)}")
     outside = [name for name in metadata.files if Path(name).is_absolute() or ".." in Path(name).parts]
     if outside:
         raise AdapterError(f"{path}: expected files inside the adapter directory, found {outside[0]!r}")

@@ -106,13 +106,14 @@ def _grouped(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     return additive.repeat(1, 1, group, 1) if group > 1 else additive
 
 
-class GroupedRoute:
-    """Context in which the layers of a model with sdpa attention take the route; the model is as it was afterwards.
+class AttentionRoute:
+    """Context in which the layers of a model with sdpa attention take a route; the model is as it was afterwards.
 
-    Contexts may overlap, in threads too: what is not a step is passed on to sdpa.
+    Contexts may overlap, in threads too: what is not meant for a route it passes on to sdpa.
     """
 
-    def __init__(self, base: PreTrainedModel):
+    def __init__(self, base: PreTrainedModel, route: str = ROUTE):
+        self._route = route
         # past the configuration's own setter, which takes longer than a layer of a small model
         self._fields = vars(base.config.get_text_config(decoder=True))
         self._key = id(self._fields)
@@ -120,13 +121,16 @@ class GroupedRoute:
     def __enter__(self) -> None:
         with _lock:
             _num_open[self._key] += 1
-            self._fields[_FIELD] = ROUTE
+            self._fields[_FIELD] = self._route
 
     def __exit__(self, *error: object) -> None:
         with _lock:
             _num_open[self._key] -= 1
             if not _num_open[self._key]:
                 self._fields[_FIELD] = STOCK
+
+
+GroupedRoute = AttentionRoute
 
 
 def query_group(base: PreTrainedModel) -> int:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from pardec.loss import WEIGHT_RULES
+
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the key, what was expected and what was found."""
@@ -23,6 +25,20 @@ class Section(BaseModel):
 # YAML reads a bare `no` as false
 MixedPrecision = Annotated[
     Literal["auto", "no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
+
+
+def _number_or_rule(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) and value not in WEIGHT_RULES else value
+    except ValueError:
+        rules = ", ".join(WEIGHT_RULES)
+        raise ValueError(f"train.position_weights: expected a number, numbers or {rules}, found {value!r}") from None
+
+
+# YAML leaves 3e-1 a string
+PositionWeights = Annotated[
+    float | list[float] | Literal["expected_length", "prefix_product"], BeforeValidator(_number_or_rule)
 ]
 
 
@@ -63,20 +79,54 @@ class LoraSection(Section):
     target_modules: str | list[str] = "all-linear"
 
 
+class HeadSection(Section):
+    """The sampler head.
+
+    Attributes:
+        width: of its hidden layer.
+        shortlist: tokens of each mask row that it scores when decoding.
+        joint: its loss trains mask embeddings and LoRA too; otherwise they learn what they learn without a head.
+    """
+
+    width: int = Field(default=512, ge=1)
+    shortlist: int = Field(default=64, ge=1)
+    joint: bool = False
+
+
 class AdapterConfig(Section):
     """What is learned.
 
     Attributes:
         num_speculative_tokens: K.
         mask_sharing: one embedding per position, or one for all.
-        draft_input: what stands at mask rows.
+        mask_initialisation: where mask embeddings start: at the `mean` of all input embeddings, or each at that of
+            a `random_token`.
+        draft_input: what stands at mask rows: `mask_embeddings`, or `uniform_noise`, embeddings of random tokens, as
+            SGLang's UNO serves a LoRA.
         lora: a LoRA that is active at mask rows only; default none.
+        head: a sampler head, which lets each draft know the token before it; default none.
+        start_from: folder of an adapter of the same base and shape whose parts this one starts with; default none.
     """
 
     num_speculative_tokens: int = Field(default=4, ge=1, le=64)
     mask_sharing: Literal["distinct", "shared"] = "distinct"
-    draft_input: Literal["mask_embeddings"] = "mask_embeddings"
+    mask_initialisation: Literal["mean", "random_token"] = "mean"
+    draft_input: Literal["mask_embeddings", "uniform_noise"] = "mask_embeddings"
     lora: LoraSection | None = None
+    head: HeadSection | None = None
+    start_from: str | None = None
+
+
+class KeepSection(Section):
+    """Nested token dropping: at depth j only max(floor, ratio^(j-1)) of the blocks keep their mask token.
+
+    Attributes:
+        ratio: 1 keeps everything.
+        floor: see above.
+    """
+
+    ratio: float = Field(default=1.0, gt=0, le=1)
+    floor: float = Field(default=0.2, ge=0, le=1)
 
 
 class TrainConfig(Section):
@@ -90,10 +140,17 @@ class TrainConfig(Section):
         anchors_per_forward: run so many of them at a time against the same prefix, to save memory.
         learning_rate: of the mask embeddings.
         lora_learning_rate: of the LoRA.
+        frozen: parts that stay as `adapter.start_from` has them.
         warmup_steps: linear warm-up before the cosine decay.
         max_grad_norm: gradients are clipped to this norm.
-        objective: `kl` to the model's own distribution, or `cross_entropy` on data tokens.
-        position_weights: weight of each position, or one number d for weights d^0, d^1, ...
+        head_learning_rate: of the sampler head.
+        objective: `kl` to the model's own distribution, `cross_entropy` on data tokens, `cross_entropy_argmax` on
+            the model's likeliest token, `lk` or `lk_hybrid`, which aim at acceptance when sampling.
+        position_weights: weight of each position; or one number d for weights d^0, d^1, ...; or weights that follow
+            how far drafts are accepted, `expected_length` or `prefix_product`.
+        temperature: at which draft and model are compared.
+        top_k: so many of the model's likeliest tokens are what drafts learn to follow; default all.
+        keep: nested token dropping, which makes deep blocks cheap.
         mixed_precision: `auto` is bf16 where the device computes in it, else no.
         seed: of data order and anchors.
         log_every: steps between logged losses.
@@ -108,10 +165,15 @@ class TrainConfig(Section):
     anchors_per_forward: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
     lora_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    head_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    frozen: list[Literal["mask_embeddings", "lora", "head"]] = []
     warmup_steps: int = Field(default=20, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    objective: Literal["kl", "cross_entropy"] = "kl"
-    position_weights: float | list[float] = 1.0
+    objective: Literal["kl", "cross_entropy", "cross_entropy_argmax", "lk", "lk_hybrid"] = "kl"
+    position_weights: PositionWeights = 1.0
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=1)
+    keep: KeepSection = KeepSection()
     mixed_precision: MixedPrecision = "auto"
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=10, ge=1)
@@ -155,10 +217,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _weights_fit(self) -> "Recipe":
         weights, K = self.train.position_weights, self.adapter.num_speculative_tokens
+        if isinstance(weights, str):
+            return self
         if isinstance(weights, list) and len(weights) != K:
             raise ValueError(f"train.position_weights: expected {K} numbers, found {len(weights)}")
         try:
-            values = self.position_weights()
+            values = weights if isinstance(weights, list) else [weights**j for j in range(K)]
         except OverflowError:
             values = [math.inf]
         if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
@@ -167,10 +231,34 @@ class Recipe(Section):
             )
         return self
 
-    def position_weights(self) -> list[float]:
-        """One weight per position, K numbers."""
+    @model_validator(mode="after")
+    def _noise_fits(self) -> "Recipe":
+        adapter = self.adapter
+        if adapter.draft_input != "uniform_noise":
+            return self
+        if adapter.lora is None:
+            raise ValueError("adapter.draft_input: expected a LoRA beside uniform_noise, which learns nothing itself")
+        if adapter.head is not None:
+            raise ValueError(
+                "adapter.draft_input: expected no sampler head beside uniform_noise, whose engines know none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> "Recipe":
+        adapter, frozen = self.adapter, set(self.train.frozen)
+        if frozen and adapter.start_from is None:
+            raise ValueError("train.frozen: expected adapter.start_from, which frozen parts are taken from, found none")
+        parts = {"mask_embeddings": adapter.draft_input == "mask_embeddings"}
+        parts |= {"lora": adapter.lora is not None, "head": adapter.head is not None}
+        if not {part for part, is_there in parts.items() if is_there} - frozen:
+            raise ValueError(f"train.frozen: expected a part that is learned, found all frozen: {sorted(frozen)}")
+        return self
+
+    def position_weights(self) -> list[float] | str:
+        """One weight per position, K numbers, or the name of a rule."""
         weights = self.train.position_weights
-        if isinstance(weights, list):
+        if isinstance(weights, list | str):
             return weights
         return [weights**j for j in range(self.adapter.num_speculative_tokens)]
 

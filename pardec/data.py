@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -101,7 +102,7 @@ def source_folder(path: str) -> Path | None:
 
 
 def read_rows(path: str, format: str, split: str = TRAIN, subset: str | None = None) -> list[dict[str, Any]]:
-    """Validated rows with `text`, `conversations` or `input_ids` and `loss_mask`.
+    """Validated rows with `text`, `conversations` or `input_ids` and `loss_mask`; of the last two, `where` they stand.
 
     Args:
         path: file, folder of text files, or dataset that `datasets` loads.
@@ -126,6 +127,21 @@ def read_rows(path: str, format: str, split: str = TRAIN, subset: str | None = N
     if not rows:
         raise DataError(f"{path}: expected at least one row of data, found none")
     return rows
+
+
+def training_rows(
+    path: str, format: str = "auto", split: str = TRAIN, subset: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows as from `read_rows`, or of the Python sources' training split, without what `load_corpus` holds out.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    folder = source_folder(path)
+    if folder is not None:
+        return [{"text": text} for text in python_sources(folder, TRAIN)]
+    rows = read_rows(path, format, split, subset)
+    return hold_out(rows)[0] if len(rows) > 1 or rows[0].get("text") else rows
 
 
 def _format_of(where: Path) -> str:
@@ -187,7 +203,7 @@ def _hub_rows(path: str, split: str, subset: str | None) -> list[dict[str, Any]]
 
 
 def check_row(row: Any, where: str) -> dict[str, Any]:
-    """The row, if it is one that can be trained on.
+    """The row, if it is one that can be trained on; it remembers `where` if tokenising can still find fault with it.
 
     Raises:
         DataError: otherwise, beginning with `where`.
@@ -198,8 +214,9 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
         row = {**row, "conversations": row["messages"]}
     if row.get("input_ids") is not None:
         _check_ids(row, where)
+        row = {**row, "where": where}
     elif row.get("conversations") is not None:
-        row = {**row, "conversations": _checked_turns(row["conversations"], where)}
+        row = {**row, "conversations": _checked_turns(row["conversations"], where), "where": where}
     elif not isinstance(row.get("text"), str) or not row["text"].strip():
         keys = ", ".join(map(str, row)) or "no keys"
         raise DataError(
@@ -250,7 +267,12 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, str]]:
 
 
 def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data") -> Document:
-    """A row as token ids; text gets the document separator in front, conversations the assistant's loss mask."""
+    """A row as token ids; text gets the document separator in front, conversations the assistant's loss mask.
+
+    Raises:
+        DataError: for a row that cannot be used, beginning with its own `where` or else the one given.
+    """
+    where = row.get("where", where)
     if row.get("input_ids") is not None:
         if max(row["input_ids"]) >= len(tokenizer):
             raise DataError(
@@ -270,15 +292,13 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
 
 def _tokenise_conversation(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Document:
     """Assistant spans are found by rendering the conversation up to and including each assistant turn."""
-    if not tokenizer.chat_template:
-        raise DataError(f"{where}: expected a tokenizer with a chat template for conversations, found none")
-    text = _render(tokenizer, turns)
+    text = render_conversation(tokenizer, turns, where)
     spans = []
     for i, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
-        before = _render(tokenizer, turns[:i], add_generation_prompt=True)
-        through = _render(tokenizer, turns[: i + 1])
+        before = render_conversation(tokenizer, turns[:i], where, add_generation_prompt=True)
+        through = render_conversation(tokenizer, turns[: i + 1], where)
         if not text.startswith(before) or not text.startswith(through) or not through.startswith(before):
             raise DataError(
                 f"{where}: expected a chat template that renders a conversation's beginning as the beginning of "
@@ -295,10 +315,25 @@ def _tokenise_conversation(turns: list[dict[str, str]], tokenizer: PreTrainedTok
     return Document(np.array(encoded["input_ids"], dtype=np.int32), np.array(mask))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], **options: bool) -> str:
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], where: str, *, add_generation_prompt: bool = False
+) -> str:
+    """A conversation as the text that the model sees; empty without turns.
+
+    Raises:
+        DataError: if there is no chat template or it refuses these turns, beginning with `where`.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(f"{where}: expected a tokenizer with a chat template for conversations, found none")
     if not turns:
         return ""
-    return tokenizer.apply_chat_template(turns, tokenize=False, **options)  # type: ignore[return-value]
+    try:
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)  # type: ignore[return-value]
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataError(
+            f"{where}: expected turns that the chat template renders, found {roles}: {first_line(error)}"
+        ) from None
 
 
 # ---------------------------------------------------------------------- sequences, prompts
@@ -341,8 +376,8 @@ def load_corpus(
         format: see `read_rows`.
         subset: see `read_rows`.
         split: see `read_rows`.
-        validation_path: default a held-out part of `path`.
-        test_path: default none, but for the two of these.
+        validation_path: default a held-out part of `path`; of the last two their validation split.
+        test_path: default none, but for the two of these; their test split.
         max_length: T.
         max_tokens: no more training text than this is tokenised.
         seed: of the order of documents.
@@ -357,11 +392,10 @@ def load_corpus(
     else:
         rows = {TRAIN: read_rows(path, format, split, subset), VALIDATION: [], TEST: []}
         if validation_path is None:
-            rows[TRAIN], rows[VALIDATION] = _hold_out(rows[TRAIN])
-    if validation_path is not None:
-        rows[VALIDATION] = read_rows(validation_path, "auto")
-    if test_path is not None:
-        rows[TEST] = read_rows(test_path, "auto")
+            rows[TRAIN], rows[VALIDATION] = hold_out(rows[TRAIN])
+    for name, held_out in ((VALIDATION, validation_path), (TEST, test_path)):
+        if held_out is not None:
+            rows[name] = held_out_rows(held_out, name)
     random.Random(seed).shuffle(rows[TRAIN])
     bar = tqdm(rows[TRAIN], "tokenising", unit="document", disable=not show_progress)
     train = pack(tokenise_until(bar, tokenizer, max_tokens, path), max_length)
@@ -376,9 +410,19 @@ def load_corpus(
     return Corpus(train, *held_out)
 
 
-def _hold_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def held_out_rows(path: str, split: str) -> list[dict[str, Any]]:
+    """Rows of a data file, or those of a split of `python-stdlib` or `python-packages`.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    folder = source_folder(path)
+    return read_rows(path, "auto") if folder is None else [{"text": t} for t in python_sources(folder, split)]
+
+
+def hold_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(training rows, validation rows); a single text is cut near its end."""
-    if len(rows) == 1 and "text" in rows[0]:
+    if len(rows) == 1 and rows[0].get("text"):
         text = rows[0]["text"]
         cut = len(text) - len(text) // _HELD_OUT_ONE_IN
         return [{"text": text[:cut]}], [{"text": text[cut:]}]
@@ -459,8 +503,7 @@ def held_out_prompts(
     Raises:
         DataError: for data that cannot be used.
     """
-    folder = source_folder(path)
-    rows = read_rows(path, "auto") if folder is None else [{"text": t} for t in python_sources(folder, split)]
+    rows = held_out_rows(path, split)
     return standard_prompts([tokenise(row, tokenizer, path) for row in rows], num_prompts=num_prompts)
 
 
@@ -494,9 +537,10 @@ class AnchoredSequences(Dataset):
         candidates = mask[2:].nonzero().squeeze(1)  # anchor s is useful where its first target, s + 2, counts
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + example)
         chosen = candidates[torch.randperm(len(candidates), generator=generator)[: self.anchors_per_sequence]]
-        # anchors at the last token have no targets: they fill up where there are fewer candidates
+        # anchors at the last token have no targets: they fill up where there are fewer candidates, behind the others,
+        # since token dropping goes by this order, which must be random
         fill = torch.full((self.anchors_per_sequence - len(chosen),), len(ids) - 1)
-        return {"input_ids": ids, "loss_mask": mask, "anchors": torch.cat([chosen, fill]).sort().values}
+        return {"input_ids": ids, "loss_mask": mask, "anchors": torch.cat([chosen, fill])}
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

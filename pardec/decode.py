@@ -5,16 +5,20 @@ Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a f
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pardec.cache import SlotCache
+from pardec.drafting import HeadDrafter
 from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
+from pardec.hidden import rows_of_each
 from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
+from pardec.noise import NoiseTokens
 from pardec.prefill import prefill_prompts
 from pardec.prepack import PackedLinears
 from pardec.rows import RowForward, RowPlan
@@ -89,12 +93,14 @@ class Decoder:
         law: how tokens are chosen.
         max_new_tokens: limit per row.
         eos_token_ids: shape [n], may be empty.
-        mask_embeddings: shape [K, D] in the target's dtype and device; None when K = 0.
+        mask_embeddings: shape [K, D] in the target's dtype and device; None when K = 0, or with noise.
         gate: LoRA at mask rows, or None.
         linears: packed weights for steps on a CPU, or None.
         block_lengths: of the fused chain, K + 1 numbers in 0..K; default K everywhere.
         query_group: of the attention route that steps take; None for the model's own attention.
         compile_step: wraps the forward of a step, such as `torch.compile`; None for none.
+        noise: random tokens that stand at mask rows; None for mask embeddings.
+        head: draws the drafts one after another; None to draw them from their rows as they are.
     """
 
     target: TargetModel
@@ -108,7 +114,9 @@ class Decoder:
     linears: PackedLinears | None = None
     block_lengths: Sequence[int] | None = None
     query_group: int | None = None
-    compile_step: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+    compile_step: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    noise: NoiseTokens | None = None
+    head: HeadDrafter | None = None
     _plans: dict[str, "RowPlan"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,7 +126,14 @@ class Decoder:
         if self.mode == "two_pass":
             layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
         self.forward = RowForward(
-            self.target, self.mask_embeddings, self.gate, self.linears, self.query_group, self.compile_step
+            self.target,
+            self.mask_embeddings,
+            self.gate,
+            self.linears,
+            self.query_group,
+            self.compile_step,
+            self.noise,
+            None if self.head is None else self.head.tap,
         )
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
@@ -172,9 +187,11 @@ class Decoder:
         padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
         cache = cache or SlotCache(self.target.num_layers, self.num_slots(P), B)
         logits = self._prefill_logits(padded, lengths, cache)
+        hidden = self._block_hidden()
         if len(prompts) < B:
             cache.spread(source, P + K)
             padded, lengths, logits = padded[source], lengths[source], logits[source]
+            hidden = None if hidden is None else hidden[source]
         capacity = capacity or self.max_new_tokens
         state = DecodeState(
             cache=cache,
@@ -196,19 +213,25 @@ class Decoder:
         )
         first = self._choose(state, logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
-            state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
+            state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, first[:, 0])
         self._emit(state, torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths))
         return state
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
-        masks = self.mask_embeddings if self.mode == "fused" and self.num_speculative_tokens else None
-        with self.gate.attached() if self.gate is not None and masks is not None else nullcontext():
-            logits = prefill_prompts(self.target, padded, lengths, cache, masks, self.gate)
-        if logits is not None:
-            return logits
+        K = self.num_speculative_tokens if self.mode == "fused" else 0
+        block, tap = self.forward.block_inputs(lengths, K) if K else None, self.forward.tap
+        with ExitStack() as stack:
+            if self.gate is not None and K:
+                stack.enter_context(self.gate.attached())
+            if tap is not None:
+                stack.enter_context(tap.attached())
+            logits = prefill_prompts(self.target, padded, lengths, cache, block, self.gate, tap)
+            if logits is not None:
+                self.forward.hidden = None if tap is None else tap.hidden
+                return logits
         # long prompts, of which all but the last token is in the cache
-        plan = self._plans["draft"] if masks is not None else self.forward.plan(real_layout(1))
+        plan = self._plans["draft"] if K else self.forward.plan(real_layout(1))
         with self.forward.attached():
             return self.forward.run(plan, cache, lengths - 1, padded.gather(1, (lengths - 1)[:, None]))
 
@@ -236,32 +259,45 @@ class Decoder:
     def _fused_step(self, state: DecodeState) -> None:
         K = self.num_speculative_tokens
         logits = self.step_logits(state)
-        # the argmax of all rows at once; processors and float64 models need scores of the real rows
-        best = logits.argmax(dim=-1) if self.law.is_plain_argmax(logits.dtype) else None
+        # the argmax of all rows at once; processors and float64 models need scores of the real rows, a head of a block
+        best = None
+        if self.law.is_plain_argmax(logits.dtype):
+            best = (logits if self.head is None else logits[:, : K + 1]).argmax(dim=-1)
         real = (logits if best is None else best)[:, : K + 1]
         tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
         self._mark(state, num_accepted)
+        self._commit(state, tokens, num_accepted)
         if K:
             # behind the length of a shorter block its last row's draft stands again, and does not exist
             block = self._next_block.index_select(0, num_accepted)
             rows, state.draft_length = block[:, :K], block[:, K]
-            if best is not None:
+            if best is not None and self.head is None:
                 state.drafts = best.gather(1, rows)
             else:
-                wide = rows[:, :, None].expand(-1, -1, logits.shape[2])
-                state.drafts, state.draft_probs = self.law.draw(logits.gather(1, wide))
-        self._commit(state, tokens, num_accepted)
+                hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
+                state.drafts, state.draft_probs = self._draft(rows_of_each(logits, rows), hidden, state.bonus)
 
     def _two_pass_step(self, state: DecodeState) -> None:
         bonus = state.bonus[:, None]
         logits = self.forward.run(self._plans["draft"], state.cache, state.lengths, bonus)
+        hidden = self._block_hidden()
         exact = self._choose(state, logits[:, :1], bonus)
-        state.drafts, state.draft_probs = self.law.draw(logits[:, 1:])
+        state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, exact[:, 0])
         rows = torch.cat([exact, state.drafts], dim=1)
         logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
         tokens, num_accepted = self._verify(state, logits, [bonus, rows])
         self._mark(state, num_accepted)
         self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted + 1)
+
+    def _block_hidden(self) -> Tensor | None:
+        """What the output head read in the last forward behind its first row, where no head drafts None."""
+        return None if self.forward.hidden is None else self.forward.hidden[:, 1:]
+
+    def _draft(self, logits: Tensor, hidden: Tensor | None, previous: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Drafts from a block's rows, shape [B, K], and the law q; `previous` = the token before the first, [B]."""
+        if self.head is None or hidden is None:
+            return self.law.draw(logits)
+        return self.head.draft(self.law, logits, hidden, previous)
 
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""

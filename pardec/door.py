@@ -60,6 +60,7 @@ def generate_for_transformers(
     past_key_values,
     num_speculative_tokens: int | None,
     mode: str,
+    use_head: bool | None,
     streamer,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Ids as `generate` returns them: prompt and continuation, [B, S + new], padded on the right.
@@ -88,7 +89,8 @@ def generate_for_transformers(
     if streamer is not None:
         streamer.put(input_ids.cpu())
     checked = [0] * len(prompts)
-    with model._engine(prompts, law, max_new_tokens, shape, mode, eos=eos) as engine:
+    head = model._chosen_head(use_head)
+    with model._engine(prompts, law, max_new_tokens, shape, mode, head=head, eos=eos) as engine:
         with closing(engine.run(prompts, one_behind=not others)) as steps:
             for step in steps:
                 num_new = step.num_new

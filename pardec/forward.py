@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 from transformers.cache_utils import Cache
 
+from pardec.hidden import HiddenTap, rows_of_each
+
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 SUPPORTED_LAYER_TYPES = (FULL, SLIDING, CHUNKED)
 SUPPORTED_ATTENTION = ("sdpa", "eager")
@@ -199,15 +201,21 @@ class TargetModel:
         position_ids: Tensor,
         attention_mask: Tensor | Mapping[str, Tensor] | None,
         cache: Cache,
+        tap: HiddenTap | None = None,
     ) -> Tensor:
-        """Logits of rows that differ between sequences, shape [B, n, V]; `rows`, shape [B, n], the rest as in `run`."""
+        """Logits of rows that differ between sequences, shape [B, n, V]; `rows`, shape [B, n], the rest as in `run`.
+
+        A `tap` that is attached keeps the hidden states of the same rows.
+        """
         if rows.shape[0] > 1 and _TAKES_ROWS_OF_EACH:
             return self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=rows)
         # one set of rows for all sequences, out of which each takes its own
         columns = rows.unique()
         logits = self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=columns)
         where = torch.searchsorted(columns, rows)
-        return logits.gather(1, where[:, :, None].expand(-1, -1, logits.shape[2]))
+        if tap is not None:
+            tap.keep(where)
+        return rows_of_each(logits, where)
 
 
 def position_limit(base: PreTrainedModel) -> int | None:

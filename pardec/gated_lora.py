@@ -302,3 +302,21 @@ def lora_weights(peft_model) -> LoraWeights:
         for key, tensor in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()
     }
     return LoraWeights(config, tensors)
+
+
+def load_lora_weights(peft_model, weights: LoraWeights) -> None:
+    """Puts a saved LoRA into the one inside `peft_model`.
+
+    Raises:
+        ValueError: if it adapts other modules, or with another rank or scaling.
+    """
+    from peft import set_peft_model_state_dict
+
+    present = lora_weights(peft_model)
+    shapes = [{name: tuple(t.shape) for name, t in one.tensors.items()} for one in (present, weights)]
+    if shapes[0] != shapes[1] or present.scaling != weights.scaling:
+        raise ValueError(
+            f"lora: expected r {present.rank}, scaling {present.scaling} and {len(shapes[0])} matrices, as in the "
+            f"recipe, found r {weights.rank}, scaling {weights.scaling} and {len(shapes[1])}"
+        )
+    set_peft_model_state_dict(peft_model, weights.tensors)

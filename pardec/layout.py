@@ -89,36 +89,64 @@ def block_starts(block_lengths: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class TrainingLayout:
-    """The mask rows of a training forward: N blocks of K mask tokens over sequences of T real tokens.
+    """The mask rows of a training forward: N blocks of up to K mask tokens over sequences of T real tokens.
 
     Attributes:
-        positions: shape [B, N * K], int64; mask token j (1..K) behind anchor s sits at s + j.
-        targets: index of the token that each row predicts, shape [B, N * K]; position + 1, may be >= T.
-        visible: shape [B, N * K, T + N * K], bool; the T real tokens come first.
+        positions: shape [B, M], int64; mask token j (1..K) behind anchor s sits at s + j.
+        targets: index of the token that each row predicts, shape [B, M]; position + 1, may be >= T.
+        blocks: which block each row belongs to, 0..N-1, shape [M].
+        depths: 0-based index of each row within its block, shape [M].
+        sees_real: shape [B, M, T], bool: the real tokens up to and including the block's anchor.
     """
 
     positions: Tensor
     targets: Tensor
-    visible: Tensor
+    blocks: Tensor
+    depths: Tensor
+    sees_real: Tensor
+
+    @property
+    def visible(self) -> Tensor:
+        """Whom each row sees, shape [B, M, T + M], bool: real tokens first, then the earlier rows of its own block."""
+        own = (self.blocks[:, None] == self.blocks) & (self.depths[:, None] >= self.depths)
+        return torch.cat([self.sees_real, own.expand(self.positions.shape[0], -1, -1)], dim=2)
 
 
-def training_layout(anchors: Tensor, num_speculative_tokens: int, num_tokens: int) -> TrainingLayout:
+def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: int) -> TrainingLayout:
     """Rows, positions and visibility of the mask rows behind `anchors`.
 
     A block sees the real tokens up to and including its anchor and its own earlier mask tokens, nothing else.
 
     Args:
         anchors: positions of the anchors, shape [B, N], int64, in 0..T-1.
-        num_speculative_tokens: K.
+        block_lengths: mask tokens behind each of the N anchors.
         num_tokens: T.
     """
-    B, N = anchors.shape
-    K = num_speculative_tokens
     device = anchors.device
-    depth = torch.arange(1, K + 1, device=device)
-    positions = (anchors[:, :, None] + depth).reshape(B, N * K)
-    sees_real = torch.arange(num_tokens, device=device) <= anchors.repeat_interleave(K, dim=1)[:, :, None]
-    block = torch.arange(N * K, device=device) // K
-    sees_mask = (block[:, None] == block) & torch.ones(N * K, N * K, dtype=torch.bool, device=device).tril()
-    visible = torch.cat([sees_real, sees_mask.expand(B, -1, -1)], dim=2)
-    return TrainingLayout(positions, positions + 1, visible)
+    lengths = torch.tensor(block_lengths, device=device)
+    blocks = torch.arange(len(block_lengths), device=device).repeat_interleave(lengths)
+    starts = lengths.cumsum(0) - lengths
+    depths = torch.arange(len(blocks), device=device) - starts[blocks]
+    behind = anchors[:, blocks]
+    positions = behind + depths + 1
+    sees_real = torch.arange(num_tokens, device=device) <= behind[:, :, None]
+    return TrainingLayout(positions, positions + 1, blocks, depths, sees_real)
+
+
+def nested_block_lengths(num_anchors: int, num_speculative_tokens: int, ratio: float, floor: float) -> tuple[int, ...]:
+    """Lengths of N blocks when at depth j only a share max(floor, ratio^(j-1)) of them is kept, in falling order.
+
+    A mask token is kept only where those before it in its block are. Which blocks are long is decided by their order,
+    so anchors must come in random order.
+
+    Args:
+        num_anchors: N.
+        num_speculative_tokens: K.
+        ratio: in (0, 1]; 1 keeps everything.
+        floor: in [0, 1].
+
+    Source: nested token dropping of PARD, arXiv:2504.18583, section 3.3 (conditional drop).
+    """
+    shares = [max(floor, ratio**j) for j in range(num_speculative_tokens)]
+    kept = [max(1, round(share * num_anchors)) for share in shares]
+    return tuple(sum(number > block for number in kept) for block in range(num_anchors))

@@ -1,41 +1,105 @@
-"""What draft logits are trained for, one number per mask row.
+"""What draft logits are trained for, one number per mask row, and how much each row counts.
 
-Legend: M mask rows, V vocabulary; p is the target's law, q the draft's.
+Knows no model and no layout.
+Legend: M mask rows, N blocks, K mask tokens of a block, V vocabulary; p is the target's law, q the draft's.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+OBJECTIVES = ("kl", "cross_entropy", "cross_entropy_argmax", "lk", "lk_hybrid")
+WEIGHT_RULES = ("expected_length", "prefix_product")
+# how fast the hybrid turns from KL to TV as acceptance rises
+_HYBRID_RATE = 3.0
 
-def draft_loss(objective: str, draft_logits: Tensor, target_logits: Tensor, target_ids: Tensor) -> Tensor:
+
+@torch.no_grad()
+def target_law(target_logits: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+    """p, float32, shape [M, V]: the law that drafts are trained to follow.
+
+    Args:
+        target_logits: shape [M, V].
+        temperature: of the law; drafts are to be compared at the same.
+        top_k: only so many of the likeliest tokens keep their probability; None for all.
+    """
+    scores = target_logits.float() / temperature
+    if top_k is not None and top_k < scores.shape[-1]:
+        least = scores.topk(top_k, dim=-1).values[..., -1:]
+        scores = scores.masked_fill(scores < least, float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+def draft_loss(objective: str, draft_logits: Tensor, target_probs: Tensor, target_ids: Tensor) -> Tensor:
     """Loss of every mask row, shape [M], float32.
 
     Args:
-        objective: `kl`, KL(p || q) to the target's own law; `cross_entropy`, -log q of the data's token.
+        objective: `kl`, KL(p || q) to the target's own law; `cross_entropy`, -log q of the data's token;
+            `cross_entropy_argmax`, -log q of the target's likeliest token; `lk`, -log of the probability
+            sum min(p, q) that a draft from q is accepted; `lk_hybrid`, lambda KL + (1 - lambda) TV, where lambda
+            falls from 1 as that probability rises (both of LK losses, arXiv:2602.23881).
         draft_logits: shape [M, V].
-        target_logits: of the real row that predicts the same token, shape [M, V], without gradient.
+        target_probs: p of the real row that predicts the same token, shape [M, V], float32, without gradient.
         target_ids: the data's tokens, shape [M].
 
     Raises:
         ValueError: for an unknown objective, naming the known ones.
     """
+    draft = draft_logits.float()
     if objective == "kl":
-        draft, target = draft_logits.float(), target_logits.float()
-        p = target.softmax(dim=-1)
-        # KL = sum p (log p - log q), written so that the only large tensor with a gradient is the logits themselves
-        negative_entropy = torch.linalg.vecdot(p, target) - target.logsumexp(dim=-1)
-        return negative_entropy + draft.logsumexp(dim=-1) - torch.linalg.vecdot(p, draft)
+        return _kl(draft, target_probs)
     if objective == "cross_entropy":
-        return F.cross_entropy(draft_logits.float(), target_ids, reduction="none")
-    raise ValueError(f"objective: expected kl or cross_entropy, found {objective!r}")
+        return F.cross_entropy(draft, target_ids, reduction="none")
+    if objective == "cross_entropy_argmax":
+        return F.cross_entropy(draft, target_probs.argmax(dim=-1), reduction="none")
+    if objective == "lk":
+        return -acceptance_probability(draft, target_probs).clamp_min(torch.finfo(torch.float32).tiny).log()
+    if objective == "lk_hybrid":
+        accepted = acceptance_probability(draft, target_probs)
+        share = torch.exp(-_HYBRID_RATE * accepted.detach())
+        return share * _kl(draft, target_probs) + (1 - share) * (1 - accepted)
+    raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {objective!r}")
+
+
+def _kl(draft: Tensor, p: Tensor) -> Tensor:
+    # KL = sum p (log p - log q), written so that the only large tensor with a gradient is the logits themselves
+    negative_entropy = -torch.special.entr(p).sum(dim=-1)
+    return negative_entropy + draft.logsumexp(dim=-1) - torch.linalg.vecdot(p, draft)
+
+
+def acceptance_probability(draft_logits: Tensor, target_probs: Tensor) -> Tensor:
+    """Probability that a draft drawn from q is accepted, shape [M]: sum of min(p, q) = 1 - TV(p, q).
+
+    Source: arXiv:2211.17192, Theorem 3.5.
+    """
+    return torch.minimum(draft_logits.float().softmax(dim=-1), target_probs).sum(dim=-1)
 
 
 @torch.no_grad()
-def agreement(draft_logits: Tensor, target_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """What the loss stands for, per mask row, shapes [M]: whether argmaxes agree, and sum of min(p, q).
+def argmax_agreement(draft_logits: Tensor, target_probs: Tensor) -> Tensor:
+    """Whether the likeliest tokens of draft and target are the same, shape [M], 0 or 1."""
+    return (draft_logits.argmax(dim=-1) == target_probs.argmax(dim=-1)).float()
 
-    The second is the probability that a sampled draft is accepted, 1 - TV(p, q) (arXiv:2211.17192, Theorem 3.5).
+
+@torch.no_grad()
+def acceptance_weights(rule: str, accepted: Tensor) -> Tensor:
+    """Weights that follow how far a draft is expected to be accepted, shape [..., N, K], without gradient.
+
+    With a_j the probability that the token at depth j is accepted once those before it are:
+    `prefix_product`, the probability that depth i is reached, prod_{j<i} a_j (PARD-2, arXiv:2605.08632);
+    `expected_length`, sum_{m>=i} prod_{j<=m} a_j (D-PACE, arXiv:2605.18810): with -log a_i as the loss, the
+    gradient is that of the expected number of accepted tokens.
+
+    Args:
+        rule: one of these.
+        accepted: a, shape [..., N, K]; 0 where a block has no such depth.
+
+    Raises:
+        ValueError: for an unknown rule, naming the known ones.
     """
-    p, q = target_logits.float().softmax(dim=-1), draft_logits.float().softmax(dim=-1)
-    return (p.argmax(dim=-1) == q.argmax(dim=-1)).float(), torch.minimum(p, q).sum(dim=-1)
+    reached = accepted.cumprod(dim=-1)
+    if rule == "prefix_product":
+        return torch.cat([torch.ones_like(reached[..., :1]), reached[..., :-1]], dim=-1)
+    if rule == "expected_length":
+        return reached.flip(-1).cumsum(dim=-1).flip(-1)
+    raise ValueError(f"position_weights: expected numbers or one of {', '.join(WEIGHT_RULES)}, found {rule!r}")

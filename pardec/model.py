@@ -8,26 +8,28 @@ import copy
 import operator
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pardec.adapter import Adapter, AdapterError, load_adapter
+from pardec.adapter import UNIFORM_NOISE, Adapter, AdapterError, load_adapter
 from pardec.base import eos_token_ids, load_base, load_tokenizer, pad_token_id, refuse_by_config
 from pardec.decode import MODES, Decoder, DecodeState
+from pardec.drafting import HeadDrafter
 from pardec.engine import Engine, power_of_two
 from pardec.engine_pool import EnginePool
 from pardec.fingerprint import differences, fingerprint
 from pardec.forward import TargetModel, embedding_weight
 from pardec.gated_lora import LoraGate
 from pardec.layout import full_blocks
+from pardec.noise import NoiseTokens
 from pardec.prepack import PackedLinears
-from pardec.probe import probe
+from pardec.probe import probe, probe_head
 from pardec.run import device_name
 from pardec.sampling import TokenLaw, make_warpers
 from pardec.stats import DecodeStats, SequenceCounts, pool
@@ -35,6 +37,7 @@ from pardec.survey import Survey, survey
 from pardec.tuning import TunedChoice, read_tuned
 
 MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
+Returned = TypeVar("Returned")
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
@@ -80,7 +83,7 @@ class SelfSpeculativeModel:
     Attributes:
         base_model: the model, always as if nothing else were here.
         tokenizer: None where the base came without one.
-        adapter: mask tokens, and a LoRA where one was trained; None allows plain mode only.
+        adapter: mask tokens, and a LoRA and a sampler head where they were trained; None allows plain mode only.
         capture: steps run as CUDA graphs; False only to compare.
         tuned: the choice of `pardec tune` for this device, used where no num_speculative_tokens is asked for.
 
@@ -110,6 +113,7 @@ class SelfSpeculativeModel:
         self._gate = None
         if adapter is not None and adapter.lora is not None:
             self._gate = LoraGate(base_model, adapter.lora)
+        self._head = None if adapter is None else HeadDrafter.of(adapter, self.target)
 
     # ------------------------------------------------------------------ generation
 
@@ -127,6 +131,7 @@ class SelfSpeculativeModel:
         mode: str = "fused",
         num_return_sequences: int = 1,
         block_lengths: Sequence[int] | None = None,
+        use_head: bool | None = None,
     ) -> GenerationOutput:
         """Continues every prompt exactly as the base model alone would: the same tokens, or the same law.
 
@@ -144,6 +149,7 @@ class SelfSpeculativeModel:
             num_return_sequences: continuations per prompt, next to each other; they share its prefill.
             block_lengths: instead of K, how many tokens a fused step drafts behind 0, 1, .. K accepted ones: K + 1
                 numbers of which K is the largest.
+            use_head: draw the drafts one after another with the sampler head; default if the adapter has one.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
@@ -154,7 +160,8 @@ class SelfSpeculativeModel:
         law = self._law(temperature, top_k, top_p, min_p, seed)
         shape = self._draft_shape(num_speculative_tokens, block_lengths, mode)
         num_sequences = len(ids) * num_return_sequences
-        with self._engine(ids, law, max_new_tokens, shape, mode, num_sequences=num_sequences) as engine:
+        head = self._chosen_head(use_head)
+        with self._engine(ids, law, max_new_tokens, shape, mode, head=head, num_sequences=num_sequences) as engine:
             start = time.perf_counter()
             for _ in engine.run(ids, repeats=num_return_sequences, alone=True):
                 pass
@@ -178,6 +185,7 @@ class SelfSpeculativeModel:
         num_speculative_tokens: int | None = None,
         mode: str = "fused",
         block_lengths: Sequence[int] | None = None,
+        use_head: bool | None = None,
     ) -> Iterator[StreamChunk]:
         """Yields what each step emits for one prompt; arguments and errors as in `generate`."""
         ids = self._token_ids(prompt)
@@ -186,13 +194,11 @@ class SelfSpeculativeModel:
         law = self._law(temperature, top_k, top_p, min_p, seed)
         shape = self._draft_shape(num_speculative_tokens, block_lengths, mode)
         self._check(ids, max_new_tokens, mode)
-        return self._stream(ids, law, max_new_tokens, shape, mode)
+        return self._stream(self._engine(ids, law, max_new_tokens, shape, mode, head=self._chosen_head(use_head)), ids)
 
-    def _stream(
-        self, ids: list[list[int]], law: TokenLaw, max_new_tokens: int, shape: tuple[int, ...], mode: str
-    ) -> Iterator[StreamChunk]:
+    def _stream(self, made: AbstractContextManager[Engine], ids: list[list[int]]) -> Iterator[StreamChunk]:
         text = _TextStream(self.tokenizer)
-        with self._engine(ids, law, max_new_tokens, shape, mode) as engine, closing(engine.run(ids)) as steps:
+        with made as engine, closing(engine.run(ids)) as steps:
             for step in steps:
                 new = step.tokens[0]
                 # the exact token of two_pass stands before the drafts
@@ -228,6 +234,8 @@ class SelfSpeculativeModel:
         max_new_tokens: int,
         shape: tuple[int, ...],
         mode: str,
+        *,
+        head: HeadDrafter | None = None,
         eos: list[int] | None = None,
         num_sequences: int | None = None,
     ) -> Iterator[Engine]:
@@ -235,6 +243,8 @@ class SelfSpeculativeModel:
         self._check(prompts, max_new_tokens, mode)
         if shape == (0,):
             mode = "plain"
+        if mode == "plain":
+            head = None
         eos_ids = eos_token_ids(self.base_model) if eos is None else eos
         if self._survey is None:
             self._survey = survey(self.target)
@@ -243,14 +253,14 @@ class SelfSpeculativeModel:
         key = None
         if law.key is not None and (self.capture or self.compile):
             key = (
-                (mode, shape, law.key, len(eos_ids), self.capture, self.compile),
+                (mode, shape, head is not None, law.key, len(eos_ids), self.capture, self.compile),
                 power_of_two(num_sequences or len(prompts)),
                 _signature(self.base_model),
                 _arithmetic(self.target.device),
             )
         engine = None if key is None else self._pool.take(key)
         if engine is None:
-            engine = self._new_engine(law, shape, mode, linears)
+            engine = self._new_engine(law, shape, mode, linears, head)
         elif law.generator is not None:
             assert engine.decoder.law.generator is not None
             engine.decoder.law.generator.manual_seed(law.generator.initial_seed())
@@ -267,12 +277,18 @@ class SelfSpeculativeModel:
             if key is not None and usable:
                 self._pool.give_back(key, engine)
 
-    def _new_engine(self, law: TokenLaw, shape: tuple[int, ...], mode: str, linears: PackedLinears) -> Engine:
+    def _new_engine(
+        self, law: TokenLaw, shape: tuple[int, ...], mode: str, linears: PackedLinears, head: HeadDrafter | None
+    ) -> Engine:
         assert self._survey is not None
-        K, masks, gate = len(shape) - 1, None, None
+        K, masks, noise, gate = len(shape) - 1, None, None, None
         if K:
             assert self.adapter is not None
-            masks, gate = self.adapter.embeddings_for(K).to(self.target.device, self.target.dtype), self._gate
+            gate = self._gate
+            if self.adapter.metadata.draft_input == UNIFORM_NOISE:
+                noise = NoiseTokens.of(self.target.vocab_size, self.target.device)
+            else:
+                masks = self.adapter.embeddings_for(K).to(self.target.device, self.target.dtype)
         decoder = Decoder(
             self.target,
             mode,
@@ -286,6 +302,8 @@ class SelfSpeculativeModel:
             block_lengths=shape,
             query_group=self._survey.query_group,
             compile_step=compiled if self.compile else None,
+            noise=noise,
+            head=head,
         )
         captured = self.capture and law.is_capturable
         return Engine(decoder, self._survey.bytes_per_slot, captured=captured, make_room=self._pool.clear)
@@ -327,6 +345,11 @@ class SelfSpeculativeModel:
         if K and self.adapter is None:
             raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
         return blocks
+
+    def _chosen_head(self, use_head: bool | None) -> HeadDrafter | None:
+        if use_head and self._head is None:
+            raise ValueError("use_head: expected an adapter with a sampler head, found none")
+        return None if use_head is False else self._head
 
     def _check_positions(self, prompt_tokens: int, max_new_tokens: int) -> None:
         limit = self.target.max_positions
@@ -404,6 +427,7 @@ class SelfSpeculativeModel:
         generation_config,
         num_speculative_tokens: int | None = None,
         mode: str = "fused",
+        use_head: bool | None = None,
         **model_inputs,
     ):
         """`hf_model.generate(**inputs, custom_generate=model)`: our loop under transformers' own arguments.
@@ -431,6 +455,7 @@ class SelfSpeculativeModel:
             past_key_values=model_inputs.get("past_key_values"),
             num_speculative_tokens=num_speculative_tokens,
             mode=mode,
+            use_head=use_head,
             streamer=self._streamer,
         )
 
@@ -491,20 +516,20 @@ def load(
         raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
     model.tuned = read_tuned(directory, device_name(model.target.device), model.target.dtype, compile)
-    if adapter.mask_embeddings.shape[1] != model.target.embedding_dim:
-        raise AdapterError(
-            f"{directory}: mask embeddings: expected width {model.target.embedding_dim}, "
-            f"found {adapter.mask_embeddings.shape[1]}"
-        )
+    masks, D = adapter.mask_embeddings, model.target.embedding_dim
+    if masks is not None and masks.shape[1] != D:
+        raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
     probe(model.target)
+    if model._head is not None:
+        probe_head(model.target, model._head.tap)
     return model
 
 
-def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compiled(forward: Callable[..., Returned]) -> Callable[..., Returned]:
     """`forward` under torch.compile, specialised for every shape that it meets."""
     optimised = torch.compile(forward, dynamic=False)
 
-    def run(*args) -> Tensor:
+    def run(*args) -> Returned:
         # each batch, number of rows and cache bucket is a compilation; torch gives up after 8 by default
         # hooks that a user adds later must be noticed
         limits = {"recompile_limit": 256, "skip_nnmodule_hook_guards": False}

@@ -11,6 +11,7 @@ from torch import Tensor
 from pardec.cache import SlotCache
 from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
+from pardec.hidden import HiddenTap
 
 # tokens of all prompts together in one forward; bounds the memory of activations
 _TOKENS_PER_FORWARD = 8192
@@ -22,8 +23,9 @@ def prefill_prompts(
     padded: Tensor,
     lengths: Tensor,
     cache: SlotCache,
-    mask_embeddings: Tensor | None,
+    block: Tensor | None,
     gate: LoraGate | None,
+    tap: HiddenTap | None = None,
 ) -> Tensor | None:
     """Runs the prompts, each with a block of mask tokens behind it.
 
@@ -35,15 +37,16 @@ def prefill_prompts(
         padded: prompt ids, shape [B, P], padded on the right.
         lengths: shape [B].
         cache: empty; written to.
-        mask_embeddings: shape [K, D]; None for no block.
+        block: inputs of the mask tokens, shape [K, D], or [B, K, D] where prompts have their own; None for no block.
         gate: attached LoRA for the mask tokens, or None.
+        tap: attached; keeps the hidden states of the rows whose logits are returned.
 
     Returns:
         logits of each prompt's last token and of its block, shape [B, 1 + K, V]; None for long prompts, of which
         all but the last token is in the cache then, and whose last token is still to be run.
     """
     B, P = padded.shape
-    num_masks = 0 if mask_embeddings is None else mask_embeddings.shape[0]
+    num_masks = 0 if block is None else block.shape[-2]
     chunk = max(_TOKENS_PER_FORWARD // B, _MIN_CHUNK_TOKENS)
     cache.slots = None
     if P + num_masks > chunk:
@@ -51,15 +54,15 @@ def prefill_prompts(
         return None
     keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
     embeds, gate_open = target.embed(padded), nullcontext()
-    if mask_embeddings is not None:
+    if block is not None:
         D, rows = embeds.shape[2], keep[:, 1:]
         embeds = torch.cat([embeds, embeds.new_zeros(B, num_masks, D)], dim=1)
-        embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), mask_embeddings.expand(B, -1, -1))
+        embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), block.expand(B, -1, -1))
         if gate is not None:
             gate_open = gate.open(rows, B, P + num_masks)
     positions = target.clamp_positions(torch.arange(P + num_masks, device=padded.device).expand(B, -1))
     with gate_open:
-        return target.run_at(keep, embeds, positions, None, cache)
+        return target.run_at(keep, embeds, positions, None, cache, tap)
 
 
 def _run_chunks(target: TargetModel, padded: Tensor, cache: SlotCache, chunk: int) -> None:

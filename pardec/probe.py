@@ -1,7 +1,8 @@
-"""Shows on the loaded model itself that mask rows cannot disturb real rows, before anything is promised.
+"""Shows on the loaded model itself that what decoding relies on holds, before anything is promised.
 
-A short prompt is decoded for one fused step with two very different inputs at the mask rows, and the real rows'
-logits are compared with those of a plain forward of the same tokens.
+Mask rows cannot disturb real rows: a short prompt is decoded for one fused step with two very different inputs at the
+mask rows, and the real rows' logits are compared with those of a plain forward of the same tokens. And a sampler head
+finds the hidden states that it reads.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from pardec.decode import Decoder
 from pardec.errors import first_line
 from pardec.forward import SLIDING, TargetModel, UnsupportedModelError
+from pardec.hidden import HiddenTap
 from pardec.sampling import TokenLaw
 
 _K = 2
@@ -42,6 +44,25 @@ def probe(target: TargetModel) -> float:
             "mask rows reach real rows, or positions or masks are not honoured"
         )
     return deviation
+
+
+@torch.no_grad()
+def probe_head(target: TargetModel, tap: HiddenTap) -> None:
+    """Checks that the output head reads one hidden state for each row of logits, where the tap sees it.
+
+    Raises:
+        UnsupportedModelError: if it does not.
+    """
+    ids = torch.arange(2, device=target.device)[None] % target.vocab_size
+    with tap.attached():
+        logits = target.base(ids, use_cache=False).logits
+        found = None if not tap.has_seen else list(tap.hidden.shape)
+    expected = [*logits.shape[:2], tap.output_embeddings.shape[1]]
+    if found != expected or logits.shape[2] != tap.output_embeddings.shape[0]:
+        raise UnsupportedModelError(
+            f"{target.base.config.model_type}: expected an output head that reads hidden states of shape {expected} "
+            f"and writes {tap.output_embeddings.shape[0]} logits, found {found} and {logits.shape[2]}"
+        )
 
 
 def _prompt_tokens(target: TargetModel) -> int:

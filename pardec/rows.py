@@ -1,12 +1,14 @@
 """One forward of a layout's rows behind what is committed, with everything that makes it fast while it runs.
 
 Knows layouts, the cache and the base; no drafts and no verification.
-Legend: B batch, M mask rows, R rows, S cache slots, G query heads for each key/value head, V vocabulary.
+Legend: B batch, M mask rows, R rows, S cache slots, G query heads for each key/value head, V vocabulary,
+H width of a hidden state.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from pardec.attention import GroupedRoute, group_rows
 from pardec.cache import SlotCache
 from pardec.forward import FULL, TargetModel
 from pardec.gated_lora import LoraGate
+from pardec.hidden import HiddenTap
 from pardec.layout import RowLayout
+from pardec.noise import NoiseTokens
 from pardec.prepack import PackedLinears
 
 
@@ -25,7 +29,7 @@ class RowPlan:
 
     Attributes:
         layout: on the target's device.
-        mask_embeds: inputs of the mask rows, shape [1, M, D]; None without mask rows.
+        mask_embeds: inputs of the mask rows, shape [1, M, D]; None without mask rows, or where noise stands there.
         mask_rows: where they stand.
         offsets: of the layout, shape [1, R].
         row_index: 0..R-1, shape [1, R].
@@ -43,6 +47,11 @@ class RowPlan:
     offset_by_kind: Tensor
     bias_by_kind: Tensor | None
 
+    @property
+    def has_mask_rows(self) -> bool:
+        """Whether there are any."""
+        return self.layout.num_real < self.layout.num_rows
+
 
 @dataclass
 class RowForward:
@@ -50,11 +59,14 @@ class RowForward:
 
     Attributes:
         target: the frozen model.
-        mask_embeddings: shape [K, D] in the target's dtype and device; None without mask tokens.
+        mask_embeddings: shape [K, D] in the target's dtype and device; None without mask tokens, or with noise.
         gate: LoRA at mask rows, or None.
         linears: packed weights, or None.
         query_group: G of the attention route; None for the model's own attention.
         compile_step: wraps the forward, such as `torch.compile`; None for none.
+        noise: random tokens at mask rows; None for mask embeddings.
+        tap: sees what the output head reads; None where nobody asks.
+        hidden: what it saw in the last `run`, shape [B, R, H].
     """
 
     target: TargetModel
@@ -62,11 +74,15 @@ class RowForward:
     gate: LoraGate | None = None
     linears: PackedLinears | None = None
     query_group: int | None = None
-    compile_step: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+    compile_step: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    noise: NoiseTokens | None = None
+    tap: HiddenTap | None = None
+    hidden: Tensor | None = field(default=None, init=False)
     _slot_index: dict[int, Tensor] = field(default_factory=dict)  # 1..num_used by num_used, kept for graphs
 
     def __post_init__(self) -> None:
-        self._forward = self.target.run if self.compile_step is None else self.compile_step(self.target.run)
+        run = self.target.run if self.tap is None else _with_hidden(self.target.run, self.tap)
+        self._forward: Callable[..., Any] = run if self.compile_step is None else self.compile_step(run)
         self._embed = self.target.base.get_input_embeddings()
         self._limit = self.target.max_positions
         # without windows what a row sees follows from the kind of slot alone
@@ -77,8 +93,10 @@ class RowForward:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """What must be on the base while steps run, and acts inside of them only: the LoRA's hooks, packed weights."""
+        """What must be on the base while steps run, and acts inside of them only: hooks, packed weights."""
         with ExitStack() as stack:
+            if self.tap is not None:
+                stack.enter_context(self.tap.attached())
             if self.linears is not None:
                 stack.enter_context(self.linears.installed())
             if self.gate is not None:
@@ -95,7 +113,7 @@ class RowForward:
         zero = layout.offsets.new_zeros(1)
         visible = torch.cat([ones, layout.visible.T, ~ones])
         mask_embeds = bias = None
-        if layout.num_real < R:
+        if layout.num_real < R and self.noise is None:
             assert self.mask_embeddings is not None
             mask_embeds = self.mask_embeddings[layout.mask_indices.to(self.mask_embeddings.device)][None]
         if self.query_group is not None and not self._mixes_windows:
@@ -113,6 +131,13 @@ class RowForward:
             bias_by_kind=bias,
         )
 
+    def block_inputs(self, lengths: Tensor, num_speculative_tokens: int) -> Tensor | None:
+        """Inputs of one block of mask tokens behind `lengths` tokens, shape [B]: [K, D], with noise [B, K, D]."""
+        if self.noise is None:
+            return self.mask_embeddings
+        depths = torch.arange(num_speculative_tokens, device=lengths.device)
+        return self._embed(self.noise.at(lengths[:, None] + depths, depths))
+
     def run(self, plan: RowPlan, cache: SlotCache, lengths: Tensor, ids: Tensor) -> Tensor:
         """Logits of the plan's rows, shape [B, R, V].
 
@@ -124,22 +149,28 @@ class RowForward:
         """
         # [B, 1]; one length is broadcast as it is
         behind = lengths if lengths.shape[0] == 1 else lengths[:, None]
+        positions = behind + plan.offsets
+        if self.noise is not None and plan.has_mask_rows:
+            noise = self.noise.at(positions[:, plan.mask_rows], plan.layout.mask_indices)
+            ids = torch.cat([ids, noise], dim=1)
         embeds = self._embed(ids)
         if plan.mask_embeds is not None:
             embeds = torch.cat([embeds, plan.mask_embeds.expand(ids.shape[0], -1, -1)], dim=1)
-        positions = behind + plan.offsets
         if self._limit is not None and cache.num_slots > self._limit:
             positions = self.target.clamp_positions(positions)
         mask = self._mask(plan, cache, behind, positions)
         cache.slots = behind + plan.row_index
         with ExitStack() as stack:
-            if self.gate is not None and plan.mask_embeds is not None:
+            if self.gate is not None and plan.has_mask_rows:
                 stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))
             if self.linears is not None:
                 stack.enter_context(self.linears.active())
             if self._route is not None:
                 stack.enter_context(self._route)
-            return self._forward(embeds, positions, mask, cache)
+            if self.tap is None:
+                return self._forward(embeds, positions, mask, cache)
+            logits, self.hidden = self._forward(embeds, positions, mask, cache)
+            return logits
 
     def _mask(self, plan: RowPlan, cache: SlotCache, behind: Tensor, positions: Tensor):
         """What the rows attend to, in the form that the attention takes."""
@@ -160,3 +191,13 @@ class RowForward:
             key_positions = torch.where(kind == 0, slot, behind + plan.offset_by_kind[kind])
         mask = attention.render(visible, positions, key_positions, self.target.dtype)
         return mask if self.query_group is None else group_rows(mask, self.query_group, self.target.dtype)
+
+
+def _with_hidden(run: Callable[..., Tensor], tap: HiddenTap) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`run` that also returns what the tap saw: compiled code keeps to itself what its hooks have put aside."""
+
+    def run_and_look(*args) -> tuple[Tensor, Tensor]:
+        logits = run(*args)
+        return logits, tap.hidden
+
+    return run_and_look

@@ -137,6 +137,12 @@ def inside_repetition(token_ids: Sequence[int], max_period_tokens: int = 32, min
     return inside
 
 
+def acceptance_everywhere(counts: SequenceCounts) -> tuple[int, int]:
+    """(accepted tokens, drafts) of all rounds that verified a draft."""
+    rounds = [(a, d) for a, d in zip(counts.accepted, counts.drafted, strict=True) if d > 0]
+    return sum(a for a, _ in rounds), len(rounds)
+
+
 def acceptance_outside_repetition(
     prompt_ids: Sequence[int], output_ids: Sequence[int], counts: SequenceCounts
 ) -> tuple[int, int]:

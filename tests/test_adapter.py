@@ -19,13 +19,14 @@ from pardec.adapter import (
     AdapterError,
     AdapterMetadata,
     BaseReference,
+    HeadShape,
     load_adapter,
     save_adapter,
 )
 from pardec.fingerprint import Fingerprint
 from pardec.gated_lora import LoraWeights
 
-K, D = 3, 8
+K, D, H, W = 3, 8, 6, 5
 LORA_CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "bias": "none"}
 LORA_FILES = {"lora/adapter_config.json", "lora/adapter_model.safetensors", "lora/README.md"}
 
@@ -38,11 +39,13 @@ def synced(monkeypatch):
     return inodes
 
 
-def make_adapter(seed=0, sharing="distinct", lora=False):
+def make_adapter(seed=0, sharing="distinct", lora=False, head=False, noise=False):
     generator = torch.Generator().manual_seed(seed)
     metadata = AdapterMetadata(
         num_speculative_tokens=K,
         mask_sharing=sharing,
+        draft_input="uniform_noise" if noise else "mask_embeddings",
+        head=HeadShape(width=W, shortlist=7 + seed) if head else None,
         base=BaseReference(name="some/base", revision="abc"),
         fingerprint=Fingerprint(
             embedding_rows="0" * 64,
@@ -64,12 +67,20 @@ def make_adapter(seed=0, sharing="distinct", lora=False):
         }
         weights = LoraWeights(LORA_CONFIG, tensors)
     rows = 1 if sharing == "shared" else K
-    return Adapter(torch.randn(rows, D, generator=generator), metadata, weights)
+    masks = None if noise else torch.randn(rows, D, generator=generator)
+    return Adapter(masks, metadata, weights, head_tensors(generator) if head else None)
+
+
+def head_tensors(generator=None) -> dict[str, torch.Tensor]:
+    shapes = {"inner.weight": (W, H + D), "inner.bias": (W,), "outer.weight": (H, W)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def same(one: Adapter, other: Adapter) -> bool:
     """Bitwise equality of everything but the list of files."""
     if (one.lora is None) != (other.lora is None):
+        return False
+    if not same_tensors(one.head, other.head):
         return False
     if one.lora is not None and other.lora is not None:
         if one.lora.config != other.lora.config or one.lora.tensors.keys() != other.lora.tensors.keys():
@@ -77,7 +88,14 @@ def same(one: Adapter, other: Adapter) -> bool:
         if not all(torch.equal(one.lora.tensors[key], other.lora.tensors[key]) for key in one.lora.tensors):
             return False
     described = [a.metadata.model_copy(update={"files": {}}) for a in (one, other)]
-    return described[0] == described[1] and torch.equal(one.mask_embeddings, other.mask_embeddings)
+    masks = [None if a.mask_embeddings is None else {"masks": a.mask_embeddings} for a in (one, other)]
+    return described[0] == described[1] and same_tensors(*masks)
+
+
+def same_tensors(one: dict | None, other: dict | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def files_in(folder: Path) -> set[str]:
@@ -106,6 +124,50 @@ def test_embeddings_in_training_are_saved_as_plain_float32(tmp_path):
     assert torch.equal(loaded, adapter.mask_embeddings)
     assert loaded.dtype == torch.float32
     assert not loaded.requires_grad
+
+
+@pytest.mark.parametrize(
+    "parts", [("head",), ("head", "lora"), ("noise", "lora"), ("noise", "lora", "head")], ids="-".join
+)
+def test_heads_and_noise_are_saved_and_loaded_bit_for_bit(tmp_path, parts):
+    adapter = make_adapter(**dict.fromkeys(parts, True))
+    save_adapter(adapter, tmp_path)
+    assert same(load_adapter(tmp_path), adapter)
+    expected = {"pardec.json"} | (LORA_FILES if "lora" in parts else set())
+    expected |= {"head.safetensors"} if "head" in parts else set()
+    expected |= set() if "noise" in parts else {"mask_embeddings.safetensors"}
+    assert files_in(tmp_path) == expected
+    files = json.loads((tmp_path / "pardec.json").read_text())["files"]
+    assert files == {n: hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in expected - {"pardec.json"}}
+
+
+def test_a_head_in_training_is_saved_as_plain_float32(tmp_path):
+    head = {name: tensor.double().requires_grad_() for name, tensor in head_tensors().items()}
+    adapter = make_adapter(head=True)
+    save_adapter(Adapter(adapter.mask_embeddings, adapter.metadata, head=head), tmp_path)
+    loaded = load_adapter(tmp_path).head
+    assert same_tensors(loaded, {name: tensor.detach().float() for name, tensor in head.items()})
+    assert {(tensor.dtype, tensor.requires_grad) for tensor in loaded.values()} == {(torch.float32, False)}
+
+
+def test_an_adapter_without_a_head_is_written_as_versions_before_heads_wrote_it(tmp_path):
+    """They refuse keys that they do not know."""
+    save_adapter(make_adapter(lora=True), tmp_path)
+    known = {"format_version", "num_speculative_tokens", "mask_sharing", "draft_input", "base", "fingerprint"}
+    written = json.loads((tmp_path / "pardec.json").read_text())
+    assert written.keys() == known | {"training", "measured", "files"}
+    assert (written["format_version"], written["draft_input"]) == (1, "mask_embeddings")
+
+
+@pytest.mark.parametrize("old", [("head",), ("noise", "lora", "head"), ()], ids=lambda parts: "old-" + "-".join(parts))
+@pytest.mark.parametrize("new", [("head",), ("noise", "lora"), ()], ids=lambda parts: "new-" + "-".join(parts))
+def test_nothing_of_an_older_adapter_is_left_behind(tmp_path, old, new):
+    save_adapter(make_adapter(1, **dict.fromkeys(old, True)), tmp_path / "adapter")
+    adapter = make_adapter(2, **dict.fromkeys(new, True))
+    save_adapter(adapter, tmp_path / "adapter")
+    save_adapter(adapter, tmp_path / "fresh")
+    assert same(load_adapter(tmp_path / "adapter"), adapter)
+    assert files_in(tmp_path / "adapter") == files_in(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["embeddings", "lora"])
@@ -209,6 +271,64 @@ def test_embeddings_that_are_not_finite_are_refused(bad):
     adapter.mask_embeddings[1, 2] = bad
     with pytest.raises(AdapterError, match="mask embeddings: expected finite numbers, found NaN or infinity"):
         Adapter(adapter.mask_embeddings, adapter.metadata)
+
+
+def test_an_adapter_of_noise_has_no_embeddings_to_ask_for():
+    with pytest.raises(ValueError, match="mask embeddings: expected some, found draft_input uniform_noise"):
+        make_adapter(noise=True, lora=True).embeddings_for(1)
+
+
+# ---------------------------------------------------------------------- parts that do not fit
+
+
+def test_noise_needs_a_lora_and_no_embeddings():
+    noise = make_adapter(noise=True, lora=True)
+    with pytest.raises(AdapterError, match=r"lora: expected one with draft_input uniform_noise, .*, found none"):
+        Adapter(None, noise.metadata)
+    with pytest.raises(AdapterError, match=rf"expected none with draft_input uniform_noise, found \[{K}, {D}\]"):
+        Adapter(torch.zeros(K, D), noise.metadata, noise.lora)
+
+
+def test_mask_embeddings_must_be_there_unless_noise_stands_for_them():
+    with pytest.raises(AdapterError, match=rf"mask embeddings: expected shape \[{K}, D\] .*, found none"):
+        Adapter(None, make_adapter().metadata)
+
+
+def with_head(**changes) -> Adapter:
+    """An adapter whose head has other tensors; None leaves one out."""
+    adapter, tensors = make_adapter(head=True), head_tensors() | changes
+    head = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return Adapter(adapter.mask_embeddings, adapter.metadata, head=head)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"outer.weight": None}, "expected inner.bias, inner.weight, outer.weight, found inner.bias, inner.weight"),
+        ({"outer.bias": torch.zeros(H)}, "found inner.bias, inner.weight, outer.bias, outer.weight"),
+        (dict.fromkeys(head_tensors(), None), "expected inner.bias, inner.weight, outer.weight, found nothing"),
+        ({"inner.bias": torch.zeros(W + 1)}, rf"expected inner.bias \[{W}\], .*'inner.bias': \[{W + 1}\]"),
+        ({"inner.weight": torch.zeros(W + 1, H + D)}, rf"'inner.weight': \[{W + 1}, {H + D}\]"),
+        ({"inner.weight": torch.zeros(W, H)}, rf"'inner.weight': \[{W}, {H}\]"),  # no room for an embedding
+        ({"inner.weight": torch.zeros(W)}, rf"'inner.weight': \[{W}\]"),
+        ({"outer.weight": torch.zeros(H, W + 1)}, rf"'outer.weight': \[{H}, {W + 1}\]"),
+        ({"outer.weight": torch.zeros(0, W)}, rf"'outer.weight': \[0, {W}\]"),
+        ({"outer.weight": torch.tensor(1.0)}, r"'outer.weight': \[\]"),
+        ({"inner.bias": torch.full((W,), torch.nan)}, "expected finite numbers, found NaN or infinity"),
+        ({"outer.weight": torch.full((H, W), torch.inf)}, "expected finite numbers, found NaN or infinity"),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(changes, words):
+    with pytest.raises(AdapterError, match=f"^head: .*{words}"):
+        with_head(**changes)
+
+
+def test_a_head_without_its_shape_and_a_shape_without_a_head_are_refused():
+    bare, full = make_adapter(), make_adapter(head=True)
+    with pytest.raises(AdapterError, match=r"head: expected .*, or neither, found weights without the key head"):
+        Adapter(bare.mask_embeddings, bare.metadata, head=full.head)
+    with pytest.raises(AdapterError, match=r"head: expected .*, or neither, found that key without weights"):
+        Adapter(full.mask_embeddings, full.metadata)
 
 
 # ---------------------------------------------------------------------- refusals
@@ -316,6 +436,31 @@ def test_metadata_with_an_unknown_key_or_value_names_it(saved, changes, key):
 def test_metadata_that_lists_no_embeddings_is_refused(saved):
     edit_metadata(saved, files={})
     assert "expected mask_embeddings.safetensors among its files, found []" in refusal(saved)
+
+
+def test_a_head_without_its_file_and_a_file_without_its_head_are_refused(tmp_path):
+    save_adapter(make_adapter(head=True), tmp_path)
+    metadata = json.loads((tmp_path / "pardec.json").read_text())
+    edit_metadata(tmp_path, head=None)
+    assert "found weights without the key head in pardec.json" in refusal(tmp_path)
+    del metadata["files"]["head.safetensors"]
+    edit_metadata(tmp_path, head=metadata["head"], files=metadata["files"])
+    assert "expected head.safetensors among its files, found ['mask_embeddings.safetensors']" in refusal(tmp_path)
+
+
+def test_noise_on_disk_needs_its_lora_and_no_embeddings(tmp_path):
+    save_adapter(make_adapter(), tmp_path)
+    edit_metadata(tmp_path, draft_input="uniform_noise")
+    assert "mask embeddings: expected none with draft_input uniform_noise" in refusal(tmp_path)
+    edit_metadata(tmp_path, files={})
+    assert "lora: expected one with draft_input uniform_noise" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"width": 0}, {"shortlist": 0}, {"width": None}, {"depth": 2}], ids=str)
+def test_a_head_of_impossible_shape_is_refused(tmp_path, changes):
+    save_adapter(make_adapter(head=True), tmp_path)
+    edit_metadata(tmp_path, head={"width": W, "shortlist": 7} | changes)
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'pardec.json'}: head.{next(iter(changes))}: ")
 
 
 @pytest.mark.parametrize("name", ["../secret", "lora/../../secret", "{absolute}"])

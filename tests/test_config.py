@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from pardec.config import Recipe, RecipeError, Section, load_recipe, parse_recipe
+from pardec.loss import OBJECTIVES
 
 MINIMAL = "base: tiny-python\noutput_dir: runs/x\ndata:\n  path: python-stdlib\n"
 
@@ -228,7 +229,11 @@ def test_a_missing_key_is_named(write, text, key):
         ("train.seed=-1", "-1"),
         ("train.objective=mse", "'mse'"),
         ("train.trackers=tensorboard", "'tensorboard'"),
-        ("train.position_weights=heavy", "'heavy'"),
+        ("train.temperature=0", "0"),
+        ("train.top_k=0", "0"),
+        ("adapter.head=512", "512"),
+        ("adapter.head.shortlist=0", "0"),
+        ("adapter.mask_initialisation=zeros", "'zeros'"),
         ("base=5", "5"),
         ("base=null", "None"),
         ("data=python-stdlib", "'python-stdlib'"),
@@ -260,6 +265,46 @@ def test_position_weights_must_be_one_per_mask_token(write, weights, found):
 @pytest.mark.parametrize("weights", ["-1", "[1, 1, -0.5, 1]", "[0, 0, 0, 0]", "[1, .nan, 1, 1]", ".nan"])
 def test_position_weights_must_be_usable_numbers(write, weights):
     assert "train.position_weights: " in refusal(write(MINIMAL), f"train.position_weights={weights}")
+
+
+@pytest.mark.parametrize("rule", ["expected_length", "prefix_product"])
+def test_weights_may_follow_acceptance_by_a_named_rule(write, rule):
+    assert load_recipe(write(MINIMAL), [f"train.position_weights={rule}"]).position_weights() == rule
+
+
+def test_an_unknown_rule_names_the_known_ones(write):
+    message = refusal(write(MINIMAL), "train.position_weights=harmonic")
+    known = "expected_length, prefix_product"
+    assert message.endswith(f"train.position_weights: expected a number, numbers or {known}, found 'harmonic'")
+
+
+def test_an_unknown_objective_names_the_known_ones(write):
+    message = refusal(write(MINIMAL), "train.objective=mse")
+    for name in OBJECTIVES:
+        assert load_recipe(write(MINIMAL), [f"train.objective={name}"]).train.objective == name
+        assert f"'{name}'" in message
+
+
+def test_noise_input_needs_a_lora_and_serves_no_head(write):
+    noise = "adapter.draft_input=uniform_noise"
+    assert "expected a LoRA beside uniform_noise" in refusal(write(MINIMAL), noise)
+    assert "expected no sampler head beside uniform_noise" in refusal(
+        write(MINIMAL), noise, "adapter.lora.r=4", "adapter.head.width=8"
+    )
+    assert load_recipe(write(MINIMAL), [noise, "adapter.lora.r=4"]).adapter.draft_input == "uniform_noise"
+
+
+def test_frozen_parts_come_from_an_adapter_and_leave_something_to_learn(write):
+    frozen = "train.frozen=[mask_embeddings]"
+    assert "train.frozen: expected adapter.start_from" in refusal(write(MINIMAL), frozen)
+    start = "adapter.start_from=runs/x"
+    assert refusal(write(MINIMAL), start, frozen).endswith("found all frozen: ['mask_embeddings']")
+    assert load_recipe(write(MINIMAL), [start, frozen, "adapter.head.width=8"]).train.frozen == ["mask_embeddings"]
+
+
+@pytest.mark.parametrize("override", ["train.keep.ratio=0", "train.keep.ratio=1.1", "train.keep.floor=-0.1"])
+def test_token_dropping_takes_shares(write, override):
+    assert f"{override.partition('=')[0]}: " in refusal(write(MINIMAL), override)
 
 
 # ---------------------------------------------------------------------- unusable files

@@ -13,6 +13,7 @@ import torch
 
 from pardec import data
 from pardec.data import (
+    STDLIB,
     TEST,
     TRAIN,
     VALIDATION,
@@ -30,6 +31,7 @@ from pardec.data import (
     standard_prompts,
     tokenise,
     tokenise_until,
+    training_rows,
 )
 
 CHAT_TEMPLATE = (
@@ -192,7 +194,8 @@ def test_jsonl_rows_of_every_kind(tmp_path):
     found = read_rows(str(path), "auto")
     assert found[0] == rows[0]
     assert found[1]["conversations"] == found[2]["conversations"] == CHAT[:2]
-    assert found[3] == rows[3]
+    assert found[3].items() >= rows[3].items()
+    assert [row.get("where") for row in found] == [None, *(f"{path}:{line}" for line in (3, 5, 7))]
 
 
 def test_older_conversation_keys_are_understood(tmp_path):
@@ -313,7 +316,8 @@ def test_conversations_and_token_ids_survive_parquet(tmp_path, chat_tokenizer):
     assert rows[0]["conversations"] == CHAT[:2]
     assert tokenise(rows[0], chat_tokenizer).loss_mask is not None
     ids = [{"input_ids": [1, 2, 3], "loss_mask": [False, True, True]}]
-    assert read_rows(write_parquet(tmp_path / "ids", ids), "auto") == ids
+    path = write_parquet(tmp_path / "ids", ids)
+    assert read_rows(path, "auto") == [{**ids[0], "where": f"{path}:train:1"}]
 
 
 @pytest.mark.usefixtures("datasets_cache")
@@ -341,6 +345,23 @@ def test_what_datasets_cannot_load_is_one_line_with_the_path(tmp_path):
 def test_a_dataset_that_is_nowhere_is_refused():
     with pytest.raises(DataError, match=r"data 'nobody/nothing': expected a file, folder or hub dataset, found "):
         read_rows("nobody/nothing", "auto")
+
+
+def test_training_rows_are_those_that_load_corpus_does_not_hold_out(source_folder, tokenizer, monkeypatch, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row number {number}"} for number in range(45)])
+    held_out = {tokenizer.decode(d.input_ids[1:]) for d in load_corpus(path, tokenizer, max_length=8).validation}
+    found = [row["text"] for row in training_rows(path)]
+    assert len(held_out) == 3
+    assert sorted(found) == sorted({f"row number {number}" for number in range(45)} - held_out)
+    monkeypatch.setattr(data, "stdlib_folder", lambda: source_folder)
+    assert [row["text"] for row in training_rows(STDLIB)] == list(python_sources(source_folder, TRAIN))
+
+
+def test_a_single_text_gives_its_beginning_and_a_single_conversation_itself(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 200)
+    assert training_rows(str(tmp_path / "a.txt")) == [{"text": "x" * 190}]
+    path = write_jsonl(tmp_path / "talk.jsonl", [{"text": None, "messages": CHAT}])
+    assert [row["conversations"] for row in training_rows(path)] == [CHAT]
 
 
 # ---------------------------------------------------------------------- tokenising
@@ -371,6 +392,37 @@ def test_token_ids_that_the_tokenizer_does_not_have_are_refused(tokenizer):
     """Said while data are validated, not as an index error of the embedding in the middle of a run."""
     with pytest.raises(DataError, match=r"ids\.jsonl: .*4096"):
         tokenise({"input_ids": [5, 4096], "loss_mask": [0, 1]}, tokenizer, "ids.jsonl")
+
+
+UNUSABLE = {
+    "ids": ({"input_ids": [5, 4096], "loss_mask": [0, 1]}, "expected token ids below 4096"),
+    "roles": ({"messages": [{"role": "tool", "content": "x"}, *CHAT]}, "found tool, user, .*: no tools$"),
+    "nothing to learn": (
+        {"messages": [{"role": "assistant", "content": ""}, CHAT[0]]},
+        "expected some of the rendered tokens to be the assistant's, found 0 % of '<|user|>Say hi",
+    ),
+    "everything": (
+        {"messages": [{"role": "assistant", "content": "hi"}]},
+        "expected some of the rendered tokens to be the assistant's, found 100 % of 'hi",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_row_that_cannot_be_tokenised_is_named_by_file_and_line(case, chat_tokenizer, tmp_path):
+    row, message = UNUSABLE[case]
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools\nplease') }}{% endif %}"
+        "{% if m.role == 'user' %}<|user|>{% endif %}{{ m.content }}{% endfor %}"
+    )
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "fine"}, row])
+    fine, unusable = read_rows(path, "auto")
+    assert tokenise(fine, chat_tokenizer, path).loss_mask is None
+    with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{message}"):
+        tokenise(unusable, chat_tokenizer, path)
+    write_jsonl(tmp_path / "rows.jsonl", [row, {"text": "fine"}, row])
+    with pytest.raises(DataError, match=rf"rows\.jsonl:[13]: .*{message}"):
+        load_corpus(path, chat_tokenizer, max_length=16)
 
 
 def learned(document, tokenizer):
@@ -671,11 +723,18 @@ def test_the_first_target_of_an_anchor_counts_or_the_anchor_is_filling(num_ancho
     for example in (AnchoredSequences(make_sequences(), 21, num_anchors, seed=1)[c] for c in range(21)):
         ids, mask, anchors = example["input_ids"], example["loss_mask"], example["anchors"].tolist()
         assert len(anchors) == num_anchors
-        assert anchors == sorted(anchors)
         useful = [s for s in range(len(ids) - 2) if mask[s + 2]]
         chosen = [s for s in anchors if s != len(ids) - 1]
         assert set(chosen) <= set(useful)
         assert len(set(chosen)) == len(chosen) == min(num_anchors, len(useful))
+        assert anchors[: len(chosen)] == chosen  # filling comes last
+
+
+def test_anchors_come_in_random_order_so_that_the_first_are_any():
+    """Token dropping keeps the first ones longest."""
+    examples = AnchoredSequences([text(range(50))], 400, 8, seed=0)
+    first, last = ([examples[c]["anchors"][place].item() for c in range(400)] for place in (0, -1))
+    assert abs(sum(first) / 400 - sum(last) / 400) < 5  # means of 400 numbers from 0..47: standard error 0.7
 
 
 def test_every_useful_anchor_is_chosen_sooner_or_later():
@@ -709,3 +768,13 @@ def test_a_batch_is_padded_on_the_right_with_what_no_loss_counts():
             for target in range(anchor + 2, batch["input_ids"].shape[1]):
                 counted = bool(batch["loss_mask"][b, target])
                 assert not counted or target < len(pair[b]["input_ids"])
+
+
+def test_held_out_data_may_be_that_of_python_itself(tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = {"input_ids": list(range(100, 120)), "loss_mask": [0] * 10 + [1] * 10}
+    path.write_text(json.dumps(row) + "\n")
+    corpus = load_corpus(str(path), tokenizer, max_length=16, validation_path=STDLIB, test_path=STDLIB)
+    assert len(corpus.train) == 1
+    for documents, split in ((corpus.validation, "validation"), (corpus.test, "test")):
+        assert standard_prompts(documents) == held_out_prompts(tokenizer, split)

@@ -64,8 +64,36 @@ def test_acceptance_reports_what_the_public_api_counts(adapters):
 
     model = pardec.load(adapters / "lora")
     prompts = held_out_prompts(model.tokenizer, "test", num_prompts=2)
-    out = model.generate(prompts, max_new_tokens=10)
-    assert result["greedy"]["mean_acceptance_length"] == pytest.approx(out.stats.mean_acceptance_length, abs=1e-4)
+    calls = {"greedy": {}, "sampled": {"temperature": 0.8, "top_k": 10, "seed": 0}}
+    for name, options in calls.items():
+        stats = model.generate(prompts, max_new_tokens=10, **options).stats
+        assert result[name]["mean_acceptance_length"] == pytest.approx(stats.mean_acceptance_length, abs=1e-4)
+        for kind, rates in stats.acceptance_rate_per_position.items():
+            assert result[name]["acceptance_rate_per_position"][kind] == pytest.approx(rates, abs=1e-4)
+        shares = result[name]["ranks"]["unconditional"]
+        assert all(0 <= a <= b <= c <= 1 for a, b, c in zip(*(shares[f"top{n}"] for n in (1, 5, 10)), strict=True))
+        assert set(result[name]["by_category"]) == {"code"}
+    assert (result["split"], result["num_prompts"], result["max_new_tokens"]) == ("test", 2, 10)
+    assert "by category" not in done.stdout
+
+
+def test_acceptance_by_category_of_a_benchmark(adapters, tmp_path):
+    rows = [
+        {"question_id": n, "category": category, "turns": [f"Please explain {category} to me."]}
+        for n, category in enumerate(("maths", "writing", "maths"))
+    ]
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--prompts", str(tmp_path / "bench.jsonl"), "--max-new-tokens", "8", "--num-speculative-tokens", "1")
+    done = run("eval/acceptance.py", str(adapters / "lora"), "--head", "off", *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {name: one["num_prompts"] for name, one in result["greedy"]["by_category"].items()} == {
+        "maths": 2,
+        "writing": 1,
+    }
+    assert result["split"] is None
+    assert len(result["sampled"]["acceptance_rate_per_position"]["conditional"]) == 1
+    assert "by category" in done.stdout
 
 
 @pytest.mark.parametrize("script", ["demo.py", "acceptance.py"])

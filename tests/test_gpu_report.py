@@ -2,9 +2,12 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
 
@@ -71,6 +74,32 @@ def test_a_step_that_takes_too_long_is_cut_off_and_begun_again(run, tmp_path, mo
     assert times(tmp_path, "one") == 2
 
 
+def test_what_a_step_has_started_ends_with_it(run, tmp_path):
+    pid = tmp_path / "pid"
+    child = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    code = f"import subprocess, sys; open({str(pid)!r}, 'w').write(str({child}.pid))"
+    assert run([counting(tmp_path, "one", code)])[0] == 0
+    end = time.monotonic() + 20
+    while is_running(int(pid.read_text())) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_running(int(pid.read_text()))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_table_of_several_steps_stands_in_the_report_once(run, tmp_path):
+    first, second = counting(tmp_path, "one"), counting(tmp_path, "two")
+    _, folder = run([first, Step("two", second.command, first.results)])
+    text = (folder / "REPORT.md").read_text()
+    assert text.count("\n\ntable of one") == 1
+    assert text.index("## two") < text.index("\n\ntable of one")
+
+
 def test_no_step_is_begun_when_time_is_over(run, tmp_path):
     steps = [counting(tmp_path, "one")]
     code, folder = run(steps, "--minutes", "0.5")
@@ -115,9 +144,14 @@ def test_every_step_names_files_and_recipes_that_exist(tmp_path):
             assert all((root / word).exists() for word in named), named
 
 
+def test_every_variant_of_the_study_is_a_step():
+    study = yaml.safe_load((Path(gpu_report.ROOT) / gpu_report.STUDY).read_text())
+    assert [variant["name"] for variant in study["variants"]] == list(gpu_report.STUDY_VARIANTS)
+
+
 def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, monkeypatch):
     folder = tmp_path / "report"
-    only = "tests,pretrain,train-lora,exactness"
+    only = "tests,pretrain,train-lora,exactness,study-lora-head"
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--quick", "--output", str(folder), "--only", only])
     with pytest.raises(SystemExit) as ended:
         gpu_report.main()
@@ -125,3 +159,6 @@ def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, mo
     assert ended.value.code == 0, logs
     assert "exactness" in (folder / "REPORT.md").read_text().lower()
     assert (folder / "lora-pardec.json").exists()
+    study = json.loads((folder / "study.json").read_text())
+    done = [row["view"] for row in study["rows"] if row["status"] == "done"]
+    assert done == ["head", "no head"]

@@ -20,10 +20,12 @@ from transformers.generation.logits_process import (
 
 from pardec.cache import SlotCache
 from pardec.decode import Decoder, DecodeState
+from pardec.drafting import HeadDrafter
 from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
 from pardec.graphs import CapturedSteps
 from pardec.model import counts_of
+from pardec.noise import NoiseTokens
 from pardec.sampling import TokenLaw, make_warpers
 from pardec.survey import survey
 
@@ -118,13 +120,18 @@ def sampled(seed: int = 0, **options) -> TokenLaw:
     return TokenLaw(False, tuple(make_warpers(**warpers)), torch.Generator().manual_seed(seed))
 
 
-def decoder_for(model, mode: str, law: TokenLaw, *, new_tokens: int = 12, eos=()) -> Decoder:
-    target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2)
+def decoder_for(
+    model, mode: str, law: TokenLaw, *, new_tokens: int = 12, eos=(), head_width: int = 0, noise: bool = False
+) -> Decoder:
+    target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
     options = {"query_group": survey(target).query_group}
     eos_ids = torch.tensor(list(eos), dtype=torch.long, device=target.device)
     if mode == "plain":
         return Decoder(target, mode, 0, law, new_tokens, eos_ids, **options)
     masks, gate = adapter.mask_embeddings.to(target.device, target.dtype), LoraGate(model, adapter.lora)
+    options |= {"head": HeadDrafter.of(adapter, target)}
+    if noise:
+        masks, options = None, options | {"noise": NoiseTokens.of(V, target.device)}
     return Decoder(target, mode, K, law, new_tokens, eos_ids, masks, gate, **options)
 
 
@@ -163,24 +170,32 @@ def results(decoder: Decoder, state: DecodeState) -> list:
 
 @pytest.mark.parametrize("recorder", [rerun, tape])
 @pytest.mark.parametrize(
-    ("family", "mode", "greedy", "batch"),
+    ("family", "mode", "greedy", "batch", "options"),
     [
-        ("llama", "plain", True, 1),
-        ("llama", "plain", False, 2),
-        ("llama", "two_pass", True, 2),
-        ("llama", "fused", True, 1),
-        ("llama", "fused", False, 1),
-        ("llama", "fused", False, 2),
-        ("gemma3-mixed-windows", "fused", True, 2),
-        ("gemma3-mixed-windows", "two_pass", True, 1),
-        ("gpt2", "fused", False, 2),
-        ("llama-eager", "fused", True, 2),
+        ("llama", "plain", True, 1, {}),
+        ("llama", "plain", False, 2, {}),
+        ("llama", "two_pass", True, 2, {}),
+        ("llama", "fused", True, 1, {}),
+        ("llama", "fused", False, 1, {}),
+        ("llama", "fused", False, 2, {}),
+        ("gemma3-mixed-windows", "fused", True, 2, {}),
+        ("gemma3-mixed-windows", "two_pass", True, 1, {}),
+        ("gpt2", "fused", False, 2, {}),
+        ("llama-eager", "fused", True, 2, {}),
+        ("llama", "fused", True, 2, {"head_width": 6}),
+        ("llama", "fused", False, 1, {"head_width": 6}),
+        ("gemma3-mixed-windows", "fused", False, 2, {"head_width": 6, "noise": True}),
+        ("gpt2", "two_pass", False, 2, {"head_width": 6}),
+        ("llama", "fused", True, 1, {"noise": True}),
+        ("llama", "two_pass", True, 2, {"noise": True}),
     ],
 )
-def test_recorded_steps_bring_the_tokens_counts_and_draws_of_steps_that_run(family, mode, greedy, batch, recorder):
+def test_recorded_steps_bring_the_tokens_counts_and_draws_of_steps_that_run(
+    family, mode, greedy, batch, options, recorder
+):
     """Prompts, the seed and EOS ids change from call to call, and there are several buckets."""
     model = tiny_model(family)
-    plain, recorded = (decoder_for(model, mode, TokenLaw(True) if greedy else sampled()) for _ in range(2))
+    plain, recorded = (decoder_for(model, mode, TokenLaw(True) if greedy else sampled(), **options) for _ in range(2))
     cache, recordings = SlotCache(3, 64, batch), []
 
     def counting(*args):
@@ -389,20 +404,25 @@ class _HostTensors(TorchDispatchMode):
         return out
 
 
-def step_without_values(family: str, mode: str, law: TokenLaw, *, batch: int = 2, dtype=torch.float32) -> _HostTensors:
+def step_without_values(
+    family: str, mode: str, law: TokenLaw, *, batch: int = 2, dtype=torch.float32, **options
+) -> _HostTensors:
     """Two steps on the meta device, where tensors have no values: whatever asks for one raises."""
     model = tiny_model(family, dtype=dtype)
-    here = decoder_for(model, mode, law, eos=[1, 2])
+    here = decoder_for(model, mode, law, eos=[1, 2], **options)
     state = here.prefill(prompts(V, (5, 3))[:batch])
     if mode == "two_pass" and not law.greedy:
         state.draft_probs = torch.zeros(batch, K, V)
-    lora = make_adapter(model, K, lora_rank=2).lora
+    adapter = make_adapter(model, K, lora_rank=2, head_width=options.get("head_width", 0))
     model.to("meta")
+    target = TargetModel.wrap(model)
     decoder = dataclasses.replace(
         here,
-        target=TargetModel.wrap(model),
+        target=target,
+        head=None if here.head is None else HeadDrafter.of(adapter, target),
+        noise=None if here.noise is None else NoiseTokens(here.noise.table.to("meta")),
         mask_embeddings=None if here.mask_embeddings is None else here.mask_embeddings.to("meta"),
-        gate=None if here.gate is None else LoraGate(model, lora),
+        gate=None if here.gate is None else LoraGate(model, adapter.lora),
     )
     cache = SlotCache(3, 64, batch)
     cache.num_used = 32
@@ -435,6 +455,10 @@ LAWS = {
         ("llama", "plain", "greedy", {"batch": 1}),
         ("llama", "fused", "greedy", {"dtype": torch.float64}),
         ("llama", "fused", "all-warpers", {"dtype": torch.bfloat16}),
+        *[("llama", mode, law, {"head_width": 6}) for mode in ("two_pass", "fused") for law in LAWS],
+        ("gpt2", "fused", "all-warpers", {"head_width": 6, "noise": True, "batch": 1}),
+        ("llama", "fused", "greedy", {"head_width": 6, "dtype": torch.float64}),
+        *[("llama", mode, "greedy", {"noise": True}) for mode in ("two_pass", "fused")],
     ],
 )
 def test_a_step_asks_for_no_value_and_touches_no_tensor_on_the_host(family, mode, law, options):

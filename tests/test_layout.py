@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout, training_layout
+from pardec.layout import (
+    block_layout,
+    block_starts,
+    chain_layout,
+    full_blocks,
+    nested_block_lengths,
+    real_layout,
+    training_layout,
+)
 
 DRAFT_LENGTHS = range(6)
 
@@ -95,24 +103,22 @@ def test_layouts_have_the_dtypes_that_indexing_and_masks_need():
             assert torch.equal(getattr(moved, name), getattr(layout, name))
 
 
-def assert_training_layout_is(layout, anchors, K, T):
-    B, N = len(anchors), len(anchors[0])
-    assert layout.positions.shape == layout.targets.shape == (B, N * K)
-    assert layout.visible.shape == (B, N * K, T + N * K)
+def assert_training_layout_is(layout, anchors, lengths, T):
+    rows = [(n, j) for n, length in enumerate(lengths) for j in range(1, length + 1)]
+    B, M = len(anchors), len(rows)
+    assert layout.positions.shape == layout.targets.shape == (B, M)
+    assert layout.visible.shape == (B, M, T + M)
     assert layout.positions.dtype == layout.targets.dtype == torch.int64
     assert layout.visible.dtype == torch.bool
+    assert list(zip(layout.blocks.tolist(), (layout.depths + 1).tolist(), strict=True)) == rows
     for b in range(B):
-        for n in range(N):
-            for j in range(1, K + 1):
-                row = n * K + j - 1
-                assert layout.positions[b, row] == anchors[b][n] + j
-                assert layout.targets[b, row] == anchors[b][n] + j + 1
-                for t in range(T):
-                    assert bool(layout.visible[b, row, t]) == (t <= anchors[b][n])
-                for m in range(N):
-                    for i in range(1, K + 1):
-                        seen = bool(layout.visible[b, row, T + m * K + i - 1])
-                        assert seen == (m == n and i <= j), (b, n, j, m, i)
+        for row, (n, j) in enumerate(rows):
+            assert layout.positions[b, row] == anchors[b][n] + j
+            assert layout.targets[b, row] == anchors[b][n] + j + 1
+            for t in range(T):
+                assert bool(layout.visible[b, row, t]) == (t <= anchors[b][n]) == bool(layout.sees_real[b, row, t])
+            for other, (m, i) in enumerate(rows):
+                assert bool(layout.visible[b, row, T + other]) == (m == n and i <= j), (b, n, j, m, i)
 
 
 @pytest.mark.parametrize("K", DRAFT_LENGTHS)
@@ -127,8 +133,31 @@ def assert_training_layout_is(layout, anchors, K, T):
     ids=["single-token", "first-and-last", "borders-and-fill", "unsorted-and-repeated"],
 )
 def test_training_blocks_see_their_prefix_and_themselves(K, anchors, T):
-    layout = training_layout(torch.tensor(anchors), K, T)
-    assert_training_layout_is(layout, anchors, K, T)
+    lengths = (K,) * len(anchors[0])
+    layout = training_layout(torch.tensor(anchors), lengths, T)
+    assert_training_layout_is(layout, anchors, lengths, T)
+
+
+@pytest.mark.parametrize("lengths", [(4, 3, 1, 1), (3, 0, 2, 1), (1, 1, 1, 1), (0, 0, 0, 5)])
+def test_blocks_of_different_lengths_see_their_prefix_and_themselves(lengths):
+    anchors = [[2, 2, 5, 1], [0, 6, 3, 4]]
+    assert_training_layout_is(training_layout(torch.tensor(anchors), lengths, 7), anchors, lengths, 7)
+
+
+@pytest.mark.parametrize("N", [1, 5, 32, 64])
+@pytest.mark.parametrize("K", [1, 4, 8])
+@pytest.mark.parametrize(("ratio", "floor"), [(1.0, 0.0), (0.7, 0.2), (0.5, 0.0), (0.9, 1.0)])
+def test_token_dropping_keeps_its_share_of_every_depth_nested(N, K, ratio, floor):
+    lengths = nested_block_lengths(N, K, ratio, floor)
+    assert len(lengths) == N
+    assert list(lengths) == sorted(lengths, reverse=True)
+    for j in range(1, K + 1):
+        kept = sum(length >= j for length in lengths)  # a block of length j has all depths before j
+        assert kept == max(1, round(max(floor, ratio ** (j - 1)) * N))
+
+
+def test_pards_shares_leave_less_than_45_percent_of_the_rows_at_k_8():
+    assert sum(nested_block_lengths(64, 8, 0.7, 0.2)) <= 0.45 * 64 * 8
 
 
 @pytest.mark.parametrize("K", range(1, 6))
@@ -136,7 +165,7 @@ def test_training_and_decoding_agree_on_what_a_block_sees(K):
     """Block i of the chain behind c committed tokens is the training block of anchor c + i."""
     committed, chain = 4, chain_layout(full_blocks(K))
     anchors = torch.arange(committed, committed + K + 1)[None]
-    training = training_layout(anchors, K, committed + K + 1)
+    training = training_layout(anchors, full_blocks(K), committed + K + 1)
     assert torch.equal(training.positions[0], committed + chain.offsets[K + 1 :])
     assert bool(training.visible[0, :, :committed].all())
     assert torch.equal(training.visible[0, :, committed:], chain.visible[K + 1 :])

@@ -4,17 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from pardec.config import load_recipe
+from pardec.config import Recipe, load_recipe
 from pardec.pretrain_config import PretrainRecipe
+from pardec.responses_config import ResponsesRecipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+# by the first word of a recipe's name, all others being adapters
+SCRIPTS = {"pretrain": ("pretrain_base.py", PretrainRecipe), "responses": ("generate_responses.py", ResponsesRecipe)}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipe_loads_and_shows_its_command(path):
-    pretrains = path.name.startswith("pretrain_")
-    load_recipe(path, model=PretrainRecipe) if pretrains else load_recipe(path)
-    script = "pretrain_base.py" if pretrains else "train_adapter.py"
+    script, model = SCRIPTS.get(path.name.partition("_")[0], ("train_adapter.py", Recipe))
+    load_recipe(path, model=model)
     header = path.read_text().split("\n\n")[0]
     assert f"accelerate launch train/{script} recipes/{path.name}" in header
 

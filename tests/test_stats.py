@@ -5,7 +5,13 @@ import random
 
 import pytest
 
-from pardec.stats import SequenceCounts, acceptance_outside_repetition, inside_repetition, pool
+from pardec.stats import (
+    SequenceCounts,
+    acceptance_everywhere,
+    acceptance_outside_repetition,
+    inside_repetition,
+    pool,
+)
 
 # two sequences of a fused decoder with K = 3; the first round of the second one has no draft
 FIRST = SequenceCounts(accepted=[3, 0, 2], drafted=[3, 3, 2], num_new_tokens=8)
@@ -139,6 +145,12 @@ def test_the_defaults_are_spans_of_8_at_periods_up_to_32():
 
 def test_repetition_of_nothing_is_nothing():
     assert inside_repetition([]) == []
+
+
+def test_rounds_without_a_draft_are_no_drafts():
+    assert acceptance_everywhere(FIRST) == (5, 3)
+    assert acceptance_everywhere(SECOND) == (1, 1)
+    assert acceptance_everywhere(SequenceCounts([], [], 1)) == (0, 0)
 
 
 def test_rounds_inside_repetition_are_left_out():

@@ -11,8 +11,9 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from pardec.gated_lora import inject_lora
-from pardec.layout import training_layout
-from pardec.training import MaskTokenTrainer, mean_embedding
+from pardec.layout import nested_block_lengths, training_layout
+from pardec.loss import target_law
+from pardec.training import METRICS, Drafter, MaskTokenTrainer, Objective, mean_embedding
 
 ROOT = Path(__file__).parent.parent
 K, T, N = 3, 20, 4
@@ -36,7 +37,13 @@ def make_batch(vocab_size: int = 61, batch: int = 2) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "loss_mask": mask, "anchors": anchors}
 
 
-def make_trainer(family: str, lora: bool = False, **options) -> MaskTokenTrainer:
+def make_trainer(
+    family: str,
+    lora: bool = False,
+    objective: Objective | None = None,
+    keep: tuple[float, float] = (1.0, 0.0),
+    **drafter,
+) -> MaskTokenTrainer:
     model = tiny_model(family)
     if lora:
         torch.manual_seed(7)
@@ -44,14 +51,20 @@ def make_trainer(family: str, lora: bool = False, **options) -> MaskTokenTrainer
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.3
-    trainer = MaskTokenTrainer(model, K, has_lora=lora, **options)
+    what = Drafter(K, has_lora=lora, **drafter)
+    trainer = MaskTokenTrainer(model, what, objective or Objective(), keep_ratio=keep[0], keep_floor=keep[1])
     torch.manual_seed(8)
-    trainer.mask_embeddings.data = torch.randn_like(trainer.mask_embeddings, dtype=torch.float64)
+    for name, parameter in trainer.named_parameters():
+        if name.startswith(("mask_embeddings", "head.")):
+            parameter.data = torch.randn_like(parameter, dtype=torch.float64)
     return trainer
 
 
-def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], weights: list[float]):
-    """One forward over real tokens and all mask rows, mask and loss written out as loops."""
+def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], weights: list[float], lengths=None):
+    """One forward over real tokens and all mask rows, mask and loss written out as loops.
+
+    Blocks that are shorter than K still have all their rows here; the loss leaves out those that do not exist.
+    """
     base, ids = trainer.base, batch["input_ids"]
     B, M = ids.shape[0], N * K
     config = base.config
@@ -70,7 +83,8 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
                 positions[b, row] = anchor + j
                 visible[b, row, : anchor + 1] = True
                 visible[b, row, T + n * K : row + 1] = True
-                rows.append((b, row, anchor, j))
+                if lengths is None or j <= lengths[n]:
+                    rows.append((b, row, anchor, j))
     near = positions[:, :, None] - positions[:, None, :] < (window or 10**9)
 
     def form(seen):
@@ -91,7 +105,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
     ]
     embeds = base.get_input_embeddings()(ids)
     masks = trainer.mask_embeddings.repeat(N, 1).expand(B, -1, -1)
-    if trainer.has_lora:
+    if trainer.drafter.has_lora:
         from pardec.gated_lora import lora_enabled
 
         with lora_enabled(base):
@@ -107,7 +121,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
         target = anchor + j + 1
         if target >= T or not batch["loss_mask"][b, target]:
             continue
-        if trainer.objective == "kl":
+        if trainer.objective.loss == "kl":
             p = logits[b, anchor + j].detach().log_softmax(-1)
             loss = (p.exp() * (p - logits[b, row].log_softmax(-1))).sum()
         else:
@@ -121,7 +135,19 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
 @pytest.mark.parametrize("family", TRAINED)
 def test_prefix_cached_gradients_equal_a_naive_joint_forward(family, objective, lora):
     weights = [1.0, 0.5, 0.25]
-    trainer = make_trainer(family, lora, objective=objective, position_weights=weights)
+    assert_gradients_are_naive(make_trainer(family, lora, Objective(objective, weights)), lora, weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-mixed-windows", "gemma2-eager", "gpt2"])
+def test_dropped_mask_tokens_are_as_if_they_had_never_been(family):
+    keep = (0.6, 0.3)
+    lengths = nested_block_lengths(N, K, *keep)
+    assert lengths == (3, 2, 1, 1)
+    trainer = make_trainer(family, True, Objective("kl", [1.0, 1.0, 1.0]), keep)
+    assert_gradients_are_naive(trainer, True, [1.0, 1.0, 1.0], lengths)
+
+
+def assert_gradients_are_naive(trainer, lora, weights, lengths=None):
     batch = make_batch()
     loss, count, _ = trainer(**batch)
     loss.backward()
@@ -130,7 +156,7 @@ def test_prefix_cached_gradients_equal_a_naive_joint_forward(family, objective, 
     found = {name: p.grad.clone() for name, p in parameters.items()}
     for parameter in parameters.values():
         parameter.grad = None
-    expected_loss, expected_count = naive_joint_loss(trainer, batch, weights)
+    expected_loss, expected_count = naive_joint_loss(trainer, batch, weights, lengths)
     expected_loss.backward()
     assert int(count) == expected_count > N
     assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
@@ -138,6 +164,132 @@ def test_prefix_cached_gradients_equal_a_naive_joint_forward(family, objective, 
         scale = parameter.grad.abs().max().clamp_min(1e-3)
         assert float((found[name] - parameter.grad).abs().max() / scale) < 1e-5, name
     assert found["mask_embeddings"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-mixed-windows", "mistral-window", "phi3-window", "gpt2", "granite"])
+@pytest.mark.parametrize("keep", [(1.0, 0.0), (0.6, 0.3)])
+def test_the_route_of_blocks_gives_the_models_own_attention(family, keep):
+    """With every key masked one by one, as sdpa has it, against each block by itself."""
+    found = {}
+    for takes_blocks in (True, False):
+        trainer = make_trainer(family, True, keep=keep)
+        trainer(**make_batch())
+        assert trainer._takes_blocks  # the probe finds that each of these families may take it
+        trainer._takes_blocks = takes_blocks
+        loss, _, metrics = trainer(**make_batch(), with_metrics=True)
+        loss.backward()
+        gradients = {n: p.grad for n, p in trainer.named_parameters() if p.grad is not None}
+        found[takes_blocks] = (loss.detach(), metrics, gradients)
+    torch.testing.assert_close(found[True][:2], found[False][:2])
+    for name, expected in found[False][2].items():
+        torch.testing.assert_close(found[True][2][name], expected, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("rule", ["expected_length", "prefix_product"])
+def test_weights_that_follow_acceptance_are_those_of_each_block_by_itself(rule):
+    """Overlaps that the trainer reports row by row, put through the products by hand."""
+    trainer = make_trainer("llama", objective=Objective("cross_entropy", rule))
+    batch = make_batch(batch=1)
+    logged = []
+    original = trainer._weights
+
+    def spy(layout, scaled, p, counts):
+        found = original(layout, scaled, p, counts)
+        logged.append((layout, scaled, p, counts, found))
+        return found
+
+    trainer._weights = spy
+    loss, _, _ = trainer(**batch)
+    layout, scaled, p, counts, found = logged[0]
+    overlap = torch.minimum(scaled.softmax(-1), p).sum(-1) * counts
+    total = 0.0
+    for row, (n, depth) in enumerate(zip(layout.blocks.tolist(), layout.depths.tolist(), strict=True)):
+        a = [overlap[i].item() for i in range(len(overlap)) if layout.blocks[i] == n]
+        prefix = 1.0
+        for value in a[:depth]:
+            prefix *= value
+        expected = prefix
+        if rule == "expected_length":
+            expected, product = 0.0, prefix
+            for value in a[depth:]:
+                product *= value
+                expected += product
+        assert found[row].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
+        if counts[row]:
+            token = batch["input_ids"][0, layout.targets[0, row]]
+            total += expected * float(-scaled[row].log_softmax(-1)[token])
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
+
+
+def test_the_head_is_trained_on_the_token_before_and_leaves_the_rest_alone():
+    """Loss of the head from its definition, over all tokens; without `joint` it has no gradient below itself."""
+    plain, headed = make_trainer("llama", True), make_trainer("llama", True, head_width=6)
+    batch = make_batch()
+    for trainer in (plain, headed):
+        trainer(**batch)[0].backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(dict(headed.named_parameters())[name].grad, parameter.grad)
+    for name in ("inner.weight", "inner.bias", "outer.weight"):
+        assert headed.head.get_parameter(name).grad.abs().max() > 1e-3
+    joint = make_trainer("llama", True, head_width=6, joint_head=True)
+    joint(**batch)[0].backward()
+    assert (joint.mask_embeddings.grad - plain.mask_embeddings.grad).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma3-mixed-windows"])
+def test_the_heads_loss_is_its_definition(family):
+    trainer = make_trainer(family, head_width=6, objective=Objective("cross_entropy"))
+    batch = make_batch(batch=1)
+    seen = {}
+    run = trainer._run_mask_rows
+
+    def spy(layout, num_tokens, cache):
+        seen["layout"], seen["logits"] = layout, run(layout, num_tokens, cache)
+        seen["hidden"] = trainer.tap.hidden
+        return seen["logits"]
+
+    trainer._run_mask_rows = spy
+    _, _, metrics = trainer(**batch)
+    layout, ids, base = seen["layout"], batch["input_ids"][0], trainer.base
+    expected = torch.zeros(K, dtype=torch.float64)
+    for row, (position, target) in enumerate(
+        zip(layout.positions[0].tolist(), layout.targets[0].tolist(), strict=True)
+    ):
+        if target >= T or not batch["loss_mask"][0, target]:
+            continue
+        hidden, before = seen["hidden"][0, row], base.get_input_embeddings()(ids[position])
+        both = torch.cat([hidden / hidden.pow(2).mean().sqrt(), before / before.pow(2).mean().sqrt()])
+        inner = torch.nn.functional.silu(trainer.head.inner.weight @ both + trainer.head.inner.bias)
+        vector = trainer.head.outer.weight @ inner
+        scores = seen["logits"][0, row] + base.get_output_embeddings().weight @ vector
+        expected[layout.depths[row]] += torch.nn.functional.cross_entropy(scores[None], ids[target][None]).detach()
+    torch.testing.assert_close(metrics[METRICS.index("head_loss")].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_rows_hold_embeddings_of_random_tokens_and_learn_nothing():
+    trainer = make_trainer("gemma3-mixed-windows", True, draft_input="uniform_noise")
+    layout = training_layout(make_batch()["anchors"], (K,) * N, T)
+    torch.manual_seed(0)
+    rows = trainer._mask_inputs(layout)
+    table = trainer.base.get_input_embeddings()(torch.arange(61))
+    which = (rows[:, :, None] == table).all(-1).nonzero()[:, 2]
+    assert len(which) == rows.shape[0] * rows.shape[1]  # each is exactly one token's
+    assert len(set(which.tolist())) > 10
+    trainer(**make_batch())[0].backward()
+    assert trainer.mask_embeddings is None
+    assert all("lora_" in name for name, p in trainer.named_parameters() if p.grad is not None)
+
+
+def test_the_law_that_is_followed_is_that_of_the_objective():
+    trainer = make_trainer("llama", objective=Objective("kl", temperature=0.5, top_k=3))
+    batch = make_batch()
+    layout = training_layout(batch["anchors"], (K,) * N, T)
+    prefix = trainer._run_prefix(batch["input_ids"], layout, (K,) * N)
+    logits = trainer.base(batch["input_ids"]).logits
+    rows = layout.positions.clamp_max(T - 1)
+    expected = target_law(torch.stack([logits[b, rows[b]] for b in range(2)]), 0.5, 3)
+    torch.testing.assert_close(prefix.probs, expected)
 
 
 def test_parts_of_the_anchors_add_up_to_all_of_them():
@@ -173,7 +325,7 @@ def test_gradient_checkpointing_is_refused():
     model = tiny_model("llama")
     model.model.gradient_checkpointing = True
     with pytest.raises(ValueError, match="gradient checkpointing off, found it on"):
-        MaskTokenTrainer(model, K)
+        MaskTokenTrainer(model, Drafter(K))
 
 
 def test_mean_embedding_is_the_mean_of_the_modules_outputs():
@@ -186,7 +338,7 @@ def test_mean_embedding_is_the_mean_of_the_modules_outputs():
 
 def test_layout_and_trainer_agree_on_what_counts():
     batch = make_batch()
-    layout = training_layout(batch["anchors"], K, T)
+    layout = training_layout(batch["anchors"], (K,) * N, T)
     counts = sum(int(t < T and batch["loss_mask"][b, t]) for b in range(2) for t in layout.targets[b].tolist())
     assert int(make_trainer("llama")(**batch)[1]) == counts
 

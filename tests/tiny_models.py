@@ -81,9 +81,21 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float64
     return model.eval().requires_grad_(False)
 
 
-def make_adapter(model: PreTrainedModel, num_speculative_tokens: int, *, lora_rank: int = 0, seed: int = 1, **metadata):
-    """An adapter of random numbers for `model`, with a LoRA on every linear layer if `lora_rank` > 0."""
-    from pardec.adapter import Adapter, AdapterMetadata, BaseReference
+def make_adapter(
+    model: PreTrainedModel,
+    num_speculative_tokens: int,
+    *,
+    lora_rank: int = 0,
+    head_width: int = 0,
+    shortlist: int = 8,
+    seed: int = 1,
+    **metadata,
+):
+    """An adapter of random numbers for `model`.
+
+    With a LoRA on every linear layer if `lora_rank` > 0, and with a sampler head if `head_width` > 0.
+    """
+    from pardec.adapter import UNIFORM_NOISE, Adapter, AdapterMetadata, BaseReference, HeadShape
     from pardec.fingerprint import fingerprint
 
     generator = torch.Generator().manual_seed(seed)
@@ -94,9 +106,24 @@ def make_adapter(model: PreTrainedModel, num_speculative_tokens: int, *, lora_ra
         num_speculative_tokens=num_speculative_tokens,
         base=BaseReference(name="tiny"),
         fingerprint=fingerprint(model, None),
+        head=HeadShape(width=head_width, shortlist=shortlist) if head_width else None,
         **metadata,
     )
-    return Adapter(masks, facts, random_lora(model, lora_rank, generator) if lora_rank else None)
+    lora = random_lora(model, lora_rank, generator) if lora_rank else None
+    head = random_head(model, head_width, generator) if head_width else None
+    return Adapter(None if facts.draft_input == UNIFORM_NOISE else masks, facts, lora, head)
+
+
+def random_head(model: PreTrainedModel, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A sampler head of random numbers, large enough to change which token is likeliest."""
+    hidden_dim = model.get_output_embeddings().weight.shape[1]
+    embedding_dim = model.get_input_embeddings().weight.shape[1]
+    shapes = {
+        "inner.weight": (width, hidden_dim + embedding_dim),
+        "inner.bias": (width,),
+        "outer.weight": (hidden_dim, width),
+    }
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def random_lora(model: PreTrainedModel, rank: int, generator: torch.Generator):

@@ -8,11 +8,12 @@ Also runs under plain python and torchrun. A run that was cut off continues when
 import argparse
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -21,14 +22,15 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from pardec.acceptance import Acceptance, measure_acceptance
-from pardec.adapter import METADATA_FILE, Adapter, AdapterMetadata, BaseReference, save_adapter
+from pardec.adapter import METADATA_FILE, Adapter, AdapterMetadata, BaseReference, HeadShape, load_adapter, save_adapter
 from pardec.base import load_base, load_tokenizer
 from pardec.config import Recipe, load_recipe
+from pardec.curve import redraw_curve
 from pardec.data import AnchoredSequences, Corpus, collate, load_corpus, standard_prompts
 from pardec.fingerprint import Fingerprint, fingerprint
 from pardec.forward import TargetModel, embedding_weight, position_limit
 from pardec.gated_lora import inject_lora, lora_weights
+from pardec.held_out import measure_held_out
 from pardec.model import SelfSpeculativeModel
 from pardec.probe import probe
 from pardec.run import (
@@ -44,7 +46,8 @@ from pardec.run import (
     save_state,
     steps_done_before,
 )
-from pardec.training import MaskTokenTrainer
+from pardec.training import METRICS, Drafter, MaskTokenTrainer, Objective, part_of
+from pardec.warm_start import warm_start
 
 
 def main() -> None:
@@ -78,6 +81,8 @@ def train(recipe: Recipe) -> None:
 
     # what is learned, and what was learned before this run was cut off
     module, peft_model = build_module(recipe, base)
+    if recipe.adapter.start_from is not None:
+        warm_start(module, peft_model, load_adapter(recipe.adapter.start_from), identity, recipe.train.frozen)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(recipe, parameters)
     best = (load_state(checkpoints, parameters, optimizer) or {"best": 0.0})["best"]
@@ -90,7 +95,7 @@ def train(recipe: Recipe) -> None:
     accelerator.init_trackers("pardec", config={})
     adapter_at = partial(current_adapter, recipe, accelerator, module, peft_model, identity)
     progress = tqdm(total=steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
-    batches, sums = iter(loader), torch.zeros(5, len(module.position_weights), device=accelerator.device)
+    batches, sums = iter(loader), no_sums(recipe, accelerator)
     for step in range(first_step, steps + 1):
         if step > first_step:
             micro_batches = [next(batches) for _ in range(recipe.train.gradient_accumulation_steps)]
@@ -206,35 +211,47 @@ def check_sizes(recipe: Recipe, base, corpus: Corpus, prompts: list[list[int]]) 
 
 def build_module(recipe: Recipe, base):
     """The training module around the base, and PEFT's view of the base if there is a LoRA."""
-    lora, peft_model = recipe.adapter.lora, None
-    if lora is not None:
-        torch.manual_seed(recipe.train.seed)  # the LoRA's first half starts at random
+    adapter, peft_model = recipe.adapter, None
+    torch.manual_seed(recipe.train.seed)  # the first halves of LoRA and head start at random
+    if adapter.lora is not None:
+        lora = adapter.lora
         peft_model = inject_lora(base, r=lora.r, alpha=lora.alpha, target_modules=lora.target_modules)
-    module = MaskTokenTrainer(
-        base,
-        recipe.adapter.num_speculative_tokens,
-        mask_sharing=recipe.adapter.mask_sharing,
-        objective=recipe.train.objective,
-        position_weights=recipe.position_weights(),
-        has_lora=lora is not None,
+    drafter = Drafter(
+        adapter.num_speculative_tokens,
+        mask_sharing=adapter.mask_sharing,
+        draft_input=adapter.draft_input,
+        initialisation=adapter.mask_initialisation,
+        has_lora=adapter.lora is not None,
+        head_width=0 if adapter.head is None else adapter.head.width,
+        joint_head=adapter.head is not None and adapter.head.joint,
     )
-    return module, peft_model
+    train = recipe.train
+    objective = Objective(train.objective, recipe.position_weights(), train.temperature, train.top_k)
+    return MaskTokenTrainer(
+        base, drafter, objective, keep_ratio=train.keep.ratio, keep_floor=train.keep.floor
+    ), peft_model
 
 
 def build_optimizer(recipe: Recipe, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-    """AdamW with one learning rate for the mask embeddings and one for the LoRA."""
-    lora = [p for name, p in parameters.items() if "lora_" in name]
-    embeddings = [p for name, p in parameters.items() if "lora_" not in name]
-    groups = [{"params": embeddings, "lr": recipe.train.learning_rate}]
-    if lora:
-        groups.append({"params": lora, "lr": recipe.train.lora_learning_rate})
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    """AdamW with a learning rate each for the mask embeddings, the LoRA and the sampler head."""
+    rates = {
+        "mask_embeddings": recipe.train.learning_rate,
+        "lora": recipe.train.lora_learning_rate,
+        "head": recipe.train.head_learning_rate,
+    }
+    groups = [{"params": [p for n, p in parameters.items() if part_of(n) == part], "lr": rates[part]} for part in rates]
+    return torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+
+
+def no_sums(recipe: Recipe, accelerator: Accelerator) -> Tensor:
+    """Zeros for what `optimiser_step` adds up, shape [9, K]."""
+    return torch.zeros(len(METRICS) + 2, recipe.adapter.num_speculative_tokens, device=accelerator.device)
 
 
 def optimiser_step(
     recipe: Recipe, accelerator: Accelerator, wrapped, parameters: Mapping[str, Tensor], optimizer, batches, step: int
 ) -> Tensor:
-    """One update; returns sums per position, shape [5, K]: rows, agreements, overlaps, and the loss and rows of all.
+    """One update; returns the sums of `METRICS` per position, and below them loss and rows of all: shape [9, K].
 
     Losses are summed over every target of the step, and gradients divided by their global number, so that neither
     accumulation nor the number of processes changes the update.
@@ -242,22 +259,22 @@ def optimiser_step(
     N = recipe.train.anchors_per_sequence
     part = recipe.train.anchors_per_forward or N
     chunks = [(batch, first) for batch in batches for first in range(0, N, part)]
-    totals = torch.zeros(5, recipe.adapter.num_speculative_tokens, device=accelerator.device)
+    totals = no_sums(recipe, accelerator)
     for index, (batch, first) in enumerate(chunks):
         is_last = index == len(chunks) - 1
         with nullcontext() if is_last else accelerator.no_sync(wrapped):
             logged = step % recipe.train.log_every == 0 or step == recipe.train.steps
             loss_sum, count, metrics = wrapped(**batch, first_anchor=first, num_anchors=part, with_metrics=logged)
             accelerator.backward(loss_sum)
-        totals[:3] += metrics
-        totals[3] += loss_sum.detach()
-        totals[4] += count
+        totals[:-2] += metrics if logged else 0
+        totals[-2] += loss_sum.detach()
+        totals[-1] += count
     totals = cast(Tensor, accelerator.reduce(totals, "sum"))
     for parameter in parameters.values():
         if parameter.grad is not None:  # a distributed backward has averaged over processes
-            parameter.grad *= accelerator.num_processes / totals[4, 0].clamp_min(1)
+            parameter.grad *= accelerator.num_processes / totals[-1, 0].clamp_min(1)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.train.max_grad_norm)
-    loss = float(totals[3, 0] / totals[4, 0].clamp_min(1))
+    loss = float(totals[-2, 0] / totals[-1, 0].clamp_min(1))
     if not (math.isfinite(loss) and math.isfinite(float(norm))):
         raise ValueError(
             f"step {step}: expected a finite loss, found loss {loss} and gradient norm {float(norm)}; lower "
@@ -269,11 +286,14 @@ def optimiser_step(
 
 
 def log_losses(accelerator: Accelerator, step: int, sums: Tensor, rates: Sequence[float | Tensor], progress) -> None:
-    """Loss, and teacher-forced agreement per position, since the last call."""
-    rows = sums[0].clamp_min(1)
-    loss = float(sums[3, 0] / sums[4, 0].clamp_min(1))
-    values = {"loss": loss, "learning_rate": rates[0], "argmax_agreement": (sums[1] / rows).tolist()}
-    values["overlap"] = (sums[2] / rows).tolist()
+    """Loss since the last call; teacher-forced agreement and overlap per position, of the steps that are logged."""
+    rows: dict[str, Tensor] = dict(zip(METRICS, sums[:-2], strict=True))
+    loss = float(sums[-2, 0] / sums[-1, 0].clamp_min(1))
+    values = {"loss": loss, "learning_rate": rates[0], "cpu_minutes": time.process_time() / 60}
+    names = {"argmax_agreement": "agreement", "overlap": "overlap"}
+    if bool(rows["head_overlap"].any()):
+        names |= {"head_argmax_agreement": "head_agreement", "head_overlap": "head_overlap"}
+    values |= {name: (rows[metric] / rows["rows"].clamp_min(1)).tolist() for name, metric in names.items()}
     accelerator.log(values, step=step)
     progress.set_postfix(loss=f"{loss:.3f}")
 
@@ -281,29 +301,22 @@ def log_losses(accelerator: Accelerator, step: int, sums: Tensor, rates: Sequenc
 def measure(
     recipe: Recipe, accelerator: Accelerator, model: SelfSpeculativeModel, prompts, step: int, progress
 ) -> dict:
-    """Acceptance of the real decoder on validation prompts, sampled and greedy."""
-    settings: dict[str, Any] = {"max_new_tokens": recipe.eval.max_new_tokens, "seed": recipe.train.seed}
-    sampling: dict[str, Any] = {"temperature": recipe.eval.temperature, "top_k": recipe.eval.top_k}
-    sampled: Acceptance = measure_acceptance(model, prompts, **settings, **sampling)
-    greedy = measure_acceptance(model, prompts, **settings)
-    values = {
-        "acceptance/sampled": sampled.mean_acceptance_length,
-        "acceptance/greedy": greedy.mean_acceptance_length,
-        "acceptance/greedy_outside_repetition": greedy.outside_repetition,
-        "acceptance/sampled_per_position": sampled.stats.acceptance_rate_per_position["unconditional"],
-    }
-    accelerator.log(values, step=step)
-    progress.write(
-        f"step {step}: mean acceptance length {sampled.mean_acceptance_length:.3f} sampled, "
-        f"{greedy.mean_acceptance_length:.3f} greedy (validation, bonus token included)"
+    """Acceptance of the real decoder on validation prompts, sampled and greedy; a picture of it in output_dir."""
+    found = measure_held_out(
+        model,
+        prompts,
+        max_new_tokens=recipe.eval.max_new_tokens,
+        temperature=recipe.eval.temperature,
+        top_k=recipe.eval.top_k,
+        seed=recipe.train.seed,
     )
-    return {
-        "split": "validation",
-        "num_prompts": len(prompts),
-        **settings,
-        "sampled": {**sampling, **sampled.to_dict()},
-        "greedy": greedy.to_dict(),
-    }
+    accelerator.log(found.to_log(), step=step)
+    redraw_curve(Path(recipe.output_dir) / "metrics.jsonl", Path(recipe.output_dir) / "training.png")
+    progress.write(
+        f"step {step}: mean acceptance length {found.sampled.mean_acceptance_length:.3f} sampled, "
+        f"{found.greedy.mean_acceptance_length:.3f} greedy (validation, bonus token included)"
+    )
+    return {"split": "validation", **found.to_dict()}
 
 
 def current_adapter(
@@ -316,10 +329,12 @@ def current_adapter(
     measured: dict,
 ) -> Adapter:
     """A copy of what is learned so far, with its provenance."""
+    head = recipe.adapter.head
     metadata = AdapterMetadata(
         num_speculative_tokens=recipe.adapter.num_speculative_tokens,
         mask_sharing=recipe.adapter.mask_sharing,
         draft_input=recipe.adapter.draft_input,
+        head=None if head is None else HeadShape(width=head.width, shortlist=head.shortlist),
         base=BaseReference(name=recipe.base, revision=getattr(module.target.base.config, "_commit_hash", None)),
         fingerprint=identity,
         training={
@@ -330,11 +345,17 @@ def current_adapter(
             "device": device_name(accelerator.device),
             "num_processes": accelerator.num_processes,
             "step": step,
+            "cpu_minutes": round(time.process_time() / 60, 2),
         },
         measured=measured,
     )
-    embeddings = module.mask_embeddings.detach().float().cpu().clone()
-    return Adapter(embeddings, metadata, None if peft_model is None else lora_weights(peft_model))
+    masks, lora = module.mask_embeddings, None if peft_model is None else lora_weights(peft_model)
+    weights = None if module.head is None else {n: _copied(p) for n, p in module.head.named_parameters()}
+    return Adapter(None if masks is None else _copied(masks), metadata, lora, weights)
+
+
+def _copied(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)
 
 
 def announce(
