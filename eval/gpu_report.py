@@ -3,10 +3,10 @@
     python eval/gpu_report.py [--output runs/gpu-report] [--minutes 60] [--quick]
 
 Runs tests, step latencies of an 8B shape, pretrains a base of 100 M parameters on the Python packages installed for
-this interpreter, trains adapters for it, tunes them, measures speed and exactness, and compares ways of training in a
-study, one variant a step. Every step ends within nine minutes and is skipped once it is done, so a run that was cut
-off, or whose --minutes are over, continues when it is started again. Nothing is downloaded. Small results are gathered
-in one folder, with REPORT.md to begin with.
+this interpreter, lets it write what its adapters are trained on, tunes them, measures speed and exactness, and
+compares ways of training in a study, one variant a step. Every step ends within nine minutes and is skipped once it is
+done, so a run that was cut off, or whose --minutes are over, continues when it is started again. Nothing is
+downloaded. Small results are gathered in one folder, with REPORT.md to begin with.
 Exit codes: 0 all done, 1 a step failed, 3 time is over and steps are left.
 """
 
@@ -32,7 +32,8 @@ STEP_LIMIT_SECONDS = 9 * 60
 # a step is begun only if the time that is left would do for most of it
 MIN_SECONDS_FOR_A_STEP = 60
 TIME_IS_OVER = 3
-STUDY, STUDY_VARIANTS = "eval/studies/gpu_100m.yaml", ("lora", "embeddings", "lora-head", "lora-head-joint")
+STUDY, STUDY_VARIANTS = "eval/studies/gpu_100m.yaml", ("lora-head", "embeddings", "lora-head-joint")
+TEXT_VARIANT = "lora-text"  # is trained on text, all others on what the base wrote
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,13 @@ def steps(work: Path, quick: bool) -> list[Step]:
     tests = ["-m", "pytest", "-m", "gpu", "tests/gpu", *(["--collect-only"] if quick else ["-ra"])]
     made = [Step("tests", tests), *latency_steps(work, quick)]
     made.append(Step("pretrain", pretraining(base, quick), [base / "README.md", base / "metrics.jsonl"]))
+    made.append(Step("responses", responses(work, base, quick), [work / "responses.jsonl.json"]))
     for output, recipe in ((embeddings, "python_100m_embeddings.yaml"), (lora, "python_100m_lora.yaml")):
         command = ["train/train_adapter.py", f"recipes/{recipe}", f"base={base}", f"output_dir={output}"]
+        command += own_data(work, quick)
         if quick:
             command += ["train.steps=2", "train.batch_size=2", "train.anchors_per_sequence=4", "eval.every=2"]
             command += ["eval.num_prompts=2", "eval.max_new_tokens=8", "data.max_length=64"]
-            command += ["data.path=python-stdlib"]
         results = [output / "pardec.json", output / "metrics.jsonl"]
         made.append(Step(f"train-{output.name}", command, results))
     for adapter in (embeddings, lora):
@@ -118,9 +120,26 @@ def study_steps(work: Path, base: Path, quick: bool) -> list[Step]:
     """Each variant of the study; every step leaves the table of all variants so far."""
     stem = work / "study"
     command = ["eval/ablate.py", STUDY, "--work", str(work / "variants"), "--output", str(stem)]
-    sizes = ["data.path=python-stdlib", "--quick"] if quick else []
-    command += ["--set", f"base={base}", *sizes]
-    return [Step(f"study-{name}", [*command, "--only", name], files_of(stem)) for name in STUDY_VARIANTS]
+    command += [*(["--quick"] if quick else []), "--set", f"base={base}"]
+    data = {name: own_data(work, quick) for name in STUDY_VARIANTS}
+    data[TEXT_VARIANT] = ["data.path=python-stdlib"] if quick else []
+    return [Step(f"study-{name}", [*command, *data[name], "--only", name], files_of(stem)) for name in data]
+
+
+def responses(work: Path, base: Path, quick: bool) -> list[str]:
+    """The base's own continuations, to train on."""
+    command = ["train/generate_responses.py", "recipes/responses_python_100m.yaml"]
+    command += [f"base={base}", f"output={work / 'responses.jsonl'}"]
+    if quick:
+        command += ["data.path=python-stdlib", "num_responses=64", "batch_size=32"]
+        command += ["prompt_tokens=40", "max_new_tokens=24"]
+    return command
+
+
+def own_data(work: Path, quick: bool) -> list[str]:
+    """Settings of a recipe that make it train on them."""
+    held_out = ["data.validation_path=python-stdlib"] if quick else []
+    return [f"data.path={work / 'responses.jsonl'}", *held_out]
 
 
 def files_of(stem: Path) -> list[Path]:

@@ -82,7 +82,6 @@ def test_drafts_of_prefill_and_steps_are_those_of_a_loop_over_plain_forwards(fam
     decoder = decoder_for(model, "fused", block_lengths=block_lengths)
     with decoder.attached():
         state = decoder.prefill(rows)
-        plain = decoder.law.draw(decoder.step_logits(state)[:, -K:])[0]
         assert_drafts(decoder, state, rows)
         truth = [plain_generate(model, row, 12) for row in rows]
         for step in range(3):
@@ -94,7 +93,6 @@ def test_drafts_of_prefill_and_steps_are_those_of_a_loop_over_plain_forwards(fam
             state.drafts[step - 1, 1:] = (state.drafts[step - 1, 1:] + 1) % V
             decoder.step(state)
             assert_drafts(decoder, state, rows)
-    assert plain.shape == state.drafts.shape
     assert {accepted for rounds in state.rounds() for accepted, _ in rounds} >= {0, 1}
 
 
@@ -190,7 +188,7 @@ def test_tokens_are_generates_own(family, options):
 def test_a_head_of_zeros_that_scores_all_tokens_drafts_what_no_head_drafts(family, mode):
     model, rows, _ = family
     adapter = headed(model, shortlist=V).adapter
-    zeros = dict.fromkeys(adapter.head, 0) | {name: tensor * 0 for name, tensor in adapter.head.items()}
+    zeros = {name: tensor * 0 for name, tensor in adapter.head.items()}
     silent = SelfSpeculativeModel(model, None, dataclasses.replace(adapter, head=zeros))
     found, without = (silent.generate(rows, max_new_tokens=20, mode=mode, use_head=use) for use in (None, False))
     assert found.token_ids == without.token_ids

@@ -146,12 +146,13 @@ def test_every_step_names_files_and_recipes_that_exist(tmp_path):
 
 def test_every_variant_of_the_study_is_a_step():
     study = yaml.safe_load((Path(gpu_report.ROOT) / gpu_report.STUDY).read_text())
-    assert [variant["name"] for variant in study["variants"]] == list(gpu_report.STUDY_VARIANTS)
+    names = [*gpu_report.STUDY_VARIANTS, gpu_report.TEXT_VARIANT]
+    assert [variant["name"] for variant in study["variants"]] == names
 
 
 def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, monkeypatch):
     folder = tmp_path / "report"
-    only = "tests,pretrain,train-lora,exactness,study-lora-head"
+    only = "tests,pretrain,responses,train-lora,exactness,study-lora-head"
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--quick", "--output", str(folder), "--only", only])
     with pytest.raises(SystemExit) as ended:
         gpu_report.main()

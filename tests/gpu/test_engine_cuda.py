@@ -42,8 +42,8 @@ def on_cuda(law: TokenLaw) -> TokenLaw:
     return TokenLaw(law.greedy, law.processors, generator)
 
 
-def engine_for(model, mode: str, law: TokenLaw, **options) -> Engine:
-    decoder = decoder_for(model, mode, on_cuda(law))
+def engine_for(model, mode: str, law: TokenLaw, *, drafting=None, **options) -> Engine:
+    decoder = decoder_for(model, mode, on_cuda(law), **(drafting or {}))
     return Engine(decoder, 1, captured=True, **options)
 
 
@@ -63,20 +63,25 @@ def run(engine: Engine, rows, new_tokens: int, *, seed: int = 0) -> list:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 @pytest.mark.parametrize(
-    ("family", "mode", "law"),
+    ("family", "mode", "law", "drafting"),
     [
-        *[("llama", mode, TokenLaw(True)) for mode in MODES],
-        *[("llama", mode, sampled()) for mode in ("plain", "fused")],
-        ("gemma3-mixed-windows", "fused", TokenLaw(True)),
-        ("gemma3-mixed-windows", "fused", sampled()),
-        ("gpt2", "fused", TokenLaw(True)),
-        ("llama-eager", "fused", TokenLaw(True)),
+        *[("llama", mode, TokenLaw(True), {}) for mode in MODES],
+        *[("llama", mode, sampled(), {}) for mode in ("plain", "fused")],
+        ("gemma3-mixed-windows", "fused", TokenLaw(True), {}),
+        ("gemma3-mixed-windows", "fused", sampled(), {}),
+        ("gpt2", "fused", TokenLaw(True), {}),
+        ("llama-eager", "fused", TokenLaw(True), {}),
+        ("llama", "fused", TokenLaw(True), {"head_width": 6}),
+        ("gpt2", "fused", sampled(), {"head_width": 6}),
+        ("llama", "two_pass", sampled(), {"head_width": 6, "noise": True}),
+        ("gemma3-mixed-windows", "fused", TokenLaw(True), {"noise": True}),
     ],
 )
-def test_replayed_graphs_leave_bitwise_what_the_same_steps_leave_uncaptured(family, mode, law, batch):
+def test_replayed_graphs_leave_bitwise_what_the_same_steps_leave_uncaptured(family, mode, law, drafting, batch):
     """Rows, padding and buckets are the same, so tokens, counts, draws and the drafts' law are too, in float32."""
     model = tiny_model(family, dtype=torch.float32).cuda()
-    captured, uncaptured = engine_for(model, mode, law), engine_for(model, mode, law, recorder=rerun)
+    captured = engine_for(model, mode, law, drafting=drafting)
+    uncaptured = engine_for(model, mode, law, drafting=drafting, recorder=rerun)
     for seed, lengths in enumerate(((11, 3, 17, 6, 9), (2, 20, 4, 7, 1))):
         rows = prompts(lengths)[:batch]
         expected = run(uncaptured, rows, 40, seed=seed)
@@ -119,6 +124,23 @@ def test_calls_of_every_size_and_order_give_generates_tokens(family):
     model.generation_config.eos_token_id = None
     repeated = ours.generate(rows[:2], max_new_tokens=9, num_return_sequences=3).token_ids
     assert repeated == [plain_generate(model, row, 9) for row in rows[:2] for _ in range(3)]
+
+
+@pytest.mark.parametrize("draft_input", ["mask_embeddings", "uniform_noise"])
+@pytest.mark.parametrize("mode", ["two_pass", "fused"])
+def test_heads_and_noise_give_generates_tokens(mode, draft_input):
+    model = tiny_model("llama", **LONG).cuda()
+    adapter = make_adapter(model, K, lora_rank=2, head_width=6, draft_input=draft_input)
+    ours = SelfSpeculativeModel(model, None, adapter)
+    for lengths in ((11, 3, 17), (200,), (6,)):
+        rows = prompts(lengths)
+        expected = [plain_generate(model, row, 60) for row in rows]
+        counts = {}
+        for use_head in (True, False, True):
+            out = ours.generate(rows, max_new_tokens=60, mode=mode, use_head=use_head)
+            assert out.token_ids == expected
+            accepted = [one.accepted for one in out.counts]
+            assert counts.setdefault(use_head, accepted) == accepted  # graphs of each are kept apart
 
 
 def test_sampled_calls_with_one_seed_are_the_same_before_and_after_others():
@@ -316,10 +338,11 @@ def test_a_model_on_another_device_than_the_current_one_is_captured_there():
 # ---------------------------------------------------------------------- compiled
 
 
-@pytest.mark.parametrize("mode", ["plain", "fused"])
-def test_compiled_steps_give_generates_tokens_up_to_ties(mode):
+@pytest.mark.parametrize(("mode", "head_width"), [("plain", 0), ("fused", 0), ("fused", 6)])
+def test_compiled_steps_give_generates_tokens_up_to_ties(mode, head_width):
     model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=2).cuda()
-    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2, lora_rank=2), compile=True)
+    adapter = make_adapter(model, 2, lora_rank=2, head_width=head_width)
+    ours = SelfSpeculativeModel(model, None, adapter, compile=True)
     rows = prompts((11, 3))
     found = ours.generate(rows, max_new_tokens=24, mode=mode).token_ids
     for row, tokens in zip(rows, found, strict=True):
