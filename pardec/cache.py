@@ -4,9 +4,22 @@ Both give every layer, sliding-window ones too, keys and values of full length; 
 Knows nothing of tokens or masks. Legend: B batch, H key/value heads, R rows of the forward, S slots, D head size.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class _Addressing:
+    """What a cache and its layers share; were it the cache itself, the two would keep each other, and their memory,
+    alive until Python's cycle collector comes by."""
+
+    num_slots: int
+    num_used: int
+    num_sequences: int | None
+    slots: Tensor | None = None
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -14,7 +27,7 @@ class _SlotLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, owner: "SlotCache"):
+    def __init__(self, owner: _Addressing):
         super().__init__()
         self.owner = owner
 
@@ -65,11 +78,36 @@ class SlotCache(Cache):
     """
 
     def __init__(self, num_layers: int, num_slots: int, num_sequences: int | None = None):
-        self.num_slots = num_slots
-        self.num_used = num_slots
-        self.num_sequences = num_sequences
-        self.slots: Tensor | None = None
-        super().__init__(layers=[_SlotLayer(self) for _ in range(num_layers)])
+        self._here = _Addressing(num_slots, num_slots, num_sequences)
+        super().__init__(layers=[_SlotLayer(self._here) for _ in range(num_layers)])
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return self._here.num_slots
+
+    @property
+    def num_sequences(self) -> int | None:
+        """See the class."""
+        return self._here.num_sequences
+
+    @property
+    def num_used(self) -> int:
+        """See the class."""
+        return self._here.num_used
+
+    @num_used.setter
+    def num_used(self, num_used: int) -> None:
+        self._here.num_used = num_used
+
+    @property
+    def slots(self) -> Tensor | None:
+        """See the class."""
+        return self._here.slots
+
+    @slots.setter
+    def slots(self, slots: Tensor | None) -> None:
+        self._here.slots = slots
 
     @property
     def buffers(self) -> list[Tensor]:

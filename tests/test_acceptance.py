@@ -171,6 +171,7 @@ def test_the_saved_adapter_gives_what_training_has_stored(trained):
     found, rows = measure_again(trained)
     assert [row.figure for row in rows] == ["sampled", "greedy"]
     assert all(row.agrees for row in rows)
+    assert rows[1].same_tokens
     for name in ("sampled", "greedy"):
         now = found.to_dict()[name]
         assert now["num_drafts"] == stored[name]["num_drafts"]

@@ -229,3 +229,33 @@ def test_two_forwards_against_one_prefix_can_both_run_backward():
     torch.testing.assert_close(scale.grad, reference.grad)
     assert reference.grad.abs().min() > 0
     assert cache.layers[0].keys is prefix[0]
+
+
+@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
+def test_what_a_call_has_cached_is_freed_with_it_and_not_when_cycles_are_collected(mode, monkeypatch):
+    """Otherwise a loop of calls holds the caches of many of them: gigabytes."""
+    import gc
+    import weakref
+
+    from tiny_models import make_adapter, tiny_model
+
+    from pardec.model import SelfSpeculativeModel
+
+    made, begin = [], SlotCache.__init__
+
+    def noted(self, *args):
+        begin(self, *args)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(SlotCache, "__init__", noted)
+    base = tiny_model("llama")
+    model = SelfSpeculativeModel(base, None, make_adapter(base, 2, lora_rank=2))
+    gc.disable()
+    try:
+        model.generate([[1, 2, 3]], max_new_tokens=6, mode=mode)
+        for _ in model.stream([1, 2, 3], max_new_tokens=6, mode=mode):
+            pass
+        assert len(made) >= 2
+        assert [cache() for cache in made] == [None] * len(made)
+    finally:
+        gc.enable()

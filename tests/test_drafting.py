@@ -230,6 +230,17 @@ def test_one_adapter_is_compared_with_and_without_its_head(ours):
     assert counts[False] == [one.accepted for one in bare.generate(rows, max_new_tokens=40).counts]
 
 
+def test_engines_that_are_kept_for_later_calls_are_kept_apart(ours):
+    kept, rows = headed(ours.base_model), prompts(V)
+    kept.capture = True
+    with pytest.warns(UserWarning, match="cannot be captured"):  # on a CPU
+        for use_head in (True, False, True, False):
+            found = kept.generate(rows, max_new_tokens=40, use_head=use_head).counts
+            expected = ours.generate(rows, max_new_tokens=40, use_head=use_head).counts
+            assert [one.accepted for one in found] == [one.accepted for one in expected]
+    assert len(kept._pool._idle) == 2
+
+
 def test_a_head_that_is_not_there_cannot_be_used(ours):
     bare = SelfSpeculativeModel(ours.base_model, None, make_adapter(ours.base_model, K))
     for call in (bare.generate, bare.stream):
