@@ -130,9 +130,6 @@ class AttentionRoute:
                 self._fields[_FIELD] = STOCK
 
 
-GroupedRoute = AttentionRoute
-
-
 def query_group(base: PreTrainedModel) -> int:
     """G of a model whose configuration names its head counts; 1 where they differ between layers or are not named."""
     config = base.config.get_text_config(decoder=True)

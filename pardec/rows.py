@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pardec.attention import GroupedRoute, group_rows
+from pardec.attention import AttentionRoute, group_rows
 from pardec.cache import SlotCache
 from pardec.forward import FULL, TargetModel
 from pardec.gated_lora import LoraGate
@@ -89,7 +89,7 @@ class RowForward:
         self._mixes_windows = self.target.attention.layer_types != (FULL,)
         if self.compile_step is not None:
             self.linears = None  # compiled code has weights of its own
-        self._route = None if self.query_group is None else GroupedRoute(self.target.base)
+        self._route = None if self.query_group is None else AttentionRoute(self.target.base)
 
     @contextmanager
     def attached(self) -> Iterator[None]:

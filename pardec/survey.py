@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pardec.attention import STOCK, GroupedRoute, group_rows, grouped_attention_calls, query_group
+from pardec.attention import STOCK, AttentionRoute, group_rows, grouped_attention_calls, query_group
 from pardec.cache import SlotCache
 from pardec.forward import TargetModel, text_config
 
@@ -63,7 +63,7 @@ def _run(target: TargetModel, group: int | None) -> tuple[Tensor, SlotCache]:
 def _takes_route(target: TargetModel, group: int, expected: Tensor) -> bool:
     """Whether every attention layer goes through the route, and with the same result."""
     try:
-        with GroupedRoute(target.base), grouped_attention_calls() as calls:
+        with AttentionRoute(target.base), grouped_attention_calls() as calls:
             found, _ = _run(target, group)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError):
         return False  # its own attention serves it as well

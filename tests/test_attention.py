@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pardec.attention import (
     ROUTE,
     STOCK,
-    GroupedRoute,
+    AttentionRoute,
     group_rows,
     grouped_attention,
     grouped_attention_calls,
@@ -144,7 +144,7 @@ def implementation(model) -> str:
 def test_the_route_is_on_inside_only():
     model = tiny_model("llama")
     before = model.config.to_dict()
-    with GroupedRoute(model):
+    with AttentionRoute(model):
         assert implementation(model) == ROUTE
     assert implementation(model) == STOCK
     assert model.config.to_dict() == before
@@ -152,7 +152,7 @@ def test_the_route_is_on_inside_only():
 
 def test_an_exception_leaves_the_model_as_it_was():
     model = tiny_model("llama")
-    route = GroupedRoute(model)
+    route = AttentionRoute(model)
     for _ in range(2):
         with pytest.raises(KeyError), route:
             raise KeyError
@@ -164,8 +164,8 @@ def test_an_exception_leaves_the_model_as_it_was():
 
 def test_contexts_may_be_nested_and_of_several_objects():
     model, other = tiny_model("llama"), tiny_model("llama")
-    with GroupedRoute(model):
-        with GroupedRoute(model):
+    with AttentionRoute(model):
+        with AttentionRoute(model):
             assert implementation(other) == STOCK
         assert implementation(model) == ROUTE
     assert implementation(model) == STOCK
@@ -173,7 +173,7 @@ def test_contexts_may_be_nested_and_of_several_objects():
 
 def test_contexts_may_overlap_in_two_threads():
     model = tiny_model("llama")
-    route, seen = GroupedRoute(model), []
+    route, seen = AttentionRoute(model), []
     inside, leave = threading.Event(), threading.Event()
 
     def first():
@@ -185,7 +185,7 @@ def test_contexts_may_overlap_in_two_threads():
     thread = threading.Thread(target=first)
     thread.start()
     assert inside.wait(10)
-    with GroupedRoute(model):  # enters second, leaves first
+    with AttentionRoute(model):  # enters second, leaves first
         seen.append(implementation(model))
     seen.append(implementation(model))
     leave.set()
@@ -211,7 +211,7 @@ def test_whoever_runs_the_base_meanwhile_gets_bitwise_its_own_numbers(family):
     ids = torch.randint(1, 61, (2, 7))
     before = model(ids).logits
     tokens = model.generate(ids[:1], max_new_tokens=8, do_sample=False)
-    with GroupedRoute(model):
+    with AttentionRoute(model):
         assert torch.equal(model(ids).logits, before)
         assert torch.equal(model.generate(ids[:1], max_new_tokens=8, do_sample=False), tokens)
     assert torch.equal(model(ids).logits, before)
