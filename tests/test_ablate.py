@@ -129,6 +129,7 @@ class Lab:
 
 
 KL = {"name": "kl"}
+BARE = {"name": "kl", "overrides": ["adapter.head=null"]}
 LK = {"name": "lk", "overrides": ["train.objective=lk"]}
 STEPS = {"name": "steps", "overrides": ["train.steps=7"]}
 
@@ -186,7 +187,7 @@ def test_a_grid_is_the_product_of_its_axes(lab):
         ([{**KL, "evaluate": [{}, {}]}], {}, "variant 'kl': evaluate: expected different entries, found one twice"),
         ([{**KL, "evaluate": []}], {}, "variant 1 (kl): evaluate: "),
         ([{**KL, "evaluate": [{"num_speculative_tokens": 5}]}], {}, "at most 4, the trained mask embeddings, found 5"),
-        ([{**KL, "evaluate": [{"use_head": True}]}], {}, "expected use_head only where there is a head, found none"),
+        ([{**BARE, "evaluate": [{"use_head": True}]}], {}, "expected use_head only where there is a head, found none"),
     ],
 )  # fmt: skip
 def test_a_study_that_cannot_be_run_is_refused_before_anything_is_trained(lab, variants, study, message):

@@ -130,20 +130,33 @@ def texts():
 
 @pytest.fixture(scope="module")
 def run(texts, tokenizer, tmp_path_factory):
-    """A short run of the training script, in bf16 autocast, whose validation prompts are `texts`."""
+    """A short run of the training script, LoRA and head in bf16 autocast, whose validation prompts are `texts`."""
     folder = tmp_path_factory.mktemp("truth")
     train = folder / "code.txt"
     train.write_text("".join(f"def f_{i}(x):\n    return x + {i}\n\n\n" for i in range(400)))
     rows = [(ids, len(ids)) for ids in tokenizer(texts).input_ids]
     lines = [json.dumps({"input_ids": [*ids, 5, 6, 7], "loss_mask": [0] * n + [1, 1, 1]}) for ids, n in rows]
     (folder / "validation.jsonl").write_text("\n".join(lines) + "\n")
-    command = [
-        sys.executable, "train/train_adapter.py", "recipes/quickstart.yaml", f"output_dir={folder / 'run'}",
-        f"data.path={train}", f"data.validation_path={folder / 'validation.jsonl'}", "data.max_length=64",
-        "train.steps=8", "train.batch_size=2", "train.anchors_per_sequence=16", "train.warmup_steps=0",
-        "train.mixed_precision=bf16", "adapter.num_speculative_tokens=3", "eval.every=4", "eval.num_prompts=4",
-        f"eval.max_new_tokens={NEW_TOKENS}",
-    ]  # fmt: skip
+    recipe = {
+        "base": "tiny-python",
+        "output_dir": str(folder / "run"),
+        "data": {"path": str(train), "validation_path": str(folder / "validation.jsonl"), "max_length": 64},
+        "adapter": {
+            "num_speculative_tokens": 3,
+            "lora": {"r": 4},
+            "head": {"width": 16, "shortlist": 16},
+        },
+        "train": {
+            "steps": 8,
+            "batch_size": 2,
+            "anchors_per_sequence": 16,
+            "warmup_steps": 0,
+            "mixed_precision": "bf16",
+        },
+        "eval": {"every": 4, "num_prompts": 4, "max_new_tokens": NEW_TOKENS, **SAMPLING},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    command = [sys.executable, "train/train_adapter.py", str(folder / "recipe.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -169,10 +182,10 @@ def test_what_training_logs_is_what_it_stores(run, trained):
 def test_the_saved_adapter_gives_what_training_has_stored(trained):
     stored = trained.adapter.metadata.measured
     found, rows = measure_again(trained)
-    assert [row.figure for row in rows] == ["sampled", "greedy"]
+    assert [row.figure for row in rows] == ["sampled", "greedy", "sampled_without_head"]
     assert all(row.agrees for row in rows)
     assert rows[1].same_tokens
-    for name in ("sampled", "greedy"):
+    for name in ("sampled", "greedy", "sampled_without_head"):
         now = found.to_dict()[name]
         assert now["num_drafts"] == stored[name]["num_drafts"]
         assert now["mean_acceptance_length"] == within_2_percent(stored[name]["mean_acceptance_length"])

@@ -89,8 +89,10 @@ def refusal(capsys, texts: Path, output: Path, *overrides: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         run(texts, output, *overrides)
     assert exit_.value.code == 2
-    stderr = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(stderr) == 1
+    shown = capsys.readouterr().err
+    # a progress bar that is being cleared may leave codes of the terminal in front of it
+    stderr = [line[line.index("error: ") :] for line in shown.splitlines() if "error: " in line]
+    assert len(stderr) == 1, shown
     return stderr[0]
 
 

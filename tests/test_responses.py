@@ -2,6 +2,7 @@
 
 import json
 import resource
+from contextlib import contextmanager
 
 import pytest
 
@@ -154,18 +155,24 @@ def test_more_rows_than_the_recipe_has_are_refused(whole):
         keep_whole_batches(whole, BATCHES, PROMPTS)
 
 
-@pytest.fixture
-def limit_file_size():
-    """No file of this process may grow beyond so many bytes: writes become short and then fail, as on a full disk."""
+@contextmanager
+def file_size_limit(num_bytes: int):
+    """No file of this process may grow beyond it: writes become short and then fail, as on a full disk.
+
+    Not a fixture: what reports on tests may write to a file as well, before fixtures end.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_without_room_nothing_of_a_batch_stays(whole, limit_file_size):
+def test_without_room_nothing_of_a_batch_stays(whole):
     content = whole.read_bytes()
-    limit_file_size(len(content) + 50)
-    with pytest.raises(OSError, match=r"whole\.jsonl: expected room for 3 more responses, found: File too large"):
+    expected = r"whole\.jsonl: expected room for 3 more responses, found: File too large"
+    with pytest.raises(OSError, match=expected), file_size_limit(len(content) + 50):
         append_rows(whole, rows_of(BATCHES[0]))
     assert whole.read_bytes() == content
 
