@@ -6,6 +6,7 @@ H width of the hidden state, D width of an input embedding.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pardec.adapter import Adapter, AdapterError
@@ -49,8 +50,9 @@ class HeadDrafter:
             raise AdapterError(
                 f"head: expected hidden states of width {H} and embeddings of width {D}, found {found_h} and {found_d}"
             )
-        head = SamplerHead(H, D, adapter.metadata.head.width)
-        head.load_state_dict(adapter.head)
+        with torch.device("meta"):  # draws no first numbers, which would be taken from whoever trains meanwhile
+            head = SamplerHead(H, D, adapter.metadata.head.width)
+        head.load_state_dict(adapter.head, assign=True)
         head = head.to(target.device, target.dtype).eval().requires_grad_(False)
         return cls(target, head, tap, adapter.metadata.head.shortlist)
 

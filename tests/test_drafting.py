@@ -308,3 +308,14 @@ def test_a_head_of_another_width_is_refused(tiny_base, tokenizer, tmp_path, hidd
     words = f"head: expected hidden states of width {D} and embeddings of width {D}, found {H} and {E}"
     with pytest.raises(AdapterError, match=words):
         pardec.load(folder, base=tiny_base)
+
+
+def test_making_a_model_with_a_head_draws_no_random_numbers():
+    """Training makes one for every measurement; its own draws must not depend on when that was."""
+    base = tiny_model("llama")
+    adapter = make_adapter(base, 2, head_width=4)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    SelfSpeculativeModel(base, None, adapter)
+    assert torch.equal(torch.rand(3), expected)
