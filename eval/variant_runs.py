@@ -100,7 +100,7 @@ def train(variant: Variant, work: Path, lock: int, show: Callable[[str], None]) 
     def note(reason: str | None, cpu_seconds: float, facts: dict[str, Any]) -> None:
         spent = {"seconds": time.monotonic() - start, "cpu_seconds": cpu_seconds}
         # attempts that were cut off count too
-        spent = {name: round(before[name] + value, 1) for name, value in spent.items()}
+        spent = {name: round(before[name] + value, 3) for name, value in spent.items()}
         record["training"] = {"command": command, "reason": reason, **spent, **facts}
         write_record(record, variant, work)
 
