@@ -392,7 +392,7 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp
         gradients[name] = {key: value for key, value in moments.items() if key.endswith(".exp_avg")}
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-    assert len(gradients["one"]) == 1 + 2 * 42
+    assert len(gradients["one"]) == 1 + 3 + 2 * 42  # mask embeddings, head, LoRA
     for name in ("two", "accumulated"):
         assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
         for key, expected in gradients["one"].items():
