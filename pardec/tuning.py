@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from pydantic import TypeAdapter, ValidationError
 
-from pardec.adapter import EMBEDDINGS_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
+from pardec.adapter import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.chain import PLAIN, BlockLengths, check_block_lengths, expected_steps, expected_tokens_per_step, num_rows
 
 TUNED_FILE = "tuned.json"
@@ -235,7 +235,8 @@ def weights_of(directory: str | Path) -> dict[str, str]:
         AdapterError: if there is no usable adapter.
     """
     files = load_adapter(directory).metadata.files
-    return {name: files[name] for name in (EMBEDDINGS_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE) if name in files}
+    names = (EMBEDDINGS_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, HEAD_FILE)
+    return {name: files[name] for name in names if name in files}
 
 
 def _key(choice: TunedChoice) -> tuple[str, str, bool]:
