@@ -22,9 +22,10 @@ from transformers.utils import logging
 
 import pardec
 from pardec.acceptance import BATCH_SIZE, Acceptance
-from pardec.data import STDLIB, TEST, VALIDATION, held_out_prompts, source_folder
+from pardec.data import held_out_prompts
 from pardec.held_out import TOLERANCE, Comparison, HeldOut, measure_again, measure_held_out
 from pardec.model import SelfSpeculativeModel
+from pardec.python_sources import STDLIB, TEST, VALIDATION, source_folder
 from pardec.ranks import TOP
 from pardec.run import device_name, exit_on_unusable_input, library_versions
 

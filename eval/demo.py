@@ -23,8 +23,10 @@ import pardec
 from pardec.acceptance import measure_acceptance, summarise
 from pardec.adapter import Adapter
 from pardec.base import load_base
-from pardec.data import TEST, held_out_prompts
-from pardec.model import GenerationOutput, SelfSpeculativeModel
+from pardec.data import held_out_prompts
+from pardec.model import SelfSpeculativeModel
+from pardec.output import GenerationOutput
+from pardec.python_sources import TEST
 from pardec.run import device_name, exit_on_unusable_input, library_versions
 from pardec.training import mean_embedding
 

@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 import pardec
 from pardec.base import eos_token_ids, pad_token_id
-from pardec.data import STDLIB, TEST, VALIDATION
 from pardec.model import SelfSpeculativeModel
+from pardec.python_sources import STDLIB, TEST, VALIDATION
 from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}

@@ -16,8 +16,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pardec.attention import STOCK
 from pardec.cache import SlotCache
+from pardec.compiling import compiled
 from pardec.decode import Decoder
-from pardec.model import compiled
 from pardec.rows import RowForward, RowPlan
 
 ROUTE = "pardec_flex"

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import pardec
-from pardec.adapter import load_adapter
+from pardec.adapter_files import load_adapter
 from pardec.forward import TargetModel
 from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
 

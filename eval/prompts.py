@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pardec.data import STDLIB, held_out_prompts, source_folder
+from pardec.data import held_out_prompts
+from pardec.python_sources import STDLIB, source_folder
 
 ACCEPTED = "'prompt', 'task_id' with 'prompt', or 'question_id' with 'category' and 'turns'"
 

@@ -29,10 +29,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import pardec
-from pardec.adapter import load_adapter
+from pardec.adapter_files import load_adapter
 from pardec.base import eos_token_ids, load_base
-from pardec.data import STDLIB, TEST, VALIDATION
 from pardec.model import SelfSpeculativeModel
+from pardec.python_sources import STDLIB, TEST, VALIDATION
 from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
 from pardec.sampling import make_warpers
 

@@ -13,13 +13,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pardec.decode import Decoder, DecodeState
+from pardec.compiling import compiled
+from pardec.decode import Decoder
 from pardec.engine import Engine, Progress
 from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate, LoraWeights
-from pardec.model import compiled
 from pardec.prepack import PackedLinears
 from pardec.sampling import TokenLaw
+from pardec.state import DecodeState
 from pardec.survey import Survey, survey
 
 # the first step of an engine compiles and captures; the next ones settle caches and clocks

@@ -27,9 +27,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pardec.adapter import AdapterMetadata, load_adapter
+from pardec.adapter import AdapterMetadata
+from pardec.adapter_files import load_adapter
 from pardec.config import AdapterConfig, Recipe, RecipeError, Section, load_recipe, parse_recipe
-from pardec.data import STDLIB, VALIDATION
+from pardec.python_sources import STDLIB, VALIDATION
 
 USABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,79}")
 # sizes that show nothing, for a first look

@@ -26,7 +26,8 @@ from study import Evaluation, Variant, View, settings_of
 
 import pardec
 from pardec.acceptance import Acceptance, measure_acceptance
-from pardec.adapter import METADATA_FILE, AdapterError, load_adapter
+from pardec.adapter import AdapterError
+from pardec.adapter_files import METADATA_FILE, load_adapter
 from pardec.config import Recipe
 from pardec.layout import nested_block_lengths
 from pardec.model import SelfSpeculativeModel

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pardec.adapter import Adapter, AdapterError
     from pardec.forward import UnsupportedModelError
-    from pardec.model import GenerationOutput, SelfSpeculativeModel, StreamChunk, load
+    from pardec.loading import load
+    from pardec.model import SelfSpeculativeModel
+    from pardec.output import GenerationOutput, StreamChunk
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,7 +20,15 @@ __all__ = [
     "load",
 ]
 
-_HOME = {"Adapter": "adapter", "AdapterError": "adapter", "UnsupportedModelError": "forward"}
+_HOME = {
+    "Adapter": "adapter",
+    "AdapterError": "adapter",
+    "GenerationOutput": "output",
+    "SelfSpeculativeModel": "model",
+    "StreamChunk": "output",
+    "UnsupportedModelError": "forward",
+    "load": "loading",
+}
 
 
 def __getattr__(name: str):
@@ -27,4 +37,4 @@ def __getattr__(name: str):
         raise AttributeError(f"module 'pardec' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"pardec.{_HOME.get(name, 'model')}"), name)
+    return getattr(import_module(f"pardec.{_HOME[name]}"), name)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pardec.model import GenerationOutput, SelfSpeculativeModel
+from pardec.model import SelfSpeculativeModel
+from pardec.output import GenerationOutput
 from pardec.stats import DecodeStats, SequenceCounts, acceptance_everywhere, acceptance_outside_repetition, pool
 
 BATCH_SIZE = 16

@@ -7,14 +7,16 @@ Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pardec.prompt_files import read_prompts
 
 if TYPE_CHECKING:
     import torch
 
-    from pardec.model import GenerationOutput, SelfSpeculativeModel
+    from pardec.model import SelfSpeculativeModel
 
 app = typer.Typer(
     add_completion=False,
@@ -64,6 +66,12 @@ def generate(
         int | None,
         typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
     ] = None,
+    use_head: Annotated[
+        bool | None,
+        typer.Option(
+            "--head/--no-head", help="draft with the sampler head; default if there is one", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run plain decoding too, side by side")] = False,
     show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
@@ -79,8 +87,11 @@ def generate(
         chosen = [flag for flag, on in (("--json", as_json), ("--show-drafts", show_drafts)) if on]
         if len(chosen) > 1:
             raise ValueError(f"options: expected one of {' and '.join(chosen)}, found both")
-        prompts = _read_prompts(source, prompt, prompt_file)
+        prompts = read_prompts(source, prompt, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code)
+
+        from pardec.console import as_object, print_comparison, print_stream
+
         options = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -89,16 +100,17 @@ def generate(
             "min_p": min_p,
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
+            "use_head": use_head,
         }
         if compare:
-            identical = [_compare(model, text, mode, options, as_json) for text in prompts]
+            identical = [print_comparison(model, text, mode, options, as_json) for text in prompts]
             # sampled texts differ by design: they follow one law, not one stream of random numbers
             sys.exit(0 if temperature > 0 or all(identical) else 1)
         for text in prompts:
             if as_json:
-                print(json.dumps(_as_object(text, model.generate(text, mode=mode, **options))), flush=True)
+                print(json.dumps(as_object(text, model.generate(text, mode=mode, **options))), flush=True)
             else:
-                _stream(model, text, mode, options, show_drafts)
+                print_stream(model, text, mode, options, show_drafts)
 
 
 @app.command()
@@ -114,7 +126,10 @@ def check(
 
     with exit_on_unusable_input():
         model = _load(directory, base, device, dtype, trust_remote_code)
-        identical = _print_check(model)
+
+        from pardec.console import print_check
+
+        identical = print_check(model)
     sys.exit(0 if identical else 1)
 
 
@@ -150,7 +165,7 @@ def tune(
     from pardec.run import exit_on_unusable_input
 
     with exit_on_unusable_input():
-        texts = None if prompt_file is None else _read_prompts(None, None, prompt_file)
+        texts = None if prompt_file is None else read_prompts(None, None, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
 
         from pardec.measuring import QUICK, Effort
@@ -210,145 +225,3 @@ def _usable_device(name: str) -> "torch.device":
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         raise ValueError(f"device: expected a torch device of this machine, such as cpu, found {name!r}") from None
     return device
-
-
-def _read_prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
-    if source not in (None, "-"):
-        raise ValueError(f"prompt: expected --prompt, --prompt-file or -, found argument {source!r}")
-    given = [value for value in (source, prompt, prompt_file) if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"prompt: expected exactly one of --prompt, --prompt-file and -, found {len(given)}")
-    if given[0] == "-":
-        texts = [sys.stdin.read()]
-    elif prompt is not None:
-        texts = [prompt]
-    else:
-        texts = _prompts_of_file(Path(given[0]))
-    for text in texts:
-        if not text:
-            raise ValueError("prompt: expected some text, found an empty prompt")
-    return texts
-
-
-def _prompts_of_file(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a prompt file, found {'a directory' if path.is_dir() else 'nothing'}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
-    if path.suffix != ".jsonl":
-        return [text]
-    prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {error}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
-            raise ValueError(f"{path}:{number}: expected an object with a non-empty text 'prompt', found {line[:60]}")
-        prompts.append(value["prompt"])
-    if not prompts:
-        raise ValueError(f"{path}: expected at least one prompt, found none")
-    return prompts
-
-
-def _as_object(prompt: str, out: "GenerationOutput") -> dict:
-    stats = out.stats.to_dict()
-    stats.pop("sequences")
-    stats["accepted_per_step"] = out.stats.sequences[0].accepted_per_step
-    return {"prompt": prompt, "text": out.text[0], "token_ids": out.token_ids[0], "stats": stats}
-
-
-def _stream(model: "SelfSpeculativeModel", prompt: str, mode: str, options: dict, show_drafts: bool) -> None:
-    """Prints text as it becomes final; accepted drafts in colour where asked for."""
-    from rich.console import Console
-    from rich.text import Text
-
-    chunks = model.stream(prompt, mode=mode, **options)
-    if not show_drafts:
-        for chunk in chunks:
-            print(chunk.text, end="", flush=True)
-        print()
-        return
-    console = Console(highlight=False, soft_wrap=True, force_terminal=True)
-    assert model.tokenizer is not None
-    accepted = steps = 0
-    for number, chunk in enumerate(chunks):
-        # two_pass emits its exact token first; accepted drafts stand before the bonus token
-        first = 1 if mode == "two_pass" and number else 0
-        for index, token in enumerate(chunk.token_ids):
-            drafted = first <= index < first + chunk.num_accepted_tokens
-            text = cast(str, model.tokenizer.decode([token], skip_special_tokens=True))
-            console.print(Text(text, style="bold green" if drafted else ""), end="")
-        accepted, steps = accepted + chunk.num_accepted_tokens, steps + (number > 0)
-    console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green)", style="dim")
-
-
-def _compare(model: "SelfSpeculativeModel", prompt: str, mode: str, options: dict, as_json: bool) -> bool:
-    """Runs plain decoding and `mode` in turn, prints both, says whether the tokens are the same."""
-    from rich.console import Console
-    from rich.table import Table
-
-    model.generate(prompt, mode=mode, **{**options, "max_new_tokens": min(8, options["max_new_tokens"])})  # warm-up
-    plain = model.generate(prompt, mode="plain", **options)
-    drafted = model.generate(prompt, mode=mode, **options)
-    identical = plain.token_ids == drafted.token_ids
-    ratio = drafted.stats.tokens_per_second / plain.stats.tokens_per_second
-    if as_json:
-        both = {"plain": _as_object(prompt, plain), mode: _as_object(prompt, drafted)}
-        print(json.dumps({**both, "identical": identical, "ratio_to_plain": ratio}), flush=True)
-        return identical
-    console = Console(highlight=False)
-    console.print(drafted.text[0], markup=False)
-    table = Table("mode", "new tokens", "forwards", "mean acceptance length", "tokens/s", "ratio to plain")
-    for name, out, factor in (("plain", plain, 1.0), (mode, drafted, ratio)):
-        stats = out.stats
-        table.add_row(
-            name,
-            str(stats.num_new_tokens),
-            str(stats.num_forwards),
-            f"{stats.mean_acceptance_length:.2f}",
-            f"{stats.tokens_per_second:.1f}",
-            f"{factor:.2f} x",
-        )
-    console.print(table)
-    same = (
-        "yes"
-        if identical
-        else "no" + (" (sampled: the law is the same, not the draw)" if options["temperature"] else "")
-    )
-    console.print(f"same tokens as plain: {same}")
-    return identical
-
-
-def _print_check(model: "SelfSpeculativeModel") -> bool:
-    """The adapter's facts, the probe's figure and a short comparison of every mode with plain decoding."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from pardec.probe import probe
-
-    assert model.adapter is not None
-    metadata, lora = model.adapter.metadata, model.adapter.lora
-    table = Table(show_header=False)
-    table.add_row("base", f"{metadata.base.name} (fingerprint matches)")
-    table.add_row("mask tokens", f"{metadata.num_speculative_tokens}, {metadata.mask_sharing}")
-    table.add_row("gated LoRA", "none" if lora is None else f"rank {lora.rank}, {len(lora.pairs())} modules")
-    sampled = metadata.measured.get("sampled")
-    if isinstance(sampled, dict):
-        shown = ("mean_acceptance_length", "interval", "temperature", "top_k")
-        table.add_row("measured when trained", ", ".join(f"{key} {sampled.get(key)}" for key in shown))
-    deviation = probe(model.target)
-    table.add_row("real rows against a plain forward", f"{deviation:.1e} standard deviations of the logits")
-    prompt = [int(i) for i in range(1, 13)]
-    plain = model.generate([prompt], mode="plain", max_new_tokens=32).token_ids
-    identical = True
-    for mode in ("two_pass", "fused"):
-        same = model.generate([prompt], mode=mode, max_new_tokens=32).token_ids == plain
-        identical = identical and same
-        table.add_row(f"32 greedy tokens, {mode}", "identical to plain" if same else "DIFFERENT from plain")
-    Console(highlight=False).print(table)
-    return identical

@@ -27,8 +27,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from pardec.base import pad_token_id
-from pardec.decode import DecodeState
 from pardec.sampling import TokenLaw
+from pardec.state import DecodeState
 
 if TYPE_CHECKING:
     from pardec.model import SelfSpeculativeModel

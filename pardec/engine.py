@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pardec.cache import SlotCache
-from pardec.decode import Decoder, DecodeState
+from pardec.decode import Decoder
 from pardec.graphs import CapturedSteps, Recorder, record_cuda_graph
+from pardec.state import DecodeState
 
 GIB = 2**30
 

@@ -7,6 +7,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 
+import torch
+from transformers import PreTrainedModel
+
 from pardec.engine import Engine
 
 # each holds a cache; the one that was used least recently goes first
@@ -37,3 +40,21 @@ class EnginePool:
         """Forgets all idle engines, and frees what they hold."""
         with self._lock:
             self._idle.clear()
+
+
+def signature(base: PreTrainedModel) -> int:
+    """Changes when weights are replaced, or modules, their hooks, their forward or their mode."""
+    modules = (
+        (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")), m.training)
+        for m in base.modules()
+    )
+    tensors = (tensor.data_ptr() for both in (base.parameters(), base.buffers()) for tensor in both)
+    return hash((*modules, *tensors))
+
+
+def arithmetic(device: torch.device) -> Hashable:
+    """What the caller may have switched on around a call, and graphs and compiled code would not notice."""
+    kind = device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    tf32 = torch.backends.cuda.matmul.allow_tf32 if kind == "cuda" else None
+    return torch.is_inference_mode_enabled(), autocast, tf32

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pardec.decode import Decoder, DecodeState
+from pardec.decode import Decoder
 from pardec.errors import first_line
+from pardec.state import DecodeState
 
 
 @dataclass(frozen=True)

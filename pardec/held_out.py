@@ -13,17 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.acceptance import BATCH_SIZE, Acceptance, digest, measure_acceptance
 from pardec.config import DataConfig
-from pardec.data import (
-    VALIDATION,
-    held_out_rows,
-    hold_out,
-    read_rows,
-    source_folder,
-    standard_prompts,
-    tokenise,
-)
+from pardec.data import standard_prompts
 from pardec.model import SelfSpeculativeModel
+from pardec.python_sources import VALIDATION, source_folder
 from pardec.ranks import RankAccuracy, measure_ranks
+from pardec.reading import held_out_rows, hold_out, read_rows
+from pardec.tokenising import tokenise
 
 TOLERANCE = 0.02  # relative
 # tokens from one place to the next: half the time, and neighbouring places tell nearly the same

@@ -7,74 +7,34 @@
 import copy
 import operator
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pardec.adapter import UNIFORM_NOISE, Adapter, AdapterError, load_adapter
-from pardec.base import eos_token_ids, load_base, load_tokenizer, pad_token_id, refuse_by_config
-from pardec.decode import MODES, Decoder, DecodeState
+from pardec.adapter import UNIFORM_NOISE, Adapter
+from pardec.base import eos_token_ids, pad_token_id
+from pardec.compiling import compiled
+from pardec.decode import MODES, Decoder
 from pardec.drafting import HeadDrafter
 from pardec.engine import Engine, power_of_two
-from pardec.engine_pool import EnginePool
-from pardec.fingerprint import differences, fingerprint
+from pardec.engine_pool import EnginePool, arithmetic, signature
 from pardec.forward import TargetModel, embedding_weight
 from pardec.gated_lora import LoraGate
 from pardec.layout import full_blocks
 from pardec.noise import NoiseTokens
+from pardec.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
 from pardec.prepack import PackedLinears
-from pardec.probe import probe, probe_head
-from pardec.run import device_name
+from pardec.prompts import Prompts, token_ids
 from pardec.sampling import TokenLaw, make_warpers
-from pardec.stats import DecodeStats, SequenceCounts, pool
+from pardec.stats import SequenceCounts, pool
 from pardec.survey import Survey, survey
-from pardec.tuning import TunedChoice, read_tuned
+from pardec.tuning import TunedChoice
 
 MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
-Returned = TypeVar("Returned")
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
-
-
-@dataclass(frozen=True)
-class GenerationOutput:
-    """What `generate` returns; always lists, one entry per sequence.
-
-    Attributes:
-        text: continuations without special tokens; empty if the base came without a tokenizer.
-        token_ids: continuations, EOS included where it was met.
-        sequences: prompts and continuations, right-padded, shape [B, S], int64.
-        prompt_lengths: shape [B].
-        stats: figures, pooled and per sequence.
-        counts: the raw counts behind them.
-    """
-
-    text: list[str]
-    token_ids: list[list[int]]
-    sequences: Tensor
-    prompt_lengths: Tensor
-    stats: DecodeStats
-    counts: list[SequenceCounts]
-
-
-@dataclass(frozen=True)
-class StreamChunk:
-    """What one step emitted.
-
-    Attributes:
-        text: text that became final with this step.
-        token_ids: emitted ids; the accepted drafts come before the bonus token.
-        num_accepted_tokens: how many of them were accepted drafts.
-    """
-
-    text: str
-    token_ids: list[int]
-    num_accepted_tokens: int
 
 
 class SelfSpeculativeModel:
@@ -156,7 +116,7 @@ class SelfSpeculativeModel:
         """
         if num_return_sequences < 1:
             raise ValueError(f"num_return_sequences: expected an integer >= 1, found {num_return_sequences}")
-        ids = self._token_ids(prompts)
+        ids = self._ids_of(prompts)
         law = self._law(temperature, top_k, top_p, min_p, seed)
         shape = self._draft_shape(num_speculative_tokens, block_lengths, mode)
         num_sequences = len(ids) * num_return_sequences
@@ -168,7 +128,7 @@ class SelfSpeculativeModel:
             state = engine.state
             assert state is not None
             rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
-            outputs = _outputs(state, len(rows))
+            outputs = outputs_of(state, len(rows))
             seconds = time.perf_counter() - start  # reading the outputs has waited for the device
             return self._result(rows, outputs, counts_of(state, mode, len(rows)), seconds)
 
@@ -188,7 +148,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
     ) -> Iterator[StreamChunk]:
         """Yields what each step emits for one prompt; arguments and errors as in `generate`."""
-        ids = self._token_ids(prompt)
+        ids = self._ids_of(prompt)
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self._law(temperature, top_k, top_p, min_p, seed)
@@ -197,7 +157,7 @@ class SelfSpeculativeModel:
         return self._stream(self._engine(ids, law, max_new_tokens, shape, mode, head=self._chosen_head(use_head)), ids)
 
     def _stream(self, made: AbstractContextManager[Engine], ids: list[list[int]]) -> Iterator[StreamChunk]:
-        text = _TextStream(self.tokenizer)
+        text = TextStream(self.tokenizer)
         with made as engine, closing(engine.run(ids)) as steps:
             for step in steps:
                 new = step.tokens[0]
@@ -255,8 +215,8 @@ class SelfSpeculativeModel:
             key = (
                 (mode, shape, head is not None, law.key, len(eos_ids), self.capture, self.compile),
                 power_of_two(num_sequences or len(prompts)),
-                _signature(self.base_model),
-                _arithmetic(self.target.device),
+                signature(self.base_model),
+                arithmetic(self.target.device),
             )
         engine = None if key is None else self._pool.take(key)
         if engine is None:
@@ -359,45 +319,8 @@ class SelfSpeculativeModel:
                 f"{prompt_tokens} + {max_new_tokens} = {prompt_tokens + max_new_tokens}"
             )
 
-    def _token_ids(self, prompts: Prompts) -> list[list[int]]:
-        """Prompts of any accepted form as lists of token ids."""
-        if isinstance(prompts, Mapping):
-            raise ValueError(
-                f"prompts: expected texts or token ids, found {type(prompts).__name__}; pass its input_ids"
-            )
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        if isinstance(prompts, Tensor):
-            prompts = prompts.tolist() if prompts.dim() != 1 else [prompts.tolist()]
-        rows = list(prompts)  # type: ignore[arg-type]
-        if rows and isinstance(rows[0], int):
-            rows = [rows]
-        if not rows:
-            raise ValueError("prompts: expected at least one prompt, found none")
-        return [self._checked_ids(row, index) for index, row in enumerate(rows)]
-
-    def _checked_ids(self, row: object, index: int) -> list[int]:
-        if isinstance(row, str):
-            if self.tokenizer is None:
-                raise ValueError("prompts: expected token ids, as the base has no tokenizer, found text")
-            try:
-                row.encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"prompt {index}: expected Unicode text, found half of a surrogate pair") from None
-            row = self.tokenizer(row).input_ids if row else []
-        try:
-            tokens = list(row)  # type: ignore[call-overload]
-            ids = [operator.index(token) for token in tokens if not isinstance(token, bool)]
-        except TypeError:
-            tokens, ids = [], [0]
-        if len(ids) != len(tokens):
-            raise ValueError(f"prompt {index}: expected text or a list of token ids, found {str(row)[:60]!r}")
-        if not ids:
-            raise ValueError(f"prompt {index}: expected at least one token, found an empty prompt")
-        rows = embedding_weight(self.base_model).shape[0]
-        if min(ids) < 0 or max(ids) >= rows:
-            raise ValueError(f"prompt {index}: expected token ids in 0..{rows - 1}, found {min(ids)}..{max(ids)}")
-        return ids
+    def _ids_of(self, prompts: Prompts) -> list[list[int]]:
+        return token_ids(prompts, self.tokenizer, embedding_weight(self.base_model).shape[0])
 
     def _result(
         self, prompts: list[list[int]], outputs: list[list[int]], counts: list[SequenceCounts], seconds: float
@@ -458,134 +381,3 @@ class SelfSpeculativeModel:
             use_head=use_head,
             streamer=self._streamer,
         )
-
-
-def load(
-    directory: str | Path,
-    base: str | PreTrainedModel | None = None,
-    *,
-    device: str | torch.device | None = None,
-    dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
-    compile: bool = False,
-    trust_remote_code: bool = False,
-) -> SelfSpeculativeModel:
-    """Loads an adapter and its base, and refuses pairs that do not belong together or cannot be exact.
-
-    Args:
-        directory: of the adapter.
-        base: folder, hub name or loaded model; default the base that the adapter names.
-        device: default CUDA where there is one, else the CPU.
-        dtype: default float32 on a CPU, the checkpoint's own on CUDA.
-        attn_implementation: `sdpa` or `eager`; default what transformers chooses.
-        compile: compile the steps with torch.compile (inductor): the first call takes minutes, later ones are
-            faster on CUDA; on a CPU packed weights, which it replaces, measured as fast.
-        trust_remote_code: run code that comes with the base.
-
-    Raises:
-        AdapterError: for an unusable adapter or another base than it was trained for, naming what differs.
-        UnsupportedModelError: for a base that cannot be decoded exactly.
-    """
-    adapter = load_adapter(directory)
-    reference = adapter.metadata.base
-    if base is None or isinstance(base, str):
-        name = base or reference.name
-        revision = reference.revision if base is None else None
-        loaded = load_base(
-            name,
-            device=device,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    else:
-        given = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-        for option, value in given.items():
-            if value is not None:
-                raise ValueError(f"{option}: expected None for a base that is already loaded, found {value}")
-        if base.training:
-            raise ValueError("base: expected a model in eval mode (base.eval()), found it in training mode")
-        loaded = base
-        refuse_by_config(loaded.config)
-        tokenizer = load_tokenizer(loaded.config._name_or_path or reference.name)
-    found = fingerprint(loaded, tokenizer)
-    wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
-    if wrong:
-        raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
-    model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
-    model.tuned = read_tuned(directory, device_name(model.target.device), model.target.dtype, compile)
-    masks, D = adapter.mask_embeddings, model.target.embedding_dim
-    if masks is not None and masks.shape[1] != D:
-        raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
-    probe(model.target)
-    if model._head is not None:
-        probe_head(model.target, model._head.tap)
-    return model
-
-
-def compiled(forward: Callable[..., Returned]) -> Callable[..., Returned]:
-    """`forward` under torch.compile, specialised for every shape that it meets."""
-    optimised = torch.compile(forward, dynamic=False)
-
-    def run(*args) -> Returned:
-        # each batch, number of rows and cache bucket is a compilation; torch gives up after 8 by default
-        # hooks that a user adds later must be noticed
-        limits = {"recompile_limit": 256, "skip_nnmodule_hook_guards": False}
-        with torch._dynamo.config.patch(limits):  # type: ignore[attr-defined]
-            return optimised(*args)
-
-    return run
-
-
-def _signature(base: PreTrainedModel) -> int:
-    """Changes when weights are replaced, or modules, their hooks, their forward or their mode."""
-    modules = (
-        (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")), m.training)
-        for m in base.modules()
-    )
-    tensors = (tensor.data_ptr() for both in (base.parameters(), base.buffers()) for tensor in both)
-    return hash((*modules, *tensors))
-
-
-def _arithmetic(device: torch.device) -> Hashable:
-    """What the caller may have switched on around a call, and graphs and compiled code would not notice."""
-    kind = device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    tf32 = torch.backends.cuda.matmul.allow_tf32 if kind == "cuda" else None
-    return torch.is_inference_mode_enabled(), autocast, tf32
-
-
-def counts_of(state: DecodeState, mode: str, num_sequences: int) -> list[SequenceCounts]:
-    """The counts of the first rows of a decoding state."""
-    per_step = 2 if mode == "two_pass" else 1
-    rows = zip(state.rounds()[:num_sequences], state.num_new.tolist()[:num_sequences], strict=True)
-    return [
-        SequenceCounts([a for a, _ in rounds], [d for _, d in rounds], new, per_step, per_step) for rounds, new in rows
-    ]
-
-
-def _outputs(state: DecodeState, num_sequences: int) -> list[list[int]]:
-    rows = zip(state.output[:num_sequences].tolist(), state.num_new[:num_sequences].tolist(), strict=True)
-    return [output[:n] for output, n in rows]
-
-
-class _TextStream:
-    """Turns token ids into text as it becomes final; holds back characters whose bytes are not all there."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.sent = 0
-
-    def put(self, ids: list[int], last: bool) -> str:
-        if self.tokenizer is None:
-            return ""
-        self.ids += ids
-        text = cast(str, self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        if not last:
-            text = text.rstrip("�")
-        new = text[self.sent :]
-        self.sent = max(self.sent, len(text))
-        return new

@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pardec.data import STDLIB, TEST, TRAIN, VALIDATION, DataError, Document, python_sources, source_folder
+from pardec.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources, source_folder
+from pardec.reading import DataError
+from pardec.tokenising import Document
 
 SEPARATOR = "<|endoftext|>"
 SEPARATOR_ID = 0

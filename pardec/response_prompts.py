@@ -13,7 +13,8 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pardec.data import DataError, render_conversation, tokenise
+from pardec.reading import DataError
+from pardec.tokenising import render_conversation, tokenise
 
 # tokenising stops when there are this many times as many places for prompts as prompts are wanted
 _PLACES_PER_PROMPT = 8

@@ -15,10 +15,11 @@ from rich.table import Column, Table
 from tqdm.auto import tqdm
 
 from pardec.chain import PLAIN, BlockLengths, num_rows
-from pardec.data import VALIDATION, held_out_prompts
+from pardec.data import held_out_prompts
 from pardec.layout import full_blocks
 from pardec.measuring import Call, Effort, Findings, Measured, max_calls, measure
 from pardec.model import SelfSpeculativeModel
+from pardec.python_sources import VALIDATION
 from pardec.run import device_name, library_versions
 from pardec.tuning import TunedChoice, check_writable, weights_of, write_tuned
 

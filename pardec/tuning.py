@@ -17,7 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 from pydantic import TypeAdapter, ValidationError
 
-from pardec.adapter import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
+from pardec.adapter_files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.chain import PLAIN, BlockLengths, check_block_lengths, expected_steps, expected_tokens_per_step, num_rows
 
 TUNED_FILE = "tuned.json"

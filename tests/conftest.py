@@ -1,11 +1,16 @@
 """Shared fixtures: the packaged base, its tokenizer, tiny random models; nothing here touches the network."""
 
+import copy
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the processors
+    share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 
 import pytest
 import torch
+from data_samples import CHAT_TEMPLATE, source_names
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.base import load_base, load_tokenizer
@@ -47,3 +52,29 @@ def make_llama():
         return model.to(dtype).eval().requires_grad_(False)
 
     return make
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    """The packaged model's tokenizer with a chat template; changing it is safe."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = CHAT_TEMPLATE
+    return chat
+
+
+@pytest.fixture
+def source_folder(tmp_path):
+    """Modules of every split, and what must be left out."""
+    folder = tmp_path / "lib"
+    for name in source_names():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# module {name}\n" + "x = 1\n" * 40)
+    for left_out in ("encodings/e.py", "site-packages/s.py", "a/__pycache__/c.py", "b/site-packages/p/q.py"):
+        (folder / left_out).parent.mkdir(parents=True, exist_ok=True)
+        (folder / left_out).write_text("# left out\n" + "x = 1\n" * 40)
+    (folder / "tiny.py").write_text("x" * 199)
+    (folder / "huge.py").write_text("x" * 400_001)
+    (folder / "notes.txt").write_text("x" * 300)
+    (folder / "folder.py").mkdir()
+    return folder

@@ -13,7 +13,7 @@ from tiny_models import make_adapter
 
 import pardec
 from pardec.acceptance import measure_acceptance
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.data import held_out_prompts
 from pardec.fingerprint import fingerprint
 
@@ -394,7 +394,7 @@ def test_an_adapter_that_is_there_is_only_decoded_with_and_again_when_it_has_cha
     assert row["difference"]["sampled"]["value"] == 0
     other = make_adapter(tiny_base, 4, seed=5)
     other.metadata.base.name = "tiny-python"
-    other.metadata.fingerprint = pardec.adapter.load_adapter(adapter).metadata.fingerprint
+    other.metadata.fingerprint = pardec.adapter_files.load_adapter(adapter).metadata.fingerprint
     save_adapter(other, folder)
     assert lab.run(variants)[1]["rows"][1]["git_commit"] is not None
     record = json.loads(next(lab.work.glob("mine-*.json")).read_text())

@@ -13,16 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pardec import adapter as adapter_module
-from pardec.adapter import (
-    Adapter,
-    AdapterError,
-    AdapterMetadata,
-    BaseReference,
-    HeadShape,
-    load_adapter,
-    save_adapter,
-)
+from pardec import adapter_files
+from pardec.adapter import Adapter, AdapterError, AdapterMetadata, BaseReference, HeadShape
+from pardec.adapter_files import load_adapter, save_adapter
 from pardec.fingerprint import Fingerprint
 from pardec.gated_lora import LoraWeights
 
@@ -220,7 +213,7 @@ def test_a_new_adapter_is_on_the_disk_before_it_takes_the_place_of_the_old(tmp_p
 
     def checking(source, target):
         if Path(target).name == ".incoming":
-            assert files_in(Path(source)) == adapter_files(lora=True)
+            assert files_in(Path(source)) == files_of_adapter(lora=True)
             assert {path.stat().st_ino for path in Path(source).rglob("*") if path.is_file()} <= synced
             complete.append(source)
         replace(source, target)
@@ -471,7 +464,7 @@ def test_files_outside_the_folder_are_refused_without_being_read(saved, monkeypa
     files = json.loads((saved / "pardec.json").read_text())["files"]
     edit_metadata(saved, files={name: hashlib.sha256(b"secret").hexdigest()} | files)
     read = []
-    monkeypatch.setattr(adapter_module, "_sha256", lambda path: read.append(path))
+    monkeypatch.setattr(adapter_files, "_sha256", lambda path: read.append(path))
     assert refusal(saved).endswith(f"expected files inside the adapter directory, found {name!r}")
     assert read == []
 
@@ -535,7 +528,7 @@ class KillSwitch:
     def __init__(self, monkeypatch, at: int, *, half_done: bool, clean_up: bool):
         self.at, self.half_done, self.clean_up = at, half_done, clean_up
         self.calls, self.dead = 0, False
-        for owner, name in ((os, "replace"), (shutil, "copyfile"), (adapter_module, "save_file")):
+        for owner, name in ((os, "replace"), (shutil, "copyfile"), (adapter_files, "save_file")):
             monkeypatch.setattr(owner, name, self.guard(getattr(owner, name)))
         if not clean_up:
             monkeypatch.setattr(shutil, "rmtree", self.guard(shutil.rmtree))
@@ -584,7 +577,7 @@ def kill_at_every_operation(monkeypatch, folder_of, prepare, adapter, **how):
     raise AssertionError("a save of more than 100 operations")
 
 
-def adapter_files(lora):
+def files_of_adapter(lora):
     return {"pardec.json", "mask_embeddings.safetensors"} | (LORA_FILES if lora else set())
 
 
@@ -621,7 +614,7 @@ def test_a_kill_at_any_moment_leaves_the_old_adapter_or_the_new(
         assert same(load_adapter(folder), later)
         of_the_dead = {name for name in files_in(folder) if name.startswith((".writing-", ".removed-"))}
         assert not (of_the_dead and same_id)
-        assert files_in(folder) - of_the_dead == adapter_files(old_lora)
+        assert files_in(folder) - of_the_dead == files_of_adapter(old_lora)
     assert seen == {"old", "new"}
 
 
@@ -645,7 +638,7 @@ def test_a_kill_during_the_first_save_leaves_no_adapter_or_the_new(tmp_path, mon
             seen.add("none")
         save_adapter(new, folder)
         assert same(load_adapter(folder), new)
-        assert files_in(folder) == adapter_files(lora=True)
+        assert files_in(folder) == files_of_adapter(lora=True)
     assert seen == {"none", "new"}
 
 
@@ -678,7 +671,7 @@ def test_leftovers_of_a_killed_process_with_the_same_id_do_not_stand_in_the_way(
     new = make_adapter(lora=True)
     save_adapter(new, tmp_path)
     assert same(load_adapter(tmp_path), new)
-    assert files_in(tmp_path) == adapter_files(lora=True)
+    assert files_in(tmp_path) == files_of_adapter(lora=True)
 
 
 @pytest.mark.parametrize("full_at", [0, 1])
@@ -697,7 +690,7 @@ def test_a_full_disk_while_writing_leaves_what_was_there(tmp_path, monkeypatch, 
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr(adapter_module, "save_file", save_on_a_full_disk)
+    monkeypatch.setattr(adapter_files, "save_file", save_on_a_full_disk)
     with pytest.raises(OSError, match="No space left on device"):
         save_adapter(new, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)} == before
@@ -730,4 +723,4 @@ def test_a_full_disk_while_publishing_leaves_a_whole_adapter(tmp_path, monkeypat
     monkeypatch.undo()
     save_adapter(new, tmp_path)
     assert same(load_adapter(tmp_path), new)
-    assert files_in(tmp_path) == adapter_files(lora=True)
+    assert files_in(tmp_path) == files_of_adapter(lora=True)

@@ -9,7 +9,7 @@ import torch
 from tiny_models import make_adapter
 from typer.testing import CliRunner
 
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.cli import app
 
 K = 2

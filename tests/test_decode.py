@@ -137,7 +137,9 @@ def test_the_base_behaves_as_before_after_fused_decoding(family):
 
 
 def test_float32_packaged_model_gives_generates_tokens(tiny_base, tokenizer):
-    from pardec.data import python_sources, standard_prompts, stdlib_folder, tokenise
+    from pardec.data import standard_prompts
+    from pardec.python_sources import python_sources, stdlib_folder
+    from pardec.tokenising import tokenise
 
     texts = list(python_sources(stdlib_folder(), "validation"))[:6]
     rows = standard_prompts([tokenise({"text": text}, tokenizer) for text in texts], num_prompts=4)

@@ -10,7 +10,9 @@ from tiny_models import FAMILIES, make_adapter, tiny_model
 import pardec
 from pardec import drafting, prefill
 from pardec import forward as forward_module
-from pardec.adapter import Adapter, AdapterError, save_adapter
+from pardec.adapter import Adapter, AdapterError
+from pardec.adapter_files import save_adapter
+from pardec.compiling import compiled
 from pardec.decode import Decoder
 from pardec.drafting import HeadDrafter
 from pardec.fingerprint import fingerprint
@@ -18,7 +20,7 @@ from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
 from pardec.hidden import HiddenTap
 from pardec.layout import full_blocks
-from pardec.model import SelfSpeculativeModel, compiled
+from pardec.model import SelfSpeculativeModel
 from pardec.sampling import TokenLaw
 from pardec.survey import survey
 

@@ -13,10 +13,10 @@ from tiny_models import make_adapter, tiny_model
 from torch import Tensor
 
 from pardec import engine as engine_module
-from pardec.decode import DecodeState
 from pardec.engine import Engine, bucket, check_memory
 from pardec.model import SelfSpeculativeModel
 from pardec.sampling import TokenLaw
+from pardec.state import DecodeState
 
 K = 3
 V = 61

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import make_adapter
 
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.fingerprint import fingerprint
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ import torch
 from tiny_models import make_adapter
 
 import pardec
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.fingerprint import fingerprint
 from pardec.model import SelfSpeculativeModel
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pardec.adapter import Adapter, AdapterMetadata, BaseReference, load_adapter, save_adapter
+from pardec.adapter import Adapter, AdapterMetadata, BaseReference
+from pardec.adapter_files import load_adapter, save_adapter
 from pardec.fingerprint import fingerprint
 from pardec.gated_lora import LoraGate, LoraWeights, inject_lora, lora_enabled, lora_weights
 

@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from tiny_models import make_adapter
 
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.base import load_tokenizer, resolve_base
-from pardec.data import load_corpus, split_of
+from pardec.data import load_corpus
 from pardec.fingerprint import fingerprint
+from pardec.python_sources import split_of
 from pardec.responses import about_file, plan_batches
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +164,7 @@ def test_prompts_of_python_sources_are_of_the_training_split(tmp_path, monkeypat
     folder.mkdir()
     for n in range(300):
         (folder / f"m{n}.py").write_text(f"# {split_of(f'm{n}.py')}\n" * 60)
-    monkeypatch.setattr("pardec.data.stdlib_folder", lambda: folder)
+    monkeypatch.setattr("pardec.python_sources.stdlib_folder", lambda: folder)
     output = tmp_path / "responses.jsonl"
     run(folder, output, "data.path=python-stdlib", "max_new_tokens=1", "num_responses=200", "batch_size=200")
     prompts = [tokenizer.decode(parts(json.loads(line))[0]) for line in output.read_text().splitlines()]

@@ -19,14 +19,15 @@ from transformers.generation.logits_process import (
 )
 
 from pardec.cache import SlotCache
-from pardec.decode import Decoder, DecodeState
+from pardec.decode import Decoder
 from pardec.drafting import HeadDrafter
 from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
 from pardec.graphs import CapturedSteps
-from pardec.model import counts_of
 from pardec.noise import NoiseTokens
+from pardec.output import counts_of
 from pardec.sampling import TokenLaw, make_warpers
+from pardec.state import DecodeState
 from pardec.survey import survey
 
 K = 3

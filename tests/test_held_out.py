@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
 
-import pardec.data
+import pardec.python_sources
 from pardec.acceptance import measure_acceptance
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.config import DataConfig, Recipe
 from pardec.data import load_corpus, standard_prompts
 from pardec.fingerprint import fingerprint
@@ -122,7 +122,7 @@ def python_library(tmp_path, monkeypatch):
     folder.mkdir()
     for n in range(300):
         (folder / f"m{n}.py").write_text(f"# module {n}\n" + "".join(f"x_{i} = {n} + {i}\n" for i in range(20)))
-    monkeypatch.setattr(pardec.data, "stdlib_folder", lambda: folder)
+    monkeypatch.setattr(pardec.python_sources, "stdlib_folder", lambda: folder)
 
 
 def data_of(kind: str, folder: Path) -> dict:

@@ -12,7 +12,7 @@ import torch
 from tiny_models import make_adapter, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.engine import Engine
 from pardec.fingerprint import fingerprint
 from pardec.forward import TargetModel

@@ -19,7 +19,8 @@ from transformers import (
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 import pardec
-from pardec.adapter import AdapterError, save_adapter
+from pardec.adapter import AdapterError
+from pardec.adapter_files import save_adapter
 from pardec.forward import TargetModel, UnsupportedModelError
 from pardec.model import SelfSpeculativeModel
 from pardec.probe import probe

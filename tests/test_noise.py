@@ -11,7 +11,7 @@ from tiny_models import make_adapter, tiny_model
 
 import pardec
 from pardec import prefill
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.decode import Decoder
 from pardec.fingerprint import fingerprint
 from pardec.forward import TargetModel

@@ -10,7 +10,8 @@ from pardec.cache import SlotCache
 from pardec.decode import Decoder
 from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
-from pardec.model import SelfSpeculativeModel, counts_of
+from pardec.model import SelfSpeculativeModel
+from pardec.output import counts_of
 from pardec.sampling import TokenLaw
 
 K = 3

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pardec.config import load_recipe
-from pardec.data import TEST, TRAIN, VALIDATION, Document, split_of
 from pardec.pretrain_config import PretrainRecipe
 from pardec.pretrain_data import encode, example_order, first_texts, held_out_windows, train_tokenizer
+from pardec.python_sources import TEST, TRAIN, VALIDATION, split_of
+from pardec.tokenising import Document
 
 ROOT = Path(__file__).parents[1]
 MAX_LENGTH = 24

@@ -5,8 +5,9 @@ import itertools
 
 import pytest
 
-from pardec.data import DataError, read_rows, tokenise
+from pardec.reading import DataError, read_rows
 from pardec.response_prompts import draw_prompts, prompts_digest
+from pardec.tokenising import tokenise
 
 CHAT_TEMPLATE = (
     "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pardec.data import read_rows
+from pardec.reading import read_rows
 from pardec.responses import (
     Batch,
     about_file,

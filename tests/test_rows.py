@@ -25,7 +25,8 @@ from pardec.decode import Decoder
 from pardec.forward import TargetModel
 from pardec.gated_lora import LoraGate
 from pardec.layout import block_layout, chain_layout, real_layout
-from pardec.model import SelfSpeculativeModel, counts_of
+from pardec.model import SelfSpeculativeModel
+from pardec.output import counts_of
 from pardec.rows import RowForward
 from pardec.sampling import TokenLaw, make_warpers
 from pardec.survey import survey

@@ -12,7 +12,7 @@ from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.base import eos_token_ids
 from pardec.fingerprint import fingerprint
 from pardec.model import SelfSpeculativeModel

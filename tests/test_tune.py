@@ -9,7 +9,7 @@ from tiny_models import make_adapter
 from typer.testing import CliRunner
 
 import pardec
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.cli import app
 from pardec.measuring import QUICK
 from pardec.tune import prompts_to_tune_on, tune

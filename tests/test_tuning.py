@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
 
-from pardec.adapter import save_adapter
+from pardec.adapter_files import save_adapter
 from pardec.tuning import (
     PLAIN,
     TUNED_FILE,

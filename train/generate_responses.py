@@ -21,11 +21,13 @@ from tqdm.auto import tqdm
 
 from pardec.base import load_base, load_tokenizer
 from pardec.config import load_recipe
-from pardec.data import PACKAGES, STDLIB, training_rows
 from pardec.fingerprint import Fingerprint, differences, fingerprint
 from pardec.forward import embedding_weight
-from pardec.model import SelfSpeculativeModel, load
+from pardec.loading import load
+from pardec.model import SelfSpeculativeModel
 from pardec.probe import probe
+from pardec.python_sources import PACKAGES, STDLIB
+from pardec.reading import training_rows
 from pardec.response_prompts import draw_prompts, prompts_digest
 from pardec.responses import (
     SHORT_TOKENS,

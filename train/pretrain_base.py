@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pardec.config import load_recipe
-from pardec.data import TEST, TRAIN, VALIDATION, Corpus, DataError, pack
+from pardec.data import Corpus, pack
 from pardec.forward import embedding_weight
 from pardec.pretrain_config import PretrainRecipe
 from pardec.pretrain_data import (
@@ -43,6 +43,8 @@ from pardec.pretrain_data import (
     read_sources,
     train_tokenizer,
 )
+from pardec.python_sources import TEST, TRAIN, VALIDATION
+from pardec.reading import DataError
 from pardec.run import (
     JsonlTracker,
     device_name,

@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from pardec.adapter import METADATA_FILE, Adapter, AdapterMetadata, BaseReference, HeadShape, load_adapter, save_adapter
+from pardec.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
+from pardec.adapter_files import METADATA_FILE, load_adapter, save_adapter
 from pardec.base import load_base, load_tokenizer
 from pardec.config import Recipe, load_recipe
 from pardec.curve import redraw_curve
@@ -99,11 +100,12 @@ def train(recipe: Recipe) -> None:
     for step in range(first_step, steps + 1):
         if step > first_step:
             micro_batches = [next(batches) for _ in range(recipe.train.gradient_accumulation_steps)]
-            sums += optimiser_step(recipe, accelerator, wrapped, parameters, optimizer, micro_batches, step)
+            new, norm = optimiser_step(recipe, accelerator, wrapped, parameters, optimizer, micro_batches, step)
+            sums += new
             schedule.step()
             progress.update()
             if step % recipe.train.log_every == 0 or step == steps:
-                log_losses(accelerator, step, sums, schedule.get_last_lr(), progress)
+                log_losses(accelerator, step, sums, norm, schedule.get_last_lr(), progress)
                 sums.zero_()
         is_last = step == steps
         if accelerator.is_main_process and step == 0 and read_progress(checkpoints) is None:
@@ -250,8 +252,10 @@ def no_sums(recipe: Recipe, accelerator: Accelerator) -> Tensor:
 
 def optimiser_step(
     recipe: Recipe, accelerator: Accelerator, wrapped, parameters: Mapping[str, Tensor], optimizer, batches, step: int
-) -> Tensor:
-    """One update; returns the sums of `METRICS` per position, and below them loss and rows of all: shape [9, K].
+) -> tuple[Tensor, float]:
+    """One update; returns sums and the gradient's norm before it was clipped.
+
+    The sums are those of `METRICS` per position, and below them loss and rows of all: shape [9, K].
 
     Losses are summed over every target of the step, and gradients divided by their global number, so that neither
     accumulation nor the number of processes changes the update.
@@ -273,23 +277,26 @@ def optimiser_step(
     for parameter in parameters.values():
         if parameter.grad is not None:  # a distributed backward has averaged over processes
             parameter.grad *= accelerator.num_processes / totals[-1, 0].clamp_min(1)
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.train.max_grad_norm)
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.train.max_grad_norm))
     loss = float(totals[-2, 0] / totals[-1, 0].clamp_min(1))
-    if not (math.isfinite(loss) and math.isfinite(float(norm))):
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise ValueError(
-            f"step {step}: expected a finite loss, found loss {loss} and gradient norm {float(norm)}; lower "
+            f"step {step}: expected a finite loss, found loss {loss} and gradient norm {norm}; lower "
             "train.learning_rate or train.lora_learning_rate; the best adapter so far is kept"
         )
     optimizer.step()
     optimizer.zero_grad()
-    return totals
+    return totals, norm
 
 
-def log_losses(accelerator: Accelerator, step: int, sums: Tensor, rates: Sequence[float | Tensor], progress) -> None:
+def log_losses(
+    accelerator: Accelerator, step: int, sums: Tensor, norm: float, rates: Sequence[float | Tensor], progress
+) -> None:
     """Loss since the last call; teacher-forced agreement and overlap per position, of the steps that are logged."""
     rows: dict[str, Tensor] = dict(zip(METRICS, sums[:-2], strict=True))
     loss = float(sums[-2, 0] / sums[-1, 0].clamp_min(1))
-    values = {"loss": loss, "learning_rate": rates[0], "cpu_minutes": time.process_time() / 60}
+    minutes = time.process_time() / 60
+    values = {"loss": loss, "gradient_norm": norm, "learning_rate": rates[0], "cpu_minutes": minutes}
     names = {"argmax_agreement": "agreement", "overlap": "overlap"}
     if bool(rows["head_overlap"].any()):
         names |= {"head_argmax_agreement": "head_agreement", "head_overlap": "head_overlap"}

@@ -1,0 +1,107 @@
+"""What the commands print: streamed text, comparisons, an adapter's facts."""
+
+import json
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pardec.adapter import MASK_EMBEDDINGS
+from pardec.model import SelfSpeculativeModel
+from pardec.output import GenerationOutput
+from pardec.probe import probe
+
+
+def as_object(prompt: str, out: GenerationOutput) -> dict:
+    """What `--json` prints of one prompt."""
+    stats = out.stats.to_dict()
+    stats.pop("sequences")
+    stats["accepted_per_step"] = out.stats.sequences[0].accepted_per_step
+    return {"prompt": prompt, "text": out.text[0], "token_ids": out.token_ids[0], "stats": stats}
+
+
+def print_stream(model: SelfSpeculativeModel, prompt: str, mode: str, options: dict, show_drafts: bool) -> None:
+    """Prints text as it becomes final; accepted drafts in colour where asked for."""
+    chunks = model.stream(prompt, mode=mode, **options)
+    if not show_drafts:
+        for chunk in chunks:
+            print(chunk.text, end="", flush=True)
+        print()
+        return
+    console = Console(highlight=False, soft_wrap=True, force_terminal=True)
+    assert model.tokenizer is not None
+    accepted = steps = 0
+    for number, chunk in enumerate(chunks):
+        # two_pass emits its exact token first; accepted drafts stand before the bonus token
+        first = 1 if mode == "two_pass" and number else 0
+        for index, token in enumerate(chunk.token_ids):
+            drafted = first <= index < first + chunk.num_accepted_tokens
+            text = cast(str, model.tokenizer.decode([token], skip_special_tokens=True))
+            console.print(Text(text, style="bold green" if drafted else ""), end="")
+        accepted, steps = accepted + chunk.num_accepted_tokens, steps + (number > 0)
+    console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green)", style="dim")
+
+
+def print_comparison(model: SelfSpeculativeModel, prompt: str, mode: str, options: dict, as_json: bool) -> bool:
+    """Runs plain decoding and `mode` in turn, prints both, says whether the tokens are the same."""
+    model.generate(prompt, mode=mode, **{**options, "max_new_tokens": min(8, options["max_new_tokens"])})  # warm-up
+    plain = model.generate(prompt, mode="plain", **options)
+    drafted = model.generate(prompt, mode=mode, **options)
+    identical = plain.token_ids == drafted.token_ids
+    ratio = drafted.stats.tokens_per_second / plain.stats.tokens_per_second
+    if as_json:
+        both = {"plain": as_object(prompt, plain), mode: as_object(prompt, drafted)}
+        print(json.dumps({**both, "identical": identical, "ratio_to_plain": ratio}), flush=True)
+        return identical
+    console = Console(highlight=False)
+    console.print(drafted.text[0], markup=False)
+    table = Table("mode", "new tokens", "forwards", "mean acceptance length", "tokens/s", "ratio to plain")
+    for name, out, factor in (("plain", plain, 1.0), (mode, drafted, ratio)):
+        stats = out.stats
+        table.add_row(
+            name,
+            str(stats.num_new_tokens),
+            str(stats.num_forwards),
+            f"{stats.mean_acceptance_length:.2f}",
+            f"{stats.tokens_per_second:.1f}",
+            f"{factor:.2f} x",
+        )
+    console.print(table)
+    same = (
+        "yes"
+        if identical
+        else "no" + (" (sampled: the law is the same, not the draw)" if options["temperature"] else "")
+    )
+    console.print(f"same tokens as plain: {same}")
+    return identical
+
+
+def print_check(model: SelfSpeculativeModel) -> bool:
+    """The adapter's facts, the probe's figure and a short comparison of every mode with plain decoding."""
+    assert model.adapter is not None
+    metadata, lora = model.adapter.metadata, model.adapter.lora
+    table = Table(show_header=False)
+    table.add_row("base", f"{metadata.base.name} (fingerprint matches)")
+    if metadata.draft_input == MASK_EMBEDDINGS:
+        table.add_row("mask tokens", f"{metadata.num_speculative_tokens}, {metadata.mask_sharing}")
+    else:
+        table.add_row("random tokens at draft rows", f"{metadata.num_speculative_tokens}")
+    table.add_row("gated LoRA", "none" if lora is None else f"rank {lora.rank}, {len(lora.pairs())} modules")
+    head = metadata.head
+    table.add_row("sampler head", "none" if head is None else f"width {head.width}, shortlist {head.shortlist}")
+    sampled = metadata.measured.get("sampled")
+    if isinstance(sampled, dict):
+        shown = ("mean_acceptance_length", "interval", "temperature", "top_k")
+        table.add_row("measured when trained", ", ".join(f"{key} {sampled.get(key)}" for key in shown))
+    deviation = probe(model.target)
+    table.add_row("real rows against a plain forward", f"{deviation:.1e} standard deviations of the logits")
+    prompt = [int(i) for i in range(1, 13)]
+    plain = model.generate([prompt], mode="plain", max_new_tokens=32).token_ids
+    identical = True
+    for mode in ("two_pass", "fused"):
+        same = model.generate([prompt], mode=mode, max_new_tokens=32).token_ids == plain
+        identical = identical and same
+        table.add_row(f"32 greedy tokens, {mode}", "identical to plain" if same else "DIFFERENT from plain")
+    Console(highlight=False).print(table)
+    return identical

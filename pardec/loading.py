@@ -1,0 +1,81 @@
+"""`pardec.load`: an adapter and the base it belongs to."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pardec.adapter import AdapterError
+from pardec.adapter_files import load_adapter
+from pardec.base import load_base, load_tokenizer, refuse_by_config
+from pardec.fingerprint import differences, fingerprint
+from pardec.forward import embedding_weight
+from pardec.model import SelfSpeculativeModel
+from pardec.probe import probe, probe_head
+from pardec.run import device_name
+from pardec.tuning import read_tuned
+
+
+def load(
+    directory: str | Path,
+    base: str | PreTrainedModel | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    compile: bool = False,
+    trust_remote_code: bool = False,
+) -> SelfSpeculativeModel:
+    """Loads an adapter and its base, and refuses pairs that do not belong together or cannot be exact.
+
+    Args:
+        directory: of the adapter.
+        base: folder, hub name or loaded model; default the base that the adapter names.
+        device: default CUDA where there is one, else the CPU.
+        dtype: default float32 on a CPU, the checkpoint's own on CUDA.
+        attn_implementation: `sdpa` or `eager`; default what transformers chooses.
+        compile: compile the steps with torch.compile (inductor): the first call takes minutes, later ones are
+            faster on CUDA; on a CPU packed weights, which it replaces, measured as fast.
+        trust_remote_code: run code that comes with the base.
+
+    Raises:
+        AdapterError: for an unusable adapter or another base than it was trained for, naming what differs.
+        UnsupportedModelError: for a base that cannot be decoded exactly.
+    """
+    adapter = load_adapter(directory)
+    reference = adapter.metadata.base
+    if base is None or isinstance(base, str):
+        name = base or reference.name
+        revision = reference.revision if base is None else None
+        loaded = load_base(
+            name,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    else:
+        given = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(f"{option}: expected None for a base that is already loaded, found {value}")
+        if base.training:
+            raise ValueError("base: expected a model in eval mode (base.eval()), found it in training mode")
+        loaded = base
+        refuse_by_config(loaded.config)
+        tokenizer = load_tokenizer(loaded.config._name_or_path or reference.name)
+    found = fingerprint(loaded, tokenizer)
+    wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
+    if wrong:
+        raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
+    model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
+    model.tuned = read_tuned(directory, device_name(model.target.device), model.target.dtype, compile)
+    masks, D = adapter.mask_embeddings, model.target.embedding_dim
+    if masks is not None and masks.shape[1] != D:
+        raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
+    probe(model.target)
+    if model._head is not None:
+        probe_head(model.target, model._head.tap)
+    return model

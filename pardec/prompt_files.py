@@ -1,0 +1,53 @@
+"""Prompts of the command line: an argument, a file or standard input."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
+    """The prompts that exactly one of these gives; `-` is standard input.
+
+    Raises:
+        ValueError: for none or several, an unreadable file or an empty prompt.
+    """
+    if source not in (None, "-"):
+        raise ValueError(f"prompt: expected --prompt, --prompt-file or -, found argument {source!r}")
+    given = [value for value in (source, prompt, prompt_file) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"prompt: expected exactly one of --prompt, --prompt-file and -, found {len(given)}")
+    if given[0] == "-":
+        texts = [sys.stdin.read()]
+    elif prompt is not None:
+        texts = [prompt]
+    else:
+        texts = _prompts_of_file(Path(given[0]))
+    for text in texts:
+        if not text:
+            raise ValueError("prompt: expected some text, found an empty prompt")
+    return texts
+
+
+def _prompts_of_file(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{path}: expected a prompt file, found {'a directory' if path.is_dir() else 'nothing'}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    prompts = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: expected a JSON object, found {error}") from None
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
+            raise ValueError(f"{path}:{number}: expected an object with a non-empty text 'prompt', found {line[:60]}")
+        prompts.append(value["prompt"])
+    if not prompts:
+        raise ValueError(f"{path}: expected at least one prompt, found none")
+    return prompts

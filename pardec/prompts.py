@@ -1,0 +1,57 @@
+"""Prompts of any accepted form as lists of token ids."""
+
+import operator
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+def token_ids(prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, num_embeddings: int) -> list[list[int]]:
+    """Prompts of any accepted form as lists of token ids.
+
+    Args:
+        prompts: text, texts, token ids of one prompt, lists of token ids, or a LongTensor without padding.
+        tokenizer: None takes token ids only.
+        num_embeddings: of the base; ids must be below it.
+
+    Raises:
+        ValueError: for what cannot be used, naming the prompt.
+    """
+    if isinstance(prompts, Mapping):
+        raise ValueError(f"prompts: expected texts or token ids, found {type(prompts).__name__}; pass its input_ids")
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, Tensor):
+        prompts = prompts.tolist() if prompts.dim() != 1 else [prompts.tolist()]
+    rows = list(prompts)  # type: ignore[arg-type]
+    if rows and isinstance(rows[0], int):
+        rows = [rows]
+    if not rows:
+        raise ValueError("prompts: expected at least one prompt, found none")
+    return [_checked_ids(row, index, tokenizer, num_embeddings) for index, row in enumerate(rows)]
+
+
+def _checked_ids(row: object, index: int, tokenizer: PreTrainedTokenizerBase | None, num_embeddings: int) -> list[int]:
+    if isinstance(row, str):
+        if tokenizer is None:
+            raise ValueError("prompts: expected token ids, as the base has no tokenizer, found text")
+        try:
+            row.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"prompt {index}: expected Unicode text, found half of a surrogate pair") from None
+        row = tokenizer(row).input_ids if row else []
+    try:
+        tokens = list(row)  # type: ignore[call-overload]
+        ids = [operator.index(token) for token in tokens if not isinstance(token, bool)]
+    except TypeError:
+        tokens, ids = [], [0]
+    if len(ids) != len(tokens):
+        raise ValueError(f"prompt {index}: expected text or a list of token ids, found {str(row)[:60]!r}")
+    if not ids:
+        raise ValueError(f"prompt {index}: expected at least one token, found an empty prompt")
+    if min(ids) < 0 or max(ids) >= num_embeddings:
+        raise ValueError(f"prompt {index}: expected token ids in 0..{num_embeddings - 1}, found {min(ids)}..{max(ids)}")
+    return ids

@@ -1,0 +1,36 @@
+"""Rows and files for the tests of data."""
+
+import itertools
+import json
+
+from pardec.python_sources import TEST, TRAIN, VALIDATION, split_of
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+CHAT = [
+    {"role": "user", "content": "Say hi"},
+    {"role": "assistant", "content": "hi there!"},
+    {"role": "user", "content": "And bye"},
+    {"role": "assistant", "content": "bye"},
+]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def source_names():
+    """60 modules of the training split and 3 of each other, in two folders."""
+    wanted, names = {TRAIN: 60, VALIDATION: 3, TEST: 3}, []
+    for number in itertools.count():
+        name = f"{('a', 'b/deep')[number % 2]}/m{number}.py"
+        if wanted[split_of(name)]:
+            wanted[split_of(name)] -= 1
+            names.append(name)
+        if not any(wanted.values()):
+            return names
