@@ -5,6 +5,8 @@ CPUS := $(shell getconf _NPROCESSORS_ONLN)
 # left to itself, accelerate gives a process on a CPU one thread
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(CPUS)
+# a process per processor, the tests of a file in one of them; `pytest` alone runs them one after another
+TEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 .DELETE_ON_ERROR:
 .PHONY: setup demo speed gpu-report test check clean
 
@@ -30,13 +32,13 @@ gpu-report: setup  ## every GPU table of this project, made on your CUDA device;
 	$(BIN)/python eval/gpu_report.py $(REPORT)
 
 test: setup  ## the whole test suite (GPU tests run only where asked for with -m gpu)
-	$(BIN)/python -m pytest
+	$(TEST)
 
 check: setup  ## what a change must pass: lint, format, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+	$(TEST)
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info
