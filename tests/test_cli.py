@@ -11,20 +11,30 @@ from typer.testing import CliRunner
 
 from pardec.adapter_files import save_adapter
 from pardec.cli import app
+from pardec.fingerprint import fingerprint
+from pardec.model import SelfSpeculativeModel
 
 K = 2
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_base, tokenizer, tmp_path_factory):
-    from pardec.fingerprint import fingerprint
+def save(tiny_base, tokenizer, tmp_path_factory):
+    """Saves a random adapter of the packaged model; its folder."""
 
-    adapter = make_adapter(tiny_base, K, lora_rank=2)
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    directory = tmp_path_factory.mktemp("cli") / "adapter"
-    save_adapter(adapter, directory)
-    return str(directory)
+    def saved_with(**parts) -> str:
+        adapter = make_adapter(tiny_base, K, **parts)
+        adapter.metadata.base.name = "tiny-python"
+        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
+        directory = tmp_path_factory.mktemp("cli") / "adapter"
+        save_adapter(adapter, directory)
+        return str(directory)
+
+    return saved_with
+
+
+@pytest.fixture(scope="module")
+def saved(save):
+    return save(lora_rank=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +47,11 @@ def expected(tiny_base, tokenizer):
 
 def run(*arguments: str, stdin: str | None = None):
     return CliRunner().invoke(app, list(arguments), input=stdin)
+
+
+def shown(result) -> str:
+    """What was printed, without the table around it."""
+    return " ".join(result.stdout.replace("│", " ").split())
 
 
 def test_generate_prints_the_bases_own_text(saved, expected):
@@ -124,8 +139,34 @@ def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, ex
 def test_check_shows_the_adapter_and_that_it_is_exact(saved):
     result = run("check", saved)
     assert result.exit_code == 0, result.output
-    for words in ("tiny-python", "rank 2, 42 modules", "identical to plain"):
-        assert words in " ".join(result.stdout.split())
+    for words in ("tiny-python", "mask tokens 2, distinct", "rank 2, 42 modules", "head none", "identical to plain"):
+        assert words in shown(result)
+
+
+def test_check_says_what_stands_at_draft_rows_and_names_the_head(save):
+    assert "sampler head width 8, shortlist 5" in shown(run("check", save(head_width=8, shortlist=5)))
+    noise = shown(run("check", save(lora_rank=2, draft_input="uniform_noise")))
+    assert "random tokens at draft rows 2 " in noise
+    assert "mask tokens" not in noise
+
+
+def test_the_head_can_be_left_out(save, monkeypatch):
+    asked = []
+    generate = SelfSpeculativeModel.generate
+
+    def noting(self, prompts, *, use_head=None, **options):
+        asked.append(use_head)
+        return generate(self, prompts, use_head=use_head, **options)
+
+    monkeypatch.setattr(SelfSpeculativeModel, "generate", noting)
+    arguments = ["--prompt", "def main():", "--max-new-tokens", "12", "--json"]
+    with_head = save(head_width=8)
+    texts = [
+        json.loads(run("generate", with_head, *arguments, *flag).stdout)["text"]
+        for flag in ([], ["--head"], ["--no-head"])
+    ]
+    assert asked == [None, True, False]
+    assert len(set(texts)) == 1
 
 
 @pytest.mark.parametrize(
@@ -140,6 +181,7 @@ def test_check_shows_the_adapter_and_that_it_is_exact(saved):
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens: expected an integer >= 1, found 0"),
         (["--prompt", "x", "--max-new-tokens", "2048"], "expected at most 2048 positions"),
         (["--prompt", "x", "--num-speculative-tokens", "3"], "expected at most 2, the number of distinct mask tokens"),
+        (["--prompt", "x", "--head"], "use_head: expected an adapter with a sampler head, found none"),
         (["--prompt", "x", "--mode", "tree"], "mode: expected one of plain, two_pass, fused, found 'tree'"),
         (["--prompt", "x", "--dtype", "float31"], "dtype: expected a torch dtype"),
         (["--prompt", "x", "--device", "toaster"], "device: expected a torch device"),
