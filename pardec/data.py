@@ -7,7 +7,7 @@ Legend: T tokens of a sequence, N anchors per sequence.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from pardec.tokenising import Document, tokenise
 
 PROMPT_TOKENS = 128
 PROMPT_STRIDE_TOKENS = 4000
+ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def pack(documents: Iterable[Document], max_length: int) -> list[Document]:
     for document in documents:
         if document.loss_mask is not None:
             ids, mask = document.input_ids[:max_length], document.loss_mask[:max_length]
-            if mask[2:].any():  # the first mask token behind an anchor predicts the token two further on
+            if useful_anchors(mask).any():
                 sequences.append(Document(ids, mask))
             continue
         stream.append(document.input_ids)
@@ -125,6 +126,15 @@ def pack(documents: Iterable[Document], max_length: int) -> list[Document]:
             sequences += [Document(piece) for piece in joined[:whole].reshape(-1, max_length)]
             stream, held = [joined[whole:]], held - whole
     return sequences
+
+
+def useful_anchors(mask: ArrayOrTensor) -> ArrayOrTensor:
+    """Whether a block is to stand behind each token but the last two; shape [T - 2] for a loss mask of shape [T].
+
+    As in decoding, where the token behind an anchor is the bonus token, the model's own: behind an anchor s both s + 1
+    and the first target, s + 2, must be learned. So the last token of a prompt is the first anchor of its response.
+    """
+    return mask[1:-1] & mask[2:]
 
 
 def standard_prompts(
@@ -196,7 +206,7 @@ class AnchoredSequences(Dataset):
         mask = torch.ones(len(ids), dtype=torch.bool)
         if document.loss_mask is not None:
             mask = torch.from_numpy(document.loss_mask)
-        candidates = mask[2:].nonzero().squeeze(1)  # anchor s is useful where its first target, s + 2, counts
+        candidates = useful_anchors(mask).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + example)
         chosen = candidates[torch.randperm(len(candidates), generator=generator)[: self.anchors_per_sequence]]
         # anchors at the last token have no targets: they fill up where there are fewer candidates, behind the others,

@@ -57,10 +57,11 @@ def test_masked_documents_stay_alone_and_are_cut():
 
 
 def test_masked_documents_without_anything_a_mask_token_could_learn_are_dropped():
-    """The first mask token behind an anchor at 0 predicts token 2; and what is cut off cannot be learned."""
+    """An anchor at 0 predicts token 2 behind the bonus token 1; and what is cut off cannot be learned."""
     assert pack([masked([1, 2, 3], [1, 1, 0])], 8) == []
+    assert pack([masked([1, 2, 3], [0, 0, 1])], 8) == []
     assert pack([masked(range(10), [0] * 8 + [1, 1])], 8) == []
-    assert len(pack([masked([1, 2, 3], [0, 0, 1])], 8)) == 1
+    assert len(pack([masked([1, 2, 3], [0, 1, 1])], 8)) == 1
 
 
 def test_a_corpus_of_sources_keeps_the_splits_apart(source_folder, tokenizer, monkeypatch):
@@ -227,11 +228,11 @@ def test_anchors_are_drawn_anew_each_time():
 
 @pytest.mark.parametrize("num_anchors", [1, 4, 30])
 def test_the_first_target_of_an_anchor_counts_or_the_anchor_is_filling(num_anchors):
-    """Anchor s trains the token at s + 2 first; filling sits at the last token, where no target is left."""
+    """Anchor s trains the token at s + 2 first, behind a bonus token; filling sits where no target is left."""
     for example in (AnchoredSequences(make_sequences(), 21, num_anchors, seed=1)[c] for c in range(21)):
         ids, mask, anchors = example["input_ids"], example["loss_mask"], example["anchors"].tolist()
         assert len(anchors) == num_anchors
-        useful = [s for s in range(len(ids) - 2) if mask[s + 2]]
+        useful = [s for s in range(len(ids) - 2) if mask[s + 1] and mask[s + 2]]
         chosen = [s for s in anchors if s != len(ids) - 1]
         assert set(chosen) <= set(useful)
         assert len(set(chosen)) == len(chosen) == min(num_anchors, len(useful))
@@ -246,9 +247,19 @@ def test_anchors_come_in_random_order_so_that_the_first_are_any():
 
 
 def test_every_useful_anchor_is_chosen_sooner_or_later():
-    sequences = [masked([1] * 12, [0, 1, 0, 1, 0, 0, 1, 1, 0, 0, 0, 1])]
+    sequences = [masked([1] * 12, [0, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1])]
     examples = AnchoredSequences(sequences, 60, 1, seed=0)
-    assert {examples[c]["anchors"].item() for c in range(60)} == {1, 4, 5, 9}
+    assert {examples[c]["anchors"].item() for c in range(60)} == {2, 5, 6}
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, 7, 18])
+def test_anchors_lie_in_the_models_own_part_or_right_before_it(num_prompt_tokens):
+    """As in decoding, where the first block stands behind the prompt's last token and drafts behind the bonus token."""
+    T = 20
+    sequences = [masked([1] * T, [0] * num_prompt_tokens + [1] * (T - num_prompt_tokens))]
+    examples = AnchoredSequences(sequences, 200, 4, seed=0)
+    seen = {anchor for c in range(200) for anchor in examples[c]["anchors"].tolist()}
+    assert seen - {T - 1} == set(range(num_prompt_tokens - 1, T - 2))
 
 
 def test_examples_carry_the_tokens_and_the_mask_of_their_sequence():
@@ -262,13 +273,13 @@ def test_examples_carry_the_tokens_and_the_mask_of_their_sequence():
 
 
 def test_a_batch_is_padded_on_the_right_with_what_no_loss_counts():
-    sequences = [text([1, 2, 3, 4, 5]), masked([6, 7, 8], [0, 0, 1])]
+    sequences = [text([1, 2, 3, 4, 5]), masked([6, 7, 8], [0, 1, 1])]
     examples = AnchoredSequences(sequences, 2, 2, seed=0)
     pair = sorted((examples[0], examples[1]), key=lambda e: e["input_ids"][0].item())
     batch = collate(pair)
     assert batch["input_ids"][:, :3].tolist() == [[1, 2, 3], [6, 7, 8]]
     assert batch["input_ids"].shape == (2, 5)
-    assert batch["loss_mask"].tolist() == [[True] * 5, [False, False, True, False, False]]
+    assert batch["loss_mask"].tolist() == [[True] * 5, [False, True, True, False, False]]
     assert torch.equal(batch["anchors"], torch.stack([e["anchors"] for e in pair]))
     assert batch["anchors"][1].tolist() == [0, 2]  # one useful anchor, one filled in at the own last token
     for b, anchors in enumerate(batch["anchors"].tolist()):
