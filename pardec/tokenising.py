@@ -50,6 +50,11 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
 
 def _tokenise_conversation(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Document:
     """Assistant spans are found by rendering the conversation up to and including each assistant turn."""
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{where}: expected a fast tokenizer for conversations, which knows each token's characters, "
+            f"found {type(tokenizer).__name__}"
+        )
     text = render_conversation(tokenizer, turns, where)
     spans = []
     for i, turn in enumerate(turns):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from data_samples import CHAT, CHAT_TEMPLATE, write_jsonl
+from transformers import ByT5Tokenizer
 
 from pardec.data import load_corpus
 from pardec.reading import DataError, read_rows
@@ -142,3 +143,10 @@ def test_a_rendering_that_is_all_or_nothing_the_assistants_is_refused(chat_token
 def test_conversations_need_a_chat_template(tokenizer):
     with pytest.raises(DataError, match=r"talk\.jsonl: expected a tokenizer with a chat template .*, found none"):
         tokenise({"conversations": CHAT}, tokenizer, "talk.jsonl")
+
+
+def test_conversations_need_a_tokenizer_that_knows_the_characters_of_its_tokens():
+    slow = ByT5Tokenizer()
+    slow.chat_template = CHAT_TEMPLATE
+    with pytest.raises(DataError, match=r"^here: expected a fast tokenizer for conversations, .*found ByT5Tokenizer$"):
+        tokenise({"conversations": CHAT}, slow, "here")
