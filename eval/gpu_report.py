@@ -7,7 +7,7 @@ this interpreter, lets it write what its adapters are trained on, tunes them, me
 compares ways of training in a study, one variant a step. Every step ends within nine minutes and is skipped once it is
 done, so a run that was cut off, or whose --minutes are over, continues when it is started again. Nothing is
 downloaded. Small results are gathered in one folder, with REPORT.md to begin with.
-Exit codes: 0 all done, 1 a step failed, 3 time is over and steps are left.
+Exit codes: 0 all done, 1 a step failed, 3 steps are left or were cut off; run it again.
 """
 
 import argparse
@@ -32,8 +32,8 @@ STEP_LIMIT_SECONDS = 9 * 60
 # a step is begun only if the time that is left would do for most of it
 MIN_SECONDS_FOR_A_STEP = 60
 TIME_IS_OVER = 3
-STUDY, STUDY_VARIANTS = "eval/studies/gpu_100m.yaml", ("lora-head", "embeddings", "lora-head-joint")
-TEXT_VARIANT = "lora-text"  # is trained on text, all others on what the base wrote
+STUDY, STUDY_VARIANTS = "eval/studies/gpu_100m.yaml", ("lora-head", "embeddings", "lora-head-joint", "lora-text")
+CUT_OFF = -1  # in place of an exit code
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,13 @@ class Step:
         name: of its files.
         command: arguments of the Python interpreter, run in the project's folder.
         results: small files that it leaves, to be gathered.
+        is_needed: later steps work on what it makes: they wait for it, and are done again after it.
     """
 
     name: str
     command: Sequence[str]
     results: Sequence[Path] = ()
+    is_needed: bool = False
 
 
 def steps(work: Path, quick: bool) -> list[Step]:
@@ -56,8 +58,8 @@ def steps(work: Path, quick: bool) -> list[Step]:
     base, embeddings, lora = work / "base", work / "embeddings", work / "lora"
     tests = ["-m", "pytest", "-m", "gpu", "tests/gpu", *(["--collect-only"] if quick else ["-ra"])]
     made = [Step("tests", tests), *latency_steps(work, quick)]
-    made.append(Step("pretrain", pretraining(base, quick), [base / "README.md", base / "metrics.jsonl"]))
-    made.append(Step("responses", responses(work, base, quick), [work / "responses.jsonl.json"]))
+    made.append(Step("pretrain", pretraining(base, quick), [base / "README.md", base / "metrics.jsonl"], True))
+    made.append(Step("responses", responses(work, base, quick), [work / "responses.jsonl.json"], True))
     for output, recipe in ((embeddings, "python_100m_embeddings.yaml"), (lora, "python_100m_lora.yaml")):
         command = ["train/train_adapter.py", f"recipes/{recipe}", f"base={base}", f"output_dir={output}"]
         command += own_data(work, quick)
@@ -65,7 +67,7 @@ def steps(work: Path, quick: bool) -> list[Step]:
             command += ["train.steps=2", "train.batch_size=2", "train.anchors_per_sequence=4", "eval.every=2"]
             command += ["eval.num_prompts=2", "eval.max_new_tokens=8", "data.max_length=64"]
         results = [output / "pardec.json", output / "metrics.jsonl"]
-        made.append(Step(f"train-{output.name}", command, results))
+        made.append(Step(f"train-{output.name}", command, results, True))
     for adapter in (embeddings, lora):
         command = ["-m", "pardec", "tune", str(adapter), *(["--quick"] if quick else ["--num-prompts", "16"])]
         made.append(Step(f"tune-{adapter.name}", command, [adapter / "tuned.json"]))
@@ -120,10 +122,9 @@ def study_steps(work: Path, base: Path, quick: bool) -> list[Step]:
     """Each variant of the study; every step leaves the table of all variants so far."""
     stem = work / "study"
     command = ["eval/ablate.py", STUDY, "--work", str(work / "variants"), "--output", str(stem)]
-    command += [*(["--quick"] if quick else []), "--set", f"base={base}"]
-    data = {name: own_data(work, quick) for name in STUDY_VARIANTS}
-    data[TEXT_VARIANT] = ["data.path=python-stdlib"] if quick else []
-    return [Step(f"study-{name}", [*command, *data[name], "--only", name], files_of(stem)) for name in data]
+    # the same settings in every step: with others, what is done would not be known again
+    command += [*(["--quick"] if quick else []), "--set", f"base={base}", *own_data(work, quick)]
+    return [Step(f"study-{name}", [*command, "--only", name], files_of(stem)) for name in STUDY_VARIANTS]
 
 
 def responses(work: Path, base: Path, quick: bool) -> list[str]:
@@ -151,7 +152,9 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/gpu-report", help="folder of the report")
-    parser.add_argument("--minutes", type=float, default=60, help="no step is begun that would not end within them")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="what is not done within them is left for the next run"
+    )
     parser.add_argument("--only", help="names of steps, with commas; done ones are done again")
     parser.add_argument("--quick", action="store_true", help="rehearse on any machine; the figures mean nothing")
     args = parser.parse_args()
@@ -163,7 +166,7 @@ def main() -> None:
 
 def report(args: argparse.Namespace) -> int:
     """Runs what is left of the report and gathers the results; returns the exit code."""
-    output = Path(args.output)
+    output = Path(args.output).resolve()  # steps run in the project's folder
     output.mkdir(parents=True, exist_ok=True)
     planned = steps(output / "work", args.quick)
     chosen = args.only.split(",") if args.only else None
@@ -171,19 +174,25 @@ def report(args: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--only: expected some of {', '.join(s.name for s in planned)}, found {sorted(unknown)[0]}")
     end = time.monotonic() + 60 * args.minutes
-    code = 0
-    for step in planned:
+    failed = is_over = False
+    for number, step in enumerate(planned):
         if step.name not in chosen if chosen else is_done(output, step):
             continue
         left = end - time.monotonic()
-        if left < MIN_SECONDS_FOR_A_STEP:
+        is_over = left < MIN_SECONDS_FOR_A_STEP
+        if is_over:
             print(f"time is over before {step.name}; run again to continue", flush=True)
-            code = code or TIME_IS_OVER
             break
-        failed = run_step(output, step, min(STEP_LIMIT_SECONDS, left))
-        code = code or failed
+        if step.is_needed:
+            for later in planned[number + 1 :]:
+                record_file(output, later).unlink(missing_ok=True)
+        code = run_step(output, step, min(STEP_LIMIT_SECONDS, left))
+        failed, is_over = failed or code not in (0, CUT_OFF), is_over or code == CUT_OFF
+        if code and step.is_needed:
+            print(f"what follows works on what {step.name} makes; run again to continue", flush=True)
+            break
     write_report(output, planned)
-    return code
+    return 1 if failed else TIME_IS_OVER if is_over else 0
 
 
 def is_done(output: Path, step: Step) -> bool:
@@ -194,12 +203,17 @@ def is_done(output: Path, step: Step) -> bool:
 
 def read_record(output: Path, step: Step) -> dict | None:
     """What `run_step` wrote of the step."""
-    path = output / f"{step.name}.step.json"
+    path = record_file(output, step)
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def record_file(output: Path, step: Step) -> Path:
+    """Where it is noted how the step ended."""
+    return output / f"{step.name}.step.json"
+
+
 def run_step(output: Path, step: Step, limit_seconds: float) -> int:
-    """Runs a step with its output in a log and on the terminal's last line; returns 1 if it failed."""
+    """Runs a step with its output in a log; returns its exit code, `CUT_OFF` if it took too long."""
     print(f"{step.name}: python {' '.join(step.command)}", flush=True)
     log, start = output / f"{step.name}.log", time.monotonic()
     # one process on one device, so that figures are those of one
@@ -212,7 +226,7 @@ def run_step(output: Path, step: Step, limit_seconds: float) -> int:
         try:
             code = process.wait(limit_seconds)
         except subprocess.TimeoutExpired:
-            code = -1
+            code = CUT_OFF
         finally:
             end_group(process)
     seconds = round(time.monotonic() - start, 1)
@@ -220,10 +234,10 @@ def run_step(output: Path, step: Step, limit_seconds: float) -> int:
     record = {"command": list(step.command), "code": code, "seconds": seconds, "results": gathered}
     aside = output / f"{step.name}.step.json.tmp"
     aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.replace(output / f"{step.name}.step.json")
-    said = "done" if code == 0 else "cut off; run again to continue" if code == -1 else f"failed, see {log}"
+    aside.replace(record_file(output, step))
+    said = "done" if code == 0 else "cut off; run again to continue" if code == CUT_OFF else f"failed, see {log}"
     print(f"{step.name}: {said} after {seconds:.0f} s", flush=True)
-    return int(code != 0)
+    return code
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -259,7 +273,7 @@ def write_report(output: Path, planned: Sequence[Step]) -> None:
         if record is None:
             lines.append(f"| {step.name} | | not run | |")
             continue
-        ended = "well" if record["code"] == 0 else "cut off" if record["code"] == -1 else f"code {record['code']}"
+        ended = "well" if record["code"] == 0 else "cut off" if record["code"] == CUT_OFF else f"code {record['code']}"
         command = " ".join(record["command"]).replace(f"{output}/", "")
         lines.append(f"| {step.name} | {record['seconds']:.0f} | {ended} | `python {command}` |")
         for name in record["results"]:

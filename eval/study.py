@@ -60,7 +60,7 @@ class Evaluation(Section):
     max_new_tokens: int = Field(default=128, ge=1)
     temperature: float = Field(default=0.8, gt=0, allow_inf_nan=False)
     top_k: int | None = Field(default=10, ge=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 class Budget(Section):
@@ -81,16 +81,20 @@ class View(Section):
     Attributes:
         num_speculative_tokens: K; default what was trained.
         use_head: whether the sampler head is used; default as `generate` does.
+        shortlist: tokens of each mask row that the sampler head scores; default what the adapter says.
     """
 
     num_speculative_tokens: int | None = Field(default=None, ge=1)
     use_head: bool | None = None
+    shortlist: int | None = Field(default=None, ge=1)
 
     def label(self) -> str:
         """What tables add to the variant's name."""
         words = [] if self.num_speculative_tokens is None else [f"K={self.num_speculative_tokens}"]
         if self.use_head is not None:
             words.append("head" if self.use_head else "no head")
+        if self.shortlist is not None:
+            words.append(f"shortlist {self.shortlist}")
         return ", ".join(words)
 
 
@@ -186,7 +190,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
     Args:
         path: YAML file; paths in it are relative to the current folder.
-        overrides: of all trained variants, after their own.
+        overrides: of all trained variants, before their own, which still set them apart.
 
     Raises:
         ValueError: for anything that could not be trained and compared, naming the variant.
@@ -269,7 +273,7 @@ def _variant(entry: VariantEntry, file: StudyFile, overrides: Sequence[str], sou
     recipe_path = entry.recipe or file.recipe
     if recipe_path is None:
         raise ValueError(f"{where}: expected key 'recipe', here or for all, found neither")
-    every = (*file.overrides, *entry.overrides, *overrides)
+    every = (*file.overrides, *overrides, *entry.overrides)
     try:
         recipe = load_recipe(recipe_path, every)
     except RecipeError as error:
@@ -289,5 +293,6 @@ def _check_views(views: Sequence[View], drafter: AdapterConfig | AdapterMetadata
                 f"{where}: evaluate: expected num_speculative_tokens of at most {trained}, the trained mask "
                 f"embeddings, found {asked}"
             )
-        if view.use_head is not None and drafter.head is None:
-            raise ValueError(f"{where}: evaluate: expected use_head only where there is a head, found none")
+        for key in ("use_head", "shortlist"):
+            if getattr(view, key) is not None and drafter.head is None:
+                raise ValueError(f"{where}: evaluate: expected {key} only where there is a head, found none")

@@ -67,17 +67,20 @@ def rows_of(
         device: that views were measured on.
         failures: by name of the variant, why it could not be evaluated.
     """
-    rows, found = [], []
+    rows, found, reasons = [], [], dict(failures)
     for variant in study.variants:
         record = read_record(variant, work)
         of_training = training_columns(variant, record, study.budget)
         for view in variant.views:
             figures = None
             if is_trained(record, variant, work):
-                asked = view_settings(variant, view, work, study.evaluation, prompts[base_of(variant)], device)
-                figures = measured(record, asked)
+                try:
+                    asked = view_settings(variant, view, work, study.evaluation, prompts[base_of(variant)], device)
+                    figures = measured(record, asked)
+                except (ValueError, OSError) as error:  # an adapter that cannot be read
+                    reasons.setdefault(variant.name, f"error: {error}")
             found.append(figures)
-            rows.append(of_training | _status(variant, view, record, figures, failures))
+            rows.append(of_training | _status(variant, view, record, figures, reasons))
     for index, (row, figures) in enumerate(zip(rows, found, strict=True)):
         row |= compared(figures, found[0] if index else None)
     mark(rows)

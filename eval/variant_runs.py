@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from study import Evaluation, Variant, View, settings_of
 
 import pardec
 from pardec.acceptance import Acceptance, measure_acceptance
-from pardec.adapter import AdapterError
+from pardec.adapter import Adapter, AdapterError
 from pardec.adapter_files import METADATA_FILE, load_adapter
 from pardec.config import Recipe
 from pardec.layout import nested_block_lengths
@@ -189,9 +190,11 @@ def view_settings(
     variant: Variant, view: View, work: Path, evaluation: Evaluation, prompts: Sequence[list[int]], device: torch.device
 ) -> dict[str, Any]:
     """All that a view's figures depend on."""
+    # records that were written before views had a shortlist know no such key
+    asked = view.model_dump(exclude={"shortlist"} if view.shortlist is None else None)
     return {
         "evaluation": evaluation.model_dump(),
-        "view": view.model_dump(),
+        "view": asked,
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "weights": load_adapter(variant.directory(work)).metadata.files,
         "device": device.type,
@@ -247,6 +250,9 @@ def measure(
     options["num_speculative_tokens"] = K
     if view.use_head is not None:
         options["use_head"] = view.use_head
+    if view.shortlist is not None:
+        adapter = with_shortlist(model.adapter, view.shortlist)
+        model = SelfSpeculativeModel(model.base_model, model.tokenizer, adapter)
     sampled = measure_acceptance(model, prompts, temperature=evaluation.temperature, top_k=evaluation.top_k, **options)
     greedy = measure_acceptance(model, prompts, **options)
     return {
@@ -254,6 +260,14 @@ def measure(
         "sampled": {**sampled.to_dict(), "pairs": pairs_of(sampled)},
         "greedy": {**greedy.to_dict(), "pairs": pairs_of(greedy), "outside_pairs": outside_pairs(greedy, prompts, K)},
     }
+
+
+def with_shortlist(adapter: Adapter, shortlist: int) -> Adapter:
+    """The adapter, its sampler head scoring so many tokens of each mask row."""
+    head = adapter.metadata.head
+    assert head is not None
+    metadata = adapter.metadata.model_copy(update={"head": head.model_copy(update={"shortlist": shortlist})})
+    return replace(adapter, metadata=metadata)
 
 
 def pairs_of(found: Acceptance) -> list[tuple[int, int]]:

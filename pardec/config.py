@@ -52,8 +52,9 @@ class DataConfig(Section):
         subset: configuration of a hub dataset.
         split: of a hub dataset.
         max_length: tokens of a training sequence.
-        validation_path: held-out data that checkpoints are chosen by; default a held-out part of `path`.
-        test_path: held-out data that is reported.
+        validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
+            above; default a held-out part of `path`.
+        test_path: likewise, of data that is reported.
     """
 
     path: str
@@ -175,7 +176,7 @@ class TrainConfig(Section):
     top_k: int | None = Field(default=None, ge=1)
     keep: KeepSection = KeepSection()
     mixed_precision: MixedPrecision = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=100, ge=1)
     trackers: list[str] = []
@@ -196,7 +197,7 @@ class EvalConfig(Section):
     num_prompts: int = Field(default=16, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=0.8, gt=0, allow_inf_nan=False)
-    top_k: int | None = 10
+    top_k: int | None = Field(default=10, ge=1)
 
 
 class Recipe(Section):

@@ -1,7 +1,7 @@
 """Rows to what a run needs: training sequences with anchors, and held-out prompts.
 
 Knows tokenizers, no model.
-Legend: T tokens of a sequence, N anchors per sequence.
+Legend: T tokens of a sequence.
 """
 
 import random
@@ -81,7 +81,7 @@ def load_corpus(
             rows[TRAIN], rows[VALIDATION] = hold_out(rows[TRAIN])
     for name, held_out in ((VALIDATION, validation_path), (TEST, test_path)):
         if held_out is not None:
-            rows[name] = held_out_rows(held_out, name)
+            rows[name] = held_out_rows(held_out, name, format)
     random.Random(seed).shuffle(rows[TRAIN])
     bar = tqdm(rows[TRAIN], "tokenising", unit="document", disable=not show_progress)
     train = pack(tokenise_until(bar, tokenizer, max_tokens, path), max_length)

@@ -1,7 +1,7 @@
 """The step: one forward that drafts, verifies and commits, with all state in tensors on the device.
 
 Knows token ids only: no tokenizer, no files, no loop. `plain` is the same step without drafts and touches no adapter.
-Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a forward, S cache slots, V vocabulary.
+Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a forward, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """The loop around the step: memory, cache buckets, captured graphs, and reading finished tokens one step behind.
 
 On CUDA the host launches one graph per step and waits for the step before it; elsewhere steps run as they are.
-Legend: B sequences, P prompt tokens, R rows of a step.
+Legend: B sequences.
 """
 
 from collections.abc import Callable, Generator

@@ -260,7 +260,7 @@ def validation_prompts(
     """
     section = DataConfig.model_validate(data)
     if section.validation_path is not None:
-        rows = held_out_rows(section.validation_path, VALIDATION)
+        rows = held_out_rows(section.validation_path, VALIDATION, section.format)
     elif source_folder(section.path) is not None:
         rows = held_out_rows(section.path, VALIDATION)
     else:

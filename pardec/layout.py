@@ -1,7 +1,7 @@
 """Which rows a forward has, where they sit, and which of them see which: index arithmetic only.
 
-Knows no model, no cache and no batch.
-Legend: K num_speculative_tokens, R rows of a forward, N anchors, T tokens of a training sequence, M mask rows.
+Knows no model and no cache.
+Legend: B sequences, K num_speculative_tokens, R rows of a forward, N anchors, T tokens of a sequence, M mask rows.
 """
 
 from collections.abc import Sequence

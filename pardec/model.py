@@ -1,7 +1,7 @@
 """The public model: a frozen base, its tokenizer and an adapter that drafts for it.
 
 `generate`, `stream` and the door of `transformers.generate(custom_generate=model)` all run the loop of
-`pardec.decode`. Legend: B prompts, S tokens of the longest sequence, K num_speculative_tokens.
+`pardec.engine`. Legend: B prompts, S tokens of the longest sequence, K num_speculative_tokens.
 """
 
 import copy

@@ -38,7 +38,7 @@ def _prompts_of_file(path: Path) -> list[str]:
     if path.suffix != ".jsonl":
         return [text]
     prompts = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pardec.errors import first_line
-from pardec.python_sources import TRAIN, python_sources, source_folder
+from pardec.python_sources import PACKAGES, STDLIB, TRAIN, python_sources, source_folder
 
 _TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 _JSONL_SUFFIXES = (".jsonl", ".json")
@@ -63,14 +63,28 @@ def training_rows(
     return hold_out(rows)[0] if len(rows) > 1 or rows[0].get("text") else rows
 
 
-def held_out_rows(path: str, split: str) -> list[dict[str, Any]]:
-    """Rows of a data file, or those of a split of `python-stdlib` or `python-packages`.
+def held_out_rows(path: str, split: str, format: str = "auto") -> list[dict[str, Any]]:
+    """Rows of held-out data on this disk, or those of a split of `python-stdlib` or `python-packages`.
+
+    Args:
+        path: file or folder, or one of these names.
+        split: of these two.
+        format: `text` or `jsonl` for a file whose suffix does not tell.
 
     Raises:
-        DataError: for data that cannot be used.
+        DataError: for data that cannot be used, a hub dataset among them: which of its splits is held out is not known.
     """
     folder = source_folder(path)
-    return read_rows(path, "auto") if folder is None else [{"text": t} for t in python_sources(folder, split)]
+    if folder is not None:
+        return [{"text": text} for text in python_sources(folder, split)]
+    where = Path(path)
+    if not where.exists():
+        raise DataError(
+            f"held-out data: expected a file, a folder, {STDLIB} or {PACKAGES}, found nothing at {path}; "
+            "download a split of a hub dataset first"
+        )
+    tells = where.is_dir() or where.suffix in (*_TEXT_SUFFIXES, *_JSONL_SUFFIXES)
+    return read_rows(path, "auto" if tells or format == "hub" else format)
 
 
 def hold_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -38,7 +38,7 @@ def draw_prompts(
     Rows are taken in random order, and of many only as many as give eight times as many places as prompts.
 
     Args:
-        rows: see `pardec.data.read_rows`.
+        rows: see `pardec.reading.read_rows`.
         tokenizer: of the base.
         num_prompts: how many.
         prompt_tokens: of a prompt from a text.

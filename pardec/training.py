@@ -2,7 +2,7 @@
 
 Exact, because real rows never depend on what is trained; the target's own law comes for free from the first pass.
 Knows no optimiser and no files.
-Legend: B sequences, T tokens, N anchors, K num_speculative_tokens, M mask rows, D width, H hidden width, V vocabulary.
+Legend: B sequences, T tokens, N anchors, K num_speculative_tokens, M mask rows, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -182,6 +182,10 @@ class MaskTokenTrainer(nn.Module):
                 metrics[f"{name}agreement"] = argmax_agreement(scaled, p)
                 metrics[f"{name}overlap"] = acceptance_probability(scaled.detach(), p)
         return loss_sum, counts.sum(), self._by_position(metrics, counts, layout)
+
+    def forget_prefix(self) -> None:
+        """Frees what the last call has left for further parts of its anchors."""
+        self._prefix = None
 
     def _draft_logits(self, layout: TrainingLayout, T: int, cache: PrefixCache, before: Tensor) -> dict[str, Tensor]:
         """Logits [B, M, V] of the mask rows alone, and with the head, by the prefix of their metrics' names."""

@@ -16,6 +16,7 @@ from pardec.acceptance import measure_acceptance
 from pardec.adapter_files import save_adapter
 from pardec.data import held_out_prompts
 from pardec.fingerprint import fingerprint
+from pardec.model import SelfSpeculativeModel
 
 ROOT = Path(__file__).parent.parent
 # eval/ is a folder of scripts that import each other by name; it leaves the path again
@@ -188,6 +189,7 @@ def test_a_grid_is_the_product_of_its_axes(lab):
         ([{**KL, "evaluate": []}], {}, "variant 1 (kl): evaluate: "),
         ([{**KL, "evaluate": [{"num_speculative_tokens": 5}]}], {}, "at most 4, the trained mask embeddings, found 5"),
         ([{**BARE, "evaluate": [{"use_head": True}]}], {}, "expected use_head only where there is a head, found none"),
+        ([{**BARE, "evaluate": [{"shortlist": 8}]}], {}, "expected shortlist only where there is a head, found none"),
     ],
 )  # fmt: skip
 def test_a_study_that_cannot_be_run_is_refused_before_anything_is_trained(lab, variants, study, message):
@@ -401,6 +403,24 @@ def test_an_adapter_that_is_there_is_only_decoded_with_and_again_when_it_has_cha
     assert len({json.dumps(view["settings"]["weights"]) for view in record["views"]}) == 2
 
 
+def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(whole_lab):
+    assert whole_lab.run([KL, LK])[0] == 0
+    (folder,) = whole_lab.work.glob("kl-*/")
+    weights = folder / "mask_embeddings.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, result, _ = whole_lab.run([KL, LK])
+    assert code == 1
+    assert [row["status"] for row in result["rows"]] == ["failed", "done"]
+    assert "expected sha256" in result["rows"][0]["reason"]
+    code, result, _ = whole_lab.run([KL, LK], "--only", "lk")
+    assert (code, [row["status"] for row in result["rows"]]) == (0, ["failed", "done"])
+
+
+def test_what_is_set_for_all_stands_before_what_sets_a_variant_apart(lab):
+    study = load_study(lab.write([KL, STEPS], overrides=["train.steps=3"]), ["train.steps=5"])
+    assert [variant.recipe.train.steps for variant in study.variants] == [5, 7]
+
+
 def test_list_prints_commands_and_does_nothing(lab):
     code, out, _ = lab.run([KL, LK], "--list")
     assert code == 0
@@ -471,6 +491,22 @@ def test_views_are_decoded_as_they_say(model, monkeypatch):
     assert [one["num_speculative_tokens"] for one in asked] == [4, 4, 2, 2]
     assert [one.get("temperature") for one in asked] == [0.8, None] * 2
     assert [one.get("use_head") for one in asked] == [None, None, False, False]
+
+
+def test_a_view_may_score_another_shortlist(tiny_base, monkeypatch):
+    model, seen = SelfSpeculativeModel(tiny_base, None, make_adapter(tiny_base, 2, head_width=4, shortlist=9)), []
+    honest = measure_acceptance
+
+    def spy(model, prompts, **options):
+        seen.append(model.adapter.metadata.head.shortlist)
+        return honest(model, prompts, **options)
+
+    monkeypatch.setattr(variant_runs, "measure_acceptance", spy)
+    evaluation = load_study(ROOT / "eval" / "studies" / "anchors.yaml").evaluation.model_copy(update=SMALL)
+    for view in (View(), View(shortlist=3)):
+        variant_runs.measure(model, [[1, 2, 3]], evaluation, view)
+    assert seen == [9, 9, 3, 3]
+    assert View(shortlist=3).label() == "shortlist 3"
 
 
 def rows(*lengths_and_lows):

@@ -13,6 +13,7 @@ from pardec.adapter_files import save_adapter
 from pardec.cli import app
 from pardec.fingerprint import fingerprint
 from pardec.model import SelfSpeculativeModel
+from pardec.prompt_files import read_prompts
 
 K = 2
 
@@ -78,6 +79,14 @@ def test_prompts_come_from_a_file_and_from_standard_input(saved, expected, tmp_p
     for arguments in (["--prompt-file", str(file)], ["-"], ["--prompt", "-"], ["--prompt-file", "-"]):
         result = run("generate", saved, *arguments, "--max-new-tokens", "12", stdin="def main():")
         assert result.stdout == expected[1] + "\n", arguments
+
+
+def test_only_newlines_end_a_prompt_of_a_file(tmp_path):
+    texts = ["a\u2028b", "c\x85d", "e\x1cf"]
+    prompts = tmp_path / "prompts.jsonl"
+    lines = (json.dumps({"prompt": text}, ensure_ascii=False) for text in texts)
+    prompts.write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    assert read_prompts(None, None, str(prompts)) == texts
 
 
 def test_compare_shows_both_and_that_they_agree(saved):

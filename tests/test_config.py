@@ -227,6 +227,8 @@ def test_a_missing_key_is_named(write, text, key):
         ("train.learning_rate=.nan", "nan"),
         ("train.learning_rate=.inf", "inf"),
         ("train.seed=-1", "-1"),
+        ("train.seed=4294967296", "4294967296"),
+        ("eval.top_k=0", "0"),
         ("train.objective=mse", "'mse'"),
         ("train.trackers=tensorboard", "'tensorboard'"),
         ("train.temperature=0", "0"),

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "eval"))
 
 import gpu_report
 from gpu_report import TIME_IS_OVER, Step
+from study import load_study
 
 
 @pytest.fixture
@@ -69,9 +70,36 @@ def test_a_failed_step_does_not_stop_the_others_and_is_run_again(run, tmp_path):
 def test_a_step_that_takes_too_long_is_cut_off_and_begun_again(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "STEP_LIMIT_SECONDS", 2)
     steps = [counting(tmp_path, "one", "import time; time.sleep(60)")]
-    assert run(steps)[0] == 1
-    assert run(steps)[0] == 1
+    assert run(steps)[0] == TIME_IS_OVER
+    assert run(steps)[0] == TIME_IS_OVER
     assert times(tmp_path, "one") == 2
+
+
+def test_steps_wait_for_what_they_work_on_and_are_done_again_after_it(run, tmp_path):
+    flag = tmp_path / "repaired"
+    broken = counting(tmp_path, "base", f"import os, sys; sys.exit(0 if os.path.exists({str(flag)!r}) else 5)")
+    first, last = counting(tmp_path, "first"), counting(tmp_path, "last")
+    steps = [first, Step("base", broken.command, broken.results, is_needed=True), last]
+    code, folder = run(steps)
+    assert code == 1
+    assert (times(tmp_path, "first"), times(tmp_path, "last")) == (1, 0)
+    assert "not run" in (folder / "REPORT.md").read_text()
+    flag.touch()
+    assert run(steps)[0] == 0
+    assert (times(tmp_path, "base"), times(tmp_path, "last")) == (2, 1)
+    assert run(steps, "--only", "base")[0] == 0
+    assert run(steps)[0] == 0
+    assert (times(tmp_path, "first"), times(tmp_path, "base"), times(tmp_path, "last")) == (1, 3, 2)
+
+
+def test_a_relative_folder_is_that_of_the_caller(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(gpu_report, "steps", lambda work, quick: asked.append(work) or [])
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--quick", "--output", "report"])
+    with pytest.raises(SystemExit):
+        gpu_report.main()
+    assert asked == [tmp_path / "report" / "work"]
 
 
 def test_what_a_step_has_started_ends_with_it(run, tmp_path):
@@ -146,8 +174,23 @@ def test_every_step_names_files_and_recipes_that_exist(tmp_path):
 
 def test_every_variant_of_the_study_is_a_step():
     study = yaml.safe_load((Path(gpu_report.ROOT) / gpu_report.STUDY).read_text())
-    names = [*gpu_report.STUDY_VARIANTS, gpu_report.TEXT_VARIANT]
-    assert [variant["name"] for variant in study["variants"]] == names
+    assert [variant["name"] for variant in study["variants"]] == list(gpu_report.STUDY_VARIANTS)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_step_of_the_study_trains_the_same_variants(tmp_path, monkeypatch, quick):
+    """One table shows them all, so no step may take what another has done for something else."""
+    monkeypatch.chdir(gpu_report.ROOT)
+    seen = set()
+    for step in gpu_report.steps(tmp_path, quick):
+        if step.name.startswith("study-"):
+            words = step.command[step.command.index("--set") + 1 : step.command.index("--only")]
+            seen.add(tuple(variant.key for variant in load_study(gpu_report.STUDY, words).variants))
+    (keys,) = seen
+    assert len(keys) == len(gpu_report.STUDY_VARIANTS)
+    by_name = {variant.name: variant.recipe for variant in load_study(gpu_report.STUDY, words).variants}
+    assert by_name["lora-text"].data.path == "python-packages"
+    assert by_name["lora-head"].data.path == str(tmp_path / "responses.jsonl")
 
 
 def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, monkeypatch):

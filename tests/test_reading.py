@@ -9,8 +9,8 @@ from data_samples import CHAT, write_jsonl
 
 import pardec.python_sources
 from pardec.data import load_corpus
-from pardec.python_sources import STDLIB, TRAIN, python_sources
-from pardec.reading import DataError, check_row, read_rows, training_rows
+from pardec.python_sources import STDLIB, TRAIN, VALIDATION, python_sources
+from pardec.reading import DataError, check_row, held_out_rows, read_rows, training_rows
 from pardec.tokenising import tokenise
 
 
@@ -228,3 +228,18 @@ def test_a_single_text_gives_its_beginning_and_a_single_conversation_itself(tmp_
     assert training_rows(str(tmp_path / "a.txt")) == [{"text": "x" * 190}]
     path = write_jsonl(tmp_path / "talk.jsonl", [{"text": None, "messages": CHAT}])
     assert [row["conversations"] for row in training_rows(path)] == [CHAT]
+
+
+def test_held_out_data_go_by_their_suffix_and_else_by_the_format_of_the_training_data(tmp_path):
+    (tmp_path / "a.log").write_text("held out")
+    assert held_out_rows(str(tmp_path / "a.log"), VALIDATION, "text") == [{"text": "held out"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "a row"}])
+    for format in ("auto", "text", "jsonl", "hub"):
+        assert held_out_rows(path, VALIDATION, format) == [{"text": "a row"}]
+
+
+@pytest.mark.parametrize("format", ["auto", "hub"])
+def test_held_out_data_cannot_be_a_hub_dataset_whose_split_is_not_known(format):
+    """Its default split would be the one that is trained on."""
+    with pytest.raises(DataError, match=r"^held-out data: expected a file, a folder, .*found nothing at someone/texts"):
+        held_out_rows("someone/texts", VALIDATION, format)

@@ -11,11 +11,12 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
@@ -44,6 +45,9 @@ from pardec.responses import (
 from pardec.responses_config import ResponsesRecipe
 from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
 
+# what may differ between the runs that a file was made in
+MADE_BY = ("command", "git_commit", "versions", "device", "num_processes")
+
 
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
@@ -60,7 +64,12 @@ def generate(recipe: ResponsesRecipe) -> None:
     output = Path(recipe.output)
     before = read_about(output, recipe.model_dump())
     # without cpu=True, processes on CPUs would not know of each other
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",
+        # the others wait while one process reads data that nobody has read before
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
+    )
     if before is not None and before.get("num_bytes") == output.stat().st_size:
         accelerator.print(f"{output} already holds all {recipe.num_responses} responses of this recipe")
         return
@@ -73,6 +82,7 @@ def generate(recipe: ResponsesRecipe) -> None:
     about = provenance(recipe, accelerator, identity, prompts_digest(prompts))
     if before is not None:
         check_continues(output, before, about, model)
+        about["earlier_runs"] = [*before.get("earlier_runs", []), {key: before[key] for key in MADE_BY}]
 
     # whole batches that are there already stay
     batches = plan_batches(len(prompts), recipe.batch_size, recipe.share_of_greedy)
@@ -145,15 +155,12 @@ def read_prompts(recipe: ResponsesRecipe, model: SelfSpeculativeModel, accelerat
 
 def provenance(recipe: ResponsesRecipe, accelerator: Accelerator, identity: Fingerprint, digest: str) -> dict[str, Any]:
     """What the rows are made by."""
+    made_by = (command_line(), git_commit(), library_versions(), device_name(accelerator.device))
     return {
         "recipe": recipe.model_dump(),
         "fingerprint": identity.model_dump(),
         "prompts_sha256": digest,
-        "command": command_line(),
-        "git_commit": git_commit(),
-        "versions": library_versions(),
-        "device": device_name(accelerator.device),
-        "num_processes": accelerator.num_processes,
+        **dict(zip(MADE_BY, (*made_by, accelerator.num_processes), strict=True)),
     }
 
 
@@ -208,6 +215,8 @@ def respond(
         min_p=recipe.min_p,
         seed=recipe.seed * 2**31 + batch.first,
         mode="plain" if recipe.adapter is None else "fused",
+        # never a tuned choice, which may be another when the run is continued
+        num_speculative_tokens=None if model.adapter is None else model.adapter.metadata.num_speculative_tokens,
     ).token_ids
     rows = zip(indices, responses, strict=True)
     return [response_row(index, batch.greedy, prompts[index], response) for index, response in rows]

@@ -446,7 +446,7 @@ Python sources by `train/pretrain_base.py` of pardec, stored in bfloat16. Byte-l
 - Versions: {versions}; commit {git_commit() or "unknown"}.
 
 Held-out loss of the stored weights: files are held out by the hash of their path (`split_of` in
-`pardec/data.py`), each read alone in windows of at most {T} tokens, every token but the first predicted once.
+`pardec/python_sources.py`), each read alone in windows of at most {T} tokens, every token but the first predicted once.
 
 | split | files | predicted tokens | nats per token |
 |---|---:|---:|---:|

@@ -1,4 +1,4 @@
-"""Learns mask embeddings, and where the recipe asks for it a gated LoRA, for a frozen causal language model.
+"""Learns mask embeddings, and where the recipe asks for them a gated LoRA and a sampler head, for a frozen model.
 
     accelerate launch train/train_adapter.py recipes/quickstart.yaml [section.key=value ...]
 
@@ -6,17 +6,19 @@ Also runs under plain python and torchrun. A run that was cut off continues when
 """
 
 import argparse
+import gc
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -32,6 +34,7 @@ from pardec.fingerprint import Fingerprint, fingerprint
 from pardec.forward import TargetModel, embedding_weight, position_limit
 from pardec.gated_lora import inject_lora, lora_weights
 from pardec.held_out import measure_held_out
+from pardec.layout import nested_block_lengths
 from pardec.model import SelfSpeculativeModel
 from pardec.probe import probe
 from pardec.run import (
@@ -82,11 +85,16 @@ def train(recipe: Recipe) -> None:
 
     # what is learned, and what was learned before this run was cut off
     module, peft_model = build_module(recipe, base)
+    started_from = None
     if recipe.adapter.start_from is not None:
-        warm_start(module, peft_model, load_adapter(recipe.adapter.start_from), identity, recipe.train.frozen)
+        source = load_adapter(recipe.adapter.start_from)
+        warm_start(module, peft_model, source, identity, recipe.train.frozen)
+        started_from = source.metadata.files
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(recipe, parameters)
-    best = (load_state(checkpoints, parameters, optimizer) or {"best": 0.0})["best"]
+    state = load_state(checkpoints, parameters, optimizer) or {"best": 0.0, "started_from": started_from}
+    check_source(recipe, state, started_from)
+    best = state["best"]
     schedule = make_schedule(recipe, optimizer, first_step)
     loader = make_loader(recipe, corpus, first_step, global_batch)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
@@ -94,7 +102,8 @@ def train(recipe: Recipe) -> None:
     announce(recipe, accelerator, module.target, parameters, corpus, prompts, first_step)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("pardec", config={})
-    adapter_at = partial(current_adapter, recipe, accelerator, module, peft_model, identity)
+    adapter_at = partial(current_adapter, recipe, accelerator, module, peft_model, identity, started_from)
+    kept = {"recipe": trained_by(recipe), "started_from": started_from}
     progress = tqdm(total=steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     batches, sums = iter(loader), no_sums(recipe, accelerator)
     for step in range(first_step, steps + 1):
@@ -110,18 +119,18 @@ def train(recipe: Recipe) -> None:
         is_last = step == steps
         if accelerator.is_main_process and step == 0 and read_progress(checkpoints) is None:
             # a run that is killed before its first checkpoint is one to continue, too
-            save_state(checkpoints, step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)})
+            save_state(checkpoints, step, parameters, optimizer, {"best": best, **kept})
         measured_before = 0 < step == first_step
         if accelerator.is_main_process and not measured_before and (step % recipe.eval.every == 0 or is_last):
-            model = SelfSpeculativeModel(base, tokenizer, adapter_at(step, {}))
-            measured = measure(recipe, accelerator, model, prompts, step, progress)
+            module.forget_prefix()
+            measured = measure(recipe, accelerator, base, tokenizer, adapter_at(step, {}), prompts, step, progress)
             if measured["sampled"]["mean_acceptance_length"] > best:
                 best = measured["sampled"]["mean_acceptance_length"]
                 save_adapter(adapter_at(step, measured), output)
         accelerator.wait_for_everyone()
         is_due = step % recipe.train.checkpoint_every == 0 or is_last
         if accelerator.is_main_process and step > first_step and is_due:
-            save_state(checkpoints, step, parameters, optimizer, {"best": best, "recipe": trained_by(recipe)})
+            save_state(checkpoints, step, parameters, optimizer, {"best": best, **kept})
     progress.close()
     accelerator.end_training()
     accelerator.print(
@@ -135,6 +144,8 @@ def make_accelerator(recipe: Recipe, first_step: int) -> Accelerator:
     output = Path(recipe.output_dir)
     return Accelerator(
         cpu=not torch.cuda.is_available(),  # without this, processes on CPUs would not know of each other
+        # the others wait while one process reads data that nobody has read before, or measures
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
         mixed_precision=resolve_precision(recipe.train.mixed_precision),
         log_with=[JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step), *recipe.train.trackers],
         project_dir=output,
@@ -161,6 +172,15 @@ def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: i
 def trained_by(recipe: Recipe) -> dict:
     """The part of a recipe that a checkpoint depends on."""
     return recipe.model_dump(include={"base", "data", "adapter", "train"})
+
+
+def check_source(recipe: Recipe, state: dict, started_from: dict[str, str] | None) -> None:
+    """Refuses to continue a run on another adapter than it began with: its frozen parts are read from there."""
+    if state.get("started_from") != started_from:
+        raise ValueError(
+            f"adapter.start_from {recipe.adapter.start_from}: expected the adapter that this run began with, found "
+            "another; choose another output_dir or remove it"
+        )
 
 
 def load_target(recipe: Recipe, accelerator: Accelerator):
@@ -260,6 +280,8 @@ def optimiser_step(
     Losses are summed over every target of the step, and gradients divided by their global number, so that neither
     accumulation nor the number of processes changes the update.
     """
+    # noise at mask rows is drawn anew in every step and process, and again where a run is continued
+    torch.manual_seed((recipe.train.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index)
     N = recipe.train.anchors_per_sequence
     part = recipe.train.anchors_per_forward or N
     chunks = [(batch, first) for batch in batches for first in range(0, N, part)]
@@ -306,9 +328,10 @@ def log_losses(
 
 
 def measure(
-    recipe: Recipe, accelerator: Accelerator, model: SelfSpeculativeModel, prompts, step: int, progress
+    recipe: Recipe, accelerator: Accelerator, base, tokenizer, adapter: Adapter, prompts, step: int, progress
 ) -> dict:
     """Acceptance of the real decoder on validation prompts, sampled and greedy; a picture of it in output_dir."""
+    model = SelfSpeculativeModel(base, tokenizer, adapter)
     found = measure_held_out(
         model,
         prompts,
@@ -317,6 +340,10 @@ def measure(
         top_k=recipe.eval.top_k,
         seed=recipe.train.seed,
     )
+    del model
+    gc.collect()  # its graphs and caches are for the next steps to use
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
     accelerator.log(found.to_log(), step=step)
     redraw_curve(Path(recipe.output_dir) / "metrics.jsonl", Path(recipe.output_dir) / "training.png")
     progress.write(
@@ -332,6 +359,7 @@ def current_adapter(
     module: MaskTokenTrainer,
     peft_model,
     identity: Fingerprint,
+    started_from: dict[str, str] | None,
     step: int,
     measured: dict,
 ) -> Adapter:
@@ -346,6 +374,7 @@ def current_adapter(
         fingerprint=identity,
         training={
             "recipe": recipe.model_dump(),
+            "started_from": started_from,
             "command": command_line(),
             "git_commit": git_commit(),
             "versions": library_versions(),
@@ -379,11 +408,15 @@ def announce(
         return
     Path(recipe.output_dir).mkdir(parents=True, exist_ok=True)
     weights = sum(p.numel() * p.element_size() for p in target.base.parameters())
-    rows = recipe.train.batch_size * recipe.data.max_length
-    anchors = recipe.train.anchors_per_forward or recipe.train.anchors_per_sequence
-    mask_rows = recipe.train.batch_size * anchors * recipe.adapter.num_speculative_tokens
-    # logits of the prefix once, of the mask rows about six times in float32 with their gradients
-    logits = rows * target.vocab_size * target.dtype.itemsize + 6 * mask_rows * target.vocab_size * 4
+    rows, N = recipe.train.batch_size * recipe.data.max_length, recipe.train.anchors_per_sequence
+    part, K = recipe.train.anchors_per_forward or N, recipe.adapter.num_speculative_tokens
+    all_rows, mask_rows = (
+        recipe.train.batch_size * sum(nested_block_lengths(n, K, recipe.train.keep.ratio, recipe.train.keep.floor))
+        for n in (N, min(part, N))
+    )
+    # the target's law of all mask rows, about three times while it is made; logits of those of a forward about six
+    # times in float32 with their gradients
+    logits = (3 * all_rows + 6 * mask_rows) * target.vocab_size * 4
     hidden = getattr(target.base.config.get_text_config(decoder=True), "hidden_size", target.embedding_dim)
     activations = mask_rows * target.num_layers * hidden * 24 * 4
     learned = sum(p.numel() for p in parameters.values())
