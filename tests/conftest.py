@@ -78,3 +78,11 @@ def source_folder(tmp_path):
     (folder / "notes.txt").write_text("x" * 300)
     (folder / "folder.py").mkdir()
     return folder
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """Inodes that a save has asked to be on the disk for good; waiting for it would take most of the time."""
+    inodes = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: inodes.add(os.fstat(descriptor).st_ino))
+    return inodes
