@@ -32,7 +32,7 @@ STEP_LIMIT_SECONDS = 9 * 60
 # a step is begun only if the time that is left would do for most of it
 MIN_SECONDS_FOR_A_STEP = 60
 TIME_IS_OVER = 3
-STUDY, STUDY_VARIANTS = "eval/studies/gpu_100m.yaml", ("lora-head", "embeddings", "lora-head-joint", "lora-text")
+STUDY, STUDY_VARIANTS = "eval/studies/gpu_100m.yaml", ("lora-head", "embeddings", "lora-head-flat", "lora-text")
 CUT_OFF = -1  # in place of an exit code
 
 
