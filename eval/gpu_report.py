@@ -174,25 +174,25 @@ def report(args: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--only: expected some of {', '.join(s.name for s in planned)}, found {sorted(unknown)[0]}")
     end = time.monotonic() + 60 * args.minutes
-    failed = is_over = False
+    failed = is_left = False
     for number, step in enumerate(planned):
         if step.name not in chosen if chosen else is_done(output, step):
             continue
         left = end - time.monotonic()
-        is_over = left < MIN_SECONDS_FOR_A_STEP
-        if is_over:
+        if left < MIN_SECONDS_FOR_A_STEP:
             print(f"time is over before {step.name}; run again to continue", flush=True)
+            is_left = True
             break
         if step.is_needed:
             for later in planned[number + 1 :]:
                 record_file(output, later).unlink(missing_ok=True)
         code = run_step(output, step, min(STEP_LIMIT_SECONDS, left))
-        failed, is_over = failed or code not in (0, CUT_OFF), is_over or code == CUT_OFF
+        failed, is_left = failed or code not in (0, CUT_OFF), is_left or code == CUT_OFF
         if code and step.is_needed:
             print(f"what follows works on what {step.name} makes; run again to continue", flush=True)
             break
     write_report(output, planned)
-    return 1 if failed else TIME_IS_OVER if is_over else 0
+    return 1 if failed else TIME_IS_OVER if is_left else 0
 
 
 def is_done(output: Path, step: Step) -> bool:

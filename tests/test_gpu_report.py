@@ -75,6 +75,13 @@ def test_a_step_that_takes_too_long_is_cut_off_and_begun_again(run, tmp_path, mo
     assert times(tmp_path, "one") == 2
 
 
+def test_a_step_that_was_cut_off_is_left_however_the_others_end(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "STEP_LIMIT_SECONDS", 2)
+    steps = [counting(tmp_path, "one", "import time; time.sleep(60)"), counting(tmp_path, "two")]
+    assert run(steps)[0] == TIME_IS_OVER
+    assert times(tmp_path, "two") == 1
+
+
 def test_steps_wait_for_what_they_work_on_and_are_done_again_after_it(run, tmp_path):
     flag = tmp_path / "repaired"
     broken = counting(tmp_path, "base", f"import os, sys; sys.exit(0 if os.path.exists({str(flag)!r}) else 5)")

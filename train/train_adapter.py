@@ -84,12 +84,7 @@ def train(recipe: Recipe) -> None:
     check_sizes(recipe, base, corpus, prompts)
 
     # what is learned, and what was learned before this run was cut off
-    module, peft_model = build_module(recipe, base)
-    started_from = None
-    if recipe.adapter.start_from is not None:
-        source = load_adapter(recipe.adapter.start_from)
-        warm_start(module, peft_model, source, identity, recipe.train.frozen)
-        started_from = source.metadata.files
+    module, peft_model, started_from = begin_module(recipe, base, identity)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(recipe, parameters)
     state = load_state(checkpoints, parameters, optimizer) or {"best": 0.0, "started_from": started_from}
@@ -133,6 +128,11 @@ def train(recipe: Recipe) -> None:
             save_state(checkpoints, step, parameters, optimizer, {"best": best, **kept})
     progress.close()
     accelerator.end_training()
+    report(accelerator, best, output)
+
+
+def report(accelerator: Accelerator, best: float, output: Path) -> None:
+    """What came of the run, and what to do with it."""
     accelerator.print(
         f"best mean acceptance length {best:.3f} (validation, sampled); the adapter is in {output}\n"
         f"try: pardec generate {output} --compare --prompt 'def main():'"
@@ -172,6 +172,16 @@ def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: i
 def trained_by(recipe: Recipe) -> dict:
     """The part of a recipe that a checkpoint depends on."""
     return recipe.model_dump(include={"base", "data", "adapter", "train"})
+
+
+def begin_module(recipe: Recipe, base, identity: Fingerprint):
+    """The training module and PEFT's view of the base with their first numbers; files of the adapter they are of."""
+    module, peft_model = build_module(recipe, base)
+    if recipe.adapter.start_from is None:
+        return module, peft_model, None
+    source = load_adapter(recipe.adapter.start_from)
+    warm_start(module, peft_model, source, identity, recipe.train.frozen)
+    return module, peft_model, source.metadata.files
 
 
 def check_source(recipe: Recipe, state: dict, started_from: dict[str, str] | None) -> None:
