@@ -7,7 +7,7 @@ greedily and sampled. Everything is kept in --work: what is done is not done aga
 variant whose settings have changed is trained anew in a folder of its own. Settings are what recipes say: a base, a
 file of data or code that changed under its name is not noticed (another --work then). A variant that fails does not
 stop the others. Writes a table, JSON and a picture into eval/results; the last line printed is one JSON object.
-Exit code 1 if a variant failed. The format of study files: eval/study.py.
+Exit code 1 if a variant failed. The format of study files: eval/studies/study.py.
 """
 
 import argparse
@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from ablate_tables import print_results, write_results
-from result_files import output_stem
-from study import Study, Variant, load_study, shortened
-from study_rows import FAILED, rows_of
+from reporting.ablate_tables import print_results, write_results
+from reporting.result_files import output_stem
+from studies.study import Study, Variant, load_study, shortened
+from studies.study_rows import FAILED, rows_of
+from studies.variant_runs import alone, base_of, evaluate, is_trained, read_record, train
 from tqdm.auto import tqdm
 from transformers.utils import logging
-from variant_runs import alone, base_of, evaluate, is_trained, read_record, train
 
-from pardec.base import load_tokenizer
-from pardec.data import held_out_prompts
+from pardec.data.corpus import held_out_prompts
 from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.target.base import load_tokenizer
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import sys
 from itertools import zip_longest
 from typing import Any
 
-from prompts import Prompt, read_prompts
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -21,12 +20,13 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import pardec
-from pardec.acceptance import BATCH_SIZE, Acceptance
-from pardec.data import held_out_prompts
-from pardec.held_out import TOLERANCE, Comparison, HeldOut, measure_again, measure_held_out
+from pardec.data.benchmarks import Prompt, read_prompts
+from pardec.data.corpus import held_out_prompts
+from pardec.data.python_sources import STDLIB, TEST, VALIDATION, source_folder
+from pardec.measures.acceptance import BATCH_SIZE, Acceptance
+from pardec.measures.held_out import TOLERANCE, Comparison, HeldOut, measure_again, measure_held_out
+from pardec.measures.ranks import TOP
 from pardec.model import SelfSpeculativeModel
-from pardec.python_sources import STDLIB, TEST, VALIDATION, source_folder
-from pardec.ranks import TOP
 from pardec.run import device_name, exit_on_unusable_input, library_versions
 
 HEAD = {"auto": None, "on": True, "off": False}

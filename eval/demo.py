@@ -13,22 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from plots import plot_acceptance_by_position
+from reporting.plots import plot_acceptance_by_position
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import pardec
-from pardec.acceptance import measure_acceptance, summarise
-from pardec.adapter import Adapter
-from pardec.base import load_base
-from pardec.data import held_out_prompts
+from pardec.adapters.adapter import Adapter
+from pardec.data.corpus import held_out_prompts
+from pardec.data.python_sources import TEST
+from pardec.decoding.output import GenerationOutput
+from pardec.measures.acceptance import measure_acceptance, summarise
 from pardec.model import SelfSpeculativeModel
-from pardec.output import GenerationOutput
-from pardec.python_sources import TEST
 from pardec.run import device_name, exit_on_unusable_input, library_versions
-from pardec.training import mean_embedding
+from pardec.target.base import load_base
+from pardec.training.module import mean_embedding
 
 TEMPERATURE, TOP_K = 0.8, 10
 # two best logits closer than this are a tie that float32 arithmetic decides either way (DESIGN: exactness)

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from prompts import Prompt, read_prompts
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -28,10 +27,11 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 import pardec
-from pardec.base import eos_token_ids, pad_token_id
+from pardec.data.benchmarks import Prompt, read_prompts
+from pardec.data.python_sources import STDLIB, TEST, VALIDATION
 from pardec.model import SelfSpeculativeModel
-from pardec.python_sources import STDLIB, TEST, VALIDATION
 from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
+from pardec.target.base import eos_token_ids, pad_token_id
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 # in units of logits: the best logits are a tie when they are this close

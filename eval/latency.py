@@ -14,20 +14,20 @@ import json
 import math
 
 import torch
-from bandwidth import StepBound, copy_bandwidth, lora_bytes_per_step, weight_bytes_per_step
-from latency_tables import print_results, write_results
-from options import integers
-from result_files import output_stem
-from shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
-from step_groups import Plan, measure_group
-from steps import FLEX, GROUPED, STOCK, Subject, Variant
+from reporting.latency_tables import print_results, write_results
+from reporting.result_files import output_stem
+from timing.bandwidth import StepBound, copy_bandwidth, lora_bytes_per_step, weight_bytes_per_step
+from timing.options import integers
+from timing.shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
+from timing.step_groups import Plan, measure_group
+from timing.steps import FLEX, GROUPED, STOCK, Subject, Variant
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import pardec
-from pardec.adapter_files import load_adapter
-from pardec.forward import TargetModel
+from pardec.adapters.files import load_adapter
 from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.target.forward import TargetModel
 
 FULL = {"rows": "1,4,9,16,25,36,49,64,81", "contexts": "256,1024,4096", "repetitions": 10}
 QUICK = {"rows": "1,4,9", "contexts": "64,128", "repetitions": 3}

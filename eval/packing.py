@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from result_files import written_aside
+from reporting.result_files import written_aside
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pardec.prepack import PackedLinears
+from pardec.decoding.prepack import PackedLinears
 from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
 
 LAYERS_BYTES = 256 * 2**20

@@ -16,25 +16,25 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
 from exactness import Divergence, examine
-from options import integers
-from prompts import Prompt, read_prompts
-from result_files import output_stem
-from tables import print_results, write_results
-from timing import rows_of, time_ways
+from reporting.result_files import output_stem
+from reporting.speed_tables import print_results, write_results
+from timing.baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
+from timing.calls import rows_of, time_ways
+from timing.options import integers
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import pardec
-from pardec.adapter_files import load_adapter
-from pardec.base import eos_token_ids, load_base
+from pardec.adapters.files import load_adapter
+from pardec.data.benchmarks import Prompt, read_prompts
+from pardec.data.python_sources import STDLIB, TEST, VALIDATION
+from pardec.decoding.sampling import make_warpers
 from pardec.model import SelfSpeculativeModel
-from pardec.python_sources import STDLIB, TEST, VALIDATION
 from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
-from pardec.sampling import make_warpers
+from pardec.target.base import eos_token_ids, load_base
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FULL = {"num_prompts": 16, "max_new_tokens": 128, "batch_sizes": "1,4,16", "repetitions": 3}

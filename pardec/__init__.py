@@ -3,11 +3,11 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pardec.adapter import Adapter, AdapterError
-    from pardec.forward import UnsupportedModelError
+    from pardec.adapters.adapter import Adapter, AdapterError
+    from pardec.decoding.output import GenerationOutput, StreamChunk
     from pardec.loading import load
     from pardec.model import SelfSpeculativeModel
-    from pardec.output import GenerationOutput, StreamChunk
+    from pardec.target.forward import UnsupportedModelError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,12 +21,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "Adapter": "adapter",
-    "AdapterError": "adapter",
-    "GenerationOutput": "output",
+    "Adapter": "adapters.adapter",
+    "AdapterError": "adapters.adapter",
+    "GenerationOutput": "decoding.output",
     "SelfSpeculativeModel": "model",
-    "StreamChunk": "output",
-    "UnsupportedModelError": "forward",
+    "StreamChunk": "decoding.output",
+    "UnsupportedModelError": "target.forward",
     "load": "loading",
 }
 

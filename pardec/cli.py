@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pardec.prompt_files import read_prompts
+from pardec.data.prompt_files import read_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -168,8 +168,8 @@ def tune(
         texts = None if prompt_file is None else read_prompts(None, None, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
 
-        from pardec.measuring import QUICK, Effort
-        from pardec.tune import prompts_to_tune_on, show_report, tune
+        from pardec.tuning.measuring import QUICK, Effort
+        from pardec.tuning.tune import prompts_to_tune_on, show_report, tune
 
         if num_prompts is None and texts is None:
             num_prompts = max(4 if quick else 16, batch_size)

@@ -7,10 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pardec.adapter import MASK_EMBEDDINGS
+from pardec.adapters.adapter import MASK_EMBEDDINGS
+from pardec.decoding.output import GenerationOutput
+from pardec.decoding.probe import probe
 from pardec.model import SelfSpeculativeModel
-from pardec.output import GenerationOutput
-from pardec.probe import probe
 
 
 def as_object(prompt: str, out: GenerationOutput) -> dict:

@@ -26,9 +26,9 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from pardec.base import pad_token_id
-from pardec.sampling import TokenLaw
-from pardec.state import DecodeState
+from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.state import DecodeState
+from pardec.target.base import pad_token_id
 
 if TYPE_CHECKING:
     from pardec.model import SelfSpeculativeModel

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from pardec.adapter import AdapterError
-from pardec.adapter_files import load_adapter
-from pardec.base import load_base, load_tokenizer, refuse_by_config
-from pardec.fingerprint import differences, fingerprint
-from pardec.forward import embedding_weight
+from pardec.adapters.adapter import AdapterError
+from pardec.adapters.files import load_adapter
+from pardec.decoding.probe import probe, probe_head
 from pardec.model import SelfSpeculativeModel
-from pardec.probe import probe, probe_head
 from pardec.run import device_name
-from pardec.tuning import read_tuned
+from pardec.target.base import load_base, load_tokenizer, refuse_by_config
+from pardec.target.fingerprint import differences, fingerprint
+from pardec.target.forward import embedding_weight
+from pardec.tuning.choice import read_tuned
 
 
 def load(

@@ -1,7 +1,7 @@
 """The public model: a frozen base, its tokenizer and an adapter that drafts for it.
 
 `generate`, `stream` and the door of `transformers.generate(custom_generate=model)` all run the loop of
-`pardec.engine`. Legend: B prompts, S tokens of the longest sequence, K num_speculative_tokens.
+`pardec.decoding.engine`. Legend: B prompts, S tokens of the longest sequence, K num_speculative_tokens.
 """
 
 import copy
@@ -15,24 +15,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pardec.adapter import UNIFORM_NOISE, Adapter
-from pardec.base import eos_token_ids, pad_token_id
-from pardec.compiling import compiled
-from pardec.decode import MODES, Decoder
-from pardec.drafting import HeadDrafter
-from pardec.engine import Engine, power_of_two
-from pardec.engine_pool import EnginePool, arithmetic, signature
-from pardec.forward import TargetModel, embedding_weight
-from pardec.gated_lora import LoraGate
+from pardec.adapters.adapter import UNIFORM_NOISE, Adapter
+from pardec.adapters.gated_lora import LoraGate
+from pardec.adapters.noise import NoiseTokens
+from pardec.decoding.drafting import HeadDrafter
+from pardec.decoding.engine import Engine, power_of_two
+from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
+from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
+from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.prompts import Prompts, token_ids
+from pardec.decoding.sampling import TokenLaw, make_warpers
+from pardec.decoding.stats import SequenceCounts, pool
+from pardec.decoding.step import MODES, Decoder
 from pardec.layout import full_blocks
-from pardec.noise import NoiseTokens
-from pardec.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
-from pardec.prepack import PackedLinears
-from pardec.prompts import Prompts, token_ids
-from pardec.sampling import TokenLaw, make_warpers
-from pardec.stats import SequenceCounts, pool
-from pardec.survey import Survey, survey
-from pardec.tuning import TunedChoice
+from pardec.target.base import eos_token_ids, pad_token_id
+from pardec.target.compiling import compiled
+from pardec.target.forward import TargetModel, embedding_weight
+from pardec.target.survey import Survey, survey
+from pardec.tuning.choice import TunedChoice
 
 MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
 

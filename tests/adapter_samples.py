@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pardec.adapter import Adapter, AdapterError, AdapterMetadata, BaseReference, HeadShape
-from pardec.adapter_files import load_adapter
-from pardec.fingerprint import Fingerprint
-from pardec.gated_lora import LoraWeights
+from pardec.adapters.adapter import Adapter, AdapterError, AdapterMetadata, BaseReference, HeadShape
+from pardec.adapters.files import load_adapter
+from pardec.adapters.gated_lora import LoraWeights
+from pardec.target.fingerprint import Fingerprint
 
 K, D, H, W = 3, 8, 6, 5
 

@@ -13,7 +13,7 @@ import torch
 from data_samples import CHAT_TEMPLATE, source_names
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pardec.base import load_base, load_tokenizer
+from pardec.target.base import load_base, load_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import itertools
 import json
 
-from pardec.python_sources import TEST, TRAIN, VALIDATION, split_of
+from pardec.data.python_sources import TEST, TRAIN, VALIDATION, split_of
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"

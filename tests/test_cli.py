@@ -9,11 +9,11 @@ import torch
 from tiny_models import make_adapter
 from typer.testing import CliRunner
 
-from pardec.adapter_files import save_adapter
+from pardec.adapters.files import save_adapter
 from pardec.cli import app
-from pardec.fingerprint import fingerprint
+from pardec.data.prompt_files import read_prompts
 from pardec.model import SelfSpeculativeModel
-from pardec.prompt_files import read_prompts
+from pardec.target.fingerprint import fingerprint
 
 K = 2
 
@@ -102,8 +102,8 @@ def test_compare_shows_both_and_that_they_agree(saved):
 
 
 def test_compare_ends_with_1_where_the_tokens_differ(saved, monkeypatch):
-    from pardec import decode
-    from pardec.verify import Verdict
+    from pardec.decoding import step as decode
+    from pardec.decoding.verify import Verdict
 
     def careless(target_tokens, draft_tokens, draft_length):  # accepts every draft unseen
         tokens = torch.cat([draft_tokens, target_tokens[:, -1:]], dim=1)
@@ -121,7 +121,7 @@ def test_compare_ends_with_1_where_the_tokens_differ(saved, monkeypatch):
 def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, expected, monkeypatch):
     import pardec
     from pardec import cli
-    from pardec.sampling import TokenLaw
+    from pardec.decoding.sampling import TokenLaw
 
     ids = expected[0]
     model = pardec.load(saved)

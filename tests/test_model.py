@@ -19,11 +19,11 @@ from transformers import (
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 import pardec
-from pardec.adapter import AdapterError
-from pardec.adapter_files import save_adapter
-from pardec.forward import TargetModel, UnsupportedModelError
+from pardec.adapters.adapter import AdapterError
+from pardec.adapters.files import save_adapter
+from pardec.decoding.probe import probe
 from pardec.model import SelfSpeculativeModel
-from pardec.probe import probe
+from pardec.target.forward import TargetModel, UnsupportedModelError
 
 K = 3
 ROWS = [[5, 9, 2, 7, 7, 1], [3, 8, 8], [4, 4, 6, 1, 2, 9, 3, 5, 11]]
@@ -42,8 +42,8 @@ def ours(llama):
 @pytest.fixture
 def saved(tiny_base, tmp_path):
     """An adapter directory for the packaged model."""
-    from pardec.base import load_tokenizer
-    from pardec.fingerprint import fingerprint
+    from pardec.target.base import load_tokenizer
+    from pardec.target.fingerprint import fingerprint
 
     adapter = make_adapter(tiny_base, K, lora_rank=2)
     adapter.metadata.base.name = "tiny-python"
@@ -226,7 +226,7 @@ def test_flash_attention_is_refused_as_it_takes_no_mask(llama):
     ],
 )  # fmt: skip
 def test_models_that_cannot_be_exact_are_refused(make, words):
-    from pardec.base import refuse_by_config
+    from pardec.target.base import refuse_by_config
 
     def refuse(model):
         refuse_by_config(model.config)
@@ -248,7 +248,7 @@ def test_recurrent_layers_are_refused():
 
 def test_the_probe_notices_rows_that_leak(llama, monkeypatch):
     """A layout whose real rows see a mask row must not pass."""
-    from pardec import decode
+    from pardec.decoding import step as decode
     from pardec.layout import RowLayout, chain_layout
 
     def leaking(block_lengths) -> RowLayout:
@@ -445,7 +445,7 @@ def test_no_files_but_safetensors_json_and_markdown_are_written(saved):
 
 
 def test_an_attention_that_the_base_or_the_decoder_refuses_is_answered_with_those_it_takes(tmp_path):
-    from pardec.base import load_base
+    from pardec.target.base import load_base
 
     tiny_model("gemma2-eager", dtype=torch.float32).save_pretrained(tmp_path)
     assert load_base(str(tmp_path), device="cpu", attn_implementation="eager").config._attn_implementation == "eager"

@@ -95,8 +95,8 @@ def make_adapter(
 
     With a LoRA on every linear layer if `lora_rank` > 0, and with a sampler head if `head_width` > 0.
     """
-    from pardec.adapter import UNIFORM_NOISE, Adapter, AdapterMetadata, BaseReference, HeadShape
-    from pardec.fingerprint import fingerprint
+    from pardec.adapters.adapter import UNIFORM_NOISE, Adapter, AdapterMetadata, BaseReference, HeadShape
+    from pardec.target.fingerprint import fingerprint
 
     generator = torch.Generator().manual_seed(seed)
     width = model.get_input_embeddings().weight.shape[1]
@@ -130,7 +130,7 @@ def random_lora(model: PreTrainedModel, rank: int, generator: torch.Generator):
     """A LoRA of random numbers, in the names and shapes that PEFT writes."""
     from transformers.pytorch_utils import Conv1D
 
-    from pardec.gated_lora import LoraWeights
+    from pardec.adapters.gated_lora import LoraWeights
 
     tensors = {}
     for name, module in model.named_modules():

@@ -20,17 +20,12 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from pardec.base import load_base, load_tokenizer
-from pardec.config import load_recipe
-from pardec.fingerprint import Fingerprint, differences, fingerprint
-from pardec.forward import embedding_weight
-from pardec.loading import load
-from pardec.model import SelfSpeculativeModel
-from pardec.probe import probe
-from pardec.python_sources import PACKAGES, STDLIB
-from pardec.reading import training_rows
-from pardec.response_prompts import draw_prompts, prompts_digest
-from pardec.responses import (
+from pardec.config.adapter_recipe import load_recipe
+from pardec.config.responses_recipe import ResponsesRecipe
+from pardec.data.python_sources import PACKAGES, STDLIB
+from pardec.data.reading import training_rows
+from pardec.data.response_prompts import draw_prompts, prompts_digest
+from pardec.data.responses import (
     SHORT_TOKENS,
     Batch,
     about_file,
@@ -42,8 +37,13 @@ from pardec.responses import (
     response_row,
     write_about,
 )
-from pardec.responses_config import ResponsesRecipe
+from pardec.decoding.probe import probe
+from pardec.loading import load
+from pardec.model import SelfSpeculativeModel
 from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.target.base import load_base, load_tokenizer
+from pardec.target.fingerprint import Fingerprint, differences, fingerprint
+from pardec.target.forward import embedding_weight
 
 # what may differ between the runs that a file was made in
 MADE_BY = ("command", "git_commit", "versions", "device", "num_processes")

@@ -30,11 +30,10 @@ from torch.optim import AdamW, Muon, Optimizer
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pardec.config import load_recipe
-from pardec.data import Corpus, pack
-from pardec.forward import embedding_weight
-from pardec.pretrain_config import PretrainRecipe
-from pardec.pretrain_data import (
+from pardec.config.adapter_recipe import load_recipe
+from pardec.config.pretrain_recipe import PretrainRecipe
+from pardec.data.corpus import Corpus, pack
+from pardec.data.pretrain_data import (
     SEPARATOR,
     SEPARATOR_ID,
     encode,
@@ -43,8 +42,8 @@ from pardec.pretrain_data import (
     read_sources,
     train_tokenizer,
 )
-from pardec.python_sources import TEST, TRAIN, VALIDATION
-from pardec.reading import DataError
+from pardec.data.python_sources import TEST, TRAIN, VALIDATION
+from pardec.data.reading import DataError
 from pardec.run import (
     JsonlTracker,
     device_name,
@@ -57,6 +56,7 @@ from pardec.run import (
     save_state,
     steps_done_before,
 )
+from pardec.target.forward import embedding_weight
 
 MODEL_FILE, CARD_FILE = "model.safetensors", "README.md"
 IGNORED_LABEL = -100
@@ -446,7 +446,8 @@ Python sources by `train/pretrain_base.py` of pardec, stored in bfloat16. Byte-l
 - Versions: {versions}; commit {git_commit() or "unknown"}.
 
 Held-out loss of the stored weights: files are held out by the hash of their path (`split_of` in
-`pardec/python_sources.py`), each read alone in windows of at most {T} tokens, every token but the first predicted once.
+`pardec/data/python_sources.py`), each read alone in windows of at most {T} tokens, every token but the first
+predicted once.
 
 | split | files | predicted tokens | nats per token |
 |---|---:|---:|---:|

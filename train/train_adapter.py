@@ -24,19 +24,15 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from pardec.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
-from pardec.adapter_files import METADATA_FILE, load_adapter, save_adapter
-from pardec.base import load_base, load_tokenizer
-from pardec.config import Recipe, load_recipe
-from pardec.curve import redraw_curve
-from pardec.data import AnchoredSequences, Corpus, collate, load_corpus, standard_prompts
-from pardec.fingerprint import Fingerprint, fingerprint
-from pardec.forward import TargetModel, embedding_weight, position_limit
-from pardec.gated_lora import inject_lora, lora_weights
-from pardec.held_out import measure_held_out
+from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
+from pardec.adapters.files import METADATA_FILE, load_adapter, save_adapter
+from pardec.adapters.gated_lora import inject_lora, lora_weights
+from pardec.config.adapter_recipe import Recipe, load_recipe
+from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, standard_prompts
+from pardec.decoding.probe import probe
 from pardec.layout import nested_block_lengths
+from pardec.measures.held_out import measure_held_out
 from pardec.model import SelfSpeculativeModel
-from pardec.probe import probe
 from pardec.run import (
     JsonlTracker,
     command_line,
@@ -50,8 +46,12 @@ from pardec.run import (
     save_state,
     steps_done_before,
 )
-from pardec.training import METRICS, Drafter, MaskTokenTrainer, Objective, part_of
-from pardec.warm_start import warm_start
+from pardec.target.base import load_base, load_tokenizer
+from pardec.target.fingerprint import Fingerprint, fingerprint
+from pardec.target.forward import TargetModel, embedding_weight, position_limit
+from pardec.training.curve import redraw_curve
+from pardec.training.module import METRICS, Drafter, MaskTokenTrainer, Objective, part_of
+from pardec.training.warm_start import warm_start
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
-from pardec.base import load_base
 from pardec.model import SelfSpeculativeModel
-from pardec.training import MaskTokenTrainer
+from pardec.target.base import load_base
+from pardec.training.module import MaskTokenTrainer
 
 pytestmark = pytest.mark.gpu
 ROWS = [[5, 9, 2, 7, 7, 1], [3, 8, 8], [4, 4, 6, 1, 2, 9, 3, 5, 11]]
@@ -30,9 +30,9 @@ def test_float64_tokens_equal_generate(family, mode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_rows_are_bitwise_unchanged_by_the_adapter(dtype):
-    from pardec.decode import Decoder
-    from pardec.gated_lora import LoraGate
-    from pardec.sampling import TokenLaw
+    from pardec.adapters.gated_lora import LoraGate
+    from pardec.decoding.sampling import TokenLaw
+    from pardec.decoding.step import Decoder
 
     base = load_base("tiny-python", device="cuda", dtype=dtype)
     seen = []

@@ -8,9 +8,9 @@ import torch
 from test_graphs import decoder_for, rerun, results, sampled, tensors_of
 from tiny_models import make_adapter, tiny_model
 
-from pardec.engine import Engine
+from pardec.decoding.engine import Engine
+from pardec.decoding.sampling import TokenLaw
 from pardec.model import SelfSpeculativeModel
-from pardec.sampling import TokenLaw
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,185 @@
+"""Shows rows of speed figures to people: tables on the console and in Markdown, JSON and a picture.
+
+Knows the keys of the rows, nothing of how they were measured. Every file is replaced as a whole.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reporting.plots import plot_speed_ratios
+from reporting.result_files import write_files
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+HEADER = (
+    "batch", "way", "adapter", "K", "tokens/s", "mean acceptance length", "ms/step", "rows/step", "x plain",
+    "x generate", "peak MiB", "identical",
+)  # fmt: skip
+NOTES = (
+    "tokens/s: emitted tokens / seconds, sums over all counted calls; seconds are wall clock, prefill included",
+    "x plain, x generate: ratio of tokens/s of two calls on the same prompts in the same pass, median (lower-upper "
+    "quartile) over prompts and passes",
+    "mean acceptance length: 1 + accepted tokens / verified drafts, bonus token included; 1 where nothing is drafted",
+    "ms/step: seconds, prefill included, / rounds of the longest sequence; rows/step: rows of the base per sequence "
+    "and round, in two_pass those of both forwards, with an assistant without its own",
+    "peak MiB: the base's (and the assistant's) weights and what the way allocates besides; on a CPU it cannot be told",
+    "identical: greedy tokens are those of model.generate for each prompt alone; a tie is a first difference where "
+    "rounding decides between the two tokens, as in eval/exactness.py",
+)
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of text; rows whose first cells are equal stand together as a section."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def tables_of(result: dict) -> list[TextTable]:
+    """A table per setting, and one of categories where the prompts have several."""
+    reasons = reasons_of(result)
+    tables = []
+    for setting in dict.fromkeys(row["setting"] for row in result["rows"]):
+        cells = []
+        for size in result["batch_sizes"]:
+            here = [row for row in result["rows"] if (row["setting"], row["batch_size"]) == (setting, size)]
+            cells += [cells_of(row) for row in here]
+            for one in result["left_out"]:
+                if (one["setting"], one["batch_size"]) == (setting, size):
+                    name = f"{one['way']} [{reasons.index(one['reason']) + 1}]"
+                    cells.append([str(size), name, one["adapter"] or "-", *["-"] * (len(HEADER) - 3)])
+        tables.append(TextTable(title_of(setting, result), HEADER, cells))
+        by_category = [row for row in result["rows"] if row["setting"] == setting and _CATEGORIES in row]
+        if by_category:
+            categories = list(by_category[0][_CATEGORIES])
+            cells = [[label_of(row), *(f"{row[_CATEGORIES][name]:.2f}" for name in categories)] for row in by_category]
+            tables.append(TextTable(f"{setting}, batch 1: x plain by category", ["way", *categories], cells))
+    return tables
+
+
+_CATEGORIES = "ratio_to_plain_by_category"
+
+
+def title_of(setting: str, result: dict) -> str:
+    """What a table's rows have in common."""
+    law = setting if setting == "greedy" else f"temperature {result['temperature']}, top-k {result['top_k']}"
+    compiled = ", pardec compiled" if result["compile"] else ""
+    return f"{law}, {result['max_new_tokens']} new tokens, {result['dtype']}{compiled}, {result['device']}"
+
+
+def cells_of(row: dict) -> list[str]:
+    """A row of figures as text, in the order of `HEADER`."""
+    identical = "-"
+    if "identical" in row:
+        ties = row["num_ties"]
+        identical = ("yes" + (f", {ties} tie{'s' * (ties > 1)}" if ties else "")) if row["identical"] else "NO"
+    return [
+        str(row["batch_size"]),
+        row["way"],
+        row["adapter"] or "-",
+        _number(row["num_speculative_tokens"], 0),
+        _number(row["tokens_per_second"], 1),
+        _number(row["mean_acceptance_length"], 2),
+        _number(row["ms_per_step"], 2),
+        _number(row["rows_per_step"], 1).removesuffix(".0"),
+        _with_quartiles(row, "ratio_to_plain"),
+        _with_quartiles(row, "ratio_to_generate"),
+        _number(row["peak_memory_mib"], 0),
+        identical,
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _with_quartiles(row: dict, key: str) -> str:
+    low, high = row[f"{key}_quartiles"]
+    return f"{row[key]:.2f} ({low:.2f}-{high:.2f})"
+
+
+def label_of(row: dict) -> str:
+    """A way with its K and adapter."""
+    drafted = "" if row["num_speculative_tokens"] is None else f" K={row['num_speculative_tokens']}"
+    return f"{row['way']}{drafted}" + (f", {row['adapter']}" if row["adapter"] else "")
+
+
+def reasons_of(result: dict) -> list[str]:
+    """Why ways were left out, each once: footnotes 1, 2, ..."""
+    return list(dict.fromkeys(one["reason"] for one in result["left_out"]))
+
+
+def notes_of(result: dict) -> list[str]:
+    """Footnotes, what the columns mean, and what was chosen for this run."""
+    notes = [f"[{number}] left out: {reason}" for number, reason in enumerate(reasons_of(result), start=1)]
+    notes += NOTES
+    if result["stop_at_eos"]:
+        notes.append("decoding ends at EOS, so sampled texts differ in length between ways")
+    else:
+        notes.append(f"EOS is ignored: every way decodes {result['max_new_tokens']} tokens behind each prompt")
+    for row in {label_of(row): row for row in result["rows"] if row["block_lengths"] is not None}.values():
+        blocks = ", ".join(map(str, row["block_lengths"]))
+        notes.append(f"{label_of(row)}: mask tokens behind each real row {blocks}")
+    for size in result["batch_sizes"]:
+        if result["num_prompts"] % size:
+            rest = result["num_prompts"] % size
+            notes.append(f"batch {size}: {rest} of {result['num_prompts']} prompts fill no batch and are left out")
+    return notes
+
+
+def print_results(result: dict) -> None:
+    """Tables and notes on the console; problems in red."""
+    console = Console(width=200, highlight=False)  # a table that is folded cannot be read
+    for table in tables_of(result):
+        printed = Table(title=escape(table.title), title_justify="left")
+        for index, name in enumerate(table.header):
+            is_number = any(row[index][:1].isdigit() for row in table.rows)
+            header = "\n".join(textwrap.wrap(name, width=15))
+            printed.add_column(escape(header), justify="right" if is_number else "left", no_wrap=True)
+        for row, following in zip(table.rows, [*table.rows[1:], None], strict=True):
+            is_last = following is None or (table.header is HEADER and following[0] != row[0])
+            printed.add_row(*map(escape, row), end_section=is_last)
+        console.print(printed)
+    for note in notes_of(result):
+        console.print(escape(note), style="dim")
+    for problem in result["problems"]:
+        console.print(escape(f"not identical: {problem}"), style="bold red")
+
+
+def markdown_of(result: dict) -> str:
+    """The page of a result."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    adapters = ", ".join(result["adapters"].values())
+    parts = [
+        f"# Speed of {adapters}\n\n`python eval/{result['command']}`\n",
+        f"{result['num_prompts']} prompts of {result['prompts']}, base {result['base']}, counted passes: "
+        f"{result['repetitions']}, after one that warms up; {result['device']}; {versions}\n",
+    ]
+    for table in tables_of(result):
+        lines = [table.header, ["---"] * len(table.header), *table.rows]
+        text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+        parts.append(f"## {table.title}\n\n{text}\n")
+    parts.append("\n".join(f"- {note}" for note in [*notes_of(result), *result["problems"]]) + "\n")
+    return "\n".join(parts)
+
+
+def panels_of(result: dict) -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
+    """By setting, way and batch size: lower quartile, median, upper quartile of the ratio to plain."""
+    panels: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
+    for row in result["rows"]:
+        if row["way"] != "plain":
+            low, high = row["ratio_to_plain_quartiles"]
+            ways = panels.setdefault(row["setting"], {})
+            ways.setdefault(label_of(row), {})[str(row["batch_size"])] = (low, row["ratio_to_plain"], high)
+    return panels
+
+
+def write_results(result: dict, stem: Path) -> None:
+    """Writes `stem`.json, .md and .png."""
+    title = f"speed over plain decoding, {result['device']}"
+    write_files(result, stem, markdown_of(result), lambda path: plot_speed_ratios(panels_of(result), title, path))

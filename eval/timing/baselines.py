@@ -1,0 +1,285 @@
+"""The ways of decoding that a speed table compares: pardec's modes and what transformers offers.
+
+Each is a function from prompts to tokens and counts. Knows no clock and no table.
+Legend: B prompts, P tokens of the longest prompt, K num_speculative_tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+
+from pardec.model import SelfSpeculativeModel
+from pardec.target.base import eos_token_ids, pad_token_id
+
+# as Spec-Bench runs prompt lookup: github.com/hemingkx/Spec-Bench, evaluation/inference_pld.py
+PROMPT_LOOKUP_TOKENS = 10
+FUSED_K = (1, 2, 4)  # and what the adapter was trained with
+NO_TUNED_CHOICE = "nothing tuned for this device, dtype and compile setting: `pardec tune` does that"
+BATCH_1_ONLY = "transformers' assisted decoding takes one prompt at a time, with the dynamic cache"
+CUDA_ONLY = "transformers compiles the static cache's forward on CUDA only"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How tokens are chosen and how many.
+
+    Attributes:
+        name: `greedy` or `sampled`.
+        max_new_tokens: limit per prompt.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; None when greedy.
+    """
+
+    name: str
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What one call gave.
+
+    Attributes:
+        token_ids: new tokens of each prompt, EOS included.
+        num_steps: rounds of the call, which are those of its longest sequence.
+        num_rows: rows that the target ran in these rounds, for one sequence.
+        num_drafts: rounds that verified a draft, summed over sequences.
+        num_accepted_tokens: accepted drafted tokens, summed over sequences.
+    """
+
+    token_ids: list[list[int]]
+    num_steps: int
+    num_rows: int
+    num_drafts: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Emitted tokens, summed over sequences."""
+        return sum(map(len, self.token_ids))
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to decode.
+
+    Attributes:
+        name: as tables print it.
+        decode: takes the token ids of B prompts and a seed.
+        model_bytes: weights that it needs, adapters aside.
+        adapter: label of the adapter, empty without one.
+        num_speculative_tokens: K; None where nothing is drafted by mask tokens.
+        block_lengths: mask tokens behind each real row, where a tuned choice says so.
+    """
+
+    name: str
+    decode: Callable[[list[list[int]], int], Decoded]
+    model_bytes: int = 0
+    adapter: str = ""
+    num_speculative_tokens: int | None = None
+    block_lengths: tuple[int, ...] | None = None
+
+
+def ways_for(
+    models: dict[str, SelfSpeculativeModel],
+    asked_k: list[int] | None,
+    assistant: PreTrainedModel | None,
+    setting: Setting,
+    batch_size: int,
+) -> tuple[list[Way], list[dict[str, str]]]:
+    """What is timed, and what is left out: its way, adapter and reason."""
+    first = next(iter(models.values()))
+    base = first.base_model
+    ways, left_out = [pardec_way(first, setting, name="plain", mode="plain")], []
+    for label, model in models.items():
+        assert model.adapter is not None
+        facts = model.adapter.metadata
+        trained = facts.num_speculative_tokens
+        own = partial(pardec_way, model, setting, adapter=label)
+        ways.append(own(name="two_pass", mode="two_pass", num_speculative_tokens=trained))
+        for k in asked_k or sorted({*(k for k in FUSED_K if k <= trained), trained}):
+            if k > trained and facts.mask_sharing != "shared":
+                reason = f"{label} has {trained} mask tokens"
+                left_out.append({"way": f"fused, K = {k}", "adapter": label, "reason": reason})
+            else:
+                ways.append(own(name="fused", mode="fused", num_speculative_tokens=k))
+        if model.tuned is None:
+            left_out.append({"way": "fused tuned", "adapter": label, "reason": NO_TUNED_CHOICE})
+        else:
+            ways.append(own(name="fused tuned", mode="fused", block_lengths=tuple(model.tuned.block_lengths)))
+    ways.append(generate_way(base, setting, name="generate"))
+    if base.device.type == "cuda":
+        ways.append(generate_way(base, setting, name="generate static", static_cache=True))
+    else:
+        left_out.append({"way": "generate static", "adapter": "", "reason": CUDA_ONLY})
+    assisted = {"prompt lookup": None} | ({"assistant": assistant} if assistant is not None else {})
+    for name, drafter in assisted.items():
+        if batch_size == 1:
+            ways.append(assisted_way(base, setting, name=name, assistant=drafter))
+        else:
+            left_out.append({"way": name, "adapter": "", "reason": BATCH_1_ONLY})
+    return ways, left_out
+
+
+def neutral_generation_config(model: PreTrainedModel, stop_at_eos: bool) -> GenerationConfig:
+    """Only the special ids of a model: its own file may hold penalties, which are another law than pardec's.
+
+    Without EOS every way decodes exactly as many tokens as it is asked for.
+    """
+    eos = eos_token_ids(model) or None if stop_at_eos else None
+    return GenerationConfig(eos_token_id=eos, pad_token_id=pad_token_id(model))
+
+
+def pardec_way(
+    model: SelfSpeculativeModel,
+    setting: Setting,
+    *,
+    name: str,
+    mode: str,
+    adapter: str = "",
+    num_speculative_tokens: int | None = None,
+    block_lengths: tuple[int, ...] | None = None,
+) -> Way:
+    """One of pardec's modes.
+
+    Args:
+        model: with the adapter; plain mode uses none.
+        setting: see `Setting`.
+        name: see `Way`.
+        mode: `plain`, `two_pass` or `fused`.
+        adapter: see `Way`.
+        num_speculative_tokens: K; None in plain mode, or with block_lengths.
+        block_lengths: of the tuned choice, which fused mode makes by itself where no K is asked for.
+    """
+    K = len(block_lengths) - 1 if block_lengths is not None else num_speculative_tokens or 0
+    blocks = block_lengths if block_lengths is not None else (K,) * (K + 1)
+    # a round of two_pass is a drafting and a verifying forward
+    rows_per_step = 2 * (K + 1) if mode == "two_pass" else K + 1 + sum(blocks)
+
+    def decode(prompts: list[list[int]], seed: int) -> Decoded:
+        out = model.generate(
+            prompts,
+            max_new_tokens=setting.max_new_tokens,
+            temperature=setting.temperature,
+            top_k=setting.top_k,
+            seed=seed,
+            mode=mode,
+            num_speculative_tokens=num_speculative_tokens,
+        )
+        steps = max(one.num_steps for one in out.stats.sequences)
+        stats = out.stats
+        return Decoded(out.token_ids, steps, steps * rows_per_step, stats.num_drafts, stats.num_accepted_tokens)
+
+    shown = None if mode == "plain" else K
+    return Way(name, decode, model_bytes(model.base_model), adapter, shown, block_lengths)
+
+
+def generate_way(base: PreTrainedModel, setting: Setting, *, name: str, static_cache: bool = False) -> Way:
+    """`model.generate` on batches padded on the left.
+
+    Args:
+        base: the frozen model.
+        setting: see `Setting`.
+        name: see `Way`.
+        static_cache: instead of the dynamic one; on CUDA transformers then compiles the forward, here for every shape
+            that it meets, as pardec does: its default would reuse slower code of unknown shape at the next batch size.
+    """
+    options: dict[str, Any] = {}
+    if static_cache:
+        options = {"cache_implementation": "static", "compile_config": CompileConfig(dynamic=False)}
+
+    def decode(prompts: list[list[int]], seed: int) -> Decoded:
+        token_ids = _generate(base, setting, prompts, seed, options)
+        steps = max(map(len, token_ids)) - 1  # prefill emits the first token
+        return Decoded(token_ids, steps, steps)
+
+    return Way(name, decode, model_bytes(base))
+
+
+def assisted_way(
+    base: PreTrainedModel, setting: Setting, *, name: str, assistant: PreTrainedModel | None = None
+) -> Way:
+    """transformers' assisted decoding, one prompt at a time: an assistant drafts, or, without one, prompt lookup.
+
+    How much an assistant drafts is left to transformers' defaults. The first forward verifies a draft behind the
+    prompt, so every forward of the target counts as a round.
+    """
+    options: dict[str, Any] = {"assistant_model": assistant}
+    if assistant is None:
+        options = {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}
+
+    def decode(prompts: list[list[int]], seed: int) -> Decoded:
+        with _rows_of_forwards(base) as rows:
+            token_ids = _generate(base, setting, prompts, seed, options)
+        rows[0] -= len(prompts[0]) - 1
+        num_accepted = len(token_ids[0]) - len(rows)  # each forward emits one token besides the accepted ones
+        return Decoded(token_ids, len(rows), sum(rows), sum(n > 1 for n in rows), num_accepted)
+
+    return Way(name, decode, model_bytes(base) + (model_bytes(assistant) if assistant is not None else 0))
+
+
+def check_assistant(base: PreTrainedModel, assistant: PreTrainedModel) -> None:
+    """Refuses an assistant that does not speak the base's token ids.
+
+    Raises:
+        ValueError: naming both vocabularies.
+    """
+    sizes = [model.config.get_text_config(decoder=True).vocab_size for model in (base, assistant)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"assistant: expected the base's vocabulary of {sizes[0]} tokens, found {sizes[1]}")
+
+
+def model_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters; tied ones count once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both [B, P]: `generate` continues the last column."""
+    P = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (P - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (P - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def _generate(
+    base: PreTrainedModel, setting: Setting, prompts: list[list[int]], seed: int, options: dict[str, Any]
+) -> list[list[int]]:
+    """New tokens of each prompt up to its first EOS, from `base.generate` with these options besides."""
+    ids, mask = (tensor.to(base.device) for tensor in left_padded(prompts, pad_token_id(base)))
+    law: dict[str, Any] = {"do_sample": False}
+    if setting.temperature:
+        torch.manual_seed(seed)  # `generate` takes no generator
+        law = {"do_sample": True, "temperature": setting.temperature, "top_k": setting.top_k, "top_p": 1.0}
+    output = base.generate(ids, attention_mask=mask, max_new_tokens=setting.max_new_tokens, **law, **options)  # type: ignore[operator]
+    eos_ids = eos_token_ids(base)
+    return [_up_to_eos(row, eos_ids) for row in output[:, ids.shape[1] :].tolist()]
+
+
+def _up_to_eos(token_ids: list[int], eos_ids: Sequence[int]) -> list[int]:
+    for index, token in enumerate(token_ids):
+        if token in eos_ids:
+            return token_ids[: index + 1]
+    return token_ids
+
+
+@contextmanager
+def _rows_of_forwards(base: PreTrainedModel) -> Iterator[list[int]]:
+    """A list that grows by the number of rows of each forward of `base`."""
+    rows: list[int] = []
+
+    def count(module: torch.nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
+        rows.append(inputs["input_ids"].shape[1])
+
+    handle = base.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()

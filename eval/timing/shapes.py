@@ -1,0 +1,177 @@
+"""Models and adapters of random numbers in the shapes of public ones, for timing: what a step costs depends on shapes.
+
+Built from configurations in memory; nothing is downloaded and there is no tokenizer.
+Legend: K num_speculative_tokens, D width of an input embedding, V vocabulary, r rank.
+"""
+
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from pardec.adapters.gated_lora import LoraWeights
+from pardec.decoding.engine import GIB
+from pardec.target.forward import embedding_weight
+
+_LLAMA = {
+    "model_type": "llama",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+_QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+
+# sizes as in the config.json of the models named behind them
+SHAPES: dict[str, dict[str, Any]] = {
+    # 0.1 M parameters: to see the script run
+    "tiny": {
+        **_LLAMA,
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": False,
+    },
+    # 100 M parameters with tied embeddings: larger than a CPU's caches, small enough to wait for
+    "llama-100m": {
+        **_LLAMA,
+        "vocab_size": 32000,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+    },
+    # Llama-3.2-1B
+    "llama-1b": {
+        **_LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    # Llama-3.1-8B
+    "llama-8b": {
+        **_LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    # Qwen3-0.6B
+    "qwen3-0.6b": {
+        **_QWEN3,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    # Qwen3-8B
+    "qwen3-8b": {
+        **_QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def config_of(shape: str) -> PretrainedConfig:
+    """The configuration of a named shape.
+
+    Raises:
+        ValueError: for a name that is not known, naming those that are.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"shape: expected one of {', '.join(SHAPES)}, found {shape!r}")
+    no_special_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    sizes: dict[str, Any] = {**SHAPES[shape], **no_special_tokens}
+    return CONFIG_MAPPING[sizes.pop("model_type")](**sizes)
+
+
+def random_model(config: PretrainedConfig, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """A model of random weights made on `device`, in eval mode, without gradients.
+
+    Its layers change the embeddings only a little, and an untied head is the table of embeddings moved by a row: so
+    token t is followed by t + 1 (by t, where the head is tied) by such a margin that rounding never decides. That
+    lets drafts be forced to be right or wrong in any dtype; to the kernels one matrix is as good as another.
+
+    Raises:
+        ValueError: if it does not fit into the memory that is free.
+    """
+    check_fits(config, device, dtype)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = model.to(device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(seed)
+    table = embedding_weight(model)
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter is not table:
+            parameter.normal_(std=0.2 / parameter.shape[1] ** 0.5, generator=generator)
+    table.normal_(generator=generator)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not table:
+        head.weight.copy_(table.roll(1, 0))
+    return model
+
+
+def check_fits(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses a model whose weights alone are more than the memory that is free."""
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config, dtype=dtype).num_parameters()
+    needed = parameters * dtype.itemsize
+    on_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"shape: expected weights of at most {free / GIB:.1f} GiB, which are free on {device}, found "
+            f"{needed / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
+        )
+
+
+def random_mask_embeddings(base: PreTrainedModel, num_speculative_tokens: int, seed: int) -> Tensor:
+    """Mask embeddings of random numbers as large as those of `base`, shape [K, D], in its dtype and device."""
+    table = embedding_weight(base)
+    generator = torch.Generator(table.device).manual_seed(seed)
+    masks = torch.empty(num_speculative_tokens, table.shape[1], device=table.device, dtype=table.dtype)
+    return masks.normal_(generator=generator) * table[:256].float().std().to(table.dtype)
+
+
+def random_lora(base: PreTrainedModel, rank: int, seed: int) -> LoraWeights:
+    """A LoRA of random numbers on every linear layer but the head, in the names and shapes that PEFT writes."""
+    head = base.get_output_embeddings()
+    device = embedding_weight(base).device
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors = {}
+    for name, module in base.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is head:
+            continue
+        features_out, features_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
+        for half, shape in (("lora_A", (rank, features_in)), ("lora_B", (features_out, rank))):
+            values = torch.randn(shape, generator=generator, device=device) * 0.2 / shape[1] ** 0.5
+            tensors[f"base_model.model.{name}.{half}.weight"] = values
+    return LoraWeights({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}, tensors)

@@ -1,0 +1,158 @@
+"""An adapter in memory: mask embeddings, a gated LoRA, a sampler head, and their provenance.
+
+Legend: K num_speculative_tokens, D width of an input embedding, H of a hidden state, W of the head.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from pardec.adapters.gated_lora import LoraWeights
+from pardec.target.fingerprint import Fingerprint
+
+FORMAT_VERSION = 1
+HEAD_TENSORS = ("inner.bias", "inner.weight", "outer.weight")
+MASK_EMBEDDINGS, UNIFORM_NOISE = "mask_embeddings", "uniform_noise"  # what may stand at mask rows
+
+
+class AdapterError(ValueError):
+    """An adapter directory that cannot be used; the message says what was expected and what was found."""
+
+
+class BaseReference(BaseModel):
+    """Where the base was loaded from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    revision: str | None = None
+
+
+class HeadShape(BaseModel):
+    """Sizes of a sampler head.
+
+    Attributes:
+        width: W.
+        shortlist: tokens of each mask row that it scores.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    width: int = Field(ge=1)
+    shortlist: int = Field(ge=1)
+
+
+class AdapterMetadata(BaseModel):
+    """Content of `pardec.json`.
+
+    Attributes:
+        num_speculative_tokens: K that the adapter was trained with.
+        mask_sharing: one embedding per position, or one for all.
+        draft_input: what stands at mask rows: mask embeddings, or embeddings of uniformly random tokens.
+        head: of the sampler head; None without one, and then not written, as older versions know no such key.
+        base: where the base was loaded from.
+        fingerprint: what identifies the base.
+        training: objective, data, command, git commit, library versions, steps.
+        measured: acceptance of the real decoder on validation prompts.
+        files: sha256 of every other file.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    num_speculative_tokens: int = Field(ge=1)
+    mask_sharing: Literal["distinct", "shared"] = "distinct"
+    draft_input: Literal["mask_embeddings", "uniform_noise"] = MASK_EMBEDDINGS
+    head: HeadShape | None = None
+    base: BaseReference
+    fingerprint: Fingerprint
+    training: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+    files: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Learned numbers and where they come from.
+
+    Attributes:
+        mask_embeddings: shape [K, D], or [1, D] if shared; float32, in the space of the embedding module's output.
+            None where random tokens stand at mask rows.
+        metadata: provenance.
+        lora: the gated LoRA, or None.
+        head: weights of the sampler head, float32, by name: inner.weight [W, H + D], inner.bias [W],
+            outer.weight [H, W]; or None.
+
+    Raises:
+        AdapterError: for parts that do not fit each other.
+    """
+
+    mask_embeddings: Tensor | None
+    metadata: AdapterMetadata
+    lora: LoraWeights | None = None
+    head: dict[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.metadata.draft_input == UNIFORM_NOISE:
+            if self.mask_embeddings is not None:
+                shape = list(self.mask_embeddings.shape)
+                raise AdapterError(f"mask embeddings: expected none with draft_input {UNIFORM_NOISE}, found {shape}")
+            if self.lora is None:
+                raise AdapterError(
+                    f"lora: expected one with draft_input {UNIFORM_NOISE}, as all is learned by it, found none"
+                )
+        else:
+            _check_mask_embeddings(self.mask_embeddings, self.metadata)
+        _check_head(self.head, self.metadata.head)
+
+    def embeddings_for(self, num_speculative_tokens: int) -> Tensor:
+        """Mask embeddings of shape [num_speculative_tokens, D].
+
+        Raises:
+            ValueError: if there are none, or more are asked for than were trained and they are distinct.
+        """
+        if self.mask_embeddings is None:
+            raise ValueError(f"mask embeddings: expected some, found draft_input {self.metadata.draft_input}")
+        trained = self.metadata.num_speculative_tokens
+        if self.metadata.mask_sharing == "shared":
+            return self.mask_embeddings.expand(num_speculative_tokens, -1)
+        if num_speculative_tokens > trained:
+            raise ValueError(
+                f"num_speculative_tokens: expected at most {trained}, the number of distinct mask tokens that the "
+                f"adapter was trained with, found {num_speculative_tokens}"
+            )
+        return self.mask_embeddings[:num_speculative_tokens]
+
+
+def _check_mask_embeddings(mask_embeddings: Tensor | None, metadata: AdapterMetadata) -> None:
+    rows = 1 if metadata.mask_sharing == "shared" else metadata.num_speculative_tokens
+    if mask_embeddings is None or mask_embeddings.dim() != 2 or mask_embeddings.shape[0] != rows:
+        raise AdapterError(
+            f"mask embeddings: expected shape [{rows}, D] for {metadata.mask_sharing} mask tokens with "
+            f"num_speculative_tokens {metadata.num_speculative_tokens}, "
+            f"found {'none' if mask_embeddings is None else list(mask_embeddings.shape)}"
+        )
+    if not bool(torch.isfinite(mask_embeddings).all()):
+        raise AdapterError("mask embeddings: expected finite numbers, found NaN or infinity")
+
+
+def _check_head(head: dict[str, Tensor] | None, shape: HeadShape | None) -> None:
+    if head is None or shape is None:
+        if head is not shape:
+            found = "weights without the key head in pardec.json" if shape is None else "that key without weights"
+            raise AdapterError(f"head: expected weights and the key head in pardec.json, or neither, found {found}")
+        return
+    if sorted(head) != sorted(HEAD_TENSORS):
+        raise AdapterError(f"head: expected {', '.join(HEAD_TENSORS)}, found {', '.join(sorted(head)) or 'nothing'}")
+    shapes, W = {name: list(head[name].shape) for name in HEAD_TENSORS}, shape.width
+    H, both = shapes["outer.weight"][:1], shapes["inner.weight"][1:]
+    expected = {"inner.bias": [W], "inner.weight": [W, *both], "outer.weight": [*H, W]}
+    if shapes != expected or not [0] < H < both:
+        raise AdapterError(
+            f"head: expected inner.bias [{W}], inner.weight [{W}, H + D], outer.weight [H, {W}], found {shapes}"
+        )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in head.values()):
+        raise AdapterError("head: expected finite numbers, found NaN or infinity")

@@ -1,0 +1,203 @@
+"""Adapter directories: `pardec.json`, `mask_embeddings.safetensors`, `lora/` in PEFT's format, `head.safetensors`.
+
+safetensors and JSON only. Writing is safe against a kill at any moment: a complete copy is renamed to `.incoming`
+first, and as long as that folder exists it is what is read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, AdapterError, AdapterMetadata
+from pardec.adapters.gated_lora import LoraWeights
+
+METADATA_FILE = "pardec.json"
+EMBEDDINGS_FILE = "mask_embeddings.safetensors"
+HEAD_FILE = "head.safetensors"
+LORA_DIR = "lora"
+LORA_CONFIG_FILE = f"{LORA_DIR}/adapter_config.json"
+LORA_WEIGHTS_FILE = f"{LORA_DIR}/adapter_model.safetensors"
+LORA_README_FILE = f"{LORA_DIR}/README.md"
+_INCOMING, _WRITING, _REMOVED = ".incoming", ".writing-", ".removed-"
+_LORA_README = (
+    "This LoRA is only valid at the rows of pardec's mask tokens. "
+    "Loaded as an ordinary PEFT adapter it would change the model's own output.\n"
+)
+
+
+def save_adapter(adapter: Adapter, directory: str | Path) -> None:
+    """Writes the adapter into `directory`, which may hold an older one and other files.
+
+    A kill at any moment leaves the older adapter or the new one, readable.
+
+    Raises:
+        OSError: if the disk is full; what was there before stays as it was.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in (*directory.glob(f"{_WRITING}*"), *directory.glob(f"{_REMOVED}*")):
+        shutil.rmtree(leftover)  # of a process that was killed
+    incoming = directory / _INCOMING
+    if incoming.exists():  # a complete adapter whose publication was cut off: finish that first
+        _publish(incoming, directory)
+    aside = Path(tempfile.mkdtemp(prefix=_WRITING, dir=directory))
+    try:
+        _write_files(adapter, aside)
+        aside.chmod(0o755)  # mkdtemp lets only the owner in
+        os.replace(aside, incoming)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _publish(incoming, directory)
+
+
+def _write_files(adapter: Adapter, folder: Path) -> None:
+    written = []
+    if adapter.mask_embeddings is not None:
+        save_file({"mask_embeddings": _plain(adapter.mask_embeddings)}, folder / EMBEDDINGS_FILE)
+        written.append(EMBEDDINGS_FILE)
+    if adapter.head is not None:
+        save_file({name: _plain(tensor) for name, tensor in adapter.head.items()}, folder / HEAD_FILE)
+        written.append(HEAD_FILE)
+    if adapter.lora is not None:
+        (folder / LORA_DIR).mkdir()
+        save_file(adapter.lora.tensors, folder / LORA_WEIGHTS_FILE, metadata={"format": "pt"})
+        (folder / LORA_CONFIG_FILE).write_text(json.dumps(adapter.lora.config, indent=2, sort_keys=True))
+        (folder / LORA_README_FILE).write_text(_LORA_README)
+        written += [LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE]
+    files = {name: _sha256(folder / name) for name in written}
+    metadata = adapter.metadata.model_copy(update={"files": files})
+    unknown_before = {"head"} if metadata.head is None else None
+    (folder / METADATA_FILE).write_text(metadata.model_dump_json(indent=2, exclude=unknown_before) + "\n")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().contiguous()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _publish(incoming: Path, directory: Path) -> None:
+    names = [METADATA_FILE, *AdapterMetadata.model_validate_json((incoming / METADATA_FILE).read_text()).files]
+    _remove_stale(directory, names)
+    for name in names:
+        (directory / name).parent.mkdir(exist_ok=True)
+        copy = directory / f"{name}.new"
+        shutil.copyfile(incoming / name, copy)
+        _sync(copy)
+        os.replace(copy, directory / name)
+    # renamed first, so that a half-removed folder is never taken for a complete one
+    removed = Path(tempfile.mkdtemp(prefix=_REMOVED, dir=directory))
+    os.replace(incoming, removed / "adapter")
+    shutil.rmtree(removed)
+
+
+def _remove_stale(directory: Path, names: list[str]) -> None:
+    """An older adapter's files that are not among the new one's `names`; whatever else someone keeps there stays."""
+    for name in {EMBEDDINGS_FILE, HEAD_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE}.difference(names):
+        (directory / name).unlink(missing_ok=True)
+    folder = directory / LORA_DIR
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def load_adapter(directory: str | Path) -> Adapter:
+    """Reads an adapter directory.
+
+    Raises:
+        AdapterError: if it is missing, incomplete, damaged, foreign or of a later format.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise AdapterError(f"{directory}: expected an adapter directory, found {_what(directory)}")
+    root = directory / _INCOMING if (directory / _INCOMING).is_dir() else directory
+    metadata = _read_metadata(root)
+    for name, expected in metadata.files.items():
+        if not (root / name).is_file():
+            raise AdapterError(f"{root / name}: expected a file of the adapter, found {_what(root / name)}")
+        if _sha256(root / name) != expected:
+            raise AdapterError(
+                f"{root / name}: expected sha256 {expected[:12]}, found {_sha256(root / name)[:12]}: "
+                "the file is truncated or was changed"
+            )
+    masks = lora = head = None
+    if EMBEDDINGS_FILE in metadata.files:
+        tensors = _read_tensors(root / EMBEDDINGS_FILE)
+        if set(tensors) != {"mask_embeddings"}:
+            raise AdapterError(f"{root / EMBEDDINGS_FILE}: expected mask_embeddings, found {sorted(tensors)}")
+        masks = tensors["mask_embeddings"]
+    if LORA_WEIGHTS_FILE in metadata.files:
+        lora = _read_lora(root)
+    if HEAD_FILE in metadata.files:
+        head = _read_tensors(root / HEAD_FILE)
+    return Adapter(masks, metadata, lora, head)
+
+
+def _read_metadata(root: Path) -> AdapterMetadata:
+    path = root / METADATA_FILE
+    if not path.is_file():
+        names = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "an empty directory"
+        raise AdapterError(f"{root}: expected an adapter directory with {METADATA_FILE}, found {names}")
+    try:
+        raw = json.loads(path.read_text())
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if version != FORMAT_VERSION:
+            raise AdapterError(f"{path}: expected format_version {FORMAT_VERSION}, found {version}")
+        metadata = AdapterMetadata.model_validate(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"{path}: expected JSON, found {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise AdapterError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from None
+    parts = {EMBEDDINGS_FILE: metadata.draft_input == MASK_EMBEDDINGS, HEAD_FILE: metadata.head is not None}
+    for name, needed in parts.items():
+        if needed and name not in metadata.files:
+            raise AdapterError(f"{path}: expected {name} among its files, found {sorted(metadata.files)}")
+    outside = [name for name in metadata.files if Path(name).is_absolute() or ".." in Path(name).parts]
+    if outside:
+        raise AdapterError(f"{path}: expected files inside the adapter directory, found {outside[0]!r}")
+    return metadata
+
+
+def _read_lora(root: Path) -> LoraWeights:
+    path = root / LORA_CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"expected a JSON object, found {type(config).__name__}")
+        lora = LoraWeights(config, _read_tensors(root / LORA_WEIGHTS_FILE))
+        lora.pairs()
+    except AdapterError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: {error}") from None
+    return lora
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: expected a safetensors file, found {error}") from None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _what(path: Path) -> str:
+    return "a file" if path.is_file() else "a directory" if path.is_dir() else "nothing"

@@ -1,0 +1,343 @@
+"""Recipes: YAML files with dotted overrides, checked so that a mistyped key is an error and not a default."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from pardec.training.loss import WEIGHT_RULES
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message names the key, what was expected and what was found."""
+
+
+class Section(BaseModel):
+    """A part of a recipe; a key that it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+# YAML reads a bare `no` as false
+MixedPrecision = Annotated[
+    Literal["auto", "no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
+
+
+def _number_or_rule(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) and value not in WEIGHT_RULES else value
+    except ValueError:
+        rules = ", ".join(WEIGHT_RULES)
+        raise ValueError(f"train.position_weights: expected a number, numbers or {rules}, found {value!r}") from None
+
+
+# YAML leaves 3e-1 a string
+PositionWeights = Annotated[
+    float | list[float] | Literal["expected_length", "prefix_product"], BeforeValidator(_number_or_rule)
+]
+
+
+class DataConfig(Section):
+    """What is trained on.
+
+    Attributes:
+        path: file, folder or hub dataset; `python-stdlib` is the source of the running interpreter's
+            library, `python-packages` that of the packages installed for it.
+        format: `auto` goes by suffix; `text`, `jsonl`, or `hub` for anything that `datasets` loads.
+        subset: configuration of a hub dataset.
+        split: of a hub dataset.
+        max_length: tokens of a training sequence.
+        validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
+            above; default a held-out part of `path`.
+        test_path: likewise, of data that is reported.
+    """
+
+    path: str
+    format: Literal["auto", "text", "jsonl", "hub"] = "auto"
+    subset: str | None = None
+    split: str = "train"
+    max_length: int = Field(default=512, ge=8)
+    validation_path: str | None = None
+    test_path: str | None = None
+
+
+class LoraSection(Section):
+    """The gated LoRA.
+
+    Attributes:
+        r: rank.
+        alpha: the LoRA acts as alpha / r times B A.
+        target_modules: names of modules, or `all-linear`.
+    """
+
+    r: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0, allow_inf_nan=False)
+    target_modules: str | list[str] = "all-linear"
+
+
+class HeadSection(Section):
+    """The sampler head.
+
+    Attributes:
+        width: of its hidden layer.
+        shortlist: tokens of each mask row that it scores when decoding.
+        joint: its loss trains mask embeddings and LoRA too; otherwise they learn what they learn without a head.
+    """
+
+    width: int = Field(default=512, ge=1)
+    shortlist: int = Field(default=64, ge=1)
+    joint: bool = False
+
+
+class AdapterConfig(Section):
+    """What is learned.
+
+    Attributes:
+        num_speculative_tokens: K.
+        mask_sharing: one embedding per position, or one for all.
+        mask_initialisation: where mask embeddings start: at the `mean` of all input embeddings, or each at that of
+            a `random_token`.
+        draft_input: what stands at mask rows: `mask_embeddings`, or `uniform_noise`, embeddings of random tokens, as
+            SGLang's UNO serves a LoRA.
+        lora: a LoRA that is active at mask rows only; default none.
+        head: a sampler head, which lets each draft know the token before it; default none.
+        start_from: folder of an adapter of the same base and shape whose parts this one starts with; default none.
+    """
+
+    num_speculative_tokens: int = Field(default=4, ge=1, le=64)
+    mask_sharing: Literal["distinct", "shared"] = "distinct"
+    mask_initialisation: Literal["mean", "random_token"] = "mean"
+    draft_input: Literal["mask_embeddings", "uniform_noise"] = "mask_embeddings"
+    lora: LoraSection | None = None
+    head: HeadSection | None = None
+    start_from: str | None = None
+
+
+class KeepSection(Section):
+    """Nested token dropping: at depth j only max(floor, ratio^(j-1)) of the blocks keep their mask token.
+
+    Attributes:
+        ratio: 1 keeps everything.
+        floor: see above.
+    """
+
+    ratio: float = Field(default=1.0, gt=0, le=1)
+    floor: float = Field(default=0.2, ge=0, le=1)
+
+
+class TrainConfig(Section):
+    """How it is learned.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: sequences per process and forward.
+        gradient_accumulation_steps: forwards per step.
+        anchors_per_sequence: blocks of mask tokens per sequence.
+        anchors_per_forward: run so many of them at a time against the same prefix, to save memory.
+        learning_rate: of the mask embeddings.
+        lora_learning_rate: of the LoRA.
+        frozen: parts that stay as `adapter.start_from` has them.
+        warmup_steps: linear warm-up before the cosine decay.
+        max_grad_norm: gradients are clipped to this norm.
+        head_learning_rate: of the sampler head.
+        objective: `kl` to the model's own distribution, `cross_entropy` on data tokens, `cross_entropy_argmax` on
+            the model's likeliest token, `lk` or `lk_hybrid`, which aim at acceptance when sampling.
+        position_weights: weight of each position; or one number d for weights d^0, d^1, ...; or weights that follow
+            how far drafts are accepted, `expected_length` or `prefix_product`.
+        temperature: at which draft and model are compared.
+        top_k: so many of the model's likeliest tokens are what drafts learn to follow; default all.
+        keep: nested token dropping, which makes deep blocks cheap.
+        mixed_precision: `auto` is bf16 where the device computes in it, else no.
+        seed: of data order and anchors.
+        log_every: steps between logged losses.
+        checkpoint_every: steps between resumable checkpoints.
+        trackers: besides the JSONL file, e.g. tensorboard.
+    """
+
+    steps: int = Field(default=300, ge=1)
+    batch_size: int = Field(default=4, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    anchors_per_sequence: int = Field(default=64, ge=1)
+    anchors_per_forward: int | None = Field(default=None, ge=1)
+    learning_rate: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
+    lora_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    head_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    frozen: list[Literal["mask_embeddings", "lora", "head"]] = []
+    warmup_steps: int = Field(default=20, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    objective: Literal["kl", "cross_entropy", "cross_entropy_argmax", "lk", "lk_hybrid"] = "kl"
+    position_weights: PositionWeights = 1.0
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    top_k: int | None = Field(default=None, ge=1)
+    keep: KeepSection = KeepSection()
+    mixed_precision: MixedPrecision = "auto"
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    log_every: int = Field(default=10, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1)
+    trackers: list[str] = []
+
+
+class EvalConfig(Section):
+    """How acceptance is measured during training, with the real decoder, sampled and greedy.
+
+    Attributes:
+        every: steps between measurements; the last step is always measured.
+        num_prompts: validation prompts.
+        max_new_tokens: per prompt.
+        temperature: of the sampled measurement, which chooses the best adapter.
+        top_k: likewise.
+    """
+
+    every: int = Field(default=100, ge=1)
+    num_prompts: int = Field(default=16, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=0.8, gt=0, allow_inf_nan=False)
+    top_k: int | None = Field(default=10, ge=1)
+
+
+class Recipe(Section):
+    """Everything that a training run is told.
+
+    Attributes:
+        base: folder or hub name of the frozen model; `tiny-python` is the packaged one.
+        output_dir: where the adapter is left.
+    """
+
+    base: str
+    output_dir: str
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> "Recipe":
+        weights, K = self.train.position_weights, self.adapter.num_speculative_tokens
+        if isinstance(weights, str):
+            return self
+        if isinstance(weights, list) and len(weights) != K:
+            raise ValueError(f"train.position_weights: expected {K} numbers, found {len(weights)}")
+        try:
+            values = weights if isinstance(weights, list) else [weights**j for j in range(K)]
+        except OverflowError:
+            values = [math.inf]
+        if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
+            raise ValueError(
+                f"train.position_weights: expected finite numbers >= 0, one of them above 0, found {weights}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_fits(self) -> "Recipe":
+        adapter = self.adapter
+        if adapter.draft_input != "uniform_noise":
+            return self
+        if adapter.lora is None:
+            raise ValueError("adapter.draft_input: expected a LoRA beside uniform_noise, which learns nothing itself")
+        if adapter.head is not None:
+            raise ValueError(
+                "adapter.draft_input: expected no sampler head beside uniform_noise, whose engines know none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> "Recipe":
+        adapter, frozen = self.adapter, set(self.train.frozen)
+        if frozen and adapter.start_from is None:
+            raise ValueError("train.frozen: expected adapter.start_from, which frozen parts are taken from, found none")
+        parts = {"mask_embeddings": adapter.draft_input == "mask_embeddings"}
+        parts |= {"lora": adapter.lora is not None, "head": adapter.head is not None}
+        if not {part for part, is_there in parts.items() if is_there} - frozen:
+            raise ValueError(f"train.frozen: expected a part that is learned, found all frozen: {sorted(frozen)}")
+        return self
+
+    def position_weights(self) -> list[float] | str:
+        """One weight per position, K numbers, or the name of a rule."""
+        weights = self.train.position_weights
+        if isinstance(weights, list | str):
+            return weights
+        return [weights**j for j in range(self.adapter.num_speculative_tokens)]
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Section)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), model: type[AnyRecipe] = Recipe) -> AnyRecipe:
+    """Reads a recipe and applies overrides of the form `section.key=value`, values in YAML.
+
+    Args:
+        path: YAML file.
+        overrides: as typed on the command line.
+        model: what the recipe is checked against; default that of an adapter's training.
+
+    Raises:
+        RecipeError: for a missing or malformed file, an unknown key (naming the nearest), a value out of range.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: expected a recipe file, found nothing") from None
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise RecipeError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
+    for override in overrides:
+        _apply_override(raw, override)
+    return parse_recipe(raw, str(path), model)
+
+
+def parse_recipe(raw: dict[str, Any], source: str, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
+    """A recipe from plain values; `source` is named in errors, which are those of `load_recipe`."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: {_describe(error, model)}") from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override: expected section.key=value, found {override!r}")
+    *sections, last = key.split(".")
+    for section in sections:
+        if raw.get(section) is None:
+            raw[section] = {}
+        raw = raw[section]
+        if not isinstance(raw, dict):
+            raise RecipeError(f"override: expected a section before the dot, found {override!r}")
+    try:
+        raw[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        found = " ".join(str(error).split())
+        raise RecipeError(f"override {override!r}: expected YAML, found {found}") from None
+
+
+def _describe(error: ValidationError, model: type[Section]) -> str:
+    # an unknown key first: a mistyped required key is also a missing one
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    location = [str(part) for part in first["loc"]]
+    if first["type"] != "extra_forbidden":  # pydantic appends the type that it tried
+        location = [part for part in location if part not in ("float", "str") and not part.startswith("list[")]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(model, location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        return f"unknown key {key!r}; the nearest known one is {'.'.join([*location[:-1], *nearest])!r}"
+    if first["type"] == "missing":
+        return f"expected key {key!r}, found none"
+    if first["type"] == "value_error" and "ctx" in first:
+        return str(first["ctx"]["error"])
+    return f"{key}: {first['msg'].lower()}, found {first['input']!r}"
+
+
+def _known_keys(model: type[Section], sections: list[str]) -> list[str]:
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        choices = (annotation, *get_args(annotation))  # a section may be optional
+        model = next(kind for kind in choices if isinstance(kind, type) and issubclass(kind, Section))
+    return list(model.model_fields)

@@ -1,0 +1,225 @@
+"""Rows to what a run needs: training sequences with anchors, and held-out prompts.
+
+Knows tokenizers, no model.
+Legend: T tokens of a sequence.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources, source_folder
+from pardec.data.reading import DataError, held_out_rows, hold_out, read_rows
+from pardec.data.tokenising import Document, tokenise
+
+PROMPT_TOKENS = 128
+PROMPT_STRIDE_TOKENS = 4000
+ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run trains on and is measured on.
+
+    Attributes:
+        train: sequences of at most max_length tokens.
+        validation: documents that prompts are taken from to choose checkpoints.
+        test: documents that prompts are taken from to report; empty if there are none.
+    """
+
+    train: list[Document]
+    validation: list[Document]
+    test: list[Document]
+
+
+def load_corpus(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: str = "auto",
+    subset: str | None = None,
+    split: str = TRAIN,
+    validation_path: str | None = None,
+    test_path: str | None = None,
+    max_length: int,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Corpus:
+    """Reads, validates, splits and tokenises data.
+
+    Args:
+        path: see `read_rows`, `python-stdlib` or `python-packages`.
+        tokenizer: of the base.
+        format: see `read_rows`.
+        subset: see `read_rows`.
+        split: see `read_rows`.
+        validation_path: default a held-out part of `path`; of the last two their validation split.
+        test_path: default none, but for the two of these; their test split.
+        max_length: T.
+        max_tokens: no more training text than this is tokenised.
+        seed: of the order of documents.
+        show_progress: a progress bar while training text is tokenised.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    folder = source_folder(path)
+    if folder is not None:
+        rows = {s: [{"text": t} for t in python_sources(folder, s)] for s in (TRAIN, VALIDATION, TEST)}
+    else:
+        rows = {TRAIN: read_rows(path, format, split, subset), VALIDATION: [], TEST: []}
+        if validation_path is None:
+            rows[TRAIN], rows[VALIDATION] = hold_out(rows[TRAIN])
+    for name, held_out in ((VALIDATION, validation_path), (TEST, test_path)):
+        if held_out is not None:
+            rows[name] = held_out_rows(held_out, name, format)
+    random.Random(seed).shuffle(rows[TRAIN])
+    bar = tqdm(rows[TRAIN], "tokenising", unit="document", disable=not show_progress)
+    train = pack(tokenise_until(bar, tokenizer, max_tokens, path), max_length)
+    bar.close()
+    if not train:
+        if any(row.get("text") for row in rows[TRAIN]):
+            raise DataError(f"{path}: expected at least {max_length} tokens (data.max_length) of text, found fewer")
+        raise DataError(f"{path}: expected a token to learn among the first {max_length} (data.max_length), found none")
+    held_out = [
+        [tokenise(row, tokenizer, validation_path or path) for row in rows[name]] for name in (VALIDATION, TEST)
+    ]
+    return Corpus(train, *held_out)
+
+
+def tokenise_until(
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None, where: str
+) -> Iterator[Document]:
+    """Documents, ending with the one that completes `max_tokens`."""
+    total = 0
+    for row in rows:
+        document = tokenise(row, tokenizer, where)
+        yield document
+        total += len(document.input_ids)
+        if max_tokens is not None and total >= max_tokens:
+            return
+
+
+def pack(documents: Iterable[Document], max_length: int) -> list[Document]:
+    """Training sequences: text is concatenated and cut into pieces of T tokens; masked documents stay alone."""
+    sequences, stream, held = [], [], 0
+    for document in documents:
+        if document.loss_mask is not None:
+            ids, mask = document.input_ids[:max_length], document.loss_mask[:max_length]
+            if useful_anchors(mask).any():
+                sequences.append(Document(ids, mask))
+            continue
+        stream.append(document.input_ids)
+        held += len(document.input_ids)
+        if held >= max_length:
+            joined = np.concatenate(stream)
+            whole = held // max_length * max_length
+            sequences += [Document(piece) for piece in joined[:whole].reshape(-1, max_length)]
+            stream, held = [joined[whole:]], held - whole
+    return sequences
+
+
+def useful_anchors(mask: ArrayOrTensor) -> ArrayOrTensor:
+    """Whether a block is to stand behind each token but the last two; shape [T - 2] for a loss mask of shape [T].
+
+    As in decoding, where the token behind an anchor is the bonus token, the model's own: behind an anchor s both s + 1
+    and the first target, s + 2, must be learned. So the last token of a prompt is the first anchor of its response.
+    """
+    return mask[1:-1] & mask[2:]
+
+
+def standard_prompts(
+    documents: Sequence[Document],
+    prompt_tokens: int = PROMPT_TOKENS,
+    stride_tokens: int = PROMPT_STRIDE_TOKENS,
+    num_prompts: int | None = None,
+) -> list[list[int]]:
+    """Prompts that everyone can take again: the first tokens at every stride of the split's stream.
+
+    Documents with a loss mask give the tokens before the first one to be learned. With `num_prompts`, so many are
+    taken evenly, from a denser stride if need be.
+
+    Raises:
+        DataError: if there is not enough held-out text for one prompt.
+    """
+    masked = [d for d in documents if d.loss_mask is not None]
+    if masked:
+        prompts = [d.input_ids[: max(1, int(d.loss_mask.argmax()))].tolist() for d in masked]  # type: ignore[union-attr]
+    else:
+        stream = np.concatenate([d.input_ids for d in documents]) if documents else np.empty(0, dtype=np.int32)
+        if num_prompts is not None and len(stream) < num_prompts * stride_tokens:
+            stride_tokens = max(prompt_tokens, len(stream) // num_prompts)
+        starts = range(0, len(stream) - prompt_tokens + 1, stride_tokens)
+        prompts = [stream[start : start + prompt_tokens].tolist() for start in starts]
+    if not prompts:
+        raise DataError(f"held-out data: expected at least {prompt_tokens} tokens for a prompt, found fewer")
+    if num_prompts is not None and len(prompts) > num_prompts:
+        prompts = [prompts[i * len(prompts) // num_prompts] for i in range(num_prompts)]
+    return prompts
+
+
+def held_out_prompts(
+    tokenizer: PreTrainedTokenizerBase, split: str, path: str = STDLIB, num_prompts: int | None = None
+) -> list[list[int]]:
+    """Standard prompts of a split of `python-stdlib` or `python-packages`, or of a data file.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    rows = held_out_rows(path, split)
+    return standard_prompts([tokenise(row, tokenizer, path) for row in rows], num_prompts=num_prompts)
+
+
+class AnchoredSequences(Dataset):
+    """Training examples in their final order: example c is a sequence with its anchors, the same in every run.
+
+    Each epoch is a new permutation; anchors are drawn anew each time a sequence comes up.
+    """
+
+    def __init__(self, sequences: Sequence[Document], num_examples: int, anchors_per_sequence: int, seed: int):
+        """`num_examples` = all examples of the run, so that resuming is starting further on."""
+        self.sequences = sequences
+        self.num_examples = num_examples
+        self.anchors_per_sequence = anchors_per_sequence
+        self.seed = seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, example: int) -> dict[str, Tensor]:
+        epoch, place = divmod(example, len(self.sequences))
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sequences))
+        document = self.sequences[self._order[place]]
+        ids = torch.from_numpy(document.input_ids.astype(np.int64))
+        mask = torch.ones(len(ids), dtype=torch.bool)
+        if document.loss_mask is not None:
+            mask = torch.from_numpy(document.loss_mask)
+        candidates = useful_anchors(mask).nonzero().squeeze(1)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + example)
+        chosen = candidates[torch.randperm(len(candidates), generator=generator)[: self.anchors_per_sequence]]
+        # anchors at the last token have no targets: they fill up where there are fewer candidates, behind the others,
+        # since token dropping goes by this order, which must be random
+        fill = torch.full((self.anchors_per_sequence - len(chosen),), len(ids) - 1)
+        return {"input_ids": ids, "loss_mask": mask, "anchors": torch.cat([chosen, fill])}
+
+
+def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch, sequences padded on the right with tokens that no loss counts."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([e["input_ids"] for e in examples], batch_first=True),
+        "loss_mask": pad([e["loss_mask"] for e in examples], batch_first=True),
+        "anchors": torch.stack([e["anchors"] for e in examples]),
+    }

@@ -1,0 +1,219 @@
+"""Files and hub datasets as validated rows; what is wrong with one is said with file and line.
+
+A row has `text`, `conversations`, or `input_ids` with a `loss_mask`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pardec.data.python_sources import PACKAGES, STDLIB, TRAIN, python_sources, source_folder
+from pardec.errors import first_line
+
+_TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
+_JSONL_SUFFIXES = (".jsonl", ".json")
+# without a validation file, one document in this many is held out
+_HELD_OUT_ONE_IN = 20
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names where, what was expected and what was found."""
+
+
+def read_rows(path: str, format: str, split: str = TRAIN, subset: str | None = None) -> list[dict[str, Any]]:
+    """Validated rows with `text`, `conversations` or `input_ids` and `loss_mask`; of the last two, `where` they stand.
+
+    Args:
+        path: file, folder of text files, or dataset that `datasets` loads.
+        format: `auto`, `text`, `jsonl` or `hub`.
+        split: of a dataset that `datasets` loads.
+        subset: its configuration.
+
+    Raises:
+        DataError: if there is nothing there, or a row is malformed (names file and line).
+    """
+    where = Path(path)
+    if format == "auto":
+        format = _format_of(where)
+    if format == "hub":
+        rows = _hub_rows(path, split, subset)
+    elif not where.exists():
+        raise DataError(f"data: expected a file or folder, found nothing at {path}")
+    elif format == "jsonl":
+        rows = _jsonl_rows(where)
+    else:
+        rows = _text_rows(where)
+    if not rows:
+        raise DataError(f"{path}: expected at least one row of data, found none")
+    return rows
+
+
+def training_rows(
+    path: str, format: str = "auto", split: str = TRAIN, subset: str | None = None
+) -> list[dict[str, Any]]:
+    """Rows as from `read_rows`, or of the Python sources' training split, without what `load_corpus` holds out.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    folder = source_folder(path)
+    if folder is not None:
+        return [{"text": text} for text in python_sources(folder, TRAIN)]
+    rows = read_rows(path, format, split, subset)
+    return hold_out(rows)[0] if len(rows) > 1 or rows[0].get("text") else rows
+
+
+def held_out_rows(path: str, split: str, format: str = "auto") -> list[dict[str, Any]]:
+    """Rows of held-out data on this disk, or those of a split of `python-stdlib` or `python-packages`.
+
+    Args:
+        path: file or folder, or one of these names.
+        split: of these two.
+        format: `text` or `jsonl` for a file whose suffix does not tell.
+
+    Raises:
+        DataError: for data that cannot be used, a hub dataset among them: which of its splits is held out is not known.
+    """
+    folder = source_folder(path)
+    if folder is not None:
+        return [{"text": text} for text in python_sources(folder, split)]
+    where = Path(path)
+    if not where.exists():
+        raise DataError(
+            f"held-out data: expected a file, a folder, {STDLIB} or {PACKAGES}, found nothing at {path}; "
+            "download a split of a hub dataset first"
+        )
+    tells = where.is_dir() or where.suffix in (*_TEXT_SUFFIXES, *_JSONL_SUFFIXES)
+    return read_rows(path, "auto" if tells or format == "hub" else format)
+
+
+def hold_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(training rows, validation rows); a single text is cut near its end."""
+    if len(rows) == 1 and rows[0].get("text"):
+        text = rows[0]["text"]
+        cut = len(text) - len(text) // _HELD_OUT_ONE_IN
+        return [{"text": text[:cut]}], [{"text": text[cut:]}]
+    if len(rows) < 2:
+        raise DataError("data: expected at least 2 rows or data.validation_path, found 1 row")
+    chosen = range(0, len(rows), min(_HELD_OUT_ONE_IN, len(rows)))
+    validation = [rows[i] for i in chosen]
+    return [row for i, row in enumerate(rows) if i not in chosen], validation
+
+
+def _format_of(where: Path) -> str:
+    if where.is_dir() and any(where.rglob("*.parquet")):
+        return "hub"
+    if where.is_dir() or where.suffix in _TEXT_SUFFIXES:
+        return "text"
+    if where.suffix in _JSONL_SUFFIXES:
+        return "jsonl"
+    if where.exists():
+        known = ", ".join((*_TEXT_SUFFIXES, *_JSONL_SUFFIXES))
+        raise DataError(f"{where}: expected a file ending in {known} or data.format, found {where.suffix!r}")
+    return "hub"
+
+
+def _text_rows(where: Path) -> list[dict[str, Any]]:
+    files = [where] if where.is_file() else _text_files(where)
+    rows = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+        if text.strip():
+            rows.append({"text": text})
+    return rows
+
+
+def _text_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in _TEXT_SUFFIXES and path.is_file())
+
+
+def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise DataError(f"{file}: expected a JSONL file, found a folder")
+    rows = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise DataError(f"{file}:{number}: expected one JSON object, found {error}") from None
+            rows.append(check_row(row, f"{file}:{number}"))
+    return rows
+
+
+def _hub_rows(path: str, split: str, subset: str | None) -> list[dict[str, Any]]:
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"data {path!r}: expected the package datasets for hub data, found it missing") from None
+    try:
+        rows = datasets.load_dataset(path, subset, split=split)
+    except Exception as error:  # datasets raises many kinds, all of them about the data's place or form
+        raise DataError(f"data {path!r}: expected a file, folder or hub dataset, found {first_line(error)}") from None
+    return [check_row(row, f"{path}:{split}:{number}") for number, row in enumerate(rows, start=1)]
+
+
+def check_row(row: Any, where: str) -> dict[str, Any]:
+    """The row, if it is one that can be trained on; it remembers `where` if tokenising can still find fault with it.
+
+    Raises:
+        DataError: otherwise, beginning with `where`.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    if row.get("conversations") is None and row.get("messages") is not None:
+        row = {**row, "conversations": row["messages"]}
+    if row.get("input_ids") is not None:
+        _check_ids(row, where)
+        row = {**row, "where": where}
+    elif row.get("conversations") is not None:
+        row = {**row, "conversations": _checked_turns(row["conversations"], where), "where": where}
+    elif not isinstance(row.get("text"), str) or not row["text"].strip():
+        keys = ", ".join(map(str, row)) or "no keys"
+        raise DataError(
+            f"{where}: expected non-empty 'text', 'conversations' or 'input_ids' with 'loss_mask', found {keys}"
+        )
+    else:
+        _check_unicode(row["text"], where)
+    return row
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: expected Unicode text, found half of a surrogate pair") from None
+
+
+def _check_ids(row: dict[str, Any], where: str) -> None:
+    ids, mask = row["input_ids"], row.get("loss_mask")
+    if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < 2**31 for t in ids):
+        raise DataError(f"{where}: expected input_ids as a list of token ids, found {str(ids)[:60]}")
+    if not isinstance(mask, list) or len(mask) != len(ids):
+        found = len(mask) if isinstance(mask, list) else mask
+        raise DataError(f"{where}: expected a loss_mask of {len(ids)} entries, found {found}")
+    if not all(type(entry) in (int, bool) and entry in (0, 1) for entry in mask):
+        raise DataError(f"{where}: expected a loss_mask of 0 and 1, found {str(mask)[:60]}")
+    if not any(mask):
+        raise DataError(f"{where}: expected a loss_mask with at least one token to learn, found all 0")
+
+
+def _checked_turns(turns: Any, where: str) -> list[dict[str, str]]:
+    """Turns as {role, content}; {from, value} of older datasets is understood."""
+    roles = {"human": "user", "gpt": "assistant"}
+    checked = []
+    for turn in turns if isinstance(turns, list) else [turns]:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
+        _check_unicode(content, where)
+        checked.append({"role": roles.get(role, role), "content": content})
+    if not any(turn["role"] == "assistant" for turn in checked):
+        raise DataError(f"{where}: expected at least one assistant turn, found none")
+    return checked

@@ -1,0 +1,244 @@
+"""The loop around the step: memory, cache buckets, captured graphs, and reading finished tokens one step behind.
+
+On CUDA the host launches one graph per step and waits for the step before it; elsewhere steps run as they are.
+Legend: B sequences.
+"""
+
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+from pardec.decoding.graphs import CapturedSteps, Recorder, record_cuda_graph
+from pardec.decoding.state import DecodeState
+from pardec.decoding.step import Decoder
+from pardec.target.cache import SlotCache
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step, or prefill, has brought; one entry per sequence.
+
+    Attributes:
+        num_new: emitted tokens so far.
+        done: whether EOS or the length limit was met.
+        num_accepted: drafts that the step accepted; 0 after prefill.
+        tokens: ids that the step emitted.
+    """
+
+    num_new: list[int]
+    done: list[bool]
+    num_accepted: list[int]
+    tokens: list[list[int]]
+
+
+class Engine:
+    """Decodes one batch after another with one decoder, keeping its graphs and its cache.
+
+    Attributes:
+        decoder: makes the steps.
+        state: of the batch that is running or ran last.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        bytes_per_slot: int,
+        *,
+        captured: bool = False,
+        recorder: Recorder = record_cuda_graph,
+        make_room: Callable[[], None] = lambda: None,
+    ):
+        """Makes an engine.
+
+        Args:
+            decoder: makes the steps.
+            bytes_per_slot: of the cache, per token and sequence.
+            captured: steps run as graphs.
+            recorder: makes a graph.
+            make_room: frees what it can when a cache does not fit.
+        """
+        self.decoder = decoder
+        self.state: DecodeState | None = None
+        self._bytes_per_slot = bytes_per_slot
+        self._make_room = make_room
+        self._graphs = CapturedSteps(decoder, recorder) if captured else None
+
+    def run(
+        self, prompts: list[list[int]], *, repeats: int = 1, one_behind: bool = True, alone: bool = False
+    ) -> Generator[Progress, None, None]:
+        """Decodes until all sequences are done; yields after prefill and for every step.
+
+        The LoRA's hooks and packed weights, where there are any, are on the base only while this runs.
+
+        Args:
+            prompts: lists of token ids.
+            repeats: sequences that continue each prompt.
+            one_behind: a step is launched before the one before it is read, so that the device never waits; the
+                state may then be a step ahead of what was yielded. False where the caller changes the state.
+            alone: nobody looks at the base between two steps, so what a step puts on it may stay there meanwhile.
+        """
+        decoder = self.decoder
+        num_sequences = len(prompts) * repeats
+        state = self.state = self._begin(prompts, repeats)
+        one_behind = one_behind and state.lengths.device.type == "cuda"
+        # the most tokens that a sequence can have committed when a step begins, known to the host without waiting
+        longest = max(len(prompt) for prompt in prompts)
+        prompt_lengths = [len(prompt) for prompt in prompts for _ in range(repeats)]
+        reports = _Reports(num_sequences)
+        reports.post(state, None)
+        progress = reports.read()
+        yield progress
+        held = alone and self._graphs is None
+        with decoder.attached() if held else nullcontext():
+            while not all(progress.done):
+                unread = int(one_behind and reports.num_posted > 0)
+                state.cache.num_used = self._bucket(longest + unread * decoder.tokens_per_step, state.cache)
+                with nullcontext() if held or self._graphs is not None else decoder.attached():
+                    report = self._step(state)
+                reports.post(state, report)
+                if one_behind and reports.num_posted < 2:
+                    continue
+                progress = reports.read()
+                live = zip(progress.num_new, progress.done, prompt_lengths, strict=True)
+                longest = max((p + n - 1 for n, done, p in live if not done), default=longest)
+                yield progress
+
+    def _step(self, state: DecodeState) -> Tensor | None:
+        """Launches a step; returns its report where the step has made one already."""
+        if self._graphs is not None:
+            return self._graphs.step()
+        self.decoder.step(state)
+        return None
+
+    def _begin(self, prompts: list[list[int]], repeats: int) -> DecodeState:
+        """The state after prefill."""
+        decoder, num_sequences = self.decoder, len(prompts) * repeats
+        num_slots = decoder.num_slots(max(len(prompt) for prompt in prompts))
+        if self._graphs is None:
+            if decoder.compile_step is not None:  # code is compiled for the cache's size
+                num_slots = self._bucket(num_slots)
+            cache = self._new_cache(num_sequences, num_slots)
+            return decoder.prefill(prompts, repeats=repeats, cache=cache)
+        B, capacity = power_of_two(num_sequences), decoder.max_new_tokens
+        if self._graphs.fits(B, num_slots, capacity):
+            assert self._graphs.state is not None
+            cache, capacity = self._graphs.state.cache, self._graphs.capacity
+            for buffer in cache.buffers:  # infinities of an earlier call would reach even rows that do not see them
+                buffer.zero_()
+        else:
+            self._graphs.state = self.state = None  # free what is too small
+            capacity = self._bucket(capacity)
+            cache = self._new_cache(B, self._bucket(num_slots))
+        unused = B - num_sequences
+        state = decoder.prefill(prompts, repeats=repeats, num_unused=unused, cache=cache, capacity=capacity)
+        return self._graphs.take_over(state)
+
+    def _new_cache(self, num_sequences: int, num_slots: int) -> SlotCache:
+        target = self.decoder.target
+        try:
+            check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
+        except ValueError:
+            self._make_room()
+            check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
+        return SlotCache(target.num_layers, num_slots, num_sequences)
+
+    def _bucket(self, num_tokens: int, cache: SlotCache | None = None) -> int:
+        """Slots to attend to when `num_tokens` may be committed before a step; without a cache, slots to allocate."""
+        if cache is not None:
+            num_tokens += self.decoder.num_slots_per_step
+        compiled = self.decoder.compile_step is not None
+        on_cuda = self.decoder.target.device.type == "cuda"
+        slots = bucket(num_tokens, few=compiled, coarse=on_cuda)
+        return slots if cache is None else min(slots, cache.num_slots)
+
+
+def bucket(num_slots: int, *, few: bool, coarse: bool) -> int:
+    """Rounds up so that few graphs are captured, or, with `few`, fewer still are compiled.
+
+    Args:
+        num_slots: at least this many.
+        few: multiples of 256, and of a quarter of the next power of two.
+        coarse: multiples of 256, and of an eighth of the next power of two; otherwise multiples of 64.
+    """
+    step = max(256, power_of_two(num_slots) // (4 if few else 8)) if coarse or few else 64
+    return -(-num_slots // step) * step
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least `n`."""
+    return 1 << (n - 1).bit_length()
+
+
+def check_memory(device: torch.device, bytes_per_slot: int, num_sequences: int, num_slots: int) -> None:
+    """Refuses a cache that does not fit.
+
+    Raises:
+        ValueError: naming what it takes, what is free, and what would fit.
+    """
+    if device.type == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + reusable
+    elif device.type == "cpu":
+        free = psutil.virtual_memory().available
+    else:
+        return
+    needed = bytes_per_slot * num_sequences * num_slots
+    if needed > free:
+        fits = free // bytes_per_slot
+        raise ValueError(
+            f"cache: expected at most {free / GIB:.2f} GiB, free on {device}, found {needed / GIB:.2f} GiB for "
+            f"{num_sequences} sequences of {num_slots} tokens; {fits // num_slots} such sequences or "
+            f"{fits // num_sequences} tokens for each would fit"
+        )
+
+
+class _Reports:
+    """What steps report, on its way from the device to the host; at most two at a time."""
+
+    def __init__(self, num_sequences: int):
+        self.num_posted = 0
+        self._num_sequences = num_sequences
+        self._num_new = [0] * num_sequences
+        self._waiting: list[list[list[int]] | tuple[Tensor, torch.cuda.Event]] = []
+        self._buffers: list[Tensor] = []
+
+    def post(self, state: DecodeState, report: Tensor | None) -> None:
+        """Starts on its way what the last step did."""
+        self.num_posted += 1
+        if state.lengths.device.type != "cuda":
+            n = self._num_sequences
+            columns = (state.num_new, state.done, state.num_accepted, state.tokens)
+            rows = zip(*(column.tolist()[:n] for column in columns), strict=True)
+            self._waiting.append([[num_new, done, accepted, *tokens] for num_new, done, accepted, tokens in rows])
+            return
+        report = state.report() if report is None else report
+        if len(self._buffers) < 2:
+            self._buffers.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
+        self._buffers.reverse()  # the two take turns
+        self._buffers[0].copy_(report, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(report.device))
+        self._waiting.append((self._buffers[0], event))
+
+    def read(self) -> Progress:
+        """Waits for the oldest report."""
+        oldest = self._waiting.pop(0)
+        self.num_posted -= 1
+        if isinstance(oldest, tuple):
+            buffer, event = oldest
+            event.synchronize()
+            oldest = buffer[: self._num_sequences].tolist()
+        num_new, done, num_accepted, tokens = [], [], [], []
+        for before, row in zip(self._num_new, oldest, strict=True):
+            num_new.append(row[0])
+            done.append(bool(row[1]))
+            num_accepted.append(row[2])
+            tokens.append(row[3 : 3 + row[0] - before])
+        self._num_new = num_new
+        return Progress(num_new, done, num_accepted, tokens)

@@ -1,0 +1,60 @@
+"""Engines that wait to be used again, with their captured graphs, compiled steps and caches.
+
+Each is lent to one caller at a time, so streams that are read in turn do not disturb each other.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import torch
+from transformers import PreTrainedModel
+
+from pardec.decoding.engine import Engine
+
+# each holds a cache; the one that was used least recently goes first
+_MAX_ENGINES = 8
+
+
+class EnginePool:
+    """Idle engines by what they were made for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # the garbage collector may close a stream in here
+        self._idle: OrderedDict[Hashable, Engine] = OrderedDict()
+
+    def take(self, key: Hashable) -> Engine | None:
+        """The idle engine of `key`, which is the caller's until it is given back; None if there is none."""
+        with self._lock:
+            return self._idle.pop(key, None)
+
+    def give_back(self, key: Hashable, engine: Engine) -> None:
+        """Keeps `engine` for the next caller."""
+        with self._lock:
+            self._idle[key] = engine
+            self._idle.move_to_end(key)
+            while len(self._idle) > _MAX_ENGINES:
+                self._idle.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forgets all idle engines, and frees what they hold."""
+        with self._lock:
+            self._idle.clear()
+
+
+def signature(base: PreTrainedModel) -> int:
+    """Changes when weights are replaced, or modules, their hooks, their forward or their mode."""
+    modules = (
+        (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")), m.training)
+        for m in base.modules()
+    )
+    tensors = (tensor.data_ptr() for both in (base.parameters(), base.buffers()) for tensor in both)
+    return hash((*modules, *tensors))
+
+
+def arithmetic(device: torch.device) -> Hashable:
+    """What the caller may have switched on around a call, and graphs and compiled code would not notice."""
+    kind = device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    tf32 = torch.backends.cuda.matmul.allow_tf32 if kind == "cuda" else None
+    return torch.is_inference_mode_enabled(), autocast, tf32

@@ -1,0 +1,192 @@
+"""One step as one CUDA graph: captured once for each batch size and cache bucket, replayed from then on.
+
+Knows that a step reads and writes the tensors of a state; not what it computes.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pardec.decoding.state import DecodeState
+from pardec.decoding.step import Decoder
+from pardec.errors import first_line
+
+
+@dataclass(frozen=True)
+class CaptureSite:
+    """Where the graphs of one state are captured.
+
+    Attributes:
+        stream: of their own: torch's common capture stream would share its workspaces with all other graphs, which
+            die with any one of them. It also names the device.
+        pool: memory that they share, as they never run side by side.
+    """
+
+    stream: torch.cuda.Stream
+    pool: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> "CaptureSite | None":
+        """A new site; None on devices without graphs."""
+        if device.type != "cuda":
+            return None
+        return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+
+
+Recorder = Callable[[Callable[[], None], torch.Generator | None, CaptureSite | None], Callable[[], None]]
+
+
+def record_cuda_graph(
+    run: Callable[[], None], generator: torch.Generator | None, site: CaptureSite | None
+) -> Callable[[], None]:
+    """Captures the kernels that `run` launches and returns what launches them again.
+
+    Args:
+        run: launches work on the current device; nothing on the host may depend on its results.
+        generator: that `run` draws from, if any; its state advances with every replay.
+        site: where.
+    """
+    if site is None:
+        raise RuntimeError("expected a CUDA device")
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    before = torch.cuda.current_stream(site.stream.device)
+    # a capture that fails must not leave this thread on its stream; other threads may use the device meanwhile
+    with (
+        torch.cuda.stream(before),
+        torch.cuda.graph(graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"),
+    ):
+        run()
+    return graph.replay
+
+
+class CapturedSteps:
+    """Runs a decoder's steps on one state whose tensors stay where they are, by replaying graphs.
+
+    The state's cache and shapes are fixed by the first state that is taken over; `fits` says whether another one can
+    be. Where a capture fails, steps run uncaptured, after one warning.
+    """
+
+    def __init__(self, decoder: Decoder, recorder: Recorder = record_cuda_graph):
+        self.decoder = decoder
+        self.state: DecodeState | None = None
+        self._recorder = recorder
+        self._replays: dict[int, Callable[[], None]] = {}
+        self._report: Tensor = torch.empty(0)
+        self._site: CaptureSite | None = None
+        self._failed = False
+
+    def fits(self, batch_size: int, num_slots: int, capacity: int) -> bool:
+        """Whether a state of that many sequences, cache slots and new tokens can be taken over."""
+        state = self.state
+        if state is None or state.lengths.shape[0] != batch_size:
+            return False
+        return state.cache.num_slots >= num_slots and self.capacity >= capacity
+
+    @property
+    def capacity(self) -> int:
+        """New tokens that the state can hold."""
+        return 0 if self.state is None else self.state.output.shape[1] - self.decoder.tokens_per_step
+
+    def take_over(self, state: DecodeState) -> DecodeState:
+        """Makes a freshly prefilled state the one that graphs run on, and returns it.
+
+        It must share the cache of the state before, if that is to be kept with its graphs.
+        """
+        if self.state is None or self.state.cache is not state.cache or not _same_shapes(self.state, state):
+            self.state = state
+            self._report = state.report()
+            self._replays.clear()
+            self._site = CaptureSite.on(state.lengths.device)
+            return state
+        self.state.prompts = state.prompts  # of another width; read by no graph
+        _copy(state, self.state)
+        return self.state
+
+    def step(self) -> Tensor | None:
+        """One step on the state, whose attention sees `state.cache.num_used` slots; returns its report if captured."""
+        assert self.state is not None
+        if self._failed:
+            return self._uncaptured()
+        num_used = self.state.cache.num_used
+        if num_used not in self._replays:
+            try:
+                self._replays[num_used] = self._capture(self.state)
+            except (RuntimeError, NotImplementedError) as error:
+                B, R = self.state.lengths.shape[0], self.decoder.rows_per_step
+                warnings.warn(
+                    f"a step of {B} sequences and {R} rows cannot be captured as a CUDA graph "
+                    f"({first_line(error)}); steps run uncaptured, which is slower",
+                    stacklevel=2,
+                )
+                self._failed = True
+                return self._uncaptured()
+        self._replays[num_used]()
+        return self._report
+
+    def _uncaptured(self) -> None:
+        assert self.state is not None
+        with self.decoder.attached():
+            self.decoder.step(self.state)
+
+    def _capture(self, state: DecodeState) -> Callable[[], None]:
+        """A graph of one step for the cache's present bucket; the state is left as it was."""
+        saved = _clone(state)
+        generator = self.decoder.law.generator
+        drawn = None if generator is None else generator.get_state()
+
+        def run() -> None:
+            work = replace(state)
+            with self.decoder.attached():
+                self.decoder.step(work)
+            _copy(work, state)
+            self._report.copy_(work.report())
+
+        try:
+            # kernels are chosen, compiled and given their workspaces before the capture; slots behind the committed
+            # tokens are overwritten by the next step, so the cache needs no saving
+            _warm_up(run, self._site)
+            _copy(saved, state)
+            return self._recorder(run, generator, self._site)
+        finally:
+            _copy(saved, state)
+            if generator is not None and drawn is not None:
+                generator.set_state(drawn)
+
+
+def _warm_up(run: Callable[[], None], site: CaptureSite | None) -> None:
+    if site is None:
+        run()
+        return
+    current = torch.cuda.current_stream(site.stream.device)
+    site.stream.wait_stream(current)
+    with torch.cuda.stream(site.stream):
+        for _ in range(2):
+            run()
+    current.wait_stream(site.stream)
+
+
+def _tensors(state: DecodeState) -> dict[str, Tensor]:
+    """What a step may change or read, the cache and the prompts aside."""
+    found = {f.name: getattr(state, f.name) for f in fields(DecodeState) if f.name not in ("cache", "prompts")}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _same_shapes(a: DecodeState, b: DecodeState) -> bool:
+    return {n: t.shape for n, t in _tensors(a).items()} == {n: t.shape for n, t in _tensors(b).items()}
+
+
+def _clone(state: DecodeState) -> DecodeState:
+    return replace(state, **{name: tensor.clone() for name, tensor in _tensors(state).items()})
+
+
+def _copy(source: DecodeState, target: DecodeState) -> None:
+    old = _tensors(target)
+    for name, tensor in _tensors(source).items():
+        if tensor is not old[name]:
+            old[name].copy_(tensor)

@@ -1,0 +1,85 @@
+"""What decoding gives back: tokens, text and counts.
+
+Legend: B sequences, S tokens of the longest.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pardec.decoding.state import DecodeState
+from pardec.decoding.stats import DecodeStats, SequenceCounts
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """What `generate` returns; always lists, one entry per sequence.
+
+    Attributes:
+        text: continuations without special tokens; empty if the base came without a tokenizer.
+        token_ids: continuations, EOS included where it was met.
+        sequences: prompts and continuations, right-padded, shape [B, S], int64.
+        prompt_lengths: shape [B].
+        stats: figures, pooled and per sequence.
+        counts: the raw counts behind them.
+    """
+
+    text: list[str]
+    token_ids: list[list[int]]
+    sequences: Tensor
+    prompt_lengths: Tensor
+    stats: DecodeStats
+    counts: list[SequenceCounts]
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """What one step emitted.
+
+    Attributes:
+        text: text that became final with this step.
+        token_ids: emitted ids; the accepted drafts come before the bonus token.
+        num_accepted_tokens: how many of them were accepted drafts.
+    """
+
+    text: str
+    token_ids: list[int]
+    num_accepted_tokens: int
+
+
+class TextStream:
+    """Turns token ids into text as it becomes final; holds back characters whose bytes are not all there."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.sent = 0
+
+    def put(self, ids: list[int], last: bool) -> str:
+        """The text that became final with these ids; `last`: nothing follows."""
+        if self.tokenizer is None:
+            return ""
+        self.ids += ids
+        text = cast(str, self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        if not last:
+            text = text.rstrip("�")
+        new = text[self.sent :]
+        self.sent = max(self.sent, len(text))
+        return new
+
+
+def counts_of(state: DecodeState, mode: str, num_sequences: int) -> list[SequenceCounts]:
+    """The counts of the first rows of a decoding state."""
+    per_step = 2 if mode == "two_pass" else 1
+    rows = zip(state.rounds()[:num_sequences], state.num_new.tolist()[:num_sequences], strict=True)
+    return [
+        SequenceCounts([a for a, _ in rounds], [d for _, d in rounds], new, per_step, per_step) for rounds, new in rows
+    ]
+
+
+def outputs_of(state: DecodeState, num_sequences: int) -> list[list[int]]:
+    """The tokens that count of the first rows of a decoding state."""
+    rows = zip(state.output[:num_sequences].tolist(), state.num_new[:num_sequences].tolist(), strict=True)
+    return [output[:n] for output, n in rows]

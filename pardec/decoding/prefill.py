@@ -1,0 +1,81 @@
+"""Prefill: a prompt's keys and values into the cache, without an explicit mask where that can be.
+
+Knows no modes and no verification. Legend: B prompts, P padded prompt length, K mask tokens, V vocabulary.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from pardec.adapters.gated_lora import LoraGate
+from pardec.target.cache import SlotCache
+from pardec.target.forward import TargetModel
+from pardec.target.hidden import HiddenTap
+
+# tokens of all prompts together in one forward; bounds the memory of activations
+_TOKENS_PER_FORWARD = 8192
+_MIN_CHUNK_TOKENS = 256
+
+
+def prefill_prompts(
+    target: TargetModel,
+    padded: Tensor,
+    lengths: Tensor,
+    cache: SlotCache,
+    block: Tensor | None,
+    gate: LoraGate | None,
+    tap: HiddenTap | None = None,
+) -> Tensor | None:
+    """Runs the prompts, each with a block of mask tokens behind it.
+
+    Padding stands behind the prompt and its block, so a causal forward without a mask is exact. Prompts that are too
+    long for one forward are run in chunks, of which only the first goes without a mask.
+
+    Args:
+        target: the frozen model.
+        padded: prompt ids, shape [B, P], padded on the right.
+        lengths: shape [B].
+        cache: empty; written to.
+        block: inputs of the mask tokens, shape [K, D], or [B, K, D] where prompts have their own; None for no block.
+        gate: attached LoRA for the mask tokens, or None.
+        tap: attached; keeps the hidden states of the rows whose logits are returned.
+
+    Returns:
+        logits of each prompt's last token and of its block, shape [B, 1 + K, V]; None for long prompts, of which
+        all but the last token is in the cache then, and whose last token is still to be run.
+    """
+    B, P = padded.shape
+    num_masks = 0 if block is None else block.shape[-2]
+    chunk = max(_TOKENS_PER_FORWARD // B, _MIN_CHUNK_TOKENS)
+    cache.slots = None
+    if P + num_masks > chunk:
+        _run_chunks(target, padded, cache, chunk)
+        return None
+    keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
+    embeds, gate_open = target.embed(padded), nullcontext()
+    if block is not None:
+        D, rows = embeds.shape[2], keep[:, 1:]
+        embeds = torch.cat([embeds, embeds.new_zeros(B, num_masks, D)], dim=1)
+        embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), block.expand(B, -1, -1))
+        if gate is not None:
+            gate_open = gate.open(rows, B, P + num_masks)
+    positions = target.clamp_positions(torch.arange(P + num_masks, device=padded.device).expand(B, -1))
+    with gate_open:
+        return target.run_at(keep, embeds, positions, None, cache, tap)
+
+
+def _run_chunks(target: TargetModel, padded: Tensor, cache: SlotCache, chunk: int) -> None:
+    """Runs columns 0..P-2; what stands behind a shorter prompt is stale and is overwritten before it is seen."""
+    B, last = padded.shape[0], padded.shape[1] - 1
+    for start in range(0, last, chunk):
+        end = min(start + chunk, last)
+        positions = torch.arange(start, end, device=padded.device).expand(B, -1)
+        mask = None
+        if start:
+            cache.slots, cache.num_used = positions, end
+            slot = torch.arange(end, device=padded.device)[None]
+            visible = (slot[None] <= positions[:, :, None]).expand(B, -1, -1)
+            mask = target.attention.render(visible, positions, slot, target.dtype)
+        target.run(target.embed(padded[:, start:end]), positions, mask, cache, logits_to_keep=1)
+    cache.num_used = cache.num_slots

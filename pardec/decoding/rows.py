@@ -1,0 +1,203 @@
+"""One forward of a layout's rows behind what is committed, with everything that makes it fast while it runs.
+
+Knows layouts, the cache and the base; no drafts and no verification.
+Legend: B batch, M mask rows, R rows, S cache slots, G query heads for each key/value head, V vocabulary,
+H width of a hidden state.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pardec.adapters.gated_lora import LoraGate
+from pardec.adapters.noise import NoiseTokens
+from pardec.decoding.prepack import PackedLinears
+from pardec.layout import RowLayout
+from pardec.target.attention import AttentionRoute, group_rows
+from pardec.target.cache import SlotCache
+from pardec.target.forward import FULL, TargetModel
+from pardec.target.hidden import HiddenTap
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """A layout with the tensors that every forward of it needs, made once.
+
+    Attributes:
+        layout: on the target's device.
+        mask_embeds: inputs of the mask rows, shape [1, M, D]; None without mask rows, or where noise stands there.
+        mask_rows: where they stand.
+        offsets: of the layout, shape [1, R].
+        row_index: 0..R-1, shape [1, R].
+        visible_by_kind: by kind of slot (0 committed, 1..R rows, R + 1 stale), shape [R + 2, R], bool.
+        offset_by_kind: position of such a slot minus the committed length, shape [R + 2].
+        bias_by_kind: what the attention route adds to the scores, [1, 1, G R, R + 2]; None for other attention.
+    """
+
+    layout: RowLayout
+    mask_embeds: Tensor | None
+    mask_rows: slice
+    offsets: Tensor
+    row_index: Tensor
+    visible_by_kind: Tensor
+    offset_by_kind: Tensor
+    bias_by_kind: Tensor | None
+
+    @property
+    def has_mask_rows(self) -> bool:
+        """Whether there are any."""
+        return self.layout.num_real < self.layout.num_rows
+
+
+@dataclass
+class RowForward:
+    """Runs plans on one target.
+
+    Attributes:
+        target: the frozen model.
+        mask_embeddings: shape [K, D] in the target's dtype and device; None without mask tokens, or with noise.
+        gate: LoRA at mask rows, or None.
+        linears: packed weights, or None.
+        query_group: G of the attention route; None for the model's own attention.
+        compile_step: wraps the forward, such as `torch.compile`; None for none.
+        noise: random tokens at mask rows; None for mask embeddings.
+        tap: sees what the output head reads; None where nobody asks.
+        hidden: what it saw in the last `run`, shape [B, R, H].
+    """
+
+    target: TargetModel
+    mask_embeddings: Tensor | None = None
+    gate: LoraGate | None = None
+    linears: PackedLinears | None = None
+    query_group: int | None = None
+    compile_step: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    noise: NoiseTokens | None = None
+    tap: HiddenTap | None = None
+    hidden: Tensor | None = field(default=None, init=False)
+    _slot_index: dict[int, Tensor] = field(default_factory=dict)  # 1..num_used by num_used, kept for graphs
+
+    def __post_init__(self) -> None:
+        run = self.target.run if self.tap is None else _with_hidden(self.target.run, self.tap)
+        self._forward: Callable[..., Any] = run if self.compile_step is None else self.compile_step(run)
+        self._embed = self.target.base.get_input_embeddings()
+        self._limit = self.target.max_positions
+        # without windows what a row sees follows from the kind of slot alone
+        self._mixes_windows = self.target.attention.layer_types != (FULL,)
+        if self.compile_step is not None:
+            self.linears = None  # compiled code has weights of its own
+        self._route = None if self.query_group is None else AttentionRoute(self.target.base)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """What must be on the base while steps run, and acts inside of them only: hooks, packed weights."""
+        with ExitStack() as stack:
+            if self.tap is not None:
+                stack.enter_context(self.tap.attached())
+            if self.linears is not None:
+                stack.enter_context(self.linears.installed())
+            if self.gate is not None:
+                # packed layers add their LoRA themselves
+                packed = [] if self.linears is None else self.linears.modules
+                stack.enter_context(self.gate.attached(but=packed))
+            yield
+
+    def plan(self, layout: RowLayout) -> RowPlan:
+        """The plan of `layout`."""
+        layout = layout.to(self.target.device)
+        R = layout.num_rows
+        ones = torch.ones(1, R, dtype=torch.bool, device=layout.offsets.device)
+        zero = layout.offsets.new_zeros(1)
+        visible = torch.cat([ones, layout.visible.T, ~ones])
+        mask_embeds = bias = None
+        if layout.num_real < R and self.noise is None:
+            assert self.mask_embeddings is not None
+            mask_embeds = self.mask_embeddings[layout.mask_indices.to(self.mask_embeddings.device)][None]
+        if self.query_group is not None and not self._mixes_windows:
+            mask = group_rows(visible.T[None, None], self.query_group, self.target.dtype)
+            assert isinstance(mask, Tensor)
+            bias = mask.contiguous()
+        return RowPlan(
+            layout=layout,
+            mask_embeds=mask_embeds,
+            mask_rows=slice(layout.num_real, R),
+            offsets=layout.offsets[None],
+            row_index=torch.arange(R, device=layout.offsets.device)[None],
+            visible_by_kind=visible,
+            offset_by_kind=torch.cat([zero, layout.offsets, zero]),
+            bias_by_kind=bias,
+        )
+
+    def block_inputs(self, lengths: Tensor, num_speculative_tokens: int) -> Tensor | None:
+        """Inputs of one block of mask tokens behind `lengths` tokens, shape [B]: [K, D], with noise [B, K, D]."""
+        if self.noise is None:
+            return self.mask_embeddings
+        depths = torch.arange(num_speculative_tokens, device=lengths.device)
+        return self._embed(self.noise.at(lengths[:, None] + depths, depths))
+
+    def run(self, plan: RowPlan, cache: SlotCache, lengths: Tensor, ids: Tensor) -> Tensor:
+        """Logits of the plan's rows, shape [B, R, V].
+
+        Args:
+            plan: made here.
+            cache: `num_used` slots of it are attended to.
+            lengths: committed tokens, shape [B].
+            ids: of the real rows, shape [B, num_real].
+        """
+        # [B, 1]; one length is broadcast as it is
+        behind = lengths if lengths.shape[0] == 1 else lengths[:, None]
+        positions = behind + plan.offsets
+        if self.noise is not None and plan.has_mask_rows:
+            noise = self.noise.at(positions[:, plan.mask_rows], plan.layout.mask_indices)
+            ids = torch.cat([ids, noise], dim=1)
+        embeds = self._embed(ids)
+        if plan.mask_embeds is not None:
+            embeds = torch.cat([embeds, plan.mask_embeds.expand(ids.shape[0], -1, -1)], dim=1)
+        if self._limit is not None and cache.num_slots > self._limit:
+            positions = self.target.clamp_positions(positions)
+        mask = self._mask(plan, cache, behind, positions)
+        cache.slots = behind + plan.row_index
+        with ExitStack() as stack:
+            if self.gate is not None and plan.has_mask_rows:
+                stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))
+            if self.linears is not None:
+                stack.enter_context(self.linears.active())
+            if self._route is not None:
+                stack.enter_context(self._route)
+            if self.tap is None:
+                return self._forward(embeds, positions, mask, cache)
+            logits, self.hidden = self._forward(embeds, positions, mask, cache)
+            return logits
+
+    def _mask(self, plan: RowPlan, cache: SlotCache, behind: Tensor, positions: Tensor):
+        """What the rows attend to, in the form that the attention takes."""
+        if cache.num_used not in self._slot_index:
+            self._slot_index[cache.num_used] = torch.arange(1, cache.num_used + 1, device=behind.device)
+        # 0: committed, 1..R: rows of this forward, R + 1: stale
+        kind = (self._slot_index[cache.num_used] - behind).clamp_(0, plan.layout.num_rows + 1)
+        if plan.bias_by_kind is not None:
+            if kind.dim() == 1:
+                return plan.bias_by_kind.index_select(3, kind)
+            return plan.bias_by_kind[0, 0][:, kind].transpose(0, 1)[:, None]
+        kind, behind = kind.view(-1, cache.num_used), behind.view(-1, 1)
+        attention = self.target.attention
+        visible = plan.visible_by_kind[kind].transpose(1, 2)
+        slot = self._slot_index[cache.num_used] - 1
+        key_positions = slot[None]
+        if self._mixes_windows:
+            key_positions = torch.where(kind == 0, slot, behind + plan.offset_by_kind[kind])
+        mask = attention.render(visible, positions, key_positions, self.target.dtype)
+        return mask if self.query_group is None else group_rows(mask, self.query_group, self.target.dtype)
+
+
+def _with_hidden(run: Callable[..., Tensor], tap: HiddenTap) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`run` that also returns what the tap saw: compiled code keeps to itself what its hooks have put aside."""
+
+    def run_and_look(*args) -> tuple[Tensor, Tensor]:
+        logits = run(*args)
+        return logits, tap.hidden
+
+    return run_and_look

@@ -1,0 +1,161 @@
+"""From logits to the law that tokens follow: temperature, top-k, top-p, min-p and any other logits processor.
+
+The processors are transformers' own. Knows nothing of drafts; `draw` serves target and draft alike.
+Legend: B batch, R rows, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from pardec.decoding.verify import sample_from
+
+# These look at the scores of one row alone; every other processor, a subclass too, is given the row's token ids.
+_WARPERS = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+)
+
+
+def make_warpers(
+    temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> list[LogitsProcessor]:
+    """Transformers' warpers in transformers' order; empty for greedy decoding (temperature 0).
+
+    Raises:
+        ValueError: for a value out of range, naming the range and the value.
+    """
+    if temperature != 0 and not 1e-4 <= temperature < float("inf"):
+        raise ValueError(f"temperature: expected 0 (greedy) or a finite number of at least 0.0001, found {temperature}")
+    if top_k is not None and (top_k < 1 or int(top_k) != top_k):
+        raise ValueError(f"top_k: expected an integer >= 1, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], found {top_p}")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p: expected a number in [0, 1], found {min_p}")
+    if temperature == 0:
+        return []
+    warpers: list[LogitsProcessor] = []
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k is not None:
+        warpers.append(TopKLogitsWarper(int(top_k)))
+    if top_p is not None and top_p < 1:
+        warpers.append(TopPLogitsWarper(float(top_p)))
+    if min_p is not None and min_p > 0:
+        warpers.append(MinPLogitsWarper(float(min_p)))
+    return warpers
+
+
+@dataclass(frozen=True)
+class TokenLaw:
+    """How tokens are chosen from logits.
+
+    Attributes:
+        greedy: the token is the argmax; otherwise it is drawn.
+        processors: applied to float32 scores in this order, as `generate` does.
+        generator: source of randomness; None for torch's global one.
+    """
+
+    greedy: bool
+    processors: tuple[LogitsProcessor, ...] = ()
+    generator: Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.needs_prefix:
+            names = ", ".join(type(p).__name__ for p in self.processors if type(p) not in _WARPERS)
+            warnings.warn(f"{names} run row by row on the host, which slows every step", stacklevel=3)
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for laws that a captured step cannot tell apart, the generator aside; None if some is unknown."""
+        if self.needs_prefix:
+            return None
+        return (self.greedy, *((type(p), *sorted((k, _exact(v)) for k, v in vars(p).items())) for p in self.processors))
+
+    @property
+    def is_capturable(self) -> bool:
+        """Whether nothing in it reads a value back to the host, as torch's distributions do in the eta warper."""
+        return not self.needs_prefix and not any(isinstance(p, EtaLogitsWarper) for p in self.processors)
+
+    @property
+    def needs_prefix(self) -> bool:
+        """Whether some processor must see the tokens before the row."""
+        return any(type(processor) not in _WARPERS for processor in self.processors)
+
+    def scores(self, logits: Tensor, prefix_of: Callable[[int, int], Tensor] | None = None) -> Tensor:
+        """Processed scores.
+
+        Args:
+            logits: shape [B, R, V].
+            prefix_of: token ids, shape [n], before the token that row (b, r) predicts; None where no such prefix
+                is known, as for drafts: then only the warpers are applied.
+        """
+        scores = logits.float()
+        if self.needs_prefix and prefix_of is not None:
+            B, R, _ = logits.shape
+            rows = [[self._process_row(scores[b, r], prefix_of(b, r)) for r in range(R)] for b in range(B)]
+            return torch.stack([torch.stack(row) for row in rows])
+        warpers = [processor for processor in self.processors if type(processor) in _WARPERS]
+        if not warpers:
+            return scores
+        flat = scores.reshape(-1, scores.shape[-1])
+        no_ids = torch.empty(flat.shape[0], 0, dtype=torch.long, device=flat.device)
+        for warper in warpers:
+            flat = warper(no_ids, flat)  # type: ignore[arg-type]
+        return flat.view_as(scores)
+
+    def probs(self, logits: Tensor, prefix_of: Callable[[int, int], Tensor] | None = None) -> Tensor:
+        """The law after the processors, float32, shape [B, R, V]; arguments as in `scores`."""
+        return self.scores(logits, prefix_of).softmax(dim=-1)
+
+    def argmax(self, logits: Tensor, prefix_of: Callable[[int, int], Tensor] | None = None) -> Tensor:
+        """The greedy tokens, shape [B, R]; arguments as in `scores`."""
+        if self.is_plain_argmax(logits.dtype):
+            return logits.argmax(dim=-1)
+        return self.scores(logits, prefix_of).argmax(dim=-1)
+
+    def is_plain_argmax(self, dtype: torch.dtype) -> bool:
+        """Whether the greedy token is the argmax of logits of this dtype as they are."""
+        # `generate` compares float32 scores, also for a float64 model
+        return self.greedy and not self.processors and dtype != torch.float64
+
+    def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Drafts from the logits of mask rows, shape [B, R]: tokens, and the law q they were drawn from.
+
+        Drafts are made with the warpers alone: any law is sound that verification is told of.
+        Greedy decoding needs no q.
+        """
+        if self.greedy:
+            return logits.argmax(dim=-1), None
+        q = self.probs(logits)
+        return sample_from(q, self.generator), q
+
+    def _process_row(self, scores: Tensor, prefix: Tensor) -> Tensor:
+        row, ids = scores[None], prefix[None]
+        for processor in self.processors:
+            row = processor(ids, row)  # type: ignore[operator]
+        return row[0]
+
+
+def _exact(value: object) -> str:
+    """Different for different settings; tensors print rounded."""
+    return repr(value.tolist() if isinstance(value, Tensor) else value)

@@ -1,0 +1,340 @@
+"""The step: one forward that drafts, verifies and commits, with all state in tensors on the device.
+
+Knows token ids only: no tokenizer, no files, no loop. `plain` is the same step without drafts and touches no adapter.
+Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a forward, D width, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pardec.adapters.gated_lora import LoraGate
+from pardec.adapters.noise import NoiseTokens
+from pardec.decoding.drafting import HeadDrafter
+from pardec.decoding.prefill import prefill_prompts
+from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.rows import RowForward, RowPlan
+from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.state import MARK, DecodeState
+from pardec.decoding.verify import verify_greedy, verify_sample
+from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
+from pardec.target.cache import SlotCache
+from pardec.target.forward import TargetModel
+from pardec.target.hidden import rows_of_each
+
+MODES = ("plain", "two_pass", "fused")
+
+
+@dataclass
+class Decoder:
+    """Decodes batches of prompts with one target, one set of mask tokens and one law.
+
+    Attributes:
+        target: the frozen model.
+        mode: one of `MODES`.
+        num_speculative_tokens: K; 0 in plain mode.
+        law: how tokens are chosen.
+        max_new_tokens: limit per row.
+        eos_token_ids: shape [n], may be empty.
+        mask_embeddings: shape [K, D] in the target's dtype and device; None when K = 0, or with noise.
+        gate: LoRA at mask rows, or None.
+        linears: packed weights for steps on a CPU, or None.
+        block_lengths: of the fused chain, K + 1 numbers in 0..K; default K everywhere.
+        query_group: of the attention route that steps take; None for the model's own attention.
+        compile_step: wraps the forward of a step, such as `torch.compile`; None for none.
+        noise: random tokens that stand at mask rows; None for mask embeddings.
+        head: draws the drafts one after another; None to draw them from their rows as they are.
+    """
+
+    target: TargetModel
+    mode: str
+    num_speculative_tokens: int
+    law: TokenLaw
+    max_new_tokens: int
+    eos_token_ids: Tensor
+    mask_embeddings: Tensor | None = None
+    gate: LoraGate | None = None
+    linears: PackedLinears | None = None
+    block_lengths: Sequence[int] | None = None
+    query_group: int | None = None
+    compile_step: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    noise: NoiseTokens | None = None
+    head: HeadDrafter | None = None
+    _plans: dict[str, "RowPlan"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        K = self.num_speculative_tokens
+        blocks = tuple(full_blocks(K) if self.block_lengths is None else self.block_lengths)
+        layouts = {"step": chain_layout(blocks), "draft": block_layout(K)}
+        if self.mode == "two_pass":
+            layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
+        self.forward = RowForward(
+            self.target,
+            self.mask_embeddings,
+            self.gate,
+            self.linears,
+            self.query_group,
+            self.compile_step,
+            self.noise,
+            None if self.head is None else self.head.tap,
+        )
+        self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
+        device = self.target.device
+        self._next_block = _next_block(blocks).to(device)
+        self._token_index = torch.arange(self.tokens_per_step, device=device)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of the forwards of a step, summed."""
+        names = ("draft", "verify") if self.mode == "two_pass" else ("step",)
+        return sum(self._plans[name].layout.num_rows for name in names)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most tokens that a step may emit."""
+        return self.num_speculative_tokens + (2 if self.mode == "two_pass" else 1)
+
+    @property
+    def num_slots_per_step(self) -> int:
+        """Cache slots that a step writes behind the committed tokens."""
+        return 1 + max(plan.layout.num_rows for plan in self._plans.values())
+
+    def num_slots(self, prompt_tokens: int) -> int:
+        """Cache slots that a sequence needs whose prompt has `prompt_tokens` tokens."""
+        return prompt_tokens + self.max_new_tokens + self.num_slots_per_step
+
+    @torch.no_grad()  # not around a loop: what the caller does between two steps keeps its gradients
+    def prefill(
+        self,
+        prompts: list[list[int]],
+        *,
+        repeats: int = 1,
+        num_unused: int = 0,
+        cache: SlotCache | None = None,
+        capacity: int | None = None,
+    ) -> DecodeState:
+        """Runs the prompts, in fused mode with one block of mask tokens behind each, and emits the first token.
+
+        Args:
+            prompts: lists of token ids, none empty.
+            repeats: sequences that continue each prompt, next to each other; the prompt is run once for all.
+            num_unused: further rows of the batch, done from the beginning.
+            cache: to be written into; default one for B = len(prompts) repeats + num_unused sequences.
+            capacity: new tokens that the state can hold; default `max_new_tokens`.
+        """
+        device, K = self.target.device, self.num_speculative_tokens
+        source = torch.arange(len(prompts), device=device).repeat_interleave(repeats)
+        source = torch.cat([source, source.new_zeros(num_unused)])
+        B, P = len(source), max(len(prompt) for prompt in prompts)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
+        cache = cache or SlotCache(self.target.num_layers, self.num_slots(P), B)
+        logits = self._prefill_logits(padded, lengths, cache)
+        hidden = self._block_hidden()
+        if len(prompts) < B:
+            cache.spread(source, P + K)
+            padded, lengths, logits = padded[source], lengths[source], logits[source]
+            hidden = None if hidden is None else hidden[source]
+        capacity = capacity or self.max_new_tokens
+        state = DecodeState(
+            cache=cache,
+            lengths=lengths,
+            bonus=lengths.new_zeros(B),
+            drafts=lengths.new_zeros(B, K),
+            draft_probs=None if self.law.greedy or not K else logits.new_zeros(B, K, logits.shape[2]).float(),
+            draft_length=lengths.new_full((B,), K),
+            done=torch.zeros(B, dtype=torch.bool, device=device),
+            room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
+            eos_token_ids=self.eos_token_ids,
+            prompts=padded,
+            prompt_lengths=lengths.clone(),
+            output=lengths.new_zeros(B, capacity + self.tokens_per_step),
+            num_new=lengths.new_zeros(B),
+            marks=lengths.new_full((B, capacity + self.tokens_per_step), -1),
+            tokens=lengths.new_zeros(B, self.tokens_per_step),
+            num_accepted=lengths.new_zeros(B),
+        )
+        first = self._choose(state, logits[:, :1], state.drafts[:, :0])
+        if self.mode == "fused" and K:
+            state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, first[:, 0])
+        self._emit(state, torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths))
+        return state
+
+    def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
+        """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
+        K = self.num_speculative_tokens if self.mode == "fused" else 0
+        block, tap = self.forward.block_inputs(lengths, K) if K else None, self.forward.tap
+        with ExitStack() as stack:
+            if self.gate is not None and K:
+                stack.enter_context(self.gate.attached())
+            if tap is not None:
+                stack.enter_context(tap.attached())
+            logits = prefill_prompts(self.target, padded, lengths, cache, block, self.gate, tap)
+            if logits is not None:
+                self.forward.hidden = None if tap is None else tap.hidden
+                return logits
+        # long prompts, of which all but the last token is in the cache
+        plan = self._plans["draft"] if K else self.forward.plan(real_layout(1))
+        with self.forward.attached():
+            return self.forward.run(plan, cache, lengths - 1, padded.gather(1, (lengths - 1)[:, None]))
+
+    def attached(self) -> AbstractContextManager[None]:
+        """What must be on the base while steps run; see `RowForward.attached`."""
+        return self.forward.attached()
+
+    @torch.no_grad()
+    def step(self, state: DecodeState) -> None:
+        """One round: one forward (plain, fused) or two (two_pass). No value on the device is read by the host."""
+        if self.mode == "two_pass":
+            self._two_pass_step(state)
+        else:
+            self._fused_step(state)
+
+    def step_logits(self, state: DecodeState) -> Tensor:
+        """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
+        return self.forward.run(self._plans["step"], state.cache, state.lengths, self._uncommitted(state))
+
+    def _uncommitted(self, state: DecodeState) -> Tensor:
+        """Ids of the real rows, shape [B, K + 1]."""
+        bonus = state.bonus[:, None]
+        return torch.cat([bonus, state.drafts], dim=1) if self.num_speculative_tokens else bonus
+
+    def _fused_step(self, state: DecodeState) -> None:
+        K = self.num_speculative_tokens
+        logits = self.step_logits(state)
+        # the argmax of all rows at once; processors and float64 models need scores of the real rows, a head of a block
+        best = None
+        if self.law.is_plain_argmax(logits.dtype):
+            best = (logits if self.head is None else logits[:, : K + 1]).argmax(dim=-1)
+        real = (logits if best is None else best)[:, : K + 1]
+        tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
+        self._mark(state, num_accepted)
+        self._commit(state, tokens, num_accepted)
+        if K:
+            # behind the length of a shorter block its last row's draft stands again, and does not exist
+            block = self._next_block.index_select(0, num_accepted)
+            rows, state.draft_length = block[:, :K], block[:, K]
+            if best is not None and self.head is None:
+                state.drafts = best.gather(1, rows)
+            else:
+                hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
+                state.drafts, state.draft_probs = self._draft(rows_of_each(logits, rows), hidden, state.bonus)
+
+    def _two_pass_step(self, state: DecodeState) -> None:
+        bonus = state.bonus[:, None]
+        logits = self.forward.run(self._plans["draft"], state.cache, state.lengths, bonus)
+        hidden = self._block_hidden()
+        exact = self._choose(state, logits[:, :1], bonus)
+        state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, exact[:, 0])
+        rows = torch.cat([exact, state.drafts], dim=1)
+        logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
+        tokens, num_accepted = self._verify(state, logits, [bonus, rows])
+        self._mark(state, num_accepted)
+        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted + 1)
+
+    def _block_hidden(self) -> Tensor | None:
+        """What the output head read in the last forward behind its first row, where no head drafts None."""
+        return None if self.forward.hidden is None else self.forward.hidden[:, 1:]
+
+    def _draft(self, logits: Tensor, hidden: Tensor | None, previous: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Drafts from a block's rows, shape [B, K], and the law q; `previous` = the token before the first, [B]."""
+        if self.head is None or hidden is None:
+            return self.law.draw(logits)
+        return self.head.draft(self.law, logits, hidden, previous)
+
+    def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
+        """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
+        prefix_of = self._prefixes(state, since, first_row=since.shape[1])
+        if self.law.greedy:
+            return self.law.argmax(logits, prefix_of)
+        return verify_sample(
+            self.law.probs(logits, prefix_of),
+            logits.new_zeros(logits.shape[0], 0, logits.shape[2], dtype=torch.float32),
+            state.drafts[:, :0],
+            state.draft_length,
+            generator=self.law.generator,
+        ).tokens
+
+    def _verify(self, state: DecodeState, real: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Emitted tokens, shape [B, K + 1], and accepted drafts, shape [B].
+
+        `real` = logits of the real rows, or their argmax already; `rows` = ids not yet committed.
+        """
+        if not real.is_floating_point():
+            verdict = verify_greedy(real, state.drafts, state.draft_length)
+            return verdict.tokens, verdict.num_accepted
+        prefix_of = None
+        if self.law.needs_prefix:
+            ids = torch.cat(rows, dim=1)
+            prefix_of = self._prefixes(state, ids, first_row=ids.shape[1] - self.num_speculative_tokens)
+        if self.law.greedy:
+            verdict = verify_greedy(self.law.argmax(real, prefix_of), state.drafts, state.draft_length)
+        else:
+            p = self.law.probs(real, prefix_of)
+            q = state.draft_probs if state.draft_probs is not None else p[:, :0]
+            verdict = verify_sample(p, q, state.drafts, state.draft_length, generator=self.law.generator)
+        return verdict.tokens, verdict.num_accepted
+
+    def _prefixes(self, state: DecodeState, since: Tensor, first_row: int) -> Callable[[int, int], Tensor] | None:
+        """The tokens before what row (b, r) predicts: prompt, committed output, the first ids of `since`."""
+        if not self.law.needs_prefix:
+            return None
+
+        def prefix_of(b: int, r: int) -> Tensor:
+            num_committed_new = int(state.lengths[b] - state.prompt_lengths[b])
+            prompt = state.prompts[b, : int(state.prompt_lengths[b])]
+            return torch.cat([prompt, state.output[b, :num_committed_new], since[b, : first_row + r]])
+
+        return prefix_of
+
+    def _mark(self, state: DecodeState, num_accepted: Tensor) -> None:
+        """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts."""
+        state.num_accepted, mark = num_accepted, num_accepted
+        if self.num_speculative_tokens:
+            mark = torch.add(num_accepted, state.draft_length, alpha=MARK)
+        state.marks.scatter_(1, state.num_new[:, None], mark[:, None])
+
+    def _commit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> None:
+        """Emits tokens[:, : last + 1] and advances the committed length past all of them but the last."""
+        # of rows that end here, or have ended before, the length no longer matters: it only must not grow on
+        state.lengths = state.lengths + self._emit(state, tokens, last)
+
+    def _emit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> Tensor:
+        """Appends tokens[:, : last + 1] to each row's output, up to EOS and the length limit; returns how many."""
+        end = last
+        # what stands behind the end of a row's output does not count, so all tokens may be written
+        state.output.scatter_(1, state.num_new[:, None] + self._token_index, tokens)
+        state.tokens = tokens
+        if state.eos_token_ids.numel() and tokens.shape[1] > 1:
+            stops = _is_any(tokens, state.eos_token_ids) | (self._token_index >= last[:, None])
+            end = stops.byte().argmax(dim=1)  # the first EOS token or the last token, whichever comes first
+        count = torch.minimum(end + 1, state.room)
+        state.bonus = tokens.gather(1, end[:, None])[:, 0]
+        state.room = state.room - count
+        if state.eos_token_ids.numel():
+            state.room = state.room.masked_fill(_is_any(state.bonus, state.eos_token_ids), 0)
+        state.num_new = state.num_new + count
+        state.done = state.room == 0
+        return count
+
+
+def _is_any(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Whether each token is one of `ids`, shape [n]."""
+    return tokens == ids if ids.shape[0] == 1 else (tokens[..., None] == ids).any(dim=-1)
+
+
+def _next_block(block_lengths: Sequence[int]) -> Tensor:
+    """By number of accepted drafts, the rows that hold the next drafts, and how many there are: shape [K + 1, K + 1].
+
+    Rows behind the end of a short block repeat its last one; behind an empty block stands any row.
+    """
+    K, rows = len(block_lengths) - 1, []
+    num_rows = K + 1 + sum(block_lengths)
+    for start, length in zip(block_starts(block_lengths).tolist(), block_lengths, strict=True):
+        ends = min(start + max(length, 1), num_rows)
+        rows.append([min(start + j, ends - 1) for j in range(K)] + [length])
+    return torch.tensor(rows)

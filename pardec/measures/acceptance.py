@@ -1,0 +1,199 @@
+"""Measures acceptance with the real decoder: the figure that training keeps the best adapter by, and evals report.
+
+Knows a model and prompts of token ids.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pardec.decoding.output import GenerationOutput
+from pardec.decoding.stats import (
+    DecodeStats,
+    SequenceCounts,
+    acceptance_everywhere,
+    acceptance_outside_repetition,
+    pool,
+)
+from pardec.model import SelfSpeculativeModel
+
+BATCH_SIZE = 16
+BOOTSTRAP_SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class CategoryAcceptance:
+    """Acceptance over the prompts of one category; figures as in `Acceptance`."""
+
+    mean_acceptance_length: float
+    interval: tuple[float, float]
+    num_prompts: int
+    num_drafts: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Rounded figures for tables and JSON."""
+        return {
+            "mean_acceptance_length": round(self.mean_acceptance_length, 4),
+            "interval": [round(x, 4) for x in self.interval],
+            "num_prompts": self.num_prompts,
+            "num_drafts": self.num_drafts,
+        }
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Acceptance over prompts.
+
+    Attributes:
+        stats: pooled figures.
+        mean_acceptance_length: 1 + accepted / drafts, all rounds.
+        interval: its bootstrap 95 % interval over prompts.
+        outside_repetition: the same counting only rounds outside exact repetition; None where there are none.
+        outside_interval: its interval.
+        token_ids: continuations.
+        by_category: the prompts of each category alone, in the order in which categories are met; empty without any.
+    """
+
+    stats: DecodeStats
+    mean_acceptance_length: float
+    interval: tuple[float, float]
+    outside_repetition: float | None
+    outside_interval: tuple[float, float] | None
+    token_ids: list[list[int]]
+    by_category: dict[str, CategoryAcceptance] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, object]:
+        """Rounded figures for tables and JSON, with the digest of the continuations that they were counted on."""
+        rates = self.stats.acceptance_rate_per_position
+        figures: dict[str, object] = {
+            "mean_acceptance_length": round(self.mean_acceptance_length, 4),
+            "interval": [round(x, 4) for x in self.interval],
+            "outside_repetition": None if self.outside_repetition is None else round(self.outside_repetition, 4),
+            "outside_interval": self.outside_interval and [round(x, 4) for x in self.outside_interval],
+            "num_drafts": self.stats.num_drafts,
+            "acceptance_rate_per_position": {k: [round(x, 4) for x in v] for k, v in rates.items()},
+            "tokens_sha256": digest(self.token_ids),
+        }
+        if self.by_category:
+            figures["by_category"] = {name: one.to_dict() for name, one in self.by_category.items()}
+        return figures
+
+
+def digest(token_ids: Sequence[Sequence[int]]) -> str:
+    """sha256 of lists of token ids: equal for equal lists, on every machine."""
+    return hashlib.sha256(json.dumps([list(map(int, ids)) for ids in token_ids]).encode()).hexdigest()
+
+
+def measure_acceptance(
+    model: SelfSpeculativeModel,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    mode: str = "fused",
+    num_speculative_tokens: int | None = None,
+    use_head: bool | None = None,
+    batch_size: int = BATCH_SIZE,
+    categories: Sequence[str] | None = None,
+    on_batch: Callable[[int], object] = lambda num_prompts: None,
+) -> Acceptance:
+    """Generates from every prompt and counts; arguments as in `generate`.
+
+    Greedy figures depend on nothing but model and prompts. Sampled ones also depend on seed and batch size, by which
+    draws are shared out; their law does not.
+
+    Args:
+        model: with an adapter.
+        prompts: token ids.
+        max_new_tokens: see `generate`.
+        temperature: see `generate`.
+        top_k: see `generate`.
+        seed: of the sampling; each batch adds the index of its first prompt.
+        mode: see `generate`.
+        num_speculative_tokens: see `generate`.
+        use_head: see `generate`.
+        batch_size: prompts decoded together.
+        categories: of each prompt; default none.
+        on_batch: told the number of prompts of each batch when it is done.
+
+    Raises:
+        ValueError: if there are no prompts, or not one category for each.
+    """
+    if not prompts:
+        raise ValueError("prompts: expected at least one prompt, found none")
+    if categories is not None and len(categories) != len(prompts):
+        raise ValueError(f"categories: expected {len(prompts)}, one for each prompt, found {len(categories)}")
+    counts: list[SequenceCounts] = []
+    outputs: list[list[int]] = []
+    seconds = 0.0
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        out: GenerationOutput = model.generate(
+            batch,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed + start,
+            mode=mode,
+            num_speculative_tokens=num_speculative_tokens,
+            use_head=use_head,
+        )
+        counts += out.counts
+        outputs += out.token_ids
+        seconds += out.stats.seconds
+        on_batch(len(batch))
+    return summarise(prompts, outputs, counts, seconds, categories)
+
+
+def summarise(
+    prompts: Sequence[list[int]],
+    outputs: list[list[int]],
+    counts: list[SequenceCounts],
+    seconds: float,
+    categories: Sequence[str] | None = None,
+) -> Acceptance:
+    """Pools what was generated from each prompt."""
+    everywhere = [acceptance_everywhere(one) for one in counts]
+    outside = [
+        acceptance_outside_repetition(prompt, output, one)
+        for prompt, output, one in zip(prompts, outputs, counts, strict=True)
+    ]
+    stats = pool(counts, seconds)
+    has_outside = sum(drafts for _, drafts in outside) > 0
+    return Acceptance(
+        stats=stats,
+        mean_acceptance_length=stats.mean_acceptance_length,
+        interval=bootstrap_interval(everywhere),
+        outside_repetition=_mean_length(np.array(outside)) if has_outside else None,
+        outside_interval=bootstrap_interval(outside) if has_outside else None,
+        token_ids=outputs,
+        by_category=_by_category(everywhere, categories or []),
+    )
+
+
+def _by_category(pairs: Sequence[tuple[int, int]], categories: Sequence[str]) -> dict[str, CategoryAcceptance]:
+    found = {}
+    for name in dict.fromkeys(categories):
+        own = [pair for pair, category in zip(pairs, categories, strict=True) if category == name]
+        drafts = sum(drafts for _, drafts in own)
+        found[name] = CategoryAcceptance(_mean_length(np.array(own)), bootstrap_interval(own), len(own), drafts)
+    return found
+
+
+def bootstrap_interval(accepted_and_drafts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """95 % interval of 1 + sum of accepted / sum of drafts, resampling prompts."""
+    pairs = np.array(accepted_and_drafts)
+    draws = np.random.default_rng(0).integers(len(pairs), size=(BOOTSTRAP_SAMPLES, len(pairs)))
+    lengths = [_mean_length(pairs[draw]) for draw in draws]
+    low, high = np.percentile(lengths, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _mean_length(pairs: np.ndarray) -> float:
+    accepted, drafts = pairs.sum(axis=0)
+    return float(1 + accepted / max(drafts, 1))

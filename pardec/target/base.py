@@ -1,0 +1,121 @@
+"""Finding and loading the frozen base model, and refusing those that cannot be decoded exactly."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pardec.errors import first_line
+from pardec.target.forward import SUPPORTED_ATTENTION, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PACKAGED_BASE = "tiny-python"
+
+
+def resolve_base(name: str) -> str:
+    """A name that `from_pretrained` takes: the folder of the packaged model, or the name itself."""
+    if name == PACKAGED_BASE:
+        return str(Path(__file__).parents[1] / "assets" / PACKAGED_BASE)
+    return name
+
+
+def load_base(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Loads a causal language model, in eval mode, without gradients.
+
+    Args:
+        name: a folder, a hub name, or `tiny-python` for the packaged model.
+        device: default CUDA where there is one, else the CPU.
+        dtype: default float32 on a CPU, the checkpoint's own on CUDA.
+        attn_implementation: default what transformers chooses.
+        revision: of the hub repository.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: if nothing loadable is found under the name.
+        UnsupportedModelError: for a model that cannot be decoded exactly.
+    """
+    if attn_implementation not in (None, *SUPPORTED_ATTENTION):
+        raise ValueError(
+            f"attn_implementation: expected one of {', '.join(SUPPORTED_ATTENTION)}, found {attn_implementation!r}"
+        )
+    path = resolve_base(name)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.float32 if where.type == "cpu" else "auto"
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"base {name!r}: expected a folder or hub name of a causal language model, found {first_line(error)}"
+        ) from None
+    refuse_by_config(config)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
+            raise ValueError(
+                f"attn_implementation: expected eager, the one that {config.model_type} models take, found 'sdpa'"
+            ) from None
+        raise ValueError(f"base {name!r}: cannot be loaded: {first_line(error)}") from None
+    if not hasattr(base, "hf_device_map"):
+        base = base.to(where)  # type: ignore[arg-type]
+    return base.eval().requires_grad_(False)
+
+
+def load_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that goes with a base, None if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve_base(name), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if any(Path(resolve_base(name)).glob("tokenizer*")):
+            raise ValueError(f"base {name!r}: its tokenizer cannot be read: {first_line(error)}") from None
+        return None
+
+
+def refuse_by_config(config: "PretrainedConfig") -> None:
+    """Refuses what a configuration already shows; `pardec.decoding.probe` finds the rest by running the model.
+
+    Raises:
+        UnsupportedModelError: for encoder-decoders and positional biases that explicit masks do not reach.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{config.model_type}: expected a causal language model, found an encoder-decoder")
+    if getattr(config.get_text_config(decoder=True), "alibi", False):
+        raise UnsupportedModelError(
+            f"{config.model_type}: expected positions by rope or table, found alibi biases, which follow the "
+            "order of the rows instead of their positions"
+        )
+
+
+def eos_token_ids(base: PreTrainedModel) -> list[int]:
+    """The ids that end a text, as `generate` takes them; may be empty."""
+    ids = getattr(base.generation_config, "eos_token_id", None)
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def pad_token_id(base: PreTrainedModel) -> int:
+    """What stands behind finished rows: the model's pad token, else its first EOS, else 0."""
+    pad = getattr(base.generation_config, "pad_token_id", None)
+    return pad if pad is not None else (eos_token_ids(base) or [0])[0]

@@ -1,0 +1,301 @@
+"""The training forward: real tokens once without gradient, then only mask rows, with gradient, against their cache.
+
+Exact, because real rows never depend on what is trained; the target's own law comes for free from the first pass.
+Knows no optimiser and no files.
+Legend: B sequences, T tokens, N anchors, K num_speculative_tokens, M mask rows, D width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pardec.adapters.gated_lora import lora_enabled
+from pardec.adapters.head import SamplerHead
+from pardec.layout import TrainingLayout, nested_block_lengths, training_layout
+from pardec.target.cache import PrefixCache
+from pardec.target.forward import TargetModel, text_config
+from pardec.target.hidden import HiddenTap
+from pardec.training.block_attention import BlockRoute, real_bias, supports
+from pardec.training.loss import acceptance_probability, acceptance_weights, argmax_agreement, draft_loss, target_law
+
+# rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
+METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the drafts are trained for; see `pardec.training.loss`.
+
+    Attributes:
+        loss: name of the loss.
+        weights: one number per position, or the name of a rule.
+        temperature: at which target and draft are compared.
+        top_k: of the target's law; None for all of it.
+    """
+
+    loss: str = "kl"
+    weights: Sequence[float] | str = "uniform"
+    temperature: float = 1.0
+    top_k: int | None = None
+
+
+@dataclass(frozen=True)
+class Drafter:
+    """What is learned, and what stands at mask rows.
+
+    Attributes:
+        num_speculative_tokens: K.
+        mask_sharing: `distinct` or `shared`.
+        draft_input: `mask_embeddings`, or `uniform_noise`: embeddings of random tokens, nothing learned.
+        initialisation: of mask embeddings: `mean`, the mean input embedding, or `random_token`.
+        has_lora: the base has a LoRA injected, to be switched on for mask rows.
+        head_width: of a sampler head; 0 for none.
+        joint_head: the head's loss trains what is below it too; otherwise it only reads.
+    """
+
+    num_speculative_tokens: int
+    mask_sharing: str = "distinct"
+    draft_input: str = "mask_embeddings"
+    initialisation: str = "mean"
+    has_lora: bool = False
+    head_width: int = 0
+    joint_head: bool = False
+
+
+@dataclass
+class Prefix:
+    """What the pass over the real tokens leaves behind.
+
+    Attributes:
+        cache: their keys and values.
+        probs: the law p to be followed by the mask rows of all anchors, shape [B, M, V], float32.
+        lengths: of all blocks.
+    """
+
+    cache: PrefixCache
+    probs: Tensor
+    lengths: tuple[int, ...]
+
+
+class MaskTokenTrainer(nn.Module):
+    """Both passes of a training step as one module: the only thing to wrap for distribution.
+
+    Source: prefix-cached form of parallel mask-token training (PaSS arXiv:2311.13581; many anchors per forward as
+    in PPD arXiv:2405.18628).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        drafter: Drafter,
+        objective: Objective = Objective(),
+        *,
+        keep_ratio: float = 1.0,
+        keep_floor: float = 0.0,
+    ):
+        """Takes the frozen model, with the LoRA injected if the drafter has one.
+
+        Args:
+            base: the frozen model.
+            drafter: what is learned.
+            objective: what for.
+            keep_ratio: of nested token dropping, see `nested_block_lengths`; 1 keeps all mask tokens.
+            keep_floor: likewise.
+
+        Raises:
+            ValueError: if gradient checkpointing is on, which discards the cache.
+        """
+        super().__init__()
+        if any(getattr(part, "gradient_checkpointing", False) for part in base.modules()):
+            raise ValueError("base: expected gradient checkpointing off, found it on (it discards the cache)")
+        self.base = base.eval()
+        self.target = TargetModel.wrap(base)  # type: ignore[arg-type]
+        self.drafter, self.objective = drafter, objective
+        self.keep = (keep_ratio, keep_floor)
+        self.mask_embeddings = None
+        if drafter.draft_input == "mask_embeddings":
+            self.mask_embeddings = nn.Parameter(first_embeddings(self.target, drafter))
+        self.head, self.tap = None, None
+        if drafter.head_width:
+            self.tap = HiddenTap(self.target.base)
+            hidden_dim = self.tap.output_embeddings.shape[1]
+            self.head = SamplerHead(hidden_dim, self.target.embedding_dim, drafter.head_width).to(self.target.device)
+        self._takes_blocks: bool | None = None
+        self._prefix: Prefix | None = None
+
+    def train(self, mode: bool = True) -> "MaskTokenTrainer":
+        """The base stays in eval mode: its dropout would change the target's law."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        loss_mask: Tensor,
+        anchors: Tensor,
+        first_anchor: int = 0,
+        num_anchors: int | None = None,
+        with_metrics: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted loss over the mask rows that have a target.
+
+        Args:
+            input_ids: shape [B, T].
+            loss_mask: tokens that may be targets, shape [B, T], bool.
+            anchors: shape [B, N], in random order where mask tokens are dropped.
+            first_anchor: run only a part of the anchors; 0 runs the real tokens too, other parts reuse them.
+            num_anchors: anchors of that part; default all.
+            with_metrics: compute the metrics that cost time too.
+
+        Returns:
+            loss_sum: scalar, the sum of weighted losses; token_count: scalar, how many rows it is a sum of; metrics:
+            shape [7, K], sums per position in the order of `METRICS`.
+        """
+        (_, T), N = input_ids.shape, anchors.shape[1]
+        if first_anchor == 0:
+            lengths = self._block_lengths(N, num_anchors or N)
+            self._prefix = self._run_prefix(input_ids, training_layout(anchors, lengths, T), lengths)
+        prefix = self._prefix
+        assert prefix is not None
+        part = slice(first_anchor, None if num_anchors is None else first_anchor + num_anchors)
+        layout = training_layout(anchors[:, part], prefix.lengths[part], T)
+        first_row = sum(prefix.lengths[:first_anchor])
+        p = prefix.probs[:, first_row : first_row + len(layout.depths)].flatten(0, 1)
+        targets = layout.targets.clamp_max(T - 1)
+        counts = ((layout.targets < T) & loss_mask.gather(1, targets)).flatten()
+        ids = input_ids.gather(1, targets).flatten()
+        before = input_ids.gather(1, (targets - 1).clamp_min(0))
+        loss_sum, metrics = torch.zeros((), device=p.device), {"rows": torch.ones_like(counts, dtype=torch.float32)}
+        for name, logits in self._draft_logits(layout, T, prefix.cache, before).items():
+            scaled = logits.flatten(0, 1).float() / self.objective.temperature
+            losses = draft_loss(self.objective.loss, scaled, p, ids)
+            weights = self._weights(layout, scaled.detach(), p, counts)
+            # where, not a product: a row that does not count must not pass on a non-finite loss
+            weighted = torch.where(counts, losses * weights, 0.0)
+            loss_sum = loss_sum + weighted.sum()
+            metrics[f"{name}loss"] = weighted.detach()
+            if with_metrics:
+                metrics[f"{name}agreement"] = argmax_agreement(scaled, p)
+                metrics[f"{name}overlap"] = acceptance_probability(scaled.detach(), p)
+        return loss_sum, counts.sum(), self._by_position(metrics, counts, layout)
+
+    def forget_prefix(self) -> None:
+        """Frees what the last call has left for further parts of its anchors."""
+        self._prefix = None
+
+    def _draft_logits(self, layout: TrainingLayout, T: int, cache: PrefixCache, before: Tensor) -> dict[str, Tensor]:
+        """Logits [B, M, V] of the mask rows alone, and with the head, by the prefix of their metrics' names."""
+        with ExitStack() as stack:
+            if self.tap is not None:
+                stack.enter_context(self.tap.attached())
+            # where only the head is trained, and only reads, nothing below it needs a gradient
+            stack.enter_context(torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()))
+            found = {"": self._run_mask_rows(layout, T, cache)}
+            if self.head is None or self.tap is None:
+                return found
+            logits, hidden = found[""], self.tap.hidden
+        if not self.drafter.joint_head:
+            logits, hidden = logits.detach(), hidden.detach()
+        dtype = self.head.outer.weight.dtype
+        vectors = self.head(hidden.to(dtype), self.target.embed(before).to(dtype))
+        weight = self.tap.output_embeddings
+        found["head_"] = logits + vectors.to(weight.dtype) @ weight.T
+        return found
+
+    @property
+    def _needs_gradients(self) -> bool:
+        """Whether mask rows need them."""
+        below_head = any(p.requires_grad and part_of(n) != "head" for n, p in self.named_parameters())
+        return below_head or self.drafter.joint_head
+
+    def _block_lengths(self, num_anchors: int, per_part: int) -> tuple[int, ...]:
+        """Lengths of all blocks: each part of the anchors keeps the same shares."""
+        K, starts = self.drafter.num_speculative_tokens, range(0, num_anchors, per_part)
+        parts = [nested_block_lengths(min(per_part, num_anchors - first), K, *self.keep) for first in starts]
+        return tuple(length for part in parts for length in part)
+
+    def _weights(self, layout: TrainingLayout, scaled: Tensor, p: Tensor, counts: Tensor) -> Tensor:
+        """What each row's loss counts, shape [B * M]."""
+        weights, B = self.objective.weights, layout.positions.shape[0]
+        if weights == "uniform":
+            return torch.ones_like(counts, dtype=torch.float32)
+        if not isinstance(weights, str):
+            return torch.tensor(weights, device=p.device)[layout.depths].repeat(B)
+        accepted = (acceptance_probability(scaled, p) * counts).unflatten(0, (B, -1))
+        N, K = int(layout.blocks[-1]) + 1, self.drafter.num_speculative_tokens
+        place = layout.blocks * K + layout.depths
+        grid = accepted.new_zeros(B, N * K).index_copy(1, place, accepted).unflatten(1, (N, K))
+        return acceptance_weights(weights, grid).flatten(1)[:, place].flatten()
+
+    def _by_position(self, metrics: dict[str, Tensor], counts: Tensor, layout: TrainingLayout) -> Tensor:
+        K, B = self.drafter.num_speculative_tokens, layout.positions.shape[0]
+        sums = torch.zeros(len(METRICS), K, device=counts.device)
+        depths = layout.depths.repeat(B)
+        for name, values in metrics.items():
+            sums[METRICS.index(name)].index_add_(0, depths, values * counts)
+        return sums
+
+    @torch.no_grad()
+    def _run_prefix(self, input_ids: Tensor, layout: TrainingLayout, lengths: tuple[int, ...]) -> Prefix:
+        cache = PrefixCache(self.target.num_layers)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        # the mask token at position s predicts what the real token at s predicts
+        keep = layout.positions.clamp_max(input_ids.shape[1] - 1)
+        logits = self.target.run_at(keep, self.target.embed(input_ids), positions, None, cache)
+        return Prefix(cache, target_law(logits, self.objective.temperature, self.objective.top_k), lengths)
+
+    def _run_mask_rows(self, layout: TrainingLayout, num_tokens: int, cache: PrefixCache) -> Tensor:
+        target, B = self.target, layout.positions.shape[0]
+        limit = target.max_positions
+        positions = layout.positions if limit is None else layout.positions.clamp_max(limit - 1)
+        if self._takes_blocks is None:
+            self._takes_blocks = supports(target, self.drafter.num_speculative_tokens)
+        with ExitStack() as stack:
+            if self._takes_blocks:
+                stack.enter_context(BlockRoute(target, layout))
+                mask = real_bias(target, layout, target.dtype)
+            else:
+                real = torch.arange(num_tokens, device=positions.device).expand(B, -1)
+                keys = torch.cat([real, positions], dim=1)
+                mask = target.attention.render(layout.visible, positions, keys, target.dtype)
+            if self.drafter.has_lora:
+                stack.enter_context(lora_enabled(self.base))
+            return target.run(self._mask_inputs(layout), positions, mask, cache)
+
+    def _mask_inputs(self, layout: TrainingLayout) -> Tensor:
+        """Input embeddings of the mask rows, shape [B, M, D]."""
+        (B, M), target = layout.positions.shape, self.target
+        if self.mask_embeddings is None:
+            vocabulary = text_config(target.base).vocab_size
+            return target.embed(torch.randint(vocabulary, (B, M), device=layout.positions.device)).detach()
+        embeddings = self.mask_embeddings.to(target.dtype).expand(self.drafter.num_speculative_tokens, -1)
+        return embeddings[layout.depths].expand(B, -1, -1)
+
+
+def part_of(name: str) -> str:
+    """Which part of what is learned a parameter of the training module belongs to: mask_embeddings, lora or head."""
+    if "lora_" in name:
+        return "lora"
+    return "head" if name.startswith("head.") else "mask_embeddings"
+
+
+@torch.no_grad()
+def first_embeddings(target: TargetModel, drafter: Drafter) -> Tensor:
+    """Where mask embeddings start, float32, shape [K, D] or, shared, [1, D]."""
+    rows = 1 if drafter.mask_sharing == "shared" else drafter.num_speculative_tokens
+    if drafter.initialisation == "random_token":
+        return target.embed(torch.randint(target.vocab_size, (rows,), device=target.device)).float()
+    return mean_embedding(target).repeat(rows, 1)
+
+
+@torch.no_grad()
+def mean_embedding(target: TargetModel, chunk_tokens: int = 16384) -> Tensor:
+    """Mean input embedding over the vocabulary, shape [1, D], float32, in the space of the module's output."""
+    total = torch.zeros(target.embedding_dim, dtype=torch.float64, device=target.device)
+    for ids in torch.arange(target.vocab_size, device=target.device).split(chunk_tokens):
+        total += target.embed(ids).double().sum(dim=0)
+    return (total / target.vocab_size).float()[None]

@@ -1,0 +1,67 @@
+"""Starts training from an adapter that exists: to go on with it, or to add a part to it and leave the rest.
+
+Knows the training module and adapters, no recipe.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from pardec.adapters.adapter import Adapter
+from pardec.adapters.gated_lora import load_lora_weights
+from pardec.target.fingerprint import Fingerprint, differences
+from pardec.training.module import MaskTokenTrainer, part_of
+
+
+@torch.no_grad()
+def warm_start(
+    module: MaskTokenTrainer,
+    peft_model,
+    adapter: Adapter,
+    identity: Fingerprint,
+    frozen: Collection[str] = (),
+) -> None:
+    """Gives every part of the training module that the adapter has the adapter's numbers.
+
+    Args:
+        module: with its first numbers.
+        peft_model: PEFT's view of the base if there is a LoRA, else None.
+        adapter: to start from.
+        identity: of the module's base.
+        frozen: `mask_embeddings`, `lora` or `head`: these are not trained.
+
+    Raises:
+        ValueError: if the adapter belongs to another base, has parts of other shapes or parts that the module lacks,
+            or lacks a frozen one.
+    """
+    wrong = differences(adapter.metadata.fingerprint, identity, module.target.dtype)
+    if wrong:
+        raise ValueError(f"adapter.start_from: the adapter belongs to another base: {'; '.join(wrong)}")
+    has = {
+        "mask_embeddings": (adapter.mask_embeddings is not None, module.mask_embeddings is not None),
+        "lora": (adapter.lora is not None, peft_model is not None),
+        "head": (adapter.head is not None, module.head is not None),
+    }
+    for part, (in_adapter, in_module) in has.items():
+        if in_adapter and not in_module:
+            raise ValueError(f"adapter.start_from: expected a recipe with the adapter's parts, found none of {part}")
+        if part in frozen and not in_adapter:
+            raise ValueError(f"train.frozen: expected parts that adapter.start_from has, found {part}")
+    if adapter.mask_embeddings is not None and module.mask_embeddings is not None:
+        _copy("mask_embeddings", adapter.mask_embeddings, module.mask_embeddings)
+    if adapter.lora is not None:
+        load_lora_weights(peft_model, adapter.lora)
+    if adapter.head is not None and module.head is not None:
+        for name, tensor in adapter.head.items():
+            _copy(f"head.{name}", tensor, module.head.get_parameter(name))
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and part_of(name) in frozen:
+            parameter.requires_grad_(False)
+
+
+def _copy(name: str, source: Tensor, target: Tensor) -> None:
+    if source.shape != target.shape:
+        expected, found = list(target.shape), list(source.shape)
+        raise ValueError(f"adapter.start_from: {name}: expected shape {expected} as in the recipe, found {found}")
+    target.copy_(source)

@@ -1,0 +1,244 @@
+"""Engines are lent to one caller at a time, and given up when what they were made for has changed."""
+
+import pytest
+import torch
+from test_graphs import rerun, tape
+from test_step import plain_generate, prompts
+from tiny_models import make_adapter, tiny_model
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+
+from pardec.decoding import engine_pool
+from pardec.decoding.engine import Engine
+from pardec.decoding.engine_pool import EnginePool
+from pardec.model import SelfSpeculativeModel
+
+K = 3
+V = 61
+NEW = 12
+
+
+class Idle:
+    """Stands for an engine."""
+
+
+# ---------------------------------------------------------------------- the pool alone
+
+
+def test_an_engine_is_lent_to_one_caller_at_a_time():
+    pool, engine = EnginePool(), Idle()
+    assert pool.take("a") is None
+    pool.give_back("a", engine)
+    assert pool.take("b") is None
+    assert pool.take("a") is engine
+    assert pool.take("a") is None
+    pool.give_back("a", engine)
+    assert pool.take("a") is engine
+
+
+def test_the_engine_that_was_used_least_recently_goes_first(monkeypatch):
+    monkeypatch.setattr(engine_pool, "_MAX_ENGINES", 3)
+    pool, engines = EnginePool(), {key: Idle() for key in "abcde"}
+    for key in "abc":
+        pool.give_back(key, engines[key])
+    pool.give_back("a", pool.take("a"))  # used again
+    pool.give_back("d", engines["d"])
+    assert pool.take("b") is None
+    pool.give_back("e", engines["e"])
+    assert pool.take("c") is None
+    assert [pool.take(key) for key in "ade"] == [engines[key] for key in "ade"]
+
+
+# ---------------------------------------------------------------------- a model that keeps engines
+
+
+@pytest.fixture(params=[rerun, tape])
+def capturing(request, monkeypatch):
+    """Makes models that capture, as on CUDA; gives the function that makes one of a base, and the engines made."""
+    monkeypatch.setitem(Engine.__init__.__kwdefaults__, "recorder", request.param)
+    made: list[Engine] = []
+    original = Engine.__init__
+
+    def noted(self, *args, **options):
+        original(self, *args, **options)
+        made.append(self)
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+
+    def wrap(base) -> SelfSpeculativeModel:
+        ours = SelfSpeculativeModel(base, None, make_adapter(base, K, lora_rank=2))
+        ours.capture = True
+        return ours
+
+    return wrap, made
+
+
+def test_calls_of_one_kind_share_an_engine_and_others_do_not(capturing):
+    wrap, made = capturing
+    base = tiny_model("llama")
+    ours, rows = wrap(base), prompts(V, (5, 2))
+    for options in ({}, {"max_new_tokens": 4}):
+        ours.generate(rows, **{"max_new_tokens": NEW} | options)
+    ours.generate(rows[:1], max_new_tokens=NEW, num_return_sequences=2)  # a batch of two again
+    assert len(made) == 1
+    kinds = [
+        {"temperature": 0.7},
+        {"temperature": 0.8},
+        {"temperature": 0.8, "top_k": 5},
+        {"temperature": 0.8, "top_k": 6},
+        {"mode": "plain"},
+        {"mode": "two_pass"},
+        {"num_speculative_tokens": 2},
+        {"block_lengths": (2, 1, 0)},
+        {"num_return_sequences": 2},
+    ]
+    for number, options in enumerate(kinds, 2):
+        first = ours.generate(rows, max_new_tokens=4, seed=1, **options).token_ids
+        assert len(made) == number
+        assert ours.generate(rows, max_new_tokens=4, seed=1, **options).token_ids == first
+        assert len(made) == number
+
+
+def test_numbers_of_eos_ids_and_the_ids_themselves_may_change(capturing):
+    wrap, _ = capturing
+    base = tiny_model("llama")
+    ours, row = wrap(base), prompts(V, (5,))[0]
+    reference = plain_generate(base, row, NEW)
+    for eos in (None, reference[3], reference[5], [reference[5], reference[2]], [reference[1], 60], None):
+        base.generation_config.eos_token_id = eos
+        expected = plain_generate(base, row, NEW)
+        assert ours.generate([row], max_new_tokens=NEW).token_ids == [expected]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"mode": "plain"}], ids=str)
+def test_streams_that_are_read_in_turn_get_their_own_tokens(capturing, options):
+    wrap, made = capturing
+    ours, rows = wrap(tiny_model("gemma3-mixed-windows")), prompts(V, (5, 9))
+    alone = [[c.token_ids for c in ours.stream(row, max_new_tokens=NEW, **options)] for row in rows]
+    assert len(made) == 1
+    streams = [ours.stream(row, max_new_tokens=NEW, **options) for row in rows]
+    found = [[], []]
+    for _ in range(NEW):
+        for stream, chunks in zip(streams, found, strict=True):
+            chunk = next(stream, None)
+            chunks += [] if chunk is None else [chunk.token_ids]
+    assert found == alone
+    assert len(made) == 2  # one for each that is open
+
+
+def test_a_stream_left_half_way_gives_its_engine_back(capturing):
+    wrap, made = capturing
+    base = tiny_model("llama")
+    ours, row = wrap(base), prompts(V, (5,))[0]
+    stream = ours.stream(row, max_new_tokens=NEW)
+    next(stream)
+    next(stream)
+    stream.close()
+    assert ours.generate([row], max_new_tokens=NEW).token_ids == [plain_generate(base, row, NEW)]
+    assert len(made) == 1
+    for _ in ours.stream(row, max_new_tokens=NEW):
+        break  # the generator is closed when it is collected
+    assert ours.generate([row], max_new_tokens=NEW).token_ids == [plain_generate(base, row, NEW)]
+    assert len(made) == 1
+
+
+def test_an_engine_whose_call_failed_is_not_used_again(capturing, monkeypatch):
+    wrap, made = capturing
+    base = tiny_model("llama")
+    ours, row = wrap(base), prompts(V, (5,))[0]
+    stream = ours.stream(row, max_new_tokens=NEW)
+    next(stream)
+
+    def broken(self, state):
+        raise KeyError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_step", broken)
+        with pytest.raises(KeyError):
+            list(stream)
+    assert ours.generate([row], max_new_tokens=NEW).token_ids == [plain_generate(base, row, NEW)]
+    assert len(made) == 2
+
+
+def replace_weight(base):
+    up = base.model.layers[0].mlp.up_proj
+    up.weight = torch.nn.Parameter(-up.weight, requires_grad=False)
+
+
+def change_weight_in_place(base):
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight.mul_(-2)
+
+
+def replace_module(base):
+    old = base.model.layers[1].mlp
+    base.model.layers[1].mlp = tiny_model("llama", seed=7).model.layers[1].mlp
+    assert base.model.layers[1].mlp is not old
+
+
+def add_hook(base):
+    base.model.layers[0].mlp.register_forward_hook(lambda module, args, output: -output)
+
+
+def add_pre_hook(base):
+    base.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (-args[0],))
+
+
+def replace_forward(base):
+    mlp = base.model.layers[0].mlp
+    mlp.forward = lambda x: -type(mlp).forward(mlp, x)
+
+
+@pytest.mark.parametrize(
+    "change", [replace_weight, change_weight_in_place, replace_module, add_hook, add_pre_hook, replace_forward]
+)
+def test_changes_of_the_base_between_two_calls_are_honoured(capturing, change):
+    wrap, _ = capturing
+    base = tiny_model("llama")
+    ours, rows = wrap(base), prompts(V, (5, 2))
+    before = [plain_generate(base, row, NEW) for row in rows]
+    for mode in ("fused", "plain"):
+        assert ours.generate(rows, max_new_tokens=NEW, mode=mode).token_ids == before
+    change(base)
+    after = [plain_generate(base, row, NEW) for row in rows]
+    assert after != before
+    for mode in ("fused", "plain"):
+        assert ours.generate(rows, max_new_tokens=NEW, mode=mode).token_ids == after
+
+
+def test_a_hook_that_is_removed_again_is_honoured(capturing):
+    wrap, _ = capturing
+    base = tiny_model("llama")
+    ours, row = wrap(base), prompts(V, (5,))[0]
+    expected = plain_generate(base, row, NEW)
+    handle = base.model.layers[0].mlp.register_forward_hook(lambda module, args, output: -output)
+    assert ours.generate([row], max_new_tokens=NEW).token_ids[0] == plain_generate(base, row, NEW) != expected
+    handle.remove()
+    assert ours.generate([row], max_new_tokens=NEW).token_ids == [expected]
+
+
+def test_the_door_runs_captured_and_honours_its_own_arguments(capturing):
+    wrap, made = capturing
+    base = tiny_model("llama")
+    ours = wrap(base)
+    rows = prompts(V, (5, 2, 4))
+    ids = torch.tensor([[0] * (5 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (5 - len(row)) + [1] * len(row) for row in rows])
+    options = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0}
+    for eos in ([3], plain_generate(base, rows[0], 4)[3:]):
+        expected = base.generate(ids, max_new_tokens=NEW, eos_token_id=eos, **options)
+        found = base.generate(ids, max_new_tokens=NEW, eos_token_id=eos, custom_generate=ours, **options)
+        assert torch.equal(found, expected)
+    assert len(made) == 1
+
+    class StopAtFour(StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 5 + 4)
+
+    criteria = StoppingCriteriaList([StopAtFour()])
+    found = base.generate(ids, max_new_tokens=NEW, stopping_criteria=criteria, custom_generate=ours, **options)
+    assert torch.equal(found, base.generate(ids, max_new_tokens=4, **options))
+    with pytest.warns(UserWarning, match="row by row on the host"):  # this one cannot be captured
+        found = base.generate(
+            ids[:1], max_new_tokens=NEW, repetition_penalty=1.7, do_sample=False, custom_generate=ours
+        )
+    assert torch.equal(found, base.generate(ids[:1], max_new_tokens=NEW, repetition_penalty=1.7, do_sample=False))

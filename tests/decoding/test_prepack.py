@@ -1,0 +1,358 @@
+"""Packed weights: the same product, the base untouched, changes noticed."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny_models import make_adapter, tiny_model
+
+from pardec.adapters.gated_lora import LoraGate, LoraWeights
+from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.step import Decoder
+from pardec.model import SelfSpeculativeModel
+from pardec.target.forward import TargetModel
+from pardec.target.survey import survey
+
+
+def packed_linears(model: torch.nn.Module) -> PackedLinears:
+    """Every linear layer by itself."""
+    return PackedLinears([(module,) for module in model.modules() if isinstance(module, torch.nn.Linear)])
+
+
+def test_packed_layers_give_the_same_numbers_for_any_number_of_rows():
+    torch.manual_seed(0)
+    for bias in (True, False):
+        model = torch.nn.Sequential(torch.nn.Linear(48, 80, bias=bias))
+        packed = packed_linears(model)
+        packed.refresh()
+        for shape in ((1, 1, 48), (1, 25, 48), (3, 9, 48), (7, 48), (200, 48)):
+            x = torch.randn(shape)
+            expected = torch.einsum("...i,oi->...o", x.double(), model[0].weight.double())
+            expected = expected + (model[0].bias.double() if bias else 0)
+            with torch.no_grad(), packed.installed(), packed.active():
+                found = model(x)
+            assert found.shape == expected.shape
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_outside_of_the_context_the_base_is_bitwise_itself():
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = torch.tensor([[5, 3, 8, 1]])
+    before = model(ids).logits
+    stream = SelfSpeculativeModel(model, None, make_adapter(model, 2)).stream([5, 3, 8], max_new_tokens=12)
+    next(stream)
+    next(stream)
+    assert torch.equal(model(ids).logits, before)
+    stream.close()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_weights_that_change_are_packed_again():
+    model = tiny_model("llama", dtype=torch.float32)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2))
+    ours.generate([5, 3, 8], max_new_tokens=12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5).add_(torch.randn(parameter.shape) * 0.2)
+    expected = model.generate(torch.tensor([[5, 3, 8]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    for mode in ("plain", "fused"):
+        assert ours.generate([5, 3, 8], max_new_tokens=12, mode=mode).token_ids == [expected]
+
+
+def test_changes_that_leave_no_trace_in_version_counters_are_noticed():
+    model = tiny_model("llama", dtype=torch.float32)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2))
+    ours.generate([5, 3, 8], max_new_tokens=12)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn(parameter.shape) * 0.3)
+    expected = model.generate(torch.tensor([[5, 3, 8]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    for mode in ("plain", "fused"):
+        assert ours.generate([5, 3, 8], max_new_tokens=12, mode=mode).token_ids == [expected]
+
+
+def test_a_forward_that_is_replaced_later_is_honoured_and_kept():
+    model = tiny_model("llama", dtype=torch.float32)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2))
+    ours.generate([5, 3, 8], max_new_tokens=12)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = lambda x: torch.nn.functional.linear(x, -layer.weight)
+    expected = model.generate(torch.tensor([[5, 3, 8]]), max_new_tokens=12, do_sample=False)[0, 3:].tolist()
+    assert ours.generate([5, 3, 8], max_new_tokens=12).token_ids == [expected]
+    assert "forward" in layer.__dict__
+
+
+def test_another_thread_that_runs_the_base_gets_its_own_numbers():
+    import threading
+
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = torch.randint(0, 61, (1, 16))
+    before = model(ids).logits
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2))
+    stop, wrong = threading.Event(), []
+
+    def watch():
+        while not stop.is_set():
+            wrong.append(not torch.equal(model(ids).logits, before))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    for _ in range(5):
+        ours.generate([5, 3, 8], max_new_tokens=40)
+    stop.set()
+    thread.join()
+    assert len(wrong) > 20
+    assert not any(wrong)
+
+
+def test_a_forward_that_someone_else_replaced_is_left_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    model[0].forward = lambda x: x + 1
+    packed = packed_linears(model)
+    packed.refresh()
+    with packed.installed(), packed.active():
+        assert torch.equal(model(torch.zeros(1, 4)), torch.ones(1, 4))
+    assert torch.equal(model(torch.zeros(1, 4)), torch.ones(1, 4))
+
+
+def test_other_dtypes_are_not_packed():
+    model = tiny_model("llama", dtype=torch.float64)
+    packed = packed_linears(model)
+    packed.refresh()
+    assert packed.modules == []
+
+
+def test_nothing_is_packed_where_memory_is_short(monkeypatch):
+    import psutil
+
+    class Short:
+        available = 1000
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Short)
+    packed = packed_linears(tiny_model("llama", dtype=torch.float32))
+    packed.refresh()
+    assert packed.modules == []
+
+
+# ---------------------------------------------------------------------- layers that read one input, and their LoRA
+
+IN, R, NUM_REAL = 48, 9, 4
+OUT = {"q": 32, "k": 16, "v": 24}
+
+
+class Siblings(torch.nn.Module):
+    """Three layers of different widths, with or without biases."""
+
+    def __init__(self, biased: str = ""):
+        super().__init__()
+        torch.manual_seed(0)
+        for name, width in OUT.items():
+            setattr(self, name, torch.nn.Linear(IN, width, bias=name in biased))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.children()]
+
+
+def lora_for(names: str, rank: int = 3) -> LoraWeights:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name in names:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, IN, generator=generator)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(OUT[name], rank, generator=generator)
+    return LoraWeights({"peft_type": "LORA", "r": rank, "lora_alpha": rank}, tensors)
+
+
+def packed_siblings(base: Siblings, gate: LoraGate | None = None) -> PackedLinears:
+    packed = PackedLinears([tuple(base.children())], gate)
+    packed.refresh()
+    assert packed.modules == list(base.children())
+    return packed
+
+
+def hooked(base: Siblings, gate: LoraGate, x: torch.Tensor, rows: slice) -> list[torch.Tensor]:
+    """The oracle: the base's own layers, and hooks."""
+    with torch.no_grad(), gate.attached(), gate.open(rows, *x.shape[:2]):
+        return base(x)
+
+
+@contextmanager
+def in_use(packed: PackedLinears):
+    with torch.no_grad(), packed.installed(), packed.active():
+        yield
+
+
+def run_packed(base: Siblings, packed: PackedLinears, gate: LoraGate, x: torch.Tensor, rows: slice | None):
+    with gate.attached(but=packed.modules), in_use(packed):
+        if rows is None:
+            return base(x)
+        with gate.open(rows, *x.shape[:2]):
+            return base(x)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("biased", ["", "qkv", "k"])
+@pytest.mark.parametrize("with_lora", ["qkv", "qv", "k"])
+def test_siblings_and_their_lora_are_one_product_with_the_numbers_of_hooks(with_lora, biased, batch):
+    base = Siblings(biased)
+    gate = LoraGate(base, lora_for(with_lora))
+    packed = packed_siblings(base, gate)
+    x = torch.randn(batch, R, IN)
+    for rows in (slice(NUM_REAL, R), slice(R - 1, R)):
+        found = run_packed(base, packed, gate, x, rows)
+        for one, other in zip(found, hooked(base, gate, x, rows), strict=True):
+            assert one.shape == other.shape
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+        closed = run_packed(base, packed, gate, x, None)
+        for name, one, other in zip(OUT, found, closed, strict=True):
+            assert torch.equal(one[:, : rows.start], other[:, : rows.start])  # real rows: bitwise, open or not
+            assert torch.equal(one, other) == (name not in with_lora)
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_lora_on_a_layer_by_itself_gives_the_numbers_of_hooks(batch):
+    base = Siblings("q")
+    gate = LoraGate(base, lora_for("q"))
+    packed = PackedLinears([(base.q,), (base.k,)], gate)
+    packed.refresh()
+    x, rows = torch.randn(batch, R, IN), slice(NUM_REAL, R)
+    found, expected = run_packed(base, packed, gate, x, rows), hooked(base, gate, x, rows)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+
+
+def test_a_flattened_batch_is_gated_too():
+    base = Siblings("v")
+    gate = LoraGate(base, lora_for("qkv"))
+    packed = packed_siblings(base, gate)
+    x, rows = torch.randn(3, R, IN), slice(NUM_REAL, R)
+    expected = run_packed(base, packed, gate, x, rows)
+    with in_use(packed), gate.open(rows, 3, R):
+        found = base(x.view(3 * R, IN))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.view(other.shape), other, rtol=1e-6, atol=1e-6)
+
+
+def exact(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    product = x.double() @ layer.weight.double().T
+    return (product if layer.bias is None else product + layer.bias.double()).float()
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sibling_that_is_given_another_input_answers_for_that_input():
+    base = Siblings("k")
+    packed = packed_siblings(base)
+    x, y = torch.randn(2, 1, R, IN)
+    with in_use(packed):
+        for layer, given in ((base.q, x), (base.k, y), (base.v, x), (base.k, x), (base.q, y), (base.q, x.clone())):
+            close(layer(given), exact(layer, given))
+
+
+def test_an_input_that_is_written_to_in_between_is_another_input():
+    base = Siblings("k")
+    packed = packed_siblings(base)
+    x = torch.randn(1, R, IN)
+    with in_use(packed):
+        close(base.q(x), exact(base.q, x))
+        x.mul_(-2)
+        close(base.k(x), exact(base.k, x))
+        x[0, 3] = 0
+        close(base.v(x), exact(base.v, x))
+
+
+def test_results_that_the_caller_writes_to_do_not_reach_the_siblings():
+    base = Siblings("k")
+    packed = packed_siblings(base)
+    x = torch.randn(1, R, IN)
+    with in_use(packed):
+        base.q(x).zero_()
+        close(base.k(x), exact(base.k, x))
+        close(base.v(x), exact(base.v, x))
+
+
+def test_nothing_is_remembered_from_one_forward_to_the_next():
+    base = Siblings()
+    packed = packed_siblings(base)
+    x = torch.randn(1, R, IN)
+    with in_use(packed):
+        base.q(x)
+    base.k.weight.data.mul_(3)
+    packed.refresh()
+    with in_use(packed):
+        close(base.k(x), exact(base.k, x))
+
+
+def test_inference_mode_gives_the_same_numbers():
+    """Its tensors do not count how often they were written to."""
+    base = Siblings("k")
+    gate = LoraGate(base, lora_for("qv"))
+    packed = packed_siblings(base, gate)
+    ordinary = torch.randn(1, R, IN)
+    expected = run_packed(base, packed, gate, ordinary, slice(NUM_REAL, R))
+    with torch.inference_mode():
+        x = ordinary.clone()
+        for one, other in zip(run_packed(base, packed, gate, x, slice(NUM_REAL, R)), expected, strict=True):
+            close(one, other)
+        with in_use(packed):
+            base.q(x)
+            x.mul_(-2)
+            close(base.k(x), exact(base.k, x))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_biases_and_weights_of_any_sibling_that_change_are_packed_again(name):
+    base = Siblings("qkv")
+    packed = packed_siblings(base)
+    x = torch.randn(1, R, IN)
+    layer = getattr(base, name)
+    changes = [
+        lambda: layer.bias.data.add_(1),
+        lambda: layer.weight.data.mul_(-0.5),
+        lambda: layer.weight.data[0, :2].copy_(torch.tensor([3.0, 4.0])),
+        lambda: setattr(layer, "bias", torch.nn.Parameter(torch.randn(layer.out_features))),
+        lambda: setattr(layer, "weight", torch.nn.Parameter(torch.randn(layer.out_features, IN))),
+    ]
+    for change in changes:
+        change()
+        packed.refresh()
+        with in_use(packed):
+            for sibling, found in zip(base.children(), base(x), strict=True):
+                close(found, exact(sibling, x))
+
+
+def test_weights_that_have_not_changed_are_not_packed_again():
+    base = Siblings("k")
+    packed = packed_siblings(base)
+    before = packed._groups
+    packed.refresh()
+    assert packed._groups is before
+    base.v.weight.data[2, 2] += 1
+    packed.refresh()
+    assert packed._groups is not before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows", "phi3-window", "opt", "gpt_neox"])
+def test_steps_with_packed_siblings_and_lora_give_the_logits_of_hooks(family):
+    """Real rows bitwise with the gate open or not, mask rows within rounding of the hooks."""
+    model = tiny_model(family, dtype=torch.float32)
+    target, adapter = TargetModel.wrap(model), make_adapter(model, 3, lora_rank=2)
+    gate = LoraGate(model, adapter.lora)
+    packed = PackedLinears(survey(target).siblings, gate)
+    packed.refresh()
+    assert len(packed.modules) > 10
+    rows, seen = [[5, 9, 2, 7, 7], [3, 8], [4, 4, 6]], {}
+    for batch in (1, 3):
+        for name, linears, opened in (("hooks", None, gate), ("packed", packed, gate), ("closed", packed, None)):
+            decoder = Decoder(target, "fused", 3, TokenLaw(greedy=True), 8, torch.empty(0, dtype=torch.long),
+                adapter.mask_embeddings, opened, linears)  # fmt: skip
+            state = decoder.prefill(rows[:batch])
+            state.bonus, state.drafts = torch.tensor([1, 2, 3])[:batch], torch.tensor([[4, 5, 6]] * batch)
+            with torch.no_grad(), decoder.attached():
+                seen[name] = decoder.step_logits(state)
+        spread = seen["hooks"].std()
+        assert (seen["packed"] - seen["hooks"]).abs().max() / spread < 1e-3
+        assert torch.equal(seen["packed"][:, :4], seen["closed"][:, :4])
+        assert (seen["packed"] - seen["closed"])[:, 4:].abs().max() / spread > 0.1

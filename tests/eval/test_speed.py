@@ -1,0 +1,464 @@
+"""The speed benchmark: its figures from hand-made calls, what every way decodes, and the script from end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import make_adapter
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+from pardec.adapters.files import save_adapter
+from pardec.model import SelfSpeculativeModel
+from pardec.run import device_name
+from pardec.target.base import eos_token_ids
+from pardec.target.fingerprint import fingerprint
+
+ROOT = Path(__file__).parents[2]
+# eval/ is a folder of scripts that import each other by name; it leaves the path again
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(ROOT / "eval"))
+    import speed
+    from exactness import Divergence
+    from reporting import result_files
+    from reporting import speed_tables as tables
+    from timing import baselines
+    from timing import calls as timing
+    from timing.baselines import Decoded, Setting, Way
+    from timing.calls import Call, Timed
+
+    from pardec.data.benchmarks import Prompt
+
+GREEDY = Setting("greedy", 12)
+SAMPLED = Setting("sampled", 12, temperature=0.8, top_k=10)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base, tokenizer, tmp_path_factory):
+    """Two adapters, one of them tuned, and two assistants, of which one has another vocabulary."""
+    from pardec.tuning.choice import TunedChoice, weights_of, write_tuned
+
+    folder = tmp_path_factory.mktemp("speed")
+    for name, rank in (("embeddings", 0), ("lora", 2)):
+        adapter = make_adapter(tiny_base, 2, lora_rank=rank)
+        adapter.metadata.base.name = "tiny-python"
+        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
+        save_adapter(adapter, folder / name)
+    directory = folder / "lora"
+    choice = TunedChoice(
+        device=device_name(torch.device("cpu")), dtype="float32", compile=False, block_lengths=(2, 1, 0),
+        weights=weights_of(directory), ms_per_step=1.0, predicted_tokens_per_second=1.0,
+        measured_tokens_per_second=1.0, plain_tokens_per_second=1.0, conditional_acceptance=[0.5, 0.5],
+    )  # fmt: skip
+    write_tuned(directory, choice)
+    for name, vocabulary in (("assistant", tiny_base.config.vocab_size), ("stranger", 100)):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = LlamaConfig(
+            vocab_size=vocabulary, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, **sizes
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def call_speed(monkeypatch, capsys, folder):
+    """Runs the script in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: str):
+        # the device's name, which tuned choices go by, holds the number of threads
+        monkeypatch.setattr(sys, "argv", ["eval/speed.py", *arguments])
+        monkeypatch.chdir(folder)
+        verbosity = logging.get_verbosity()
+        try:
+            with pytest.raises(SystemExit) as stop:
+                speed.main()
+        finally:
+            logging.set_verbosity(verbosity)
+            logging.enable_progress_bar()
+        captured = capsys.readouterr()
+        return stop.value.code, captured.out, captured.err
+
+    return call
+
+
+def way(name="fused", **facts) -> Way:
+    return Way(name, lambda prompts, seed: Decoded([[0]], 1, 1), **facts)
+
+
+def calls(*seconds: float, tokens: int = 10, steps: int = 9, **counts) -> list[Call]:
+    decoded = Decoded([[1] * tokens], steps, counts.pop("rows", steps), **counts)
+    return [Call(decoded, one) for one in seconds]
+
+
+# ---------------------------------------------------------------------- figures
+
+
+def test_ratios_pair_the_calls_of_one_batch_and_repetition():
+    # a machine that is twice as slow in the second pass: the ratio does not see it
+    plain, fused = calls(1.0, 2.0), calls(0.5, 1.0)
+    assert timing.ratios(fused, plain) == [2.0, 2.0]
+    with pytest.raises(ValueError):
+        timing.ratios(fused, plain[:1])
+
+
+def test_quartiles_interpolate():
+    assert timing.quartiles([4.0, 1.0, 3.0, 2.0]) == (1.75, 2.5, 3.25)
+
+
+def test_figures_are_sums_over_sums_and_medians_of_ratios():
+    counts = {"rows": 36, "num_drafts": 4, "num_accepted_tokens": 6}
+    fused = Timed(way(adapter="lora", num_speculative_tokens=2, model_bytes=2**20), calls(0.5, 1.6, steps=4, **counts))
+    plain = Timed(way("plain"), calls(1.0, 2.0))
+    generate = Timed(way("generate"), calls(2.0, 1.6))
+    row = timing.figures(fused, plain, generate)
+    assert row["tokens_per_second"] == round(20 / 2.1, 2)
+    assert row["mean_acceptance_length"] == 2.5
+    assert row["ms_per_step"] == round(1000 * 2.1 / 8, 3)
+    assert row["rows_per_step"] == 9
+    assert (row["ratio_to_plain"], row["ratio_to_plain_quartiles"]) == (1.625, [1.4375, 1.8125])
+    assert (row["ratio_to_generate"], row["ratio_to_generate_quartiles"]) == (2.5, [1.75, 3.25])
+    assert (row["num_new_tokens"], row["num_steps"]) == (20, 8)
+    assert row["peak_memory_mib"] is None
+    fused.memory_bytes = 2**19
+    assert timing.figures(fused, plain, generate)["peak_memory_mib"] == 1.5
+    assert timing.figures(plain, plain, generate)["mean_acceptance_length"] == 1
+
+
+def test_a_single_token_has_no_step_to_divide_by():
+    plain = Timed(way("plain"), calls(1.0, tokens=1, steps=0))
+    row = timing.figures(plain, plain, plain)
+    assert (row["ms_per_step"], row["rows_per_step"], row["ratio_to_plain"]) == (None, None, 1)
+
+
+def test_ratios_by_category_are_medians_within_it():
+    plain = Timed(way("plain"), calls(1.0, 1.0, 1.0, 1.0))
+    fused = Timed(way(), calls(0.5, 1.0, 0.25, 0.5))
+    assert timing.ratio_by_category(fused, plain, ["code", "chat"]) == {"code": 3.0, "chat": 1.5}
+
+
+def test_every_way_decodes_every_batch_in_turn_and_the_first_pass_does_not_count():
+    seen = []
+
+    def recorded(name):
+        def decode(prompts, seed):
+            seen.append((name, prompts[0][0], seed))
+            return Decoded([[seed]], 1, 1)
+
+        return Way(name, decode)
+
+    ways = [recorded("a"), recorded("b"), recorded("c")]
+    timed = timing.time_ways(ways, [[[7]], [[8]]], repetitions=2, device=torch.device("cpu"))
+    assert [name for name, _, _ in seen] == list("abccba" * 3)[:6] + list("abccba" * 2)
+    # the same prompts and seeds for every way, in the same order
+    assert [[(p, s) for n, p, s in seen if n == name] for name in "abc"] == [[(7 + s % 2, s) for s in range(6)]] * 3
+    assert [[call.decoded.token_ids for call in one.calls] for one in timed] == [[[[s]] for s in (2, 3, 4, 5)]] * 3
+
+
+def test_ties_are_told_from_differences_and_counted_once():
+    def divergence(explained):
+        return Divergence("p", 3, (1, 2), 0.1, 0.01, 0.1, 0.1, 1e-4, explained)
+
+    batches = [[Prompt([1], "code", "p")], [Prompt([2], "code", "q")]]
+    timed = [Timed(way(name), calls(1.0, 1.0, 1.0, 1.0)) for name in ("plain", "fused", "generate")]
+    tie = {2: divergence(True)}
+    rows, problems = timing.rows_of(timed, batches, lambda prompt, ids: tie.get(prompt.token_ids[0]))
+    assert [(row["identical"], row["num_ties"]) for row in rows] == [(True, 1)] * 3
+    assert not problems
+    wrong = {1: divergence(False)} | tie
+    rows, problems = timing.rows_of(timed, batches, lambda prompt, ids: wrong.get(prompt.token_ids[0]))
+    assert [(row["identical"], row["num_ties"]) for row in rows] == [(False, 1)] * 3
+    assert "new token 3" in problems[0]
+    rows, _ = timing.rows_of(timed, batches, None)
+    assert "identical" not in rows[0]
+
+
+# ---------------------------------------------------------------------- ways of decoding
+
+
+def small_model(make_llama, **config) -> SelfSpeculativeModel:
+    base = make_llama(**config)
+    base.generation_config = baselines.neutral_generation_config(base, stop_at_eos=False)
+    return SelfSpeculativeModel(base, None, make_adapter(base, 2, lora_rank=2))
+
+
+PROMPTS = [[5, 6, 7, 8, 9], [11, 12]]
+
+
+def test_all_ways_decode_the_same_greedy_tokens_and_as_many_sampled_ones(make_llama):
+    model = small_model(make_llama)
+    model.tuned = SimpleNamespace(block_lengths=(2, 1, 0))
+    for batch in (PROMPTS[:1], PROMPTS):
+        ways, _ = baselines.ways_for({"a": model}, [1, 2], make_llama(seed=1), GREEDY, len(batch))
+        found = {(one.name, one.num_speculative_tokens): one.decode(batch, 0).token_ids for one in ways}
+        assert len(found) == len(ways)
+        expected = [len(found), len(found["plain", None][0])]
+        assert expected == [8 if len(batch) == 1 else 6, 12]
+        assert all(tokens == found["plain", None] for tokens in found.values())
+        ways, _ = baselines.ways_for({"a": model}, [1, 2], make_llama(seed=1), SAMPLED, len(batch))
+        assert all([len(ids) for ids in one.decode(batch, 0).token_ids] == [12] * len(batch) for one in ways)
+        again = [ways[0].decode(batch, seed).token_ids for seed in (3, 3, 4)]
+        assert again[0] == again[1] != again[2]
+
+
+def test_rows_and_rounds_of_every_way(make_llama):
+    model = small_model(make_llama)
+    model.tuned = SimpleNamespace(block_lengths=(2, 1, 0))
+    ways, left_out = baselines.ways_for({"a": model}, None, None, GREEDY, 1)
+    rows = {}
+    for one in ways:
+        decoded = one.decode(PROMPTS[:1], 0)
+        rows[one.name, one.num_speculative_tokens] = decoded.num_rows / decoded.num_steps
+        drafts_and_tokens = (decoded.num_drafts, decoded.num_steps)
+        if one.name in ("plain", "generate"):
+            assert drafts_and_tokens == (0, 11)
+    del rows["prompt lookup", None]
+    fused = {("fused", 1): 4, ("fused", 2): 9, ("fused tuned", 2): 6}
+    assert rows == {("plain", None): 1, ("two_pass", 2): 6, **fused, ("generate", None): 1}
+    assert [one["way"] for one in left_out] == ["generate static"]
+
+
+def test_what_cannot_run_is_left_out_with_its_reason(make_llama):
+    model = small_model(make_llama)
+    ways, left_out = baselines.ways_for({"a": model}, [2, 3], make_llama(seed=1), GREEDY, 4)
+    assert [one.name for one in ways] == ["plain", "two_pass", "fused", "generate"]
+    reasons = {one["way"]: one["reason"] for one in left_out}
+    assert list(reasons) == ["fused, K = 3", "fused tuned", "generate static", "prompt lookup", "assistant"]
+    assert "2 mask tokens" in reasons["fused, K = 3"]
+    assert "one prompt" in reasons["assistant"]
+
+
+def test_an_assistant_that_is_the_base_has_all_its_drafts_accepted(make_llama):
+    base = small_model(make_llama).base_model
+    twin = make_llama()
+    twin.generation_config = baselines.neutral_generation_config(twin, stop_at_eos=False)
+    twin.generation_config.assistant_confidence_threshold = 0.0  # by default it stops drafting where it is unsure
+    decoded = baselines.assisted_way(base, GREEDY, name="assistant", assistant=twin).decode(PROMPTS[:1], 0)
+    assert (decoded.num_steps, decoded.num_rows) == (1, 12)
+    assert (decoded.num_drafts, decoded.num_accepted_tokens) == (1, 11)
+    assert not base._forward_pre_hooks
+
+
+def test_prompt_lookup_counts_one_round_per_forward(make_llama):
+    base = small_model(make_llama).base_model
+    decoded = baselines.assisted_way(base, GREEDY, name="prompt lookup").decode([[5, 6, 7, 5, 6]], 0)
+    assert decoded.num_steps + decoded.num_accepted_tokens == 12
+    assert decoded.num_drafts >= 1
+    assert decoded.num_rows >= decoded.num_steps + decoded.num_drafts
+
+
+def test_eos_is_ignored_or_ends_every_way_alike(make_llama):
+    model = small_model(make_llama)
+    base = model.base_model
+    plain = baselines.pardec_way(model, GREEDY, name="plain", mode="plain")
+    tokens = plain.decode(PROMPTS, 0).token_ids
+    base.generation_config.eos_token_id = [tokens[0][4]]
+    base.generation_config.repetition_penalty = 1.5  # a checkpoint's own penalty is no part of any law here
+    keep, ignore = (baselines.neutral_generation_config(base, stop) for stop in (True, False))
+    ended = [ids[: ids.index(tokens[0][4]) + 1] if tokens[0][4] in ids else ids for ids in tokens]
+    for config, expected in ((keep, ended), (ignore, tokens)):
+        base.generation_config = config
+        assert eos_token_ids(base) == ([tokens[0][4]] if config is keep else [])
+        assert plain.decode(PROMPTS, 0).token_ids == expected
+        assert baselines.generate_way(base, GREEDY, name="generate").decode(PROMPTS, 0).token_ids == expected
+        alone = [baselines.assisted_way(base, GREEDY, name="").decode([one], 0).token_ids[0] for one in PROMPTS]
+        assert alone == expected
+
+
+def test_batches_for_generate_are_padded_on_the_left():
+    ids, mask = baselines.left_padded([[1, 2, 3], [4]], pad_id=9)
+    assert ids.tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_static_cache_gives_the_same_tokens(make_llama):
+    base = small_model(make_llama).base_model
+    dynamic, static = (baselines.generate_way(base, GREEDY, name="", static_cache=static) for static in (False, True))
+    assert static.decode(PROMPTS, 0).token_ids == dynamic.decode(PROMPTS, 0).token_ids
+
+
+def test_batches_are_full_and_the_longest_comes_first():
+    prompts = [Prompt([0] * length, "code", str(length)) for length in (3, 1, 5, 2, 9)]
+    assert [[p.name for p in batch] for batch in speed.batches_of(prompts, 2)] == [["5", "2"], ["3", "1"]]
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def a_result(**row) -> dict:
+    figures = {
+        "setting": "greedy", "batch_size": 1, "way": "fused", "adapter": "lora", "num_speculative_tokens": 2,
+        "block_lengths": [2, 1, 0], "tokens_per_second": 123.456, "mean_acceptance_length": 1.5, "ms_per_step": 8.1234,
+        "rows_per_step": 6.0, "peak_memory_mib": None, "ratio_to_plain": 1.25, "ratio_to_plain_quartiles": [1.2, 1.3],
+        "ratio_to_generate": 1.4, "ratio_to_generate_quartiles": [1.3, 1.5], "identical": True, "num_ties": 0,
+    } | row  # fmt: skip
+    left_out = {"setting": "greedy", "batch_size": 4, "way": "assistant", "adapter": "", "reason": "batch 1 only"}
+    return {
+        "rows": [figures, figures | {"batch_size": 4}], "left_out": [left_out], "problems": [], "batch_sizes": [1, 4],
+        "num_prompts": 6, "max_new_tokens": 12, "dtype": "float32", "device": "cpu", "compile": False,
+        "stop_at_eos": False, "temperature": 0.8, "top_k": 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("identical", "num_ties", "text"),
+    [(True, 0, "yes"), (True, 1, "yes, 1 tie"), (True, 2, "yes, 2 ties"), (False, 1, "NO")],
+)
+def test_cells_of_a_row(identical, num_ties, text):
+    [table] = tables.tables_of(a_result(identical=identical, num_ties=num_ties))
+    assert dict(zip(table.header, table.rows[0], strict=True)) == {
+        "batch": "1", "way": "fused", "adapter": "lora", "K": "2", "tokens/s": "123.5",
+        "mean acceptance length": "1.50", "ms/step": "8.12", "rows/step": "6", "x plain": "1.25 (1.20-1.30)",
+        "x generate": "1.40 (1.30-1.50)",
+        "peak MiB": "-", "identical": text,
+    }  # fmt: skip
+
+
+def test_what_was_left_out_is_dashes_with_a_footnote():
+    result = a_result()
+    [table] = tables.tables_of(result)
+    assert table.rows[-1] == ["4", "assistant [1]", *["-"] * 10]
+    notes = tables.notes_of(result)
+    assert notes[0] == "[1] left out: batch 1 only"
+    assert "batch 4: 2 of 6 prompts fill no batch and are left out" in notes
+    assert "fused K=2, lora: mask tokens behind each real row 2, 1, 0" in notes
+
+
+def test_categories_get_a_table_of_their_own():
+    categories = tables.tables_of(a_result(ratio_to_plain_by_category={"code": 1.5, "chat": 1.0}))[1]
+    assert categories.header == ["way", "code", "chat"]
+    assert categories.rows[0] == ["fused K=2, lora", "1.50", "1.00"]
+
+
+def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def killed() -> None:
+        with result_files.written_aside(path) as aside:
+            aside.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+    assert path.read_text() == "old"
+
+
+# ---------------------------------------------------------------------- the script
+
+
+def test_quick_measures_all_ways_side_by_side(call_speed, tmp_path):
+    stem = tmp_path / "speed"
+    code, out, err = call_speed(
+        "lora", "--quick", "--assistant", "assistant", "--max-new-tokens", "8", "--output", str(stem)
+    )
+    assert code == 0, out + err
+    result = json.loads(out.splitlines()[-1])
+    assert json.loads((tmp_path / "speed.json").read_text()) == result
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "speed.md").read_text()
+    assert "| 2 | assistant [" in page
+    assert "speed.py lora --quick" in page
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["speed.json", "speed.md", "speed.png"]
+    common = ["plain", "two_pass", "fused", "fused", "fused tuned", "generate"]
+    ways = {(s, b): [] for s in ("greedy", "sampled") for b in (1, 2)}
+    for row in result["rows"]:
+        ways[row["setting"], row["batch_size"]].append(row["way"])
+        assert row["num_new_tokens"] == 2 * 8  # two prompts, one counted pass
+        assert row.get("identical") is (True if row["setting"] == "greedy" else None)
+        assert row["peak_memory_mib"] is None
+        if row["way"] == "plain":
+            assert row["ratio_to_plain"] == row["mean_acceptance_length"] == row["rows_per_step"] == 1
+        if row["way"] == "generate":
+            assert row["ratio_to_generate"] == 1
+    assert all(found == common + ["prompt lookup", "assistant"] * (b == 1) for (_, b), found in ways.items())
+    assert {(one["batch_size"], one["way"]) for one in result["left_out"]} == {
+        (1, "generate static"), (2, "generate static"), (2, "prompt lookup"), (2, "assistant"),
+    }  # fmt: skip
+    assert {"device", "versions", "command", "dtype"} <= result.keys()
+
+
+def test_several_adapters_share_plain_and_benchmarks_are_told_by_category(call_speed, tmp_path):
+    prompts = tmp_path / "questions.jsonl"
+    rows = [{"question_id": i, "category": c, "turns": ["def f(x):"]} for i, c in enumerate(("coding", "math"))]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--prompts", str(prompts), "--greedy-only", "--batch-sizes", "1", "--num-speculative-tokens", "1")
+    code, out, _ = call_speed(
+        "embeddings", "lora", "--quick", "--max-new-tokens", "4", *options, "--output", str(tmp_path / "x")
+    )
+    assert code == 0, out
+    found = json.loads(out.splitlines()[-1])["rows"]
+    assert [(row["way"], row["adapter"]) for row in found] == [
+        ("plain", ""), ("two_pass", "embeddings"), ("fused", "embeddings"), ("two_pass", "lora"), ("fused", "lora"),
+        ("fused tuned", "lora"), ("generate", ""), ("prompt lookup", ""),
+    ]  # fmt: skip
+    assert all(set(row["ratio_to_plain_by_category"]) == {"coding", "math"} for row in found)
+
+
+def test_a_way_that_decodes_something_else_is_found_out(call_speed, monkeypatch, tmp_path):
+    honest = SelfSpeculativeModel.generate
+
+    def sabotaged(self, prompts, **options):
+        out = honest(self, prompts, **options)
+        if options["mode"] == "fused":
+            out.token_ids[0][-1] = (out.token_ids[0][-1] + 1) % 4096
+        return out
+
+    monkeypatch.setattr(SelfSpeculativeModel, "generate", sabotaged)
+    options = ("--greedy-only", "--max-new-tokens", "4", "--num-prompts", "1", "--batch-sizes", "1")
+    code, out, _ = call_speed("embeddings", "--quick", *options, "--output", str(tmp_path / "x"))
+    assert code == 1
+    result = json.loads(out.splitlines()[-1])
+    assert {row["way"] for row in result["rows"] if not row["identical"]} == {"fused"}
+    assert "new token 3" in result["problems"][0]
+    assert "NO" in out
+
+
+def test_a_batch_size_without_enough_memory_is_left_out(call_speed, monkeypatch, tmp_path):
+    def time_ways(ways, batches, **options):
+        if len(batches[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return timing.time_ways(ways, batches, **options)
+
+    monkeypatch.setattr(speed, "time_ways", time_ways)
+    options = ("--quick", "--greedy-only", "--max-new-tokens", "4", "--output", str(tmp_path / "x"))
+    code, out, _ = call_speed("embeddings", *options)
+    assert code == 0, out
+    result = json.loads(out.splitlines()[-1])
+    assert {row["batch_size"] for row in result["rows"]} == {1}
+    assert speed.OUT_OF_MEMORY in {one["reason"] for one in result["left_out"]}
+    assert call_speed("embeddings", *options, "--batch-sizes", "2")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-sizes", "2,x"], "batch_sizes: expected integers >= 1"),
+        (["--batch-sizes", "1,3"], "batch_sizes: expected at most 2, the number of prompts, found 3"),
+        (["--num-speculative-tokens", "0"], "num_speculative_tokens: expected integers >= 1"),
+        (["--repetitions", "0"], "repetitions: expected an integer >= 1, found 0"),
+        (["--temperature", "0"], "temperature: expected more than 0"),
+        (["--top-k", "0"], "top_k: expected"),
+        (["--device", "abacus"], "device: expected a torch device of this machine, found 'abacus'"),
+        (["--prompts", "none.jsonl"], "none.jsonl: expected"),
+        (["--max-new-tokens", "2048"], "max_new_tokens: expected fewer than the model's 2048 positions"),
+        (["--assistant", "stranger"], "assistant: expected the base's vocabulary of 4096 tokens, found 100"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(call_speed, options, message):
+    code, out, err = call_speed("embeddings", "--quick", *options)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_as_a_script_it_refuses_what_is_no_adapter(tmp_path):
+    script = [sys.executable, "eval/speed.py", str(tmp_path / "none"), "--quick"]
+    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr

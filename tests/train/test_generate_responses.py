@@ -1,0 +1,431 @@
+"""train/generate_responses.py: what a run writes, what it is continued from, and what it refuses."""
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from tiny_models import make_adapter
+
+from pardec.adapters.files import save_adapter
+from pardec.data.corpus import load_corpus
+from pardec.data.python_sources import split_of
+from pardec.data.responses import about_file, plan_batches
+from pardec.target.base import load_tokenizer, resolve_base
+from pardec.target.fingerprint import fingerprint
+
+ROOT = Path(__file__).parents[2]
+PROMPT_TOKENS, MAX_NEW_TOKENS, TOP_K = 16, 8, 5
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("generate_responses", ROOT / "train" / "generate_responses.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_on_one_thread():
+    """Sums depend on the number of threads, and so may what is sampled."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "texts"
+    folder.mkdir()
+    for n in range(20):
+        name = chr(ord("a") + n) * 3  # stands in any 16 tokens of this file, and in no other
+        text = "".join(f"def {name}_{i}({name}):\n    return {name} + {i}\n\n\n" for i in range(6))
+        (folder / f"m{n:02}.py").write_text(text)
+    return folder
+
+
+def recipe_values(texts: Path, output: Path) -> dict:
+    return {
+        "base": "tiny-python",
+        "output": str(output),
+        "data": {"path": str(texts)},
+        "num_responses": 13,
+        "prompt_tokens": PROMPT_TOKENS,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "temperature": 1.0,
+        "top_k": TOP_K,
+        "greedy_fraction": 0.3,
+        "batch_size": 4,
+    }
+
+
+def command(texts: Path, output: Path, *overrides: str) -> list[str]:
+    recipe = texts.parent / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_values(texts, output)))
+    return [str(ROOT / "train" / "generate_responses.py"), str(recipe), *overrides]
+
+
+def run(texts: Path, output: Path, *overrides: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command(texts, output, *overrides))
+        script.main()
+
+
+def refusal(capsys, texts: Path, output: Path, *overrides: str) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        run(texts, output, *overrides)
+    assert exit_.value.code == 2
+    shown = capsys.readouterr().err
+    # a progress bar that is being cleared may leave codes of the terminal in front of it
+    stderr = [line[line.index("error: ") :] for line in shown.splitlines() if "error: " in line]
+    assert len(stderr) == 1, shown
+    return stderr[0]
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory) -> Path:
+    """The file that an uninterrupted run leaves."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    output = tmp_path_factory.mktemp("finished") / "new" / "responses.jsonl"
+    run(texts, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def rows(finished) -> list[dict]:
+    return [json.loads(line) for line in finished.read_text().splitlines()]
+
+
+def parts(row: dict) -> tuple[list[int], list[int]]:
+    """(prompt, response)."""
+    P = row["loss_mask"].index(1)
+    assert row["loss_mask"] == [0] * P + [1] * (len(row["input_ids"]) - P)
+    return row["input_ids"][:P], row["input_ids"][P:]
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+def test_rows_are_numbered_and_the_share_of_greedy_ones_is_the_recipes(rows):
+    assert [row["index"] for row in rows] == list(range(13))
+    assert sum(row["greedy"] for row in rows) == 4
+    assert all(len(parts(row)[0]) == PROMPT_TOKENS and len(parts(row)[1]) <= MAX_NEW_TOKENS for row in rows)
+
+
+def test_greedy_responses_are_those_of_generate(rows, tiny_base):
+    for row in rows:
+        prompt, response = parts(row)
+        ids = torch.tensor([prompt])
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+        expected = tiny_base.generate(ids, **options)[0, len(prompt) :].tolist()
+        assert (response == expected) == row["greedy"]
+
+
+def test_sampled_responses_are_the_models_own_but_not_its_likeliest(rows, tiny_base):
+    """Every token is among the k likeliest at its place, and not all are the likeliest."""
+    ranks = []
+    for row in (row for row in rows if not row["greedy"]):
+        prompt, response = parts(row)
+        with torch.no_grad():
+            logits = tiny_base(torch.tensor([row["input_ids"]])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(response)[:, None])
+        ranks += (logits > chosen).sum(dim=1).tolist()
+    assert max(ranks) < TOP_K
+    assert sum(rank > 0 for rank in ranks) > len(ranks) / 10
+
+
+def test_no_prompt_is_of_what_training_holds_out(texts, rows, tokenizer):
+    files = [file.read_text() for file in sorted(texts.iterdir())]
+    held_out = load_corpus(str(texts), tokenizer, max_length=32).validation
+    assert [tokenizer.decode(document.input_ids[1:]) for document in held_out] == [files[0]]
+    for row in rows:
+        prompt = tokenizer.decode(parts(row)[0]).removeprefix("<|endoftext|>")
+        assert [n for n, text in enumerate(files) if prompt in text][:1] > [0]
+
+
+def test_prompts_of_python_sources_are_of_the_training_split(tmp_path, monkeypatch, tokenizer):
+    folder = tmp_path / "library"
+    folder.mkdir()
+    for n in range(300):
+        (folder / f"m{n}.py").write_text(f"# {split_of(f'm{n}.py')}\n" * 60)
+    monkeypatch.setattr("pardec.data.python_sources.stdlib_folder", lambda: folder)
+    output = tmp_path / "responses.jsonl"
+    run(folder, output, "data.path=python-stdlib", "max_new_tokens=1", "num_responses=200", "batch_size=200")
+    prompts = [tokenizer.decode(parts(json.loads(line))[0]) for line in output.read_text().splitlines()]
+    assert all("train" in prompt for prompt in prompts)
+    assert not any("test" in prompt or "validation" in prompt for prompt in prompts)
+    assert {split_of(f"m{n}.py") for n in range(300)} == {"train", "validation", "test"}
+
+
+def test_training_reads_the_file_and_learns_the_responses(finished, rows, tokenizer):
+    corpus = load_corpus(str(finished), tokenizer, max_length=PROMPT_TOKENS + MAX_NEW_TOKENS)
+    found = {tuple(d.input_ids.tolist()): d.loss_mask.tolist() for d in (*corpus.train, *corpus.validation)}
+    assert found == {tuple(row["input_ids"]): list(map(bool, row["loss_mask"])) for row in rows}
+
+
+def test_what_the_rows_were_made_by_stands_beside_them(finished, rows):
+    about = json.loads(about_file(finished).read_text())
+    own = sum(sum(row["loss_mask"]) for row in rows)
+    assert about["recipe"]["top_k"] == TOP_K
+    assert about["command"].startswith("generate_responses.py ")
+    assert set(about["versions"]) > {"torch", "transformers", "pardec"}
+    assert about["counts"] == {
+        "responses": 13, "greedy": 4, "short": 0, "prompt_tokens": 13 * PROMPT_TOKENS, "response_tokens": own,
+    }  # fmt: skip
+    assert about["last_run"]["tokens"] == own
+    assert about["last_run"]["tokens_per_second"] == pytest.approx(own / about["last_run"]["seconds"])
+
+
+# ---------------------------------------------------------------------- continuing
+
+
+def test_a_finished_file_is_left_alone(finished, texts, capsys):
+    before = {file: file.stat().st_mtime_ns for file in finished.parent.iterdir()}
+    run(texts, finished)
+    assert {file: file.stat().st_mtime_ns for file in finished.parent.iterdir()} == before
+    assert "already holds all 13 responses" in capsys.readouterr().out
+
+
+def begun(finished: Path, output: Path, num_bytes: int) -> Path:
+    """What a run that was killed has left."""
+    about = json.loads(about_file(finished).read_text())
+    unfinished = {key: about[key] for key in about if key not in ("counts", "last_run", "num_bytes")}
+    about_file(output).write_text(json.dumps(unfinished))
+    output.write_bytes(finished.read_bytes()[:num_bytes])
+    return output
+
+
+@pytest.mark.parametrize("place", ["first row", "between batches", "inside a batch", "last row", "after the last row"])
+def test_a_run_that_was_cut_off_continues_to_the_same_bytes(place, finished, texts, tmp_path, capsys):
+    lines = finished.read_bytes().splitlines(keepends=True)
+    ends = [0]
+    for line in lines:
+        ends.append(ends[-1] + len(line))
+    cuts = {
+        "first row": (20, 0),
+        "between batches": (ends[8], 8),
+        "inside a batch": (ends[6] + 9, 4),
+        "last row": (ends[13] - 1, 12),
+        "after the last row": (ends[13], 13),
+    }
+    num_bytes, first = cuts[place]
+    output = begun(finished, tmp_path / "cut.jsonl", num_bytes)
+    run(texts, output)
+    assert output.read_bytes() == finished.read_bytes()
+    assert (f"at response {first}" in capsys.readouterr().out) == (first > 0)
+    about = json.loads(about_file(output).read_text())
+    assert about["counts"] == json.loads(about_file(finished).read_text())["counts"]
+    assert about["last_run"]["first_response"] == first
+    run(texts, output)
+    assert "already holds" in capsys.readouterr().out
+
+
+def in_a_process(arguments: list[str], *launcher: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *launcher, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+
+
+def test_what_one_process_was_killed_at_in_the_middle_of_a_row_two_continue_to_the_same_bytes(
+    finished, texts, tmp_path
+):
+    """13 responses in 5 batches, of which one is written: a process has none to generate in some round."""
+    code = (
+        "import os, runpy, signal, sys, pardec.data.responses as responses\n"
+        "append = responses.append_rows\n"
+        "def die_in_the_third(file, rows):\n"
+        "    if rows[0]['index'] == 8:\n"
+        "        file.open('ab', buffering=0).write(b'{\"index\":8,\"gre')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    append(file, rows)\n"
+        "responses.append_rows = die_in_the_third\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    output = tmp_path / "killed.jsonl"
+    killed = in_a_process(command(texts, output), "-c", code)
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    assert output.read_bytes().endswith(b'\n{"index":8,"gre')
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29518")
+    done = in_a_process(command(texts, output), *launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert output.read_bytes() == finished.read_bytes()
+    assert done.stdout.count("at response 8") == 1
+    about = json.loads(about_file(output).read_text())
+    assert (about["num_processes"], [one["num_processes"] for one in about["earlier_runs"]]) == (2, [1])
+
+
+def test_a_full_disk_ends_with_one_line_and_whole_batches(texts, tmp_path, capsys):
+    output, options = tmp_path / "full.jsonl", ("num_responses=60", "max_new_tokens=2", "batch_size=8")
+    run(texts, tmp_path / "whole.jsonl", *options)
+    content = (tmp_path / "whole.jsonl").read_bytes()
+    room = 5000  # more than what is told beside the rows takes
+    assert 2 * about_file(tmp_path / "whole.jsonl").stat().st_size > room < len(content)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        message = refusal(capsys, texts, output, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert message.startswith(f"error: {output}: expected room for 8 more responses, found: File too large; ")
+    left = output.read_bytes()
+    assert content.startswith(left)
+    assert left.endswith(b"\n")
+    assert left.count(b"\n") in {batch.first for batch in plan_batches(60, 8, 0.3)[1:]}
+    run(texts, output, *options)
+    assert output.read_bytes() == content
+
+
+# ---------------------------------------------------------------------- other bases, an adapter
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory) -> Path:
+    """The packaged model with a chat template, for which a line break ends a text."""
+    folder = tmp_path_factory.mktemp("base") / "chat"
+    shutil.copytree(resolve_base("tiny-python"), folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}# assistant:"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [0, 199]}))
+    return folder
+
+
+def test_answers_end_with_their_eos_and_even_very_short_ones_are_read_by_training(other_base, tmp_path, tokenizer):
+    assert tokenizer.decode([199]) == "\n"
+    talks = [
+        {"messages": [{"role": "user", "content": f"return {n}"}, {"role": "assistant", "content": "x"}]}
+        for n in range(30)
+    ]
+    data, output = tmp_path / "talk.jsonl", tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in talks))
+    run(tmp_path / "recipe", output, f"base={other_base}", f"data.path={data}", "max_new_tokens=24", "temperature=1.5")
+    answers = [parts(json.loads(line)) for line in output.read_text().splitlines()]
+    asked = {f"# user: return {n}\n# assistant:" for n in range(30) if n % 20}
+    assert len(answers) == 13
+    assert {tokenizer.decode(prompt) for prompt, _ in answers} < asked
+    for _, answer in answers:
+        assert 0 < len(answer) <= 24
+        assert not {0, 199} & set(answer[:-1])
+        assert len(answer) == 24 or answer[-1] in (0, 199)
+    short = sum(len(answer) < 3 for _, answer in answers)
+    assert short > 0
+    assert json.loads(about_file(output).read_text())["counts"]["short"] == short
+    corpus = load_corpus(str(output), tokenizer, max_length=64)
+    # an answer of one token is the bonus token of the prefill: there is no draft to learn
+    drafted = sum(len(answer) > 1 for _, answer in answers)
+    (only_validation,) = corpus.validation
+    assert len(corpus.train) + (only_validation.loss_mask.sum() > 1) == drafted
+
+
+def test_an_adapter_drafts_what_the_base_writes_anyway(finished, texts, tiny_base, tmp_path, rows):
+    """A random adapter, whose drafts are rejected: greedy responses are the same, sampled ones of the same law."""
+    adapter = make_adapter(tiny_base, 2, lora_rank=2)
+    adapter.metadata.fingerprint = fingerprint(tiny_base, load_tokenizer("tiny-python"))
+    save_adapter(adapter, tmp_path / "adapter")
+    output = tmp_path / "responses.jsonl"
+    run(texts, output, f"adapter={tmp_path / 'adapter'}")
+    drafted = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [parts(row)[0] for row in drafted] == [parts(row)[0] for row in rows]
+    assert [row for row in drafted if row["greedy"]] == [row for row in rows if row["greedy"]]
+    assert [row for row in drafted if not row["greedy"]] != [row for row in rows if not row["greedy"]]
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_response=3", "unknown key 'num_response'; the nearest known one is 'num_responses'"),
+        ("data.formta=text", "unknown key 'data.formta'; the nearest known one is 'data.format'"),
+        ("num_responses=0", "num_responses: input should be greater than or equal to 1, found 0"),
+        ("greedy_fraction=1.5", "greedy_fraction: input should be less than or equal to 1, found 1.5"),
+        ("temperature=-1", "temperature: expected 0 (greedy) or a finite number of at least 0.0001, found -1.0"),
+        ("top_k=0", "top_k: expected an integer >= 1, found 0"),
+        ("top_p=1.5", "top_p: expected a number in (0, 1], found 1.5"),
+        ("min_p=2", "min_p: expected a number in [0, 1], found 2.0"),
+        ("seed=-1", "seed: input should be greater than or equal to 0, found -1"),
+        ("dtype=int8", "dtype: input should be 'float32', 'bfloat16' or 'float16', found 'int8'"),
+        ("output=x.txt", "output: expected a path that ends in .jsonl, found 'x.txt'"),
+        ("base=nowhere", "base 'nowhere': expected a folder or hub name of a causal language model, found"),
+        ("adapter=nowhere", "nowhere: expected an adapter"),
+        ("data.path=nowhere.txt", "data: expected a file or folder, found nothing at nowhere.txt"),
+        ("data.path=EMPTY", "EMPTY: expected at least one row of data, found none"),
+        (
+            "data.path=talk.jsonl",
+            "talk.jsonl:2: expected a tokenizer with a chat template for conversations, found none",
+        ),
+        ("prompt_tokens=1000", "expected a text of at least 1000 tokens (prompt_tokens), found"),
+        (
+            "prompt_tokens=2041",
+            "expected a prompt of at most 2040 tokens, the positions of the base less max_new_tokens",
+        ),
+    ],
+)
+def test_unusable_input_is_refused_in_one_line_and_nothing_is_written(
+    override, message, texts, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "EMPTY").mkdir()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"text": "held out"}, {"messages": turns}]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(capsys, texts, tmp_path / "output" / "responses.jsonl", override)
+    assert {file.name for file in tmp_path.iterdir()} == {"EMPTY", "talk.jsonl"}
+
+
+def test_a_file_is_not_continued_by_another_recipe(finished, texts, capsys):
+    content = finished.read_bytes()
+    message = refusal(capsys, texts, finished, "temperature=0.5")
+    assert "expected temperature = 0.5 as in this recipe, found responses with temperature = 1.0" in message
+    assert finished.read_bytes() == content
+
+
+def test_a_file_is_not_continued_from_other_texts(finished, texts, tmp_path, capsys):
+    changed = tmp_path / "texts"
+    shutil.copytree(texts, changed)
+    (changed / "m07.py").write_text("def other():\n    pass\n" * 20)
+    output = begun(finished, tmp_path / "cut.jsonl", 4000)
+    about = json.loads(about_file(output).read_text())
+    about["recipe"]["data"]["path"] = str(changed)
+    about_file(output).write_text(json.dumps(about))
+    assert "expected responses to the prompts that" in refusal(capsys, changed, output)
+
+
+def test_a_file_is_not_continued_with_other_weights_of_the_same_name(texts, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(resolve_base("tiny-python"), base)
+    output = tmp_path / "responses.jsonl"
+    run(texts, output, f"base={base}", "num_responses=2", "max_new_tokens=1")
+    with output.open("ab") as file:
+        file.truncate(10)
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][0] += 1
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    message = refusal(capsys, texts, output, f"base={base}", "num_responses=2", "max_new_tokens=1")
+    assert "its responses are another base's: input embeddings: expected sha256" in message
+
+
+def test_a_file_of_other_origin_is_left_alone(texts, tmp_path, capsys):
+    output = tmp_path / "responses.jsonl"
+    output.write_text('{"text": "mine"}\n')
+    assert "expected no file or responses to continue, found one without" in refusal(capsys, texts, output)
+    assert output.read_text() == '{"text": "mine"}\n'

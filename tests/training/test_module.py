@@ -1,0 +1,489 @@
+"""Training: the prefix-cached forward is the naive joint one, whatever the number of processes or chunks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model
+
+from pardec.adapters.gated_lora import inject_lora
+from pardec.layout import nested_block_lengths, training_layout
+from pardec.training.loss import target_law
+from pardec.training.module import METRICS, Drafter, MaskTokenTrainer, Objective, mean_embedding
+
+ROOT = Path(__file__).parents[2]
+K, T, N = 3, 20, 4
+TRAINED = (
+    "llama",
+    "qwen3-mixed-windows",
+    "mistral-window",
+    "gemma3-mixed-windows",
+    "gemma2-eager",
+    "gpt2",
+    "phi3-window",
+)
+
+
+def make_batch(vocab_size: int = 61, batch: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (batch, T), generator=generator)
+    anchors = torch.stack([torch.randperm(T - 1, generator=generator)[:N] for _ in range(batch)])
+    anchors[0, 0] = T - 2  # a block that runs beyond the end
+    mask = torch.rand(batch, T, generator=generator) > 0.2
+    return {"input_ids": ids, "loss_mask": mask, "anchors": anchors}
+
+
+def make_trainer(
+    family: str,
+    lora: bool = False,
+    objective: Objective | None = None,
+    keep: tuple[float, float] = (1.0, 0.0),
+    **drafter,
+) -> MaskTokenTrainer:
+    model = tiny_model(family)
+    if lora:
+        torch.manual_seed(7)
+        inject_lora(model, r=2, alpha=4, target_modules="all-linear")
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn_like(parameter, dtype=torch.float64) * 0.3
+    what = Drafter(K, has_lora=lora, **drafter)
+    trainer = MaskTokenTrainer(model, what, objective or Objective(), keep_ratio=keep[0], keep_floor=keep[1])
+    torch.manual_seed(8)
+    for name, parameter in trainer.named_parameters():
+        if name.startswith(("mask_embeddings", "head.")):
+            parameter.data = torch.randn_like(parameter, dtype=torch.float64)
+    return trainer
+
+
+def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], weights: list[float], lengths=None):
+    """One forward over real tokens and all mask rows, mask and loss written out as loops.
+
+    Blocks that are shorter than K still have all their rows here; the loss leaves out those that do not exist.
+    """
+    base, ids = trainer.base, batch["input_ids"]
+    B, M = ids.shape[0], N * K
+    config = base.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    positions = torch.zeros(B, T + M, dtype=torch.long)
+    visible = torch.zeros(B, T + M, T + M, dtype=torch.bool)
+    rows = []  # (batch, row, anchor, j)
+    for b in range(B):
+        for s in range(T):
+            positions[b, s] = s
+            visible[b, s, : s + 1] = True
+        for n, anchor in enumerate(batch["anchors"][b].tolist()):
+            for j in range(1, K + 1):
+                row = T + n * K + j - 1
+                positions[b, row] = anchor + j
+                visible[b, row, : anchor + 1] = True
+                visible[b, row, T + n * K : row + 1] = True
+                if lengths is None or j <= lengths[n]:
+                    rows.append((b, row, anchor, j))
+    near = positions[:, :, None] - positions[:, None, :] < (window or 10**9)
+
+    def form(seen):
+        if config._attn_implementation == "eager":
+            additive = torch.zeros(seen.shape, dtype=torch.float64)
+            return additive.masked_fill(~seen, torch.finfo(torch.float64).min)[:, None]
+        return seen[:, None]
+
+    if kinds and len(set(kinds)) > 1:
+        mask = {"full_attention": form(visible), "sliding_attention": form(visible & near)}
+    else:
+        mask = form(visible & near if window else visible)
+    is_mask_row = (torch.arange(T + M) >= T).double()[None, :, None]
+    handles = [
+        module.register_forward_hook(lambda m, a, out: out * is_mask_row)
+        for name, module in base.named_modules()
+        if name.endswith("lora_A.default")
+    ]
+    embeds = base.get_input_embeddings()(ids)
+    masks = trainer.mask_embeddings.repeat(N, 1).expand(B, -1, -1)
+    if trainer.drafter.has_lora:
+        from pardec.adapters.gated_lora import lora_enabled
+
+        with lora_enabled(base):
+            logits = base(
+                inputs_embeds=torch.cat([embeds, masks], 1), position_ids=positions, attention_mask=mask
+            ).logits
+    else:
+        logits = base(inputs_embeds=torch.cat([embeds, masks], 1), position_ids=positions, attention_mask=mask).logits
+    for handle in handles:
+        handle.remove()
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for b, row, anchor, j in rows:
+        target = anchor + j + 1
+        if target >= T or not batch["loss_mask"][b, target]:
+            continue
+        if trainer.objective.loss == "kl":
+            p = logits[b, anchor + j].detach().log_softmax(-1)
+            loss = (p.exp() * (p - logits[b, row].log_softmax(-1))).sum()
+        else:
+            loss = -logits[b, row].log_softmax(-1)[ids[b, target]]
+        total, count = total + weights[j - 1] * loss, count + 1
+    return total, count
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("objective", ["kl", "cross_entropy"])
+@pytest.mark.parametrize("family", TRAINED)
+def test_prefix_cached_gradients_equal_a_naive_joint_forward(family, objective, lora):
+    weights = [1.0, 0.5, 0.25]
+    assert_gradients_are_naive(make_trainer(family, lora, Objective(objective, weights)), lora, weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-mixed-windows", "gemma2-eager", "gpt2"])
+def test_dropped_mask_tokens_are_as_if_they_had_never_been(family):
+    keep = (0.6, 0.3)
+    lengths = nested_block_lengths(N, K, *keep)
+    assert lengths == (3, 2, 1, 1)
+    trainer = make_trainer(family, True, Objective("kl", [1.0, 1.0, 1.0]), keep)
+    assert_gradients_are_naive(trainer, True, [1.0, 1.0, 1.0], lengths)
+
+
+def assert_gradients_are_naive(trainer, lora, weights, lengths=None):
+    batch = make_batch()
+    loss, count, _ = trainer(**batch)
+    loss.backward()
+    parameters = {n: p for n, p in trainer.named_parameters() if p.requires_grad}
+    assert len(parameters) > (1 if lora else 0)
+    found = {name: p.grad.clone() for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    expected_loss, expected_count = naive_joint_loss(trainer, batch, weights, lengths)
+    expected_loss.backward()
+    assert int(count) == expected_count > N
+    assert float(loss.detach()) == pytest.approx(float(expected_loss.detach()), rel=1e-5)
+    for name, parameter in parameters.items():
+        scale = parameter.grad.abs().max().clamp_min(1e-3)
+        assert float((found[name] - parameter.grad).abs().max() / scale) < 1e-5, name
+    assert found["mask_embeddings"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-mixed-windows", "mistral-window", "phi3-window", "gpt2", "granite"])
+@pytest.mark.parametrize("keep", [(1.0, 0.0), (0.6, 0.3)])
+def test_the_route_of_blocks_gives_the_models_own_attention(family, keep):
+    """With every key masked one by one, as sdpa has it, against each block by itself."""
+    found = {}
+    for takes_blocks in (True, False):
+        trainer = make_trainer(family, True, keep=keep)
+        trainer(**make_batch())
+        assert trainer._takes_blocks  # the probe finds that each of these families may take it
+        trainer._takes_blocks = takes_blocks
+        loss, _, metrics = trainer(**make_batch(), with_metrics=True)
+        loss.backward()
+        gradients = {n: p.grad for n, p in trainer.named_parameters() if p.grad is not None}
+        found[takes_blocks] = (loss.detach(), metrics, gradients)
+    torch.testing.assert_close(found[True][:2], found[False][:2])
+    for name, expected in found[False][2].items():
+        torch.testing.assert_close(found[True][2][name], expected, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("rule", ["expected_length", "prefix_product"])
+def test_weights_that_follow_acceptance_are_those_of_each_block_by_itself(rule):
+    """Overlaps that the trainer reports row by row, put through the products by hand."""
+    trainer = make_trainer("llama", objective=Objective("cross_entropy", rule))
+    batch = make_batch(batch=1)
+    logged = []
+    original = trainer._weights
+
+    def spy(layout, scaled, p, counts):
+        found = original(layout, scaled, p, counts)
+        logged.append((layout, scaled, p, counts, found))
+        return found
+
+    trainer._weights = spy
+    loss, _, _ = trainer(**batch)
+    layout, scaled, p, counts, found = logged[0]
+    overlap = torch.minimum(scaled.softmax(-1), p).sum(-1) * counts
+    total = 0.0
+    for row, (n, depth) in enumerate(zip(layout.blocks.tolist(), layout.depths.tolist(), strict=True)):
+        a = [overlap[i].item() for i in range(len(overlap)) if layout.blocks[i] == n]
+        prefix = 1.0
+        for value in a[:depth]:
+            prefix *= value
+        expected = prefix
+        if rule == "expected_length":
+            expected, product = 0.0, prefix
+            for value in a[depth:]:
+                product *= value
+                expected += product
+        assert found[row].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
+        if counts[row]:
+            token = batch["input_ids"][0, layout.targets[0, row]]
+            total += expected * float(-scaled[row].log_softmax(-1)[token])
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
+
+
+def test_the_head_is_trained_on_the_token_before_and_leaves_the_rest_alone():
+    """Loss of the head from its definition, over all tokens; without `joint` it has no gradient below itself."""
+    plain, headed = make_trainer("llama", True), make_trainer("llama", True, head_width=6)
+    batch = make_batch()
+    for trainer in (plain, headed):
+        trainer(**batch)[0].backward()
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(dict(headed.named_parameters())[name].grad, parameter.grad)
+    for name in ("inner.weight", "inner.bias", "outer.weight"):
+        assert headed.head.get_parameter(name).grad.abs().max() > 1e-3
+    joint = make_trainer("llama", True, head_width=6, joint_head=True)
+    joint(**batch)[0].backward()
+    assert (joint.mask_embeddings.grad - plain.mask_embeddings.grad).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "gemma3-mixed-windows"])
+def test_the_heads_loss_is_its_definition(family):
+    trainer = make_trainer(family, head_width=6, objective=Objective("cross_entropy"))
+    batch = make_batch(batch=1)
+    seen = {}
+    run = trainer._run_mask_rows
+
+    def spy(layout, num_tokens, cache):
+        seen["layout"], seen["logits"] = layout, run(layout, num_tokens, cache)
+        seen["hidden"] = trainer.tap.hidden
+        return seen["logits"]
+
+    trainer._run_mask_rows = spy
+    _, _, metrics = trainer(**batch)
+    layout, ids, base = seen["layout"], batch["input_ids"][0], trainer.base
+    expected = torch.zeros(K, dtype=torch.float64)
+    for row, (position, target) in enumerate(
+        zip(layout.positions[0].tolist(), layout.targets[0].tolist(), strict=True)
+    ):
+        if target >= T or not batch["loss_mask"][0, target]:
+            continue
+        hidden, before = seen["hidden"][0, row], base.get_input_embeddings()(ids[position])
+        both = torch.cat([hidden / hidden.pow(2).mean().sqrt(), before / before.pow(2).mean().sqrt()])
+        inner = torch.nn.functional.silu(trainer.head.inner.weight @ both + trainer.head.inner.bias)
+        vector = trainer.head.outer.weight @ inner
+        scores = seen["logits"][0, row] + base.get_output_embeddings().weight @ vector
+        expected[layout.depths[row]] += torch.nn.functional.cross_entropy(scores[None], ids[target][None]).detach()
+    torch.testing.assert_close(metrics[METRICS.index("head_loss")].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_rows_hold_embeddings_of_random_tokens_and_learn_nothing():
+    trainer = make_trainer("gemma3-mixed-windows", True, draft_input="uniform_noise")
+    layout = training_layout(make_batch()["anchors"], (K,) * N, T)
+    torch.manual_seed(0)
+    rows = trainer._mask_inputs(layout)
+    table = trainer.base.get_input_embeddings()(torch.arange(61))
+    which = (rows[:, :, None] == table).all(-1).nonzero()[:, 2]
+    assert len(which) == rows.shape[0] * rows.shape[1]  # each is exactly one token's
+    assert len(set(which.tolist())) > 10
+    trainer(**make_batch())[0].backward()
+    assert trainer.mask_embeddings is None
+    assert all("lora_" in name for name, p in trainer.named_parameters() if p.grad is not None)
+
+
+def test_the_law_that_is_followed_is_that_of_the_objective():
+    trainer = make_trainer("llama", objective=Objective("kl", temperature=0.5, top_k=3))
+    batch = make_batch()
+    layout = training_layout(batch["anchors"], (K,) * N, T)
+    prefix = trainer._run_prefix(batch["input_ids"], layout, (K,) * N)
+    logits = trainer.base(batch["input_ids"]).logits
+    rows = layout.positions.clamp_max(T - 1)
+    expected = target_law(torch.stack([logits[b, rows[b]] for b in range(2)]), 0.5, 3)
+    torch.testing.assert_close(prefix.probs, expected)
+
+
+def test_parts_of_the_anchors_add_up_to_all_of_them():
+    batch = make_batch()
+    whole = make_trainer("llama")
+    loss, count, metrics = whole(**batch, with_metrics=True)
+    loss.backward()
+    parts = make_trainer("llama")
+    sums = [parts(**batch, first_anchor=first, num_anchors=3, with_metrics=True) for first in (0, 3)]
+    for part_loss, _, _ in sums:
+        part_loss.backward()
+    assert float(sum(s[0].detach() for s in sums)) == pytest.approx(float(loss.detach()))
+    assert int(sum(s[1] for s in sums)) == int(count)
+    torch.testing.assert_close(sum(s[2] for s in sums), metrics)
+    torch.testing.assert_close(parts.mask_embeddings.grad, whole.mask_embeddings.grad)
+
+
+def test_the_base_gets_no_gradient_and_stays_in_eval_mode():
+    trainer = make_trainer("gpt2")  # has dropout
+    trainer.train()
+    assert not trainer.base.training
+    trainer(**make_batch())[0].backward()
+    assert [n for n, p in trainer.named_parameters() if p.grad is not None] == ["mask_embeddings"]
+
+
+def test_shared_mask_embeddings_are_one_vector():
+    trainer = make_trainer("llama", mask_sharing="shared")
+    trainer(**make_batch())[0].backward()
+    assert trainer.mask_embeddings.grad.shape == (1, 32)
+
+
+def test_gradient_checkpointing_is_refused():
+    model = tiny_model("llama")
+    model.model.gradient_checkpointing = True
+    with pytest.raises(ValueError, match="gradient checkpointing off, found it on"):
+        MaskTokenTrainer(model, Drafter(K))
+
+
+def test_mean_embedding_is_the_mean_of_the_modules_outputs():
+    from pardec.target.forward import TargetModel
+
+    model = tiny_model("gemma3-mixed-windows")  # scales its embeddings
+    expected = torch.stack([model.get_input_embeddings()(torch.tensor([i]))[0] for i in range(61)]).mean(0)
+    torch.testing.assert_close(mean_embedding(TargetModel.wrap(model), 10)[0], expected.float())
+
+
+def test_layout_and_trainer_agree_on_what_counts():
+    batch = make_batch()
+    layout = training_layout(batch["anchors"], (K,) * N, T)
+    counts = sum(int(t < T and batch["loss_mask"][b, t]) for b in range(2) for t in layout.targets[b].tolist())
+    assert int(make_trainer("llama")(**batch)[1]) == counts
+
+
+# ---------------------------------------------------------------------- the script
+
+SMALL = [
+    "data.max_length=64", "train.batch_size=2", "train.anchors_per_sequence=8", "train.log_every=1",
+    "train.warmup_steps=0", "eval.num_prompts=2", "eval.max_new_tokens=8", "adapter.num_speculative_tokens=2",
+    "train.mixed_precision=no",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "code.txt"
+    path.write_text("".join(f"def f_{i}(x):\n    return x + {i}\n\n\n" for i in range(900)))
+    return path
+
+
+def train(output: Path, text: Path, *overrides: str, launcher: tuple[str, ...] = (), recipe: str = "quickstart"):
+    command = [
+        sys.executable, *launcher, str(ROOT / "train/train_adapter.py"), str(ROOT / f"recipes/{recipe}.yaml"),
+        f"output_dir={output}", f"data.path={text}", *SMALL, *overrides,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+
+
+def checkpoint(output: Path, file: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    (newest,) = (output / "checkpoints").glob("step-*")
+    return load_file(newest / file)
+
+
+def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp_path):
+    """Gloo with 2 processes of batch 1, and one process with 2 accumulated batches of 1, against batch 2."""
+    settings = {
+        "one": (),
+        "two": ("train.batch_size=1",),
+        "accumulated": ("train.batch_size=1", "train.gradient_accumulation_steps=2", "train.anchors_per_forward=3"),
+    }
+    gradients, losses = {}, {}
+    for name, overrides in settings.items():
+        launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517")
+        run = train(tmp_path / name, text_file, "train.steps=1", *overrides, launcher=launcher if name == "two" else ())
+        assert run.returncode == 0, (name, run.stderr[-2000:])
+        # after one step AdamW's first moment is a tenth of the (clipped) gradient
+        moments = checkpoint(tmp_path / name, "optimizer.safetensors")
+        gradients[name] = {key: value for key, value in moments.items() if key.endswith(".exp_avg")}
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    assert len(gradients["one"]) == 1 + 3 + 2 * 42  # mask embeddings, head, LoRA
+    for name in ("two", "accumulated"):
+        assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
+        for key, expected in gradients["one"].items():
+            torch.testing.assert_close(
+                gradients[name][key], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
+            )
+    assert gradients["one"]["mask_embeddings.exp_avg"].abs().max() > 0
+
+
+def test_a_run_that_was_cut_off_continues_to_the_same_numbers(text_file, tmp_path):
+    options = ("train.steps=4", "train.checkpoint_every=2", "eval.every=4")
+    assert train(tmp_path / "whole", text_file, *options).returncode == 0
+    cut = tmp_path / "cut"
+    code = (
+        "import runpy, sys, pardec.run as run; save = run.save_state\n"
+        "def once(*a):\n    save(*a)\n    import os; a[1] and os._exit(9)\n"  # after the first step's checkpoint
+        "run.save_state = once\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    killed = train(cut, text_file, *options, launcher=("-c", code))
+    assert killed.returncode == 9
+    again = train(cut, text_file, *options)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "continuing" in again.stdout
+    file = "parameters.safetensors"
+    whole, continued = checkpoint(tmp_path / "whole", file), checkpoint(cut, file)
+    assert all(torch.equal(whole[key], continued[key]) for key in whole)
+    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == [1, 2, 3, 4]
+    finished = train(cut, text_file, *options)
+    assert finished.returncode == 0
+    assert "already holds the adapter" in finished.stdout
+    other = train(cut, text_file, *options, "train.objective=cross_entropy")
+    assert other.returncode == 2
+    assert "expected a run of the same recipe" in other.stderr
+
+
+def test_the_logged_acceptance_is_what_the_saved_adapter_gives(text_file, tmp_path):
+    import pardec
+    from pardec.data.corpus import load_corpus, standard_prompts
+    from pardec.measures.acceptance import measure_acceptance
+
+    output = tmp_path / "run"
+    run = train(output, text_file, "train.steps=6", "eval.every=6", "eval.max_new_tokens=24")
+    assert run.returncode == 0, run.stderr[-2000:]
+    model = pardec.load(output)
+    measured = model.adapter.metadata.measured
+    corpus = load_corpus(str(text_file), model.tokenizer, max_length=64)
+    prompts = standard_prompts(corpus.validation, num_prompts=2)
+    again = measure_acceptance(model, prompts, max_new_tokens=24, temperature=0.8, top_k=10)
+    assert again.to_dict()["mean_acceptance_length"] == measured["sampled"]["mean_acceptance_length"]
+    assert model.adapter.metadata.training["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.lerning_rate=1"], "unknown key 'train.lerning_rate'; the nearest known one is 'train.learning_rate'"),
+        (
+            ["data.path=/nowhere.jsonl", "data.format=jsonl"],
+            "expected a file or folder, found nothing at /nowhere.jsonl",
+        ),
+        (["base=/no/such/base"], "base '/no/such/base': expected a folder or hub name"),
+        (["data.max_length=4096"], "data.max_length: expected at most 2048"),
+        (["train.position_weights=[1e38, 1e38]"], "expected a finite loss, found"),
+        (["adapter.lora.target_modules=[no_such_layer]"], "no_such_layer"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(text_file, tmp_path, overrides, words):
+    output = tmp_path / "run"
+    run = train(output, text_file, *overrides)
+    assert run.returncode == 2, run.stderr[-2000:]
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in run.stderr
+    if "finite" not in words:
+        assert not output.exists()
+
+
+def test_malformed_data_names_file_and_line(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "fine"}\n{"text": 3}\n')
+    run = train(tmp_path / "run", data)
+    assert run.returncode == 2
+    assert f"{data}:2: expected non-empty 'text'" in run.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_family_of_the_decoder_tests_can_be_wrapped_for_training():
+    for family in FAMILIES:
+        loss, count, _ = make_trainer(family)(**make_batch())
+        assert torch.isfinite(loss)
+        assert int(count) > 0

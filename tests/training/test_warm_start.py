@@ -1,0 +1,111 @@
+"""Starting from an adapter that exists: its numbers are taken over, frozen parts stay, misfits are refused."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
+from pardec.adapters.gated_lora import inject_lora, lora_weights
+from pardec.target.fingerprint import fingerprint
+from pardec.training.module import Drafter, MaskTokenTrainer
+from pardec.training.warm_start import warm_start
+
+K = 3
+
+
+def make(family: str = "llama", *, rank: int = 2, width: int = 5, num_masks: int = K, seed: int = 0, **changes):
+    """A training module with all parts, its PEFT model, and the identity of its base."""
+    model = tiny_model(family, **changes)
+    identity = fingerprint(model, None)
+    torch.manual_seed(seed)
+    peft_model = inject_lora(model, r=rank, alpha=4, target_modules="all-linear") if rank else None
+    module = MaskTokenTrainer(model, Drafter(num_masks, has_lora=bool(rank), head_width=width))
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn_like(parameter)
+    return module, peft_model, identity
+
+
+def adapter_of(module, peft_model, identity) -> Adapter:
+    head = None if module.head is None else {n: p.detach().float().clone() for n, p in module.head.named_parameters()}
+    metadata = AdapterMetadata(
+        num_speculative_tokens=module.drafter.num_speculative_tokens,
+        base=BaseReference(name="tiny"),
+        fingerprint=identity,
+        head=None if head is None else HeadShape(width=module.drafter.head_width, shortlist=4),
+    )
+    masks = module.mask_embeddings.detach().float().clone()
+    return Adapter(masks, metadata, None if peft_model is None else lora_weights(peft_model), head)
+
+
+def learned(module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in module.named_parameters() if "lora_" in n or not n.startswith("base.")}
+
+
+def test_every_part_takes_the_adapters_numbers():
+    source, peft_model, identity = make(seed=1)
+    adapter = adapter_of(source, peft_model, identity)
+    module, peft_model, identity = make(seed=2)
+    before = learned(module)
+    warm_start(module, peft_model, adapter, identity)
+    expected = learned(source)
+    assert len(expected) == 1 + 3 + 2 * 21  # mask embeddings, head, 7 layers in each of 3 blocks
+    for name, found in learned(module).items():
+        assert not torch.equal(before[name], found)
+        torch.testing.assert_close(found, expected[name].to(found.dtype), rtol=1e-6, atol=1e-6)
+    assert all(p.requires_grad for n, p in module.named_parameters() if n in expected)
+
+
+def test_a_part_that_the_adapter_lacks_keeps_its_own_beginning():
+    source, peft_model, identity = make(width=0, seed=1)
+    module, own, _ = make(seed=2)
+    before = learned(module)
+    warm_start(module, own, adapter_of(source, peft_model, identity), identity)
+    after = learned(module)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith("head.")
+
+
+def test_frozen_parts_get_no_gradient_and_the_head_alone_is_trained():
+    source, peft_model, identity = make(width=0, seed=1)
+    module, own, _ = make(seed=2)
+    warm_start(module, own, adapter_of(source, peft_model, identity), identity, ["mask_embeddings", "lora"])
+    ids = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "loss_mask": torch.ones(2, 20, dtype=torch.bool), "anchors": torch.tensor([[3, 8]] * 2)}
+    loss, _, _ = module(**batch)
+    loss.backward()
+    touched = {n for n, p in module.named_parameters() if p.grad is not None}
+    assert touched == {"head.inner.weight", "head.inner.bias", "head.outer.weight"}
+    gradients = {n: p.grad.clone() for n, p in module.named_parameters() if n in touched}
+    # the head learns the same when what it reads is trained beside it
+    free, own, _ = make(seed=2)
+    warm_start(free, own, adapter_of(source, peft_model, identity), identity)
+    free(**batch)[0].backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(dict(free.named_parameters())[name].grad, gradient)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"family": "qwen3"}, "belongs to another base"),
+        ({"rank": 3}, "expected r 3, scaling 1.33.* found r 2, scaling 2.0 and 42"),
+        ({"num_masks": 2}, r"mask_embeddings: expected shape \[2, 32\] as in the recipe, found \[3, 32\]"),
+        ({"width": 6}, r"head.inner.weight: expected shape \[6, 64\] as in the recipe, found \[5, 64\]"),
+        ({"width": 0}, "found none of head"),
+        ({"rank": 0}, "found none of lora"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(changes, words):
+    source, peft_model, identity = make()
+    adapter = adapter_of(source, peft_model, identity)
+    module, own, identity = make(**changes)
+    with pytest.raises(ValueError, match=words):
+        warm_start(module, own, adapter, identity)
+
+
+def test_a_part_cannot_be_frozen_that_the_adapter_lacks():
+    source, peft_model, identity = make(width=0)
+    module, own, _ = make()
+    with pytest.raises(ValueError, match=r"train.frozen: expected parts that adapter.start_from has, found head"):
+        warm_start(module, own, adapter_of(source, peft_model, identity), identity, ["head"])
