@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from exactness import Divergence, examine
 from reporting.result_files import output_stem
 from reporting.speed_tables import print_results, write_results
 from timing.baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
 from timing.calls import rows_of, time_ways
+from timing.divergence import Divergence, examine
 from timing.options import integers
 from torch import Tensor
 from tqdm.auto import tqdm

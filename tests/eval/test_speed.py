@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT / "eval"))
     import speed
-    from exactness import Divergence
     from reporting import result_files
     from reporting import speed_tables as tables
     from timing import baselines
     from timing import calls as timing
     from timing.baselines import Decoded, Setting, Way
     from timing.calls import Call, Timed
+    from timing.divergence import Divergence
 
     from pardec.data.benchmarks import Prompt
 
