@@ -14,17 +14,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from timing.divergence import examine
-from torch import Tensor
+from timing.baselines import Setting, generate_way, neutral_generation_config
+from timing.divergence import Divergence, divergence_from
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 from transformers.utils import logging
 
 import pardec
@@ -32,7 +30,6 @@ from pardec.data.benchmarks import Prompt, read_prompts
 from pardec.data.python_sources import STDLIB, TEST, VALIDATION
 from pardec.model import SelfSpeculativeModel
 from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
-from pardec.target.base import eos_token_ids, pad_token_id
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 RUNS = (("plain", 1), ("two_pass", 1), ("fused", 1), ("fused", 8))  # mode, prompts decoded together at most
@@ -44,11 +41,15 @@ def compare(
     prompts: Sequence[Prompt],
     found: Sequence[Sequence[int]],
     reference: Sequence[Sequence[int]],
-    logits_after: Callable[[Sequence[int], Sequence[int]], Tensor],
-    dtype: torch.dtype,
-    eos_ids: Sequence[int],
+    diverges: Callable[[Prompt, Sequence[int], Sequence[int]], Divergence | None],
 ) -> dict:
-    """Compares the continuations of all prompts; arguments as in `examine`, `logits_after` takes the prompt's ids too.
+    """Compares the continuations of all prompts.
+
+    Args:
+        prompts: that were continued.
+        found: new tokens of each in one mode.
+        reference: new tokens that they are compared with.
+        diverges: the first divergence of two continuations of a prompt, None if they are the same.
 
     Returns:
         dict: `identical`, the share of prompts whose sequences are the same; `num_tokens` compared, which end at a
@@ -56,7 +57,7 @@ def compare(
     """
     divergences, num_tokens = [], 0
     for prompt, ours, theirs in zip(prompts, found, reference, strict=True):
-        one = examine(prompt.name, ours, theirs, partial(logits_after, prompt.token_ids), dtype, eos_ids)
+        one = diverges(prompt, ours, theirs)
         num_tokens += len(theirs) if one is None else one.index + 1
         if one is not None:
             divergences.append(one)
@@ -82,15 +83,11 @@ def decode(
             batch = [prompt.token_ids for prompt in prompts[start : start + batch_size]]
             collected += model.generate(batch, mode=mode, **settings).token_ids
             bar.update(len(batch))
-    base = model.base_model
-    # a checkpoint's defaults may hold penalties and other processors; the greedy law has none of them
-    eos_ids, pad_id = eos_token_ids(base), pad_token_id(base)
-    base.generation_config = GenerationConfig(eos_token_id=eos_ids or None, pad_token_id=pad_id)
+    model.base_model.generation_config = neutral_generation_config(model.base_model, stop_at_eos=True)
+    alone = generate_way(model.base_model, Setting("greedy", args.max_new_tokens), name="generate")
     generated = []
     for prompt in prompts:
-        ids = torch.tensor([prompt.token_ids], device=model.target.device)
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": args.max_new_tokens, "do_sample": False}
-        generated.append(base.generate(ids, **options)[0, ids.shape[1] :].tolist())  # type: ignore[operator]
+        generated += alone.decode([prompt.token_ids], 0).token_ids
         bar.update()
     bar.close()
     return outputs, generated
@@ -100,17 +97,15 @@ def measure(model: SelfSpeculativeModel, prompts: Sequence[Prompt], args: argpar
     """Decodes all prompts in every way and compares: one row for each mode, batch size and reference."""
     outputs, generated = decode(model, prompts, args, dtype)
 
-    @torch.no_grad()
-    def logits_after(prompt: Sequence[int], new: Sequence[int]) -> Tensor:
-        ids = torch.tensor([[*prompt, *new]], device=model.target.device)
-        return model.base_model(input_ids=ids, use_cache=False).logits[0, -1]
+    def diverges(prompt: Prompt, ours: Sequence[int], theirs: Sequence[int]) -> Divergence | None:
+        return divergence_from(model.base_model, prompt.name, prompt.token_ids, ours, theirs)
 
-    rows, eos_ids = [], eos_token_ids(model.base_model)
+    rows = []
     for reference, expected in (("plain", outputs["plain", 1]), ("generate", generated)):
         for (mode, batch_size), found in outputs.items():
             if mode != reference:
                 row = {"dtype": dtype, "mode": mode, "batch_size": batch_size, "reference": reference}
-                rows.append(row | compare(prompts, found, expected, logits_after, DTYPES[dtype], eos_ids))
+                rows.append(row | compare(prompts, found, expected, diverges))
     return rows
 
 

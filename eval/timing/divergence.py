@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from pardec.target.base import eos_token_ids
 
 # in units of logits: the best logits are a tie when they are this close
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -90,3 +93,16 @@ def examine(
         # a logit that is no number is never within the tolerance
         explained=len(set(chosen)) == 2 and bool((below <= tolerance).all()),
     )
+
+
+def divergence_from(
+    base: PreTrainedModel, prompt: str, prompt_ids: Sequence[int], found: Sequence[int], reference: Sequence[int]
+) -> Divergence | None:
+    """`examine` by one plain forward of `base`, in whose dtype both were decoded, over what they share."""
+
+    @torch.no_grad()
+    def logits_after(new: Sequence[int]) -> Tensor:
+        ids = torch.tensor([[*prompt_ids, *new]], device=base.device)
+        return base(input_ids=ids, use_cache=False).logits[0, -1]
+
+    return examine(prompt, found, reference, logits_after, base.dtype, eos_token_ids(base))

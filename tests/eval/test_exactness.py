@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from timing.divergence import examine
 from tiny_models import make_adapter
 
 import pardec
@@ -52,14 +54,14 @@ def check(exactness, monkeypatch, capsys):
     return check
 
 
-def examined(exactness, found, reference, logits, dtype=torch.float32, eos_ids=(EOS,)):
+def examined(found, reference, logits, dtype=torch.float32, eos_ids=(EOS,)):
     asked = []
 
     def logits_after(prefix):
         asked.append(list(prefix))
         return torch.tensor(logits, dtype=torch.float64)
 
-    one = exactness.examine("p", found, reference, logits_after, dtype, eos_ids)
+    one = examine("p", found, reference, logits_after, dtype, eos_ids)
     assert len(asked) <= 1
     return one, asked[0] if asked else None
 
@@ -67,8 +69,8 @@ def examined(exactness, found, reference, logits, dtype=torch.float32, eos_ids=(
 # ---------------------------------------------------------------------- planted differences
 
 
-def test_equal_sequences_need_no_forward(exactness):
-    assert examined(exactness, [A, B], [A, B], None) == (None, None)
+def test_equal_sequences_need_no_forward():
+    assert examined([A, B], [A, B], None) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -85,23 +87,23 @@ def test_equal_sequences_need_no_forward(exactness):
         (0.1328125, torch.float16, False),
     ],
 )
-def test_ties_are_measured_by_the_dtype(exactness, gap, dtype, explained):
+def test_ties_are_measured_by_the_dtype(gap, dtype, explained):
     logits = [-16.0, 4.0, 4.0 - gap, -3.0]
-    one, prefix = examined(exactness, [C, A, C], [C, B, A], logits, dtype)
+    one, prefix = examined([C, A, C], [C, B, A], logits, dtype)
     assert prefix == [C]
     assert (one.prompt, one.index, one.tokens, one.explained) == ("p", 1, (A, B), explained)
     assert one.top2_gap == one.token_gap == one.shortfall == pytest.approx(gap)
     assert one.relative_gap == pytest.approx(gap / 16)
 
 
-def test_both_tokens_must_be_near_the_largest_logit(exactness):
+def test_both_tokens_must_be_near_the_largest_logit():
     best_two_tie = [5.0, 5.0, 1.0, 1.0]
-    one, _ = examined(exactness, [B], [C], best_two_tie)  # a tie with each other, far below the best
+    one, _ = examined([B], [C], best_two_tie)  # a tie with each other, far below the best
     assert (one.top2_gap, one.token_gap, one.shortfall, one.explained) == (0.0, 0.0, 4.0, False)
-    one, _ = examined(exactness, [A], [C], best_two_tie)
+    one, _ = examined([A], [C], best_two_tie)
     assert (one.token_gap, one.shortfall, one.explained) == (4.0, 4.0, False)
     three_near = [5.0, 4.75, 4.5, 0.0]
-    one, _ = examined(exactness, [A], [B], three_near, torch.bfloat16)  # tolerance 0.3125, below the best two
+    one, _ = examined([A], [B], three_near, torch.bfloat16)  # tolerance 0.3125, below the best two
     assert (one.top2_gap, one.token_gap, one.shortfall, one.explained) == (0.25, 0.25, 0.5, False)
 
 
@@ -116,21 +118,19 @@ def test_both_tokens_must_be_near_the_largest_logit(exactness):
         ([], [A], [1.0, 1.0, 0.0, 0.0], True, (None, A)),
     ],
 )
-def test_a_sequence_that_ends_earlier_is_explained_by_a_tie_with_eos_alone(
-    exactness, found, reference, logits, explained, tokens
-):
-    one, prefix = examined(exactness, found, reference, logits)
+def test_a_sequence_that_ends_earlier_is_explained_by_a_tie_with_eos_alone(found, reference, logits, explained, tokens):
+    one, prefix = examined(found, reference, logits)
     shared = min(len(found), len(reference))
     assert (one.index, prefix, one.tokens, one.explained) == (shared, reference[:shared], tokens, explained)
-    without_eos, _ = examined(exactness, found, reference, logits, eos_ids=())
+    without_eos, _ = examined(found, reference, logits, eos_ids=())
     assert not without_eos.explained
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
-def test_logits_that_are_no_numbers_explain_nothing(exactness, wrong):
-    one, _ = examined(exactness, [A], [B], [0.0, 1.0, wrong, 1.0], torch.float16)
+def test_logits_that_are_no_numbers_explain_nothing(wrong):
+    one, _ = examined([A], [B], [0.0, 1.0, wrong, 1.0], torch.float16)
     assert not one.explained
-    one, _ = examined(exactness, [A], [B], [wrong] * 4, torch.float16)
+    one, _ = examined([A], [B], [wrong] * 4, torch.float16)
     assert not one.explained
 
 
@@ -143,7 +143,11 @@ def test_compare_counts_prompts_tokens_and_divergences(exactness):
     def logits_after(prompt, new):
         return torch.tensor([0.0, 2.0, 2.0 - gaps[prompt[0]], 0.0], dtype=torch.float64)
 
-    row = exactness.compare(prompts, found, reference, logits_after, torch.float32, [EOS])
+    def diverges(prompt, ours, theirs):
+        after = partial(logits_after, prompt.token_ids)
+        return examine(prompt.name, ours, theirs, after, torch.float32, [EOS])
+
+    row = exactness.compare(prompts, found, reference, diverges)
     places = [(one["prompt"], one["index"], one["explained"]) for one in row.pop("divergences")]
     assert places == [("p1", 1, True), ("p2", 2, False)]
     assert row == {"num_prompts": 4, "num_tokens": 11, "identical": 0.5, "num_divergences": 2, "num_unexplained": 1}
