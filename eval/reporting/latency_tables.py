@@ -7,10 +7,7 @@ from pathlib import Path
 
 from reporting.plots import plot_step_latency
 from reporting.result_files import write_files
-from reporting.speed_tables import TextTable
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from reporting.text_tables import TextTable, markdown_page, print_tables
 
 HEADER = ("LoRA", "rows", "K", "ms/step", "x plain", "bound ms", "share of bound", "TFLOP/s")
 FORCED_HEADER = ("tokens/step", "tokens/s", "tokens/s x plain")
@@ -145,34 +142,16 @@ def _by_text(places: list[dict], key: str) -> dict[str, str]:
 
 def print_results(result: dict) -> None:
     """Tables and notes on the console."""
-    console = Console(width=170, highlight=False)
-    for table in tables_of(result):
-        printed = Table(title=escape(table.title), title_justify="left")
-        for name in table.header:
-            printed.add_column(name, justify="left" if name == "LoRA" else "right")
-        for row in table.rows:
-            printed.add_row(*map(escape, row))
-        console.print(printed)
-    for note in notes_of(result):
-        console.print(escape(note), style="dim")
+    print_tables(tables_of(result), notes_of(result), text_columns=("LoRA",))
 
 
 def markdown_of(result: dict) -> str:
     """The page of a result."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    parts = [
-        f"# Milliseconds per step of {result['model']}\n\n`python eval/{result['command']}`\n",
-        f"{result['device']}; {versions}\n",
-    ]
-    if not result["is_complete"]:
-        parts.append("The run was cut off: these are the rows that it had.\n")
-    for table in tables_of(result):
-        lines = [table.header, ["---"] * len(table.header), *table.rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"## {table.title}\n\n{text}\n")
+    parts = [] if result["is_complete"] else ["The run was cut off: these are the rows that it had.\n"]
+    parts += [f"## {table.title}\n\n{table.markdown()}" for table in tables_of(result)]
     parts += [_top_kernels(row) for row in result["profiles"]]
-    parts.append("\n".join(f"- {note}" for note in notes_of(result)) + "\n")
-    return "\n".join(parts)
+    heading = f"Milliseconds per step of {result['model']}"
+    return markdown_page(result, heading, result["device"], parts, notes_of(result))
 
 
 def _top_kernels(row: dict) -> str:
