@@ -27,7 +27,7 @@ class TextTable:
 
     title: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: list[list[str]]
     has_sections: bool = False
 
     def markdown(self) -> str:
