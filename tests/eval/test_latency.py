@@ -79,7 +79,7 @@ def test_the_bound_is_bytes_over_bandwidth():
 
 def test_copy_bandwidth_counts_bytes_read_and_written(monkeypatch):
     assert bandwidth.copy_bandwidth(CPU, num_bytes=2**20, repetitions=3) > 0
-    monkeypatch.setattr(bandwidth, "_seconds_of_copy", lambda source, target: 0.5)
+    monkeypatch.setattr(bandwidth, "seconds_of", lambda copy, device: 0.5)
     assert bandwidth.copy_bandwidth(CPU, num_bytes=2**20) == 4 * 2**20
 
 
