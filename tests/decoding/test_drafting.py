@@ -154,7 +154,7 @@ def test_packed_weights_draft_what_the_layers_own_draft(tiny_base, tokenizer):
     ours = headed(tiny_base)
     prompt = tokenizer("class Node:\n    def __init__(self").input_ids
     out = ours.generate(prompt, max_new_tokens=32)
-    assert ours._linears[True].modules
+    assert ours.engines._linears[True].modules
     target, adapter = ours.target, ours.adapter
     decoder = Decoder(
         target, "fused", K, TokenLaw(True), 32, torch.empty(0, dtype=torch.long), adapter.mask_embeddings,
@@ -240,7 +240,7 @@ def test_engines_that_are_kept_for_later_calls_are_kept_apart(ours):
         found = kept.generate(rows, max_new_tokens=40, use_head=use_head).counts
         expected = ours.generate(rows, max_new_tokens=40, use_head=use_head).counts
         assert [one.accepted for one in found] == [one.accepted for one in expected]
-    assert len(kept._pool._idle) == 2
+    assert len(kept.engines._pool._idle) == 2
 
 
 def test_a_head_that_is_not_there_cannot_be_used(ours):
@@ -294,8 +294,8 @@ def test_a_head_is_loaded_in_the_dtype_of_the_base(tiny_base, tokenizer, tmp_pat
     folder = saved(adapter, tiny_base, tokenizer, tmp_path / "adapter")
     for dtype in ("float32", "bfloat16"):
         model = pardec.load(folder, device="cpu", dtype=dtype)
-        assert {p.dtype for p in model._head.head.parameters()} == {getattr(torch, dtype)}
-        assert model._head.shortlist == SHORTLIST
+        assert {p.dtype for p in model.engines.head.head.parameters()} == {getattr(torch, dtype)}
+        assert model.engines.head.shortlist == SHORTLIST
         out = model.generate("def main():\n", max_new_tokens=8, block_lengths=full_blocks(2))
         assert out.counts[0].drafted[0] == 2
 

@@ -40,7 +40,7 @@ SAMPLED = Setting("sampled", 12, temperature=0.8, top_k=10)
 @pytest.fixture(scope="module")
 def folder(tiny_base, tokenizer, tmp_path_factory):
     """Two adapters, one of them tuned, and two assistants, of which one has another vocabulary."""
-    from pardec.tuning.choice import TunedChoice, weights_of, write_tuned
+    from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 
     folder = tmp_path_factory.mktemp("speed")
     for name, rank in (("embeddings", 0), ("lora", 2)):
