@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.target.base import load_base, load_tokenizer
 
+# so that an assertion of a helper that fails shows its values
+pytest.register_assert_rewrite("adapter_samples", "recorded_steps", "sampling_oracle")
+
 
 @pytest.fixture(scope="session")
 def tiny_base():

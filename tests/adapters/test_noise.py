@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_rows import committed
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
+from row_oracle import committed
 from tiny_models import make_adapter, tiny_model
 
 import pardec

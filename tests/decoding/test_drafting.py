@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
 import pardec
