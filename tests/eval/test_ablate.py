@@ -7,26 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablate
 import pytest
 import yaml
+from reporting import ablate_tables
+from studies import study_rows, variant_runs
+from studies.study import QUICK, View, load_study, shortened
 from tiny_models import make_adapter
 
 import pardec
 from pardec.adapters.files import save_adapter
-from pardec.data.corpus import held_out_prompts
 from pardec.measures.acceptance import measure_acceptance
 from pardec.model import SelfSpeculativeModel
 from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
-# eval/ is a folder of scripts that import each other by name; it leaves the path again
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT / "eval"))
-    import ablate
-    from reporting import ablate_tables
-    from studies import study_rows, variant_runs
-    from studies.study import QUICK, View, load_study, shortened
-
 RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
 SMALL = {"num_prompts": 3, "max_new_tokens": 6}
 
@@ -464,9 +459,9 @@ def test_without_drafts_there_is_no_difference():
 
 
 def test_pairs_of_prompts_add_up_to_what_the_decoder_reports(model):
-    prompts = held_out_prompts(model.tokenizer, "validation", str(ROOT / "pardec" / "decode.py"), 6)
     # the model goes on with what is repeated, so that there is something to leave out
-    prompts[0] = prompts[0][:4] * 20
+    texts = ["x = 1\n" * 20, *(f"class Shape{n}:\n    def area(self, width):\n" for n in range(5))]
+    prompts = model.tokenizer(texts).input_ids
     found = measure_acceptance(model, prompts, max_new_tokens=24)
     pairs = variant_runs.pairs_of(found)
     outside = variant_runs.outside_pairs(found, prompts, 4)

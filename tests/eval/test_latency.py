@@ -7,8 +7,12 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import latency
 import pytest
 import torch
+from reporting import latency_tables
+from timing import bandwidth, flex_route, shapes, step_groups, step_profile, steps
+from timing.steps import FLEX, GROUPED, STOCK, Runner, Subject, Variant
 from tiny_models import make_adapter, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,14 +25,6 @@ from pardec.target.fingerprint import fingerprint
 from pardec.target.forward import TargetModel
 
 ROOT = Path(__file__).parents[2]
-# eval/ is a folder of scripts that import each other by name; it leaves the path again
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT / "eval"))
-    import latency
-    from reporting import latency_tables
-    from timing import bandwidth, flex_route, shapes, step_groups, step_profile, steps
-    from timing.steps import FLEX, GROUPED, STOCK, Runner, Subject, Variant
-
 CPU = torch.device("cpu")
 PROMPT = list(range(3, 40))
 WITH_LORA = Variant(compile=False, lora=True, attention=GROUPED)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from reporting import plots
 from tiny_models import make_adapter
 
 from pardec.adapters.files import save_adapter
@@ -105,9 +106,6 @@ def test_bad_input_is_one_line_and_exit_code_2(script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_picture_of_the_layout_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "eval"))
-    from reporting import plots
-
+def test_the_picture_of_the_layout_is_drawn(tmp_path):
     plots.plot_fused_step(2, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 10_000

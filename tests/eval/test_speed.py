@@ -7,32 +7,27 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import speed
 import torch
+from exactness import Divergence
+from reporting import result_files
+from reporting import speed_tables as tables
+from timing import baselines
+from timing import calls as timing
+from timing.baselines import Decoded, Setting, Way
+from timing.calls import Call, Timed
 from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from pardec.adapters.files import save_adapter
+from pardec.data.benchmarks import Prompt
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import eos_token_ids
 from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
-# eval/ is a folder of scripts that import each other by name; it leaves the path again
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT / "eval"))
-    import speed
-    from exactness import Divergence
-    from reporting import result_files
-    from reporting import speed_tables as tables
-    from timing import baselines
-    from timing import calls as timing
-    from timing.baselines import Decoded, Setting, Way
-    from timing.calls import Call, Timed
-
-    from pardec.data.benchmarks import Prompt
-
 GREEDY = Setting("greedy", 12)
 SAMPLED = Setting("sampled", 12, temperature=0.8, top_k=10)
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import acceptance
 import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
@@ -274,8 +275,6 @@ def test_what_cannot_be_measured_again_is_refused(recorded, tmp_path, keys, valu
 @pytest.fixture
 def evaluate(monkeypatch, capsys):
     """eval/acceptance.py in this process: exit code, JSON line and standard error."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "eval"))
-    import acceptance
 
     def call(directory: Path, *options: str):
         monkeypatch.setattr(sys, "argv", ["acceptance.py", str(directory), *options])

@@ -1,6 +1,5 @@
 """train/generate_responses.py: what a run writes, what it is continued from, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -9,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate_responses
 import pytest
 import torch
 import yaml
@@ -25,16 +25,6 @@ from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
 PROMPT_TOKENS, MAX_NEW_TOKENS, TOP_K = 16, 8, 5
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("generate_responses", ROOT / "train" / "generate_responses.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +73,7 @@ def command(texts: Path, output: Path, *overrides: str) -> list[str]:
 def run(texts: Path, output: Path, *overrides: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command(texts, output, *overrides))
-        script.main()
+        generate_responses.main()
 
 
 def refusal(capsys, texts: Path, output: Path, *overrides: str) -> str:
