@@ -19,7 +19,6 @@ from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.layout import chain_layout, full_blocks
 from pardec.model import MAX_SPECULATIVE_TOKENS, SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -192,11 +191,8 @@ def test_counts_are_the_same_in_every_process_and_batch():
     assert sum(map(sum, alone)) > 0
 
 
-def test_an_adapter_of_noise_loads_and_drafts(tiny_base, tokenizer, tmp_path):
-    adapter = make_adapter(tiny_base, K, lora_rank=2, draft_input="uniform_noise")
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    save_adapter(adapter, tmp_path)
+def test_an_adapter_of_noise_loads_and_drafts(tiny_base, tokenizer, packaged_adapter, tmp_path):
+    save_adapter(packaged_adapter(K, lora_rank=2, draft_input="uniform_noise"), tmp_path)
     model = pardec.load(tmp_path, base=tiny_base)
     prompt = tokenizer("def main():\n").input_ids
     out = model.generate(prompt, max_new_tokens=16)

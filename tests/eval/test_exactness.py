@@ -8,26 +8,18 @@ from pathlib import Path
 import exactness
 import pytest
 import torch
-from tiny_models import make_adapter
 
 import pardec
-from pardec.adapters.files import save_adapter
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
 TEXT = str(ROOT / "Makefile")
 EOS, A, B, C = 0, 1, 2, 3
 
 
-@pytest.fixture(scope="module")
-def adapter(tiny_base, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters") / "lora"
-    made = make_adapter(tiny_base, 2, lora_rank=2)
-    made.metadata.base.name = "tiny-python"
-    made.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    save_adapter(made, folder)
-    return str(folder)
+@pytest.fixture
+def adapter(adapters):
+    return str(adapters / "lora")
 
 
 @pytest.fixture

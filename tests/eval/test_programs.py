@@ -7,27 +7,12 @@ from pathlib import Path
 
 import pytest
 from reporting import plots
-from tiny_models import make_adapter
-
-from pardec.adapters.files import save_adapter
-from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
 ROW_KEYS = {
     "adapter", "mode", "num_speculative_tokens", "mean_acceptance_length", "tokens_per_forward", "tokens_per_second",
     "ratio_to_plain",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_base, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    for name, rank in (("embeddings", 0), ("lora", 2)):
-        adapter = make_adapter(tiny_base, 2, lora_rank=rank)
-        adapter.metadata.base.name = "tiny-python"
-        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-        save_adapter(adapter, folder / name)
-    return folder
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
