@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_sampling_law import WARPERS, warped
+from sampling_oracle import WARPERS, warped
 from transformers.generation.logits_process import EpsilonLogitsWarper, EtaLogitsWarper, TypicalLogitsWarper
 
 from pardec.adapters.head import SamplerHead

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_rows import committed
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
+from row_oracle import committed
 from tiny_models import make_adapter, tiny_model
 
 import pardec
@@ -20,7 +20,6 @@ from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.layout import chain_layout, full_blocks
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -193,11 +192,8 @@ def test_counts_are_the_same_in_every_process_and_batch():
     assert sum(map(sum, alone)) > 0
 
 
-def test_an_adapter_of_noise_loads_and_drafts(tiny_base, tokenizer, tmp_path):
-    adapter = make_adapter(tiny_base, K, lora_rank=2, draft_input="uniform_noise")
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    save_adapter(adapter, tmp_path)
+def test_an_adapter_of_noise_loads_and_drafts(tiny_base, tokenizer, packaged_adapter, tmp_path):
+    save_adapter(packaged_adapter(K, lora_rank=2, draft_input="uniform_noise"), tmp_path)
     model = pardec.load(tmp_path, base=tiny_base)
     prompt = tokenizer("def main():\n").input_ids
     out = model.generate(prompt, max_new_tokens=16)

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
 import pardec
-from pardec.adapters.adapter import Adapter, AdapterError
+from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding import drafting, prefill
@@ -19,7 +19,6 @@ from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.target import forward as forward_module
 from pardec.target.compiling import compiled
-from pardec.target.fingerprint import fingerprint
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 from pardec.target.survey import survey
@@ -281,19 +280,11 @@ def test_greedy_steps_of_a_float32_model_make_no_scores(monkeypatch):
 # ---------------------------------------------------------------------- loading
 
 
-def saved(adapter: Adapter, base, tokenizer, folder):
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(base, tokenizer)
-    save_adapter(adapter, folder)
-    return folder
-
-
 @pytest.mark.parametrize("draft_input", ["mask_embeddings", "uniform_noise"])
-def test_a_head_is_loaded_in_the_dtype_of_the_base(tiny_base, tokenizer, tmp_path, draft_input):
-    adapter = make_adapter(tiny_base, K, lora_rank=2, head_width=6, draft_input=draft_input)
-    folder = saved(adapter, tiny_base, tokenizer, tmp_path / "adapter")
+def test_a_head_is_loaded_in_the_dtype_of_the_base(packaged_adapter, tmp_path, draft_input):
+    save_adapter(packaged_adapter(K, lora_rank=2, head_width=6, draft_input=draft_input), tmp_path)
     for dtype in ("float32", "bfloat16"):
-        model = pardec.load(folder, device="cpu", dtype=dtype)
+        model = pardec.load(tmp_path, device="cpu", dtype=dtype)
         assert {p.dtype for p in model.engines.head.head.parameters()} == {getattr(torch, dtype)}
         assert model.engines.head.shortlist == SHORTLIST
         out = model.generate("def main():\n", max_new_tokens=8, block_lengths=full_blocks(2))
@@ -301,15 +292,14 @@ def test_a_head_is_loaded_in_the_dtype_of_the_base(tiny_base, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize(("hidden_dim", "embedding_dim"), [(-1, 1), (1, 0), (0, -1)])
-def test_a_head_of_another_width_is_refused(tiny_base, tokenizer, tmp_path, hidden_dim, embedding_dim):
-    adapter = make_adapter(tiny_base, K, head_width=6)
+def test_a_head_of_another_width_is_refused(tiny_base, packaged_adapter, tmp_path, hidden_dim, embedding_dim):
     D = tiny_base.get_input_embeddings().weight.shape[1]
     H, E = D + hidden_dim, D + embedding_dim
     head = {"inner.weight": torch.zeros(6, H + E), "inner.bias": torch.zeros(6), "outer.weight": torch.zeros(H, 6)}
-    folder = saved(dataclasses.replace(adapter, head=head), tiny_base, tokenizer, tmp_path / "adapter")
+    save_adapter(dataclasses.replace(packaged_adapter(K, head_width=6), head=head), tmp_path)
     words = f"head: expected hidden states of width {D} and embeddings of width {D}, found {H} and {E}"
     with pytest.raises(AdapterError, match=words):
-        pardec.load(folder, base=tiny_base)
+        pardec.load(tmp_path, base=tiny_base)
 
 
 def test_making_a_model_with_a_head_draws_no_random_numbers():

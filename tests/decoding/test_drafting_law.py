@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_sampling_law import (
+from sampling_oracle import (
     PROMPT,
     WARPERS,
     Z_LIMIT,

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from test_graphs import decoder_for, rerun, results, sampled, tape
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
+from recorded_steps import decoder_for, rerun, results, sampled, tape
 from tiny_models import make_adapter, tiny_model
 from torch import Tensor
 

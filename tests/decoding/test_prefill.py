@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
 from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate

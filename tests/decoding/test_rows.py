@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from test_sampling_law import (
+from greedy_oracle import plain_generate, prompts
+from row_oracle import committed, logits_of
+from sampling_oracle import (
     PROMPT,
     WARPERS,
     Z_LIMIT,
@@ -17,7 +19,6 @@ from test_sampling_law import (
     joint_law,
     recorded_step,
 )
-from test_step import plain_generate, prompts
 from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
@@ -27,7 +28,6 @@ from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
 from pardec.layout import block_layout, chain_layout, real_layout
 from pardec.model import SelfSpeculativeModel
-from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -42,22 +42,6 @@ def target_of(model, routed: bool) -> tuple[TargetModel, int | None]:
 
 
 # ---------------------------------------------------------------------- one forward
-
-
-def committed(target: TargetModel, rows: list[list[int]], num_slots: int) -> SlotCache:
-    """A cache that holds the rows' tokens, with what was run behind the shorter ones still in it."""
-    cache = SlotCache(target.num_layers, num_slots, len(rows))
-    width = max(map(len, rows))
-    padded = torch.tensor([row + [7] * (width - len(row)) for row in rows])
-    target.run(target.embed(padded), torch.arange(width).expand(len(rows), -1), None, cache)
-    return cache
-
-
-def logits_of(model, tokens: list[int], masks: torch.Tensor) -> torch.Tensor:
-    """The oracle: a plain forward of real tokens and then mask tokens; the last row's logits."""
-    embeds = model.get_input_embeddings()(torch.tensor([tokens]))
-    embeds = torch.cat([embeds, masks[None]], dim=1)
-    return model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
 
 
 @pytest.mark.parametrize("routed", [True, False])

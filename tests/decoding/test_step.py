@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
@@ -12,18 +13,6 @@ from pardec.target.forward import TargetModel
 
 K = 3
 NEW_TOKENS = 26
-PROMPT_LENGTHS = (11, 3, 17, 6)
-
-
-def prompts(vocab_size: int, lengths=PROMPT_LENGTHS) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(1, vocab_size, (n,), generator=generator).tolist() for n in lengths]
-
-
-def plain_generate(model, prompt: list[int], num_tokens: int, **options) -> list[int]:
-    """The oracle: transformers' greedy generate on one prompt alone."""
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=num_tokens, do_sample=False, **options)
-    return out[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

@@ -5,41 +5,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import exactness
 import pytest
 import torch
-from tiny_models import make_adapter
 
 import pardec
-from pardec.adapters.files import save_adapter
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
 TEXT = str(ROOT / "Makefile")
 EOS, A, B, C = 0, 1, 2, 3
 
 
-@pytest.fixture(scope="module")
-def exactness():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "eval"))
-        import exactness
-
-        yield exactness
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters") / "lora"
-    made = make_adapter(tiny_base, 2, lora_rank=2)
-    made.metadata.base.name = "tiny-python"
-    made.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    save_adapter(made, folder)
-    return str(folder)
+@pytest.fixture
+def adapter(adapters):
+    return str(adapters / "lora")
 
 
 @pytest.fixture
-def check(exactness, monkeypatch, capsys):
+def check(monkeypatch, capsys):
     """Runs the script in this process; gives exit code, the last line's object and what stood on standard error."""
 
     def check(*arguments: str):
@@ -52,7 +36,7 @@ def check(exactness, monkeypatch, capsys):
     return check
 
 
-def examined(exactness, found, reference, logits, dtype=torch.float32, eos_ids=(EOS,)):
+def examined(found, reference, logits, dtype=torch.float32, eos_ids=(EOS,)):
     asked = []
 
     def logits_after(prefix):
@@ -67,8 +51,8 @@ def examined(exactness, found, reference, logits, dtype=torch.float32, eos_ids=(
 # ---------------------------------------------------------------------- planted differences
 
 
-def test_equal_sequences_need_no_forward(exactness):
-    assert examined(exactness, [A, B], [A, B], None) == (None, None)
+def test_equal_sequences_need_no_forward():
+    assert examined([A, B], [A, B], None) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -85,23 +69,23 @@ def test_equal_sequences_need_no_forward(exactness):
         (0.1328125, torch.float16, False),
     ],
 )
-def test_ties_are_measured_by_the_dtype(exactness, gap, dtype, explained):
+def test_ties_are_measured_by_the_dtype(gap, dtype, explained):
     logits = [-16.0, 4.0, 4.0 - gap, -3.0]
-    one, prefix = examined(exactness, [C, A, C], [C, B, A], logits, dtype)
+    one, prefix = examined([C, A, C], [C, B, A], logits, dtype)
     assert prefix == [C]
     assert (one.prompt, one.index, one.tokens, one.explained) == ("p", 1, (A, B), explained)
     assert one.top2_gap == one.token_gap == one.shortfall == pytest.approx(gap)
     assert one.relative_gap == pytest.approx(gap / 16)
 
 
-def test_both_tokens_must_be_near_the_largest_logit(exactness):
+def test_both_tokens_must_be_near_the_largest_logit():
     best_two_tie = [5.0, 5.0, 1.0, 1.0]
-    one, _ = examined(exactness, [B], [C], best_two_tie)  # a tie with each other, far below the best
+    one, _ = examined([B], [C], best_two_tie)  # a tie with each other, far below the best
     assert (one.top2_gap, one.token_gap, one.shortfall, one.explained) == (0.0, 0.0, 4.0, False)
-    one, _ = examined(exactness, [A], [C], best_two_tie)
+    one, _ = examined([A], [C], best_two_tie)
     assert (one.token_gap, one.shortfall, one.explained) == (4.0, 4.0, False)
     three_near = [5.0, 4.75, 4.5, 0.0]
-    one, _ = examined(exactness, [A], [B], three_near, torch.bfloat16)  # tolerance 0.3125, below the best two
+    one, _ = examined([A], [B], three_near, torch.bfloat16)  # tolerance 0.3125, below the best two
     assert (one.top2_gap, one.token_gap, one.shortfall, one.explained) == (0.25, 0.25, 0.5, False)
 
 
@@ -116,25 +100,23 @@ def test_both_tokens_must_be_near_the_largest_logit(exactness):
         ([], [A], [1.0, 1.0, 0.0, 0.0], True, (None, A)),
     ],
 )
-def test_a_sequence_that_ends_earlier_is_explained_by_a_tie_with_eos_alone(
-    exactness, found, reference, logits, explained, tokens
-):
-    one, prefix = examined(exactness, found, reference, logits)
+def test_a_sequence_that_ends_earlier_is_explained_by_a_tie_with_eos_alone(found, reference, logits, explained, tokens):
+    one, prefix = examined(found, reference, logits)
     shared = min(len(found), len(reference))
     assert (one.index, prefix, one.tokens, one.explained) == (shared, reference[:shared], tokens, explained)
-    without_eos, _ = examined(exactness, found, reference, logits, eos_ids=())
+    without_eos, _ = examined(found, reference, logits, eos_ids=())
     assert not without_eos.explained
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
-def test_logits_that_are_no_numbers_explain_nothing(exactness, wrong):
-    one, _ = examined(exactness, [A], [B], [0.0, 1.0, wrong, 1.0], torch.float16)
+def test_logits_that_are_no_numbers_explain_nothing(wrong):
+    one, _ = examined([A], [B], [0.0, 1.0, wrong, 1.0], torch.float16)
     assert not one.explained
-    one, _ = examined(exactness, [A], [B], [wrong] * 4, torch.float16)
+    one, _ = examined([A], [B], [wrong] * 4, torch.float16)
     assert not one.explained
 
 
-def test_compare_counts_prompts_tokens_and_divergences(exactness):
+def test_compare_counts_prompts_tokens_and_divergences():
     prompts = [exactness.Prompt([7 + i], "code", f"p{i}") for i in range(4)]
     found = [[A, A, A], [A, B, A], [A, A, B], [B, B, B]]
     reference = [[A, A, A], [A, A, A], [A, A, A], [B, B, B]]

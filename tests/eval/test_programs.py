@@ -6,27 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import make_adapter
-
-from pardec.adapters.files import save_adapter
-from pardec.target.fingerprint import fingerprint
+from reporting import plots
 
 ROOT = Path(__file__).parents[2]
 ROW_KEYS = {
     "adapter", "mode", "num_speculative_tokens", "mean_acceptance_length", "tokens_per_forward", "tokens_per_second",
     "ratio_to_plain",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_base, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    for name, rank in (("embeddings", 0), ("lora", 2)):
-        adapter = make_adapter(tiny_base, 2, lora_rank=rank)
-        adapter.metadata.base.name = "tiny-python"
-        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-        save_adapter(adapter, folder / name)
-    return folder
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -105,9 +91,6 @@ def test_bad_input_is_one_line_and_exit_code_2(script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_picture_of_the_layout_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "eval"))
-    from reporting import plots
-
+def test_the_picture_of_the_layout_is_drawn(tmp_path):
     plots.plot_fused_step(2, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 10_000

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import acceptance
 import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
@@ -18,7 +19,6 @@ from pardec.measures.acceptance import measure_acceptance
 from pardec.measures.held_out import Comparison, compare, measure_again, measure_held_out, validation_prompts
 from pardec.measures.ranks import measure_ranks
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 
 K = 2
 PROMPTS = [[5, 9, 2, 4, 7], [3], [11, 12, 10, 1, 2, 3]]
@@ -160,14 +160,12 @@ def test_prompts_are_those_that_training_takes(kind, num_prompts, tmp_path, toke
 
 
 @pytest.fixture(scope="module")
-def recorded(tiny_base, tokenizer, tmp_path_factory):
+def recorded(tiny_base, tokenizer, packaged_adapter, tmp_path_factory):
     """A folder with an adapter, and a function that loads it as training would have left it."""
     folder = tmp_path_factory.mktemp("recorded")
     (folder / "code.txt").write_text("".join(f"def f_{i}(x):\n    return x + {i}\n\n\n" for i in range(700)))
     data = {"path": str(folder / "code.txt")}
-    adapter = make_adapter(tiny_base, K, lora_rank=2)
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
+    adapter = packaged_adapter(K, lora_rank=2)
     recipe = Recipe(base="tiny-python", output_dir="-", data=DataConfig(**data)).model_dump()
     recipe["eval"]["num_prompts"] = 3
     adapter.metadata.training.update(recipe=recipe)
@@ -274,8 +272,6 @@ def test_what_cannot_be_measured_again_is_refused(recorded, tmp_path, keys, valu
 @pytest.fixture
 def evaluate(monkeypatch, capsys):
     """eval/acceptance.py in this process: exit code, JSON line and standard error."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "eval"))
-    import acceptance
 
     def call(directory: Path, *options: str):
         monkeypatch.setattr(sys, "argv", ["acceptance.py", str(directory), *options])

@@ -1,6 +1,5 @@
 """train/generate_responses.py: what a run writes, what it is continued from, and what it refuses."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -9,32 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate_responses
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from tiny_models import make_adapter
 
-from pardec.adapters.files import save_adapter
 from pardec.data.corpus import load_corpus
 from pardec.data.python_sources import split_of
 from pardec.data.responses import about_file, plan_batches
-from pardec.target.base import load_tokenizer, resolve_base
-from pardec.target.fingerprint import fingerprint
+from pardec.target.base import resolve_base
 
 ROOT = Path(__file__).parents[2]
 PROMPT_TOKENS, MAX_NEW_TOKENS, TOP_K = 16, 8, 5
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("generate_responses", ROOT / "train" / "generate_responses.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +70,7 @@ def command(texts: Path, output: Path, *overrides: str) -> list[str]:
 def run(texts: Path, output: Path, *overrides: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command(texts, output, *overrides))
-        script.main()
+        generate_responses.main()
 
 
 def refusal(capsys, texts: Path, output: Path, *overrides: str) -> str:
@@ -335,13 +322,10 @@ def test_answers_end_with_their_eos_and_even_very_short_ones_are_read_by_trainin
     assert len(corpus.train) + (only_validation.loss_mask.sum() > 1) == drafted
 
 
-def test_an_adapter_drafts_what_the_base_writes_anyway(finished, texts, tiny_base, tmp_path, rows):
+def test_an_adapter_drafts_what_the_base_writes_anyway(texts, adapters, tmp_path, rows):
     """A random adapter, whose drafts are rejected: greedy responses are the same, sampled ones of the same law."""
-    adapter = make_adapter(tiny_base, 2, lora_rank=2)
-    adapter.metadata.fingerprint = fingerprint(tiny_base, load_tokenizer("tiny-python"))
-    save_adapter(adapter, tmp_path / "adapter")
     output = tmp_path / "responses.jsonl"
-    run(texts, output, f"adapter={tmp_path / 'adapter'}")
+    run(texts, output, f"adapter={adapters / 'lora'}")
     drafted = [json.loads(line) for line in output.read_text().splitlines()]
     assert [parts(row)[0] for row in drafted] == [parts(row)[0] for row in rows]
     assert [row for row in drafted if row["greedy"]] == [row for row in rows if row["greedy"]]

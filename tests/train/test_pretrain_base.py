@@ -1,12 +1,12 @@
 """train/pretrain_base.py: what a run leaves behind, what it can be continued from, and what it refuses."""
 
-import importlib.util
 import json
 import random
 import re
 import sys
 from pathlib import Path
 
+import pretrain_base
 import pytest
 import torch
 import yaml
@@ -22,16 +22,6 @@ from pardec.data.tokenising import Document
 
 ROOT = Path(__file__).parents[2]
 MAX_LENGTH = 24
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("pretrain_base", ROOT / "train" / "pretrain_base.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +91,7 @@ def run(monkeypatch, sources: Path, output: Path, *overrides: str) -> None:
     recipe = output.parent / f"{output.name}.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values(sources, output)))
     monkeypatch.setattr(sys, "argv", [str(ROOT / "train" / "pretrain_base.py"), str(recipe), *overrides])
-    script.main()
+    pretrain_base.main()
 
 
 @pytest.fixture(scope="module")
@@ -181,14 +171,14 @@ def test_a_finished_run_started_again_changes_nothing(finished, sources, monkeyp
 
 
 def test_a_killed_run_continues_to_the_same_weights(finished, sources, tmp_path, monkeypatch, capsys):
-    output, save_state = tmp_path / "killed", script.save_state
+    output, save_state = tmp_path / "killed", pretrain_base.save_state
 
     def save_and_die(folder, step, *rest):
         save_state(folder, step, *rest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "save_state", save_and_die)
+        patch.setattr(pretrain_base, "save_state", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             run(monkeypatch, sources, output)
     assert not (output / "model.safetensors").exists()
@@ -294,7 +284,7 @@ def test_rates_are_constant_and_then_fall_linearly():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
     rates = []
     for step in range(1, 11):
-        script.set_rates([optimizer], step, 10, 0.4)
+        pretrain_base.set_rates([optimizer], step, 10, 0.4)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.0] * 7 + [1.5, 1.0, 0.5])
 
@@ -308,5 +298,5 @@ def test_texts_are_taken_up_to_a_number_of_characters():
 def test_recipes_have_the_sizes_that_they_name(name, parameters):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", model=PretrainRecipe)
     with torch.device("meta"):
-        model = script.build_model(recipe)
+        model = pretrain_base.build_model(recipe)
     assert model.num_parameters() == pytest.approx(parameters, rel=0.01)

@@ -5,11 +5,9 @@ import json
 import shutil
 
 import pytest
-from tiny_models import make_adapter
 from typer.testing import CliRunner
 
 import pardec
-from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TUNED_FILE, read_tuned
 from pardec.cli import app
 from pardec.layout import PLAIN
@@ -19,16 +17,9 @@ from pardec.tuning.tune import prompts_to_tune_on, tune
 K = 2
 
 
-@pytest.fixture(scope="module")
-def saved(tiny_base, tokenizer, tmp_path_factory):
-    from pardec.target.fingerprint import fingerprint
-
-    adapter = make_adapter(tiny_base, K, lora_rank=2)
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    directory = tmp_path_factory.mktemp("tune") / "adapter"
-    save_adapter(adapter, directory)
-    return directory
+@pytest.fixture
+def saved(adapters):
+    return adapters / "lora"
 
 
 @pytest.fixture
