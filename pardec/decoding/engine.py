@@ -121,7 +121,7 @@ class Engine:
         decoder, num_sequences = self.decoder, len(prompts) * repeats
         num_slots = decoder.num_slots(max(len(prompt) for prompt in prompts))
         if self._graphs is None:
-            if decoder.compile_step is not None:  # code is compiled for the cache's size
+            if decoder.forward.compile_step is not None:  # code is compiled for the cache's size
                 num_slots = self._bucket(num_slots)
             cache = self._new_cache(num_sequences, num_slots)
             return decoder.prefill(prompts, repeats=repeats, cache=cache)
@@ -152,7 +152,7 @@ class Engine:
         """Slots to attend to when `num_tokens` may be committed before a step; without a cache, slots to allocate."""
         if cache is not None:
             num_tokens += self.decoder.num_slots_per_step
-        compiled = self.decoder.compile_step is not None
+        compiled = self.decoder.forward.compile_step is not None
         on_cuda = self.decoder.target.device.type == "cuda"
         slots = bucket(num_tokens, few=compiled, coarse=on_cuda)
         return slots if cache is None else min(slots, cache.num_slots)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from pardec.adapters.adapter import UNIFORM_NOISE, Adapter
@@ -21,6 +20,7 @@ from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
 from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import MODES, Decoder
 from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
@@ -136,15 +136,32 @@ class Engines:
             raise ValueError("use_head: expected an adapter with a sampler head, found none")
         return None if use_head is False else self.head
 
-    def mask_inputs(self, num_speculative_tokens: int) -> tuple[Tensor | None, NoiseTokens | None]:
-        """What stands at mask rows: mask embeddings, shape [K, D], or noise; the other is None, or both for K = 0."""
-        if not num_speculative_tokens:
-            return None, None
-        assert self.adapter is not None
-        target = self.target
-        if self.adapter.metadata.draft_input == UNIFORM_NOISE:
-            return None, NoiseTokens.of(target.vocab_size, target.device)
-        return self.adapter.embeddings_for(num_speculative_tokens).to(target.device, target.dtype), None
+    def row_forward(
+        self,
+        num_speculative_tokens: int,
+        head: HeadDrafter | None,
+        linears: PackedLinears | None = None,
+        query_group: int | None = None,
+    ) -> RowForward:
+        """Rows of the base with K mask tokens of the adapter behind real ones; K = 0 takes nothing of it.
+
+        Args:
+            num_speculative_tokens: K.
+            head: whose tap is to see what the output head reads.
+            linears: packed weights; default none.
+            query_group: of the attention route; default the model's own attention.
+        """
+        K, target = num_speculative_tokens, self.target
+        masks = noise = None
+        if K:
+            assert self.adapter is not None
+            if self.adapter.metadata.draft_input == UNIFORM_NOISE:
+                noise = NoiseTokens.of(target.vocab_size, target.device)
+            else:
+                masks = self.adapter.embeddings_for(K).to(target.device, target.dtype)
+        gate, tap = self.gate if K else None, None if head is None else head.tap
+        compile_step = compiled if self.compile else None
+        return RowForward(target, masks, gate, linears, query_group, compile_step, noise, tap)
 
     def check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         """Refuses what the model has no positions for.
@@ -217,24 +234,10 @@ class Engines:
                 self._pool.give_back(key, engine)
 
     def _new_engine(self, facts: Survey, law: TokenLaw, drafting: Drafting, linears: PackedLinears) -> Engine:
-        K = len(drafting.block_lengths) - 1
-        masks, noise = self.mask_inputs(K)
-        decoder = Decoder(
-            self.target,
-            drafting.mode,
-            K,
-            law,
-            max_new_tokens=1,  # set for each call, as are the EOS ids
-            eos_token_ids=torch.empty(0, dtype=torch.long),
-            mask_embeddings=masks,
-            gate=self.gate if K else None,
-            linears=linears,
-            block_lengths=drafting.block_lengths,
-            query_group=facts.query_group,
-            compile_step=compiled if self.compile else None,
-            noise=noise,
-            head=drafting.head,
-        )
+        K, no_eos = len(drafting.block_lengths) - 1, torch.empty(0, dtype=torch.long)
+        forward = self.row_forward(K, drafting.head, linears, facts.query_group)
+        max_new_tokens = 1  # set for each call, as are the EOS ids
+        decoder = Decoder(forward, drafting.mode, K, law, max_new_tokens, no_eos, drafting.block_lengths, drafting.head)
         captured = self.capture and law.is_capturable
         return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
 

@@ -7,16 +7,12 @@ Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a f
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pardec.adapters.gated_lora import LoraGate
-from pardec.adapters.noise import NoiseTokens
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.prefill import prefill_prompts
-from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import MARK, DecodeState
@@ -34,58 +30,43 @@ class Decoder:
     """Decodes batches of prompts with one target, one set of mask tokens and one law.
 
     Attributes:
-        target: the frozen model.
+        forward: runs rows, K mask tokens among them.
         mode: one of `MODES`.
         num_speculative_tokens: K; 0 in plain mode.
         law: how tokens are chosen.
         max_new_tokens: limit per row.
         eos_token_ids: shape [n], may be empty.
-        mask_embeddings: shape [K, D] in the target's dtype and device; None when K = 0, or with noise.
-        gate: LoRA at mask rows, or None.
-        linears: packed weights for steps on a CPU, or None.
         block_lengths: of the fused chain, K + 1 numbers in 0..K; default K everywhere.
-        query_group: of the attention route that steps take; None for the model's own attention.
-        compile_step: wraps the forward of a step, such as `torch.compile`; None for none.
-        noise: random tokens that stand at mask rows; None for mask embeddings.
-        head: draws the drafts one after another; None to draw them from their rows as they are.
+        head: draws the drafts one after another by what the tap of `forward` sees; None to draw them from their rows
+            as they are.
     """
 
-    target: TargetModel
+    forward: RowForward
     mode: str
     num_speculative_tokens: int
     law: TokenLaw
     max_new_tokens: int
     eos_token_ids: Tensor
-    mask_embeddings: Tensor | None = None
-    gate: LoraGate | None = None
-    linears: PackedLinears | None = None
     block_lengths: Sequence[int] | None = None
-    query_group: int | None = None
-    compile_step: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
-    noise: NoiseTokens | None = None
     head: HeadDrafter | None = None
-    _plans: dict[str, "RowPlan"] = field(default_factory=dict)
+    _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        assert (self.head is None) == (self.forward.tap is None)
         K = self.num_speculative_tokens
         blocks = tuple(full_blocks(K) if self.block_lengths is None else self.block_lengths)
         layouts = {"step": chain_layout(blocks), "draft": block_layout(K)}
         if self.mode == "two_pass":
             layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
-        self.forward = RowForward(
-            self.target,
-            self.mask_embeddings,
-            self.gate,
-            self.linears,
-            self.query_group,
-            self.compile_step,
-            self.noise,
-            None if self.head is None else self.head.tap,
-        )
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
         self._next_block = _next_block(blocks).to(device)
         self._token_index = torch.arange(self.tokens_per_step, device=device)
+
+    @property
+    def target(self) -> TargetModel:
+        """The frozen model."""
+        return self.forward.target
 
     @property
     def rows_per_step(self) -> int:
@@ -167,13 +148,14 @@ class Decoder:
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
         K = self.num_speculative_tokens if self.mode == "fused" else 0
-        block, tap = self.forward.block_inputs(lengths, K) if K else None, self.forward.tap
+        block = self.forward.block_inputs(lengths, K) if K else None
+        gate, tap = self.forward.gate, self.forward.tap
         with ExitStack() as stack:
-            if self.gate is not None and K:
-                stack.enter_context(self.gate.attached())
+            if gate is not None and K:
+                stack.enter_context(gate.attached())
             if tap is not None:
                 stack.enter_context(tap.attached())
-            logits = prefill_prompts(self.target, padded, lengths, cache, block, self.gate, tap)
+            logits = prefill_prompts(self.target, padded, lengths, cache, block, gate, tap)
             if logits is not None:
                 self.forward.hidden = None if tap is None else tap.hidden
                 return logits

@@ -89,10 +89,9 @@ def measure_ranks(
     if stride < 1:
         raise ValueError(f"stride: expected an integer >= 1, found {stride}")
     K = num_speculative_tokens or model.adapter.metadata.num_speculative_tokens
-    head, (masks, noise) = model.engines.chosen_head(use_head), model.engines.mask_inputs(K)
+    head = model.engines.chosen_head(use_head)
     # rows as the decoder runs them, but for weights that are packed and steps that are captured
-    tap = None if head is None else head.tap
-    forward = RowForward(model.target, masks, model.engines.gate, noise=noise, tap=tap)
+    forward = model.engines.row_forward(K, head)
     found = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
