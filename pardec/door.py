@@ -87,7 +87,7 @@ def generate_for_transformers(
         streamer.put(input_ids.cpu())
     checked = [0] * len(prompts)
     with engines.lend(prompts, law, max_new_tokens, drafting, eos=eos) as engine:
-        with closing(engine.run(prompts, one_behind=not others)) as steps:
+        with closing(engine.run(prompts, between="writes" if others else "reads")) as steps:
             for step in steps:
                 num_new = step.num_new
                 assert engine.state is not None

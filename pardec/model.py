@@ -122,7 +122,7 @@ class SelfSpeculativeModel:
         rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
         with self.engines.lend(ids, law, max_new_tokens, drafting, num_sequences=len(rows)) as engine:
             start = time.perf_counter()
-            for _ in engine.run(ids, repeats=num_return_sequences, alone=True):
+            for _ in engine.run(ids, repeats=num_return_sequences, between="nothing"):
                 pass
             state = engine.state
             assert state is not None

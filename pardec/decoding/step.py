@@ -15,7 +15,7 @@ from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw
-from pardec.decoding.state import MARK, DecodeState
+from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import verify_greedy, verify_sample
 from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
 from pardec.target.cache import SlotCache
@@ -120,29 +120,21 @@ class Decoder:
             cache.spread(source, P + K)
             padded, lengths, logits = padded[source], lengths[source], logits[source]
             hidden = None if hidden is None else hidden[source]
-        capacity = capacity or self.max_new_tokens
-        state = DecodeState(
-            cache=cache,
-            lengths=lengths,
-            bonus=lengths.new_zeros(B),
+        state = DecodeState.begin(
+            cache,
+            padded,
+            lengths,
+            self.eos_token_ids,
+            room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
             drafts=lengths.new_zeros(B, K),
             draft_probs=None if self.law.greedy or not K else logits.new_zeros(B, K, logits.shape[2]).float(),
-            draft_length=lengths.new_full((B,), K),
-            done=torch.zeros(B, dtype=torch.bool, device=device),
-            room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
-            eos_token_ids=self.eos_token_ids,
-            prompts=padded,
-            prompt_lengths=lengths.clone(),
-            output=lengths.new_zeros(B, capacity + self.tokens_per_step),
-            num_new=lengths.new_zeros(B),
-            marks=lengths.new_full((B, capacity + self.tokens_per_step), -1),
-            tokens=lengths.new_zeros(B, self.tokens_per_step),
-            num_accepted=lengths.new_zeros(B),
+            width=self.tokens_per_step,
+            capacity=capacity or self.max_new_tokens,
         )
         first = self._choose(state, logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
             state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, first[:, 0])
-        self._emit(state, torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths))
+        state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths), self._token_index)
         return state
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
@@ -194,8 +186,8 @@ class Decoder:
             best = (logits if self.head is None else logits[:, : K + 1]).argmax(dim=-1)
         real = (logits if best is None else best)[:, : K + 1]
         tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
-        self._mark(state, num_accepted)
-        self._commit(state, tokens, num_accepted)
+        state.mark(num_accepted)
+        state.commit(tokens, num_accepted, self._token_index)
         if K:
             # behind the length of a shorter block its last row's draft stands again, and does not exist
             block = self._next_block.index_select(0, num_accepted)
@@ -215,8 +207,8 @@ class Decoder:
         rows = torch.cat([exact, state.drafts], dim=1)
         logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
         tokens, num_accepted = self._verify(state, logits, [bonus, rows])
-        self._mark(state, num_accepted)
-        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted + 1)
+        state.mark(num_accepted)
+        state.commit(torch.cat([exact, tokens], dim=1), num_accepted + 1, self._token_index)
 
     def _block_hidden(self) -> Tensor | None:
         """What the output head read in the last forward behind its first row, where no head drafts None."""
@@ -272,41 +264,6 @@ class Decoder:
             return torch.cat([prompt, state.output[b, :num_committed_new], since[b, : first_row + r]])
 
         return prefix_of
-
-    def _mark(self, state: DecodeState, num_accepted: Tensor) -> None:
-        """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts."""
-        state.num_accepted, mark = num_accepted, num_accepted
-        if self.num_speculative_tokens:
-            mark = torch.add(num_accepted, state.draft_length, alpha=MARK)
-        state.marks.scatter_(1, state.num_new[:, None], mark[:, None])
-
-    def _commit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> None:
-        """Emits tokens[:, : last + 1] and advances the committed length past all of them but the last."""
-        # of rows that end here, or have ended before, the length no longer matters: it only must not grow on
-        state.lengths = state.lengths + self._emit(state, tokens, last)
-
-    def _emit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> Tensor:
-        """Appends tokens[:, : last + 1] to each row's output, up to EOS and the length limit; returns how many."""
-        end = last
-        # what stands behind the end of a row's output does not count, so all tokens may be written
-        state.output.scatter_(1, state.num_new[:, None] + self._token_index, tokens)
-        state.tokens = tokens
-        if state.eos_token_ids.numel() and tokens.shape[1] > 1:
-            stops = _is_any(tokens, state.eos_token_ids) | (self._token_index >= last[:, None])
-            end = stops.byte().argmax(dim=1)  # the first EOS token or the last token, whichever comes first
-        count = torch.minimum(end + 1, state.room)
-        state.bonus = tokens.gather(1, end[:, None])[:, 0]
-        state.room = state.room - count
-        if state.eos_token_ids.numel():
-            state.room = state.room.masked_fill(_is_any(state.bonus, state.eos_token_ids), 0)
-        state.num_new = state.num_new + count
-        state.done = state.room == 0
-        return count
-
-
-def _is_any(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Whether each token is one of `ids`, shape [n]."""
-    return tokens == ids if ids.shape[0] == 1 else (tokens[..., None] == ids).any(dim=-1)
 
 
 def _next_block(block_lengths: Sequence[int]) -> Tensor:
