@@ -21,7 +21,7 @@ from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import fingerprint
 
 # so that an assertion of a helper that fails shows its values
-pytest.register_assert_rewrite("adapter_samples", "recorded_steps", "sampling_oracle")
+pytest.register_assert_rewrite("adapter_samples", "programs", "recorded_steps", "sampling_oracle")
 
 
 @pytest.fixture(scope="session")
