@@ -1,6 +1,7 @@
 """Shared fixtures: the packaged base, its tokenizer, tiny random models; nothing here touches the network."""
 
 import copy
+import gc
 import os
 from pathlib import Path
 
@@ -116,3 +117,9 @@ def synced(monkeypatch):
     inodes = set()
     monkeypatch.setattr(os, "fsync", lambda descriptor: inodes.add(os.fstat(descriptor).st_ino))
     return inodes
+
+
+def pytest_collection_finish():
+    """What has been imported stays: collections need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
