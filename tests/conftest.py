@@ -1,6 +1,7 @@
 """Shared fixtures: the packaged base, its tokenizer, tiny random models; nothing here touches the network."""
 
 import copy
+import gc
 import os
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import fingerprint
 
 # so that an assertion of a helper that fails shows its values
-pytest.register_assert_rewrite("adapter_samples", "recorded_steps", "sampling_oracle")
+pytest.register_assert_rewrite("adapter_samples", "programs", "recorded_steps", "sampling_oracle")
 
 
 @pytest.fixture(scope="session")
@@ -116,3 +117,9 @@ def synced(monkeypatch):
     inodes = set()
     monkeypatch.setattr(os, "fsync", lambda descriptor: inodes.add(os.fstat(descriptor).st_ino))
     return inodes
+
+
+def pytest_collection_finish():
+    """What has been imported stays: collections need not look through it again and again."""
+    gc.collect()
+    gc.freeze()

@@ -1,23 +1,16 @@
 """The script that times packed products runs, and its page holds what was measured."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*options):
-    command = [sys.executable, str(ROOT / "eval" / "packing.py"), *options]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+import packing
+from programs import run, run_in_own_process
 
 
 def test_a_quick_run_writes_its_table(tmp_path):
     stem = tmp_path / "packing"
-    done = run("--quick", "--rows", "1,4", "--repetitions", "2", "--in-features", "64", "--output", str(stem))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    ended = run(packing.main, "--quick", "--rows", "1,4", "--repetitions", 2, "--in-features", 64, "--output", stem)
+    assert ended.code == 0, ended.err
+    result = ended.result
     assert [row["rows"] for row in result["rows"]] == [1, 4]
     for row in result["rows"]:
         assert row["gflops"] > 0
@@ -28,6 +21,4 @@ def test_a_quick_run_writes_its_table(tmp_path):
 
 
 def test_impossible_sizes_are_refused():
-    done = run("--rows", "0")
-    assert done.returncode == 2
-    assert "expected numbers of at least 1" in done.stderr
+    assert "expected numbers of at least 1" in run_in_own_process("eval/packing.py", "--rows", 0).error
