@@ -12,17 +12,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from exactness import Divergence, examine
 from reporting.result_files import output_stem
 from reporting.speed_tables import print_results, write_results
 from timing.baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
 from timing.calls import rows_of, time_ways
+from timing.divergence import Divergence, divergence_from
 from timing.options import integers
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -34,7 +32,7 @@ from pardec.data.python_sources import STDLIB, TEST, VALIDATION
 from pardec.decoding.sampling import make_warpers
 from pardec.model import SelfSpeculativeModel
 from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
-from pardec.target.base import eos_token_ids, load_base
+from pardec.target.base import load_base
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FULL = {"num_prompts": 16, "max_new_tokens": 128, "batch_sizes": "1,4,16", "repetitions": 3}
@@ -105,7 +103,10 @@ def report(args: argparse.Namespace) -> int:
         for size in batch_sizes
     ]
     references = {} if args.sampled_only else greedy_references(base, prompts, settings[0])
-    compare = partial(compare_with_generate, base=base, references=references)
+
+    def compare(prompt: Prompt, token_ids: list[int]) -> Divergence | None:
+        return divergence_from(base, prompt.name, prompt.token_ids, token_ids, references[tuple(prompt.token_ids)])
+
     rows, left_out, problems = [], [], []
     num_calls = sum(len(ways) * len(batches[size]) * (args.repetitions + 1) for _, size, ways, _ in plan)
     with tqdm(total=num_calls, unit="call") as bar:
@@ -204,20 +205,6 @@ def greedy_references(
     """By ids of the prompt, what `model.generate` gives for it alone."""
     alone = generate_way(base, greedy, name="generate")
     return {tuple(prompt.token_ids): alone.decode([prompt.token_ids], 0).token_ids[0] for prompt in prompts}
-
-
-def compare_with_generate(
-    prompt: Prompt, token_ids: list[int], *, base: PreTrainedModel, references: dict[tuple[int, ...], list[int]]
-) -> Divergence | None:
-    """Where the tokens first differ from those of `model.generate`, and whether that is a tie."""
-
-    @torch.no_grad()
-    def logits_after(new: Sequence[int]) -> Tensor:
-        ids = torch.tensor([[*prompt.token_ids, *new]], device=base.device)
-        return base(input_ids=ids, use_cache=False).logits[0, -1]
-
-    expected = references[tuple(prompt.token_ids)]
-    return examine(prompt.name, token_ids, expected, logits_after, base.dtype, eos_token_ids(base))
 
 
 def facts(args: argparse.Namespace, model: SelfSpeculativeModel, prompts: Sequence[Prompt], sizes: list[int]) -> dict:

@@ -11,8 +11,8 @@ from itertools import cycle
 
 import numpy as np
 import torch
-from exactness import Divergence
 from timing.baselines import Decoded, Way
+from timing.divergence import Divergence
 
 from pardec.data.benchmarks import Prompt
 

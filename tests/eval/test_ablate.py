@@ -10,8 +10,7 @@ from pathlib import Path
 import ablate
 import pytest
 import yaml
-from reporting import ablate_tables
-from studies import study_rows, variant_runs
+from studies import study_rows, study_tables, variant_runs
 from studies.study import QUICK, View, load_study, shortened
 from tiny_models import make_adapter
 
@@ -69,7 +68,7 @@ def model(adapter):
 def lab(tmp_path, monkeypatch, capsys, adapter, model):
     """Runs studies with a trainer that is none; all its adapters are one, which is loaded once; draws no pictures."""
     monkeypatch.setattr(pardec, "load", lambda directory, device: model)
-    monkeypatch.setattr(ablate_tables, "plot_study", lambda panels, baseline, title, path: path.write_text(title))
+    monkeypatch.setattr(study_tables, "plot_study", lambda panels, baseline, title, path: path.write_text(title))
     return Lab(tmp_path, monkeypatch, capsys, adapter)
 
 
@@ -512,7 +511,7 @@ def test_the_best_row_is_marked_and_those_that_reach_into_its_interval():
 def test_only_differences_that_leave_out_zero_are_bold():
     cases = {(0.1, 0.2): True, (-0.2, -0.1): True, (-0.1, 0.2): False, (0.0, 0.2): False}
     for (low, high), is_bold in cases.items():
-        text = ablate_tables._difference({"value": (low + high) / 2, "interval": [low, high]}, "**")
+        text = study_tables._difference({"value": (low + high) / 2, "interval": [low, high]}, "**")
         assert text.startswith("**") == is_bold
 
 

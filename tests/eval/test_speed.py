@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import speed
 import torch
-from exactness import Divergence
 from reporting import result_files
 from reporting import speed_tables as tables
 from timing import baselines
 from timing import calls as timing
 from timing.baselines import Decoded, Setting, Way
 from timing.calls import Call, Timed
+from timing.divergence import Divergence
 from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
