@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from reporting.ablate_tables import print_results, write_results
 from reporting.result_files import output_stem
 from studies.study import Study, Variant, load_study, shortened
 from studies.study_rows import FAILED, rows_of
+from studies.study_tables import print_results, write_results
 from studies.variant_runs import alone, base_of, evaluate, is_trained, read_record, train
 from tqdm.auto import tqdm
 from transformers.utils import logging

@@ -1,7 +1,9 @@
 """Shared fixtures: the packaged base, its tokenizer, tiny random models; nothing here touches the network."""
 
 import copy
+import gc
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the processors
@@ -11,9 +13,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the processor
 import pytest
 import torch
 from data_samples import CHAT_TEMPLATE, source_names
+from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pardec.adapters.adapter import Adapter
+from pardec.adapters.files import save_adapter
 from pardec.target.base import load_base, load_tokenizer
+from pardec.target.fingerprint import fingerprint
+
+# so that an assertion of a helper that fails shows its values
+pytest.register_assert_rewrite("adapter_samples", "programs", "recorded_steps", "sampling_oracle")
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +35,28 @@ def tiny_base():
 def tokenizer():
     """The packaged model's tokenizer; shared, so tests must leave it as they found it."""
     return load_tokenizer("tiny-python")
+
+
+@pytest.fixture(scope="session")
+def packaged_adapter(tiny_base, tokenizer):
+    """Factory of adapters of random numbers for the packaged model."""
+
+    def make(num_speculative_tokens: int = 2, **parts) -> Adapter:
+        adapter = make_adapter(tiny_base, num_speculative_tokens, **parts)
+        adapter.metadata.base.name = "tiny-python"
+        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
+        return adapter
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapters(packaged_adapter, tmp_path_factory) -> Path:
+    """Folder of two adapters of the packaged model, `embeddings` and `lora`, K = 2; shared, so for reading only."""
+    folder = tmp_path_factory.mktemp("adapters")
+    save_adapter(packaged_adapter(), folder / "embeddings")
+    save_adapter(packaged_adapter(lora_rank=2), folder / "lora")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +117,9 @@ def synced(monkeypatch):
     inodes = set()
     monkeypatch.setattr(os, "fsync", lambda descriptor: inodes.add(os.fstat(descriptor).st_ino))
     return inodes
+
+
+def pytest_collection_finish():
+    """What has been imported stays: collections need not look through it again and again."""
+    gc.collect()
+    gc.freeze()

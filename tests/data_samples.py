@@ -24,6 +24,11 @@ def write_jsonl(path, rows):
     return str(path)
 
 
+def code_text(num_functions: int) -> str:
+    """Python text of functions that differ in a number."""
+    return "".join(f"def f_{i}(x):\n    return x + {i}\n\n\n" for i in range(num_functions))
+
+
 def source_names():
     """60 modules of the training split and 3 of each other, in two folders."""
     wanted, names = {TRAIN: 60, VALIDATION: 3, TEST: 3}, []

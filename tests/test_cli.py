@@ -6,36 +6,31 @@ import sys
 
 import pytest
 import torch
-from tiny_models import make_adapter
 from typer.testing import CliRunner
 
 from pardec.adapters.files import save_adapter
 from pardec.cli import app
 from pardec.data.prompt_files import read_prompts
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 
 K = 2
 
 
-@pytest.fixture(scope="module")
-def save(tiny_base, tokenizer, tmp_path_factory):
+@pytest.fixture
+def save(packaged_adapter, tmp_path):
     """Saves a random adapter of the packaged model; its folder."""
 
     def saved_with(**parts) -> str:
-        adapter = make_adapter(tiny_base, K, **parts)
-        adapter.metadata.base.name = "tiny-python"
-        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-        directory = tmp_path_factory.mktemp("cli") / "adapter"
-        save_adapter(adapter, directory)
+        directory = tmp_path / "-".join(parts)
+        save_adapter(packaged_adapter(K, **parts), directory)
         return str(directory)
 
     return saved_with
 
 
-@pytest.fixture(scope="module")
-def saved(save):
-    return save(lora_rank=2)
+@pytest.fixture
+def saved(adapters):
+    return str(adapters / "lora")
 
 
 @pytest.fixture(scope="module")

@@ -40,15 +40,9 @@ def ours(llama):
 
 
 @pytest.fixture
-def saved(tiny_base, tmp_path):
+def saved(packaged_adapter, tmp_path):
     """An adapter directory for the packaged model."""
-    from pardec.target.base import load_tokenizer
-    from pardec.target.fingerprint import fingerprint
-
-    adapter = make_adapter(tiny_base, K, lora_rank=2)
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, load_tokenizer("tiny-python"))
-    save_adapter(adapter, tmp_path / "adapter")
+    save_adapter(packaged_adapter(K, lora_rank=2), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 

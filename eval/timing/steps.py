@@ -16,6 +16,7 @@ from torch import Tensor
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
 from pardec.decoding.engine import Engine, Progress
 from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
@@ -76,19 +77,16 @@ class Subject:
         K = num_speculative_tokens
         gate = self.gate if K and variant.lora else None
         device = self.target.device
-        decoder = Decoder(
+        forward = RowForward(
             self.target,
-            "fused" if K else "plain",
-            K,
-            TokenLaw(greedy=True),
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=torch.empty(0, dtype=torch.long, device=device),
-            mask_embeddings=self.mask_embeddings[:K] if K else None,
-            gate=gate,
+            self.mask_embeddings[:K] if K else None,
+            gate,
             linears=None if variant.compile else self._linears(gate),
             query_group=None if variant.attention == STOCK else self.facts.query_group,
             compile_step=compiled if variant.compile else None,
         )
+        no_eos = torch.empty(0, dtype=torch.long, device=device)
+        decoder = Decoder(forward, "fused" if K else "plain", K, TokenLaw(greedy=True), max_new_tokens, no_eos)
         if variant.attention == FLEX:
             from timing.flex_route import take_flex_route
 

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from test_sampling_law import WARPERS, warped
+from sampling_oracle import WARPERS, warped
 from transformers.generation.logits_process import EpsilonLogitsWarper, EtaLogitsWarper, TypicalLogitsWarper
 
-from pardec.adapters.head import SamplerHead, draft_in_turn
+from pardec.adapters.head import SamplerHead
+from pardec.decoding.drafting import draft_in_turn
 from pardec.decoding.sampling import TokenLaw, make_warpers
 
 B, K, V, H, D, W = 3, 4, 17, 6, 5, 7

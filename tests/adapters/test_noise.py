@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_rows import committed
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
+from row_oracle import committed
 from tiny_models import make_adapter, tiny_model
 
 import pardec
@@ -14,12 +14,12 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.decoding import prefill
+from pardec.decoding.engines import MAX_SPECULATIVE_TOKENS
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.layout import chain_layout, full_blocks
-from pardec.model import MAX_SPECULATIVE_TOKENS, SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
+from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -103,7 +103,8 @@ def decoder_for(model, mode: str, *, new_tokens: int = 12) -> Decoder:
     ours = noisy(model)
     gate, noise = LoraGate(model, ours.adapter.lora), NoiseTokens.of(V, CPU)
     no_eos = torch.empty(0, dtype=torch.long)
-    return Decoder(TargetModel.wrap(model), mode, K, TokenLaw(True), new_tokens, no_eos, gate=gate, noise=noise)
+    forward = RowForward(TargetModel.wrap(model), gate=gate, noise=noise)
+    return Decoder(forward, mode, K, TokenLaw(True), new_tokens, no_eos)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -140,7 +141,7 @@ def test_drafts_behind_the_last_token_go_through_the_lora():
     ids = torch.tensor([row + [int(noise.table[11 + j, j]) for j in range(K)]])
     with torch.no_grad():
         state = decoder.prefill([row])
-        with decoder.gate.attached(), decoder.gate.open(slice(11, 11 + K), 1, 11 + K):
+        with decoder.forward.gate.attached(), decoder.forward.gate.open(slice(11, 11 + K), 1, 11 + K):
             expected = model(ids, use_cache=False).logits[0, 11:].argmax(dim=-1)
         without = model(ids, use_cache=False).logits[0, 11:].argmax(dim=-1)
     assert state.drafts[0].tolist() == expected.tolist() != without.tolist()
@@ -192,11 +193,8 @@ def test_counts_are_the_same_in_every_process_and_batch():
     assert sum(map(sum, alone)) > 0
 
 
-def test_an_adapter_of_noise_loads_and_drafts(tiny_base, tokenizer, tmp_path):
-    adapter = make_adapter(tiny_base, K, lora_rank=2, draft_input="uniform_noise")
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    save_adapter(adapter, tmp_path)
+def test_an_adapter_of_noise_loads_and_drafts(tiny_base, tokenizer, packaged_adapter, tmp_path):
+    save_adapter(packaged_adapter(K, lora_rank=2, draft_input="uniform_noise"), tmp_path)
     model = pardec.load(tmp_path, base=tiny_base)
     prompt = tokenizer("def main():\n").input_ids
     out = model.generate(prompt, max_new_tokens=16)

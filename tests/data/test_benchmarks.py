@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pardec.data.benchmarks import read_prompts
 from pardec.data.corpus import held_out_prompts
 from pardec.target.base import load_tokenizer
 
@@ -14,20 +15,11 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
-def prompts():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[2] / "eval"))
-        from pardec.data import benchmarks as prompts
-
-        yield prompts
-
-
 @pytest.fixture
-def read(prompts, tokenizer):
+def read(tokenizer):
     def read(source, num_prompts=None, max_prompt_tokens=None, tokenizer=tokenizer):
         limits = {"num_prompts": num_prompts, "max_prompt_tokens": max_prompt_tokens}
-        return prompts.read_prompts(str(source), tokenizer, split="validation", **limits)
+        return read_prompts(str(source), tokenizer, split="validation", **limits)
 
     return read
 

@@ -1,6 +1,5 @@
 """Prompts drawn from rows of every kind."""
 
-import copy
 import itertools
 
 import pytest
@@ -8,19 +7,6 @@ import pytest
 from pardec.data.reading import DataError, read_rows
 from pardec.data.response_prompts import draw_prompts, prompts_digest
 from pardec.data.tokenising import tokenise
-
-CHAT_TEMPLATE = (
-    "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer):
-    chat = copy.deepcopy(tokenizer)
-    chat.chat_template = CHAT_TEMPLATE
-    return chat
 
 
 def text_row(number: int, lines: int) -> dict:
@@ -132,6 +118,8 @@ def test_a_conversation_without_a_question_is_named(chat_tokenizer):
 
 
 def test_what_the_template_refuses_is_named(chat_tokenizer):
+    refuses = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    chat_tokenizer.chat_template = refuses + chat_tokenizer.chat_template
     with pytest.raises(
         DataError, match=r"^talk: expected turns that the chat template renders, found tool, user: no tools here$"
     ):

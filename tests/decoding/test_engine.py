@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from test_graphs import decoder_for, rerun, results, sampled, tape
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
+from recorded_steps import decoder_for, rerun, results, sampled, tape
 from tiny_models import make_adapter, tiny_model
 from torch import Tensor
 
@@ -279,12 +279,12 @@ def test_the_loras_hooks_are_on_the_base_only_while_the_loop_runs():
     def hooked() -> bool:
         return any(module._forward_hooks for module in model.modules())
 
-    for alone in (True, False):  # whoever looks at the base between two steps finds no hooks there
-        steps = engine.run(prompts(V, (5,)), alone=alone)
+    for between in ("nothing", "reads", "writes"):  # whoever looks at the base between two steps finds no hooks there
+        steps = engine.run(prompts(V, (5,)), between=between)
         assert not hooked()
         next(steps)
         next(steps)
-        assert hooked() is alone
+        assert hooked() is (between == "nothing")
         steps.close()
         assert not hooked()
     with pytest.raises(KeyError):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_graphs import rerun, tape
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
+from recorded_steps import rerun, tape
 from tiny_models import make_adapter, tiny_model
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 import warnings
-import weakref
-from collections.abc import Callable
 
 import pytest
 import torch
-from test_step import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts
+from recorded_steps import K, V, decoder_for, rerun, results, sampled, tape, tensors_of
 from tiny_models import make_adapter, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,123 +21,13 @@ from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.graphs import CapturedSteps
-from pardec.decoding.output import counts_of
-from pardec.decoding.sampling import TokenLaw, make_warpers
-from pardec.decoding.state import DecodeState
+from pardec.decoding.rows import RowForward
+from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
-from pardec.target.survey import survey
 
-K = 3
-V = 61
 MODES = ["plain", "two_pass", "fused"]
-
-
-def rerun(run: Callable[[], None], generator, pool) -> Callable[[], None]:
-    """A recorder that records nothing: replaying runs the step again."""
-    return run
-
-
-class _Tape(TorchDispatchMode):
-    """Every operation on tensors inside, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-
-class _Outside:
-    """A tensor that a tape reads and did not make: kept alive by others, or not at all, as with a CUDA graph."""
-
-    def __init__(self, tensor: Tensor):
-        self.ref = weakref.ref(tensor)
-
-    def tensor(self) -> Tensor:
-        tensor = self.ref()
-        assert tensor is not None, "a graph would read memory that has been freed"
-        return tensor
-
-
-class _Made:
-    """A tensor that a tape makes, by the place where it is made."""
-
-    def __init__(self, index: int):
-        self.index = index
-
-
-def tape(run: Callable[[], None], generator, pool) -> Callable[[], None]:
-    """A recorder that replays the operations on tensors and nothing else: no Python, no value of the host's.
-
-    As in a CUDA graph, numbers and tensors are those of the recording; only what tensors hold may differ.
-    """
-    with _Tape() as recorded:
-        run()
-    made: dict[int, _Made] = {}
-    calls = []
-
-    def name(x):
-        if isinstance(x, list | tuple):
-            return [name(one) for one in x]
-        return (made.get(id(x)) or _Outside(x)) if isinstance(x, Tensor) else x
-
-    for func, args, kwargs, out in recorded.calls:
-        named = name(args)
-        if func is torch.ops.aten.lift_fresh.default:  # a number that has become a tensor, on a CPU only
-            named = list(args)
-        outputs = [made.setdefault(id(x), _Made(len(made))).index for x in tree_leaves(out) if isinstance(x, Tensor)]
-        calls.append((func, named, {key: name(x) for key, x in kwargs.items()}, outputs))
-
-    def replay() -> None:
-        values: dict[int, Tensor] = {}
-
-        def value(x):
-            if isinstance(x, _Made):
-                return values[x.index]
-            if isinstance(x, _Outside):
-                return x.tensor()
-            if isinstance(x, list):
-                return [value(one) for one in x]
-            return x.clone() if isinstance(x, Tensor) else x
-
-        with torch.no_grad():
-            for func, args, kwargs, outputs in calls:
-                out = func(*value(args), **{key: value(x) for key, x in kwargs.items()})
-                found = [out] if isinstance(out, Tensor) else [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-                values.update(zip(outputs, found, strict=True))
-        values.clear()  # nothing is kept alive until the next replay
-
-    return replay
-
-
-def sampled(seed: int = 0, **options) -> TokenLaw:
-    warpers = {"temperature": 0.9, "top_k": 12, "top_p": 0.95, "min_p": 0.01} | options
-    return TokenLaw(False, tuple(make_warpers(**warpers)), torch.Generator().manual_seed(seed))
-
-
-def decoder_for(
-    model, mode: str, law: TokenLaw, *, new_tokens: int = 12, eos=(), head_width: int = 0, noise: bool = False
-) -> Decoder:
-    target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
-    options = {"query_group": survey(target).query_group}
-    eos_ids = torch.tensor(list(eos), dtype=torch.long, device=target.device)
-    if mode == "plain":
-        return Decoder(target, mode, 0, law, new_tokens, eos_ids, **options)
-    masks, gate = adapter.mask_embeddings.to(target.device, target.dtype), LoraGate(model, adapter.lora)
-    options |= {"head": HeadDrafter.of(adapter, target)}
-    if noise:
-        masks, options = None, options | {"noise": NoiseTokens.of(V, target.device)}
-    return Decoder(target, mode, K, law, new_tokens, eos_ids, masks, gate, **options)
-
-
-def tensors_of(state: DecodeState) -> dict[str, Tensor]:
-    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    return {name: value for name, value in fields.items() if isinstance(value, Tensor)}
 
 
 def decode(
@@ -157,13 +46,6 @@ def decode(
             else:
                 steps.step()
     return state
-
-
-def results(decoder: Decoder, state: DecodeState) -> list:
-    """What decoding has brought, for each sequence."""
-    counts = counts_of(state, decoder.mode, state.lengths.shape[0])
-    outputs = [row[:n] for row, n in zip(state.output.tolist(), state.num_new.tolist(), strict=True)]
-    return [(output, one.accepted, one.drafted) for output, one in zip(outputs, counts, strict=True)]
 
 
 # ---------------------------------------------------------------------- what is recorded is what runs
@@ -417,14 +299,16 @@ def step_without_values(
     adapter = make_adapter(model, K, lora_rank=2, head_width=options.get("head_width", 0))
     model.to("meta")
     target = TargetModel.wrap(model)
-    decoder = dataclasses.replace(
-        here,
-        target=target,
-        head=None if here.head is None else HeadDrafter.of(adapter, target),
-        noise=None if here.noise is None else NoiseTokens(here.noise.table.to("meta")),
-        mask_embeddings=None if here.mask_embeddings is None else here.mask_embeddings.to("meta"),
-        gate=None if here.gate is None else LoraGate(model, adapter.lora),
+    head, rows = None if here.head is None else HeadDrafter.of(adapter, target), here.forward
+    forward = RowForward(
+        target,
+        mask_embeddings=None if rows.mask_embeddings is None else rows.mask_embeddings.to("meta"),
+        gate=None if rows.gate is None else LoraGate(model, adapter.lora),
+        query_group=rows.query_group,
+        noise=None if rows.noise is None else NoiseTokens(rows.noise.table.to("meta")),
+        tap=head and head.tap,
     )
+    decoder = dataclasses.replace(here, forward=forward, head=head)
     cache = SlotCache(3, 64, batch)
     cache.num_used = 32
     moved = {name: tensor.to("meta") for name, tensor in tensors_of(state).items()}

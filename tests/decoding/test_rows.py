@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from test_sampling_law import (
+from greedy_oracle import plain_generate, prompts
+from row_oracle import committed, logits_of
+from sampling_oracle import (
     PROMPT,
     WARPERS,
     Z_LIMIT,
@@ -17,7 +19,6 @@ from test_sampling_law import (
     joint_law,
     recorded_step,
 )
-from test_step import plain_generate, prompts
 from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
@@ -27,7 +28,6 @@ from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
 from pardec.layout import block_layout, chain_layout, real_layout
 from pardec.model import SelfSpeculativeModel
-from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -42,22 +42,6 @@ def target_of(model, routed: bool) -> tuple[TargetModel, int | None]:
 
 
 # ---------------------------------------------------------------------- one forward
-
-
-def committed(target: TargetModel, rows: list[list[int]], num_slots: int) -> SlotCache:
-    """A cache that holds the rows' tokens, with what was run behind the shorter ones still in it."""
-    cache = SlotCache(target.num_layers, num_slots, len(rows))
-    width = max(map(len, rows))
-    padded = torch.tensor([row + [7] * (width - len(row)) for row in rows])
-    target.run(target.embed(padded), torch.arange(width).expand(len(rows), -1), None, cache)
-    return cache
-
-
-def logits_of(model, tokens: list[int], masks: torch.Tensor) -> torch.Tensor:
-    """The oracle: a plain forward of real tokens and then mask tokens; the last row's logits."""
-    embeds = model.get_input_embeddings()(torch.tensor([tokens]))
-    embeds = torch.cat([embeds, masks[None]], dim=1)
-    return model(inputs_embeds=embeds, use_cache=False).logits[0, -1]
 
 
 @pytest.mark.parametrize("routed", [True, False])
@@ -151,14 +135,13 @@ def family(request):
 
 def pruned_decoder(model, block_lengths, *, new_tokens: int = 20, routed: bool = True) -> Decoder:
     target, group = target_of(model, routed)
-    K = len(block_lengths) - 1
+    K, no_eos = len(block_lengths) - 1, torch.empty(0, dtype=torch.long)
     if K == 0:
-        return Decoder(target, "plain", 0, TokenLaw(greedy=True), new_tokens, torch.empty(0, dtype=torch.long),
-            query_group=group)  # fmt: skip
+        return Decoder(RowForward(target, query_group=group), "plain", 0, TokenLaw(greedy=True), new_tokens, no_eos)
     adapter = make_adapter(model, K, lora_rank=2)
-    return Decoder(target, "fused", K, TokenLaw(greedy=True), new_tokens, torch.empty(0, dtype=torch.long),
-        adapter.mask_embeddings.to(target.dtype), LoraGate(model, adapter.lora), block_lengths=block_lengths,
-        query_group=group)  # fmt: skip
+    masks, gate = adapter.mask_embeddings.to(target.dtype), LoraGate(model, adapter.lora)
+    forward = RowForward(target, masks, gate, query_group=group)
+    return Decoder(forward, "fused", K, TokenLaw(greedy=True), new_tokens, no_eos, block_lengths)
 
 
 def run_planted(decoder: Decoder, rows, references, num_true):
@@ -241,8 +224,8 @@ def test_a_step_of_a_pruned_chain_emits_the_targets_law(toy, block_lengths, draf
     law = TokenLaw(False, tuple(make_warpers(**options)))
     masks = make_adapter(toy, 2).mask_embeddings.double() * 3
     target, group = target_of(toy, routed=True)
-    decoder = Decoder(target, "fused", 2, law, 16, torch.empty(0, dtype=torch.long), masks,
-        block_lengths=block_lengths, query_group=group)  # fmt: skip
+    forward = RowForward(target, masks, query_group=group)
+    decoder = Decoder(forward, "fused", 2, law, 16, torch.empty(0, dtype=torch.long), block_lengths)
     drafts = torch.tensor(list(itertools.product(range(5), repeat=2)))
     state = decoder.prefill([PROMPT] * len(drafts))
     state.bonus = torch.full((len(drafts),), 2)

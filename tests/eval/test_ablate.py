@@ -7,26 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablate
 import pytest
 import yaml
+from studies import study_rows, study_tables, variant_runs
+from studies.study import QUICK, View, load_study, shortened
 from tiny_models import make_adapter
 
 import pardec
 from pardec.adapters.files import save_adapter
-from pardec.data.corpus import held_out_prompts
 from pardec.measures.acceptance import measure_acceptance
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
-# eval/ is a folder of scripts that import each other by name; it leaves the path again
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT / "eval"))
-    import ablate
-    from reporting import ablate_tables
-    from studies import study_rows, variant_runs
-    from studies.study import QUICK, View, load_study, shortened
-
 RECIPE = str(ROOT / "recipes" / "quickstart.yaml")
 SMALL = {"num_prompts": 3, "max_new_tokens": 6}
 
@@ -59,13 +52,10 @@ path.write_text(json.dumps(metadata))
 
 
 @pytest.fixture(scope="module")
-def adapter(tiny_base, tokenizer, tmp_path_factory):
+def adapter(packaged_adapter, tmp_path_factory):
     """An adapter of random numbers, K = 4, that takes the place of trained ones."""
-    made = make_adapter(tiny_base, 4)
-    made.metadata.base.name = "tiny-python"
-    made.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    save_adapter(made, folder)
+    save_adapter(packaged_adapter(4), folder)
     return folder
 
 
@@ -78,7 +68,7 @@ def model(adapter):
 def lab(tmp_path, monkeypatch, capsys, adapter, model):
     """Runs studies with a trainer that is none; all its adapters are one, which is loaded once; draws no pictures."""
     monkeypatch.setattr(pardec, "load", lambda directory, device: model)
-    monkeypatch.setattr(ablate_tables, "plot_study", lambda panels, baseline, title, path: path.write_text(title))
+    monkeypatch.setattr(study_tables, "plot_study", lambda panels, baseline, title, path: path.write_text(title))
     return Lab(tmp_path, monkeypatch, capsys, adapter)
 
 
@@ -385,7 +375,7 @@ def test_a_trainer_that_outlives_its_runner_keeps_others_away(lab):
     assert lab.run([KL])[0] == 0
 
 
-def test_an_adapter_that_is_there_is_only_decoded_with_and_again_when_it_has_changed(lab, adapter, tiny_base):
+def test_an_adapter_that_is_there_is_only_decoded_with_and_again_when_it_has_changed(lab, adapter, packaged_adapter):
     folder = lab.folder / "mine"
     shutil.copytree(adapter, folder)
     variants = [KL, {"name": "mine", "adapter": str(folder)}]
@@ -393,10 +383,7 @@ def test_an_adapter_that_is_there_is_only_decoded_with_and_again_when_it_has_cha
     assert lab.calls() == ["kl"]
     assert (row["status"], row["minutes"], row["steps"]) == ("done", None, None)
     assert row["difference"]["sampled"]["value"] == 0
-    other = make_adapter(tiny_base, 4, seed=5)
-    other.metadata.base.name = "tiny-python"
-    other.metadata.fingerprint = pardec.adapters.files.load_adapter(adapter).metadata.fingerprint
-    save_adapter(other, folder)
+    save_adapter(packaged_adapter(4, seed=5), folder)
     assert lab.run(variants)[1]["rows"][1]["git_commit"] is not None
     record = json.loads(next(lab.work.glob("mine-*.json")).read_text())
     assert len({json.dumps(view["settings"]["weights"]) for view in record["views"]}) == 2
@@ -464,9 +451,9 @@ def test_without_drafts_there_is_no_difference():
 
 
 def test_pairs_of_prompts_add_up_to_what_the_decoder_reports(model):
-    prompts = held_out_prompts(model.tokenizer, "validation", str(ROOT / "pardec" / "decode.py"), 6)
     # the model goes on with what is repeated, so that there is something to leave out
-    prompts[0] = prompts[0][:4] * 20
+    texts = ["x = 1\n" * 20, *(f"class Shape{n}:\n    def area(self, width):\n" for n in range(5))]
+    prompts = model.tokenizer(texts).input_ids
     found = measure_acceptance(model, prompts, max_new_tokens=24)
     pairs = variant_runs.pairs_of(found)
     outside = variant_runs.outside_pairs(found, prompts, 4)
@@ -524,7 +511,7 @@ def test_the_best_row_is_marked_and_those_that_reach_into_its_interval():
 def test_only_differences_that_leave_out_zero_are_bold():
     cases = {(0.1, 0.2): True, (-0.2, -0.1): True, (-0.1, 0.2): False, (0.0, 0.2): False}
     for (low, high), is_bold in cases.items():
-        text = ablate_tables._difference({"value": (low + high) / 2, "interval": [low, high]}, "**")
+        text = study_tables._difference({"value": (low + high) / 2, "interval": [low, high]}, "**")
         assert text.startswith("**") == is_bold
 
 

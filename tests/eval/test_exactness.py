@@ -1,57 +1,30 @@
 """The exactness check: planted differences are told apart, and a decoder that is wrong is found out."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
+import exactness
 import pytest
 import torch
+from programs import Ended, run, run_in_own_process
 from timing.divergence import examine
-from tiny_models import make_adapter
 
 import pardec
-from pardec.adapters.files import save_adapter
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
 TEXT = str(ROOT / "Makefile")
 EOS, A, B, C = 0, 1, 2, 3
 
 
-@pytest.fixture(scope="module")
-def exactness():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "eval"))
-        import exactness
-
-        yield exactness
-
-
-@pytest.fixture(scope="module")
-def adapter(tiny_base, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters") / "lora"
-    made = make_adapter(tiny_base, 2, lora_rank=2)
-    made.metadata.base.name = "tiny-python"
-    made.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    save_adapter(made, folder)
-    return str(folder)
-
-
 @pytest.fixture
-def check(exactness, monkeypatch, capsys):
-    """Runs the script in this process; gives exit code, the last line's object and what stood on standard error."""
+def adapter(adapters):
+    return str(adapters / "lora")
 
-    def check(*arguments: str):
-        monkeypatch.setattr(sys, "argv", ["exactness.py", *arguments])
-        with pytest.raises(SystemExit) as done:
-            exactness.main()
-        out, err = capsys.readouterr()
-        return done.value.code, json.loads(out.splitlines()[-1]) if out else None, err
 
-    return check
+def check(*arguments: object) -> Ended:
+    return run(exactness.main, *arguments)
 
 
 def examined(found, reference, logits, dtype=torch.float32, eos_ids=(EOS,)):
@@ -134,7 +107,7 @@ def test_logits_that_are_no_numbers_explain_nothing(wrong):
     assert not one.explained
 
 
-def test_compare_counts_prompts_tokens_and_divergences(exactness):
+def test_compare_counts_prompts_tokens_and_divergences():
     prompts = [exactness.Prompt([7 + i], "code", f"p{i}") for i in range(4)]
     found = [[A, A, A], [A, B, A], [A, A, B], [B, B, B]]
     reference = [[A, A, A], [A, A, A], [A, A, A], [B, B, B]]
@@ -157,11 +130,9 @@ def test_compare_counts_prompts_tokens_and_divergences(exactness):
 
 
 def test_quick_look_at_a_fresh_adapter_writes_what_it_prints(adapter, tmp_path):
-    options = ["--quick", "--dtypes", "bfloat16", "--output", str(tmp_path / "new")]
-    command = [sys.executable, "eval/exactness.py", adapter, *options]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    ended = check(adapter, "--quick", "--dtypes", "bfloat16", "--output", tmp_path / "new")
+    assert ended.code == 0, ended.err[-2000:]
+    result = ended.result
     assert json.loads((tmp_path / "new" / "exactness.json").read_text()) == result
     assert (tmp_path / "new" / "exactness.md").read_text().startswith("# Exactness of ")
     assert result["exact"] is True
@@ -175,7 +146,7 @@ def test_quick_look_at_a_fresh_adapter_writes_what_it_prints(adapter, tmp_path):
     assert {"torch", "transformers"} <= set(result["versions"])
 
 
-def test_both_dtypes_are_identical_and_a_checkpoints_own_penalties_are_left_out(check, adapter, monkeypatch, tmp_path):
+def test_both_dtypes_are_identical_and_a_checkpoints_own_penalties_are_left_out(adapter, monkeypatch, tmp_path):
     load = pardec.load
 
     def load_with_penalty(*args, **options):
@@ -185,17 +156,17 @@ def test_both_dtypes_are_identical_and_a_checkpoints_own_penalties_are_left_out(
 
     monkeypatch.setattr(pardec, "load", load_with_penalty)
     path = tmp_path / "here.json"
-    code, result, _ = check(
-        adapter, "--dtypes", "float64,float32", "--num-prompts", "2", "--max-new-tokens", "6", "--output", str(path)
-    )
-    assert code == 0
+    few = ("--num-prompts", 2, "--max-new-tokens", 6)
+    ended = check(adapter, "--dtypes", "float64,float32", *few, "--output", path)
+    assert ended.code == 0, ended.err[-2000:]
+    result = ended.result
     assert json.loads(path.read_text()) == result
     assert path.with_suffix(".md").exists()
     assert [row["dtype"] for row in result["rows"]] == ["float64"] * 7 + ["float32"] * 7
     assert {(row["identical"], row["num_tokens"]) for row in result["rows"]} == {(1.0, 12)}
 
 
-def test_a_decoder_that_changes_one_token_is_found_out(check, adapter, monkeypatch):
+def test_a_decoder_that_changes_one_token_is_found_out(adapter, monkeypatch):
     generate = SelfSpeculativeModel.generate
 
     def sabotaged(self, prompts, **options):
@@ -205,10 +176,10 @@ def test_a_decoder_that_changes_one_token_is_found_out(check, adapter, monkeypat
         return out
 
     monkeypatch.setattr(SelfSpeculativeModel, "generate", sabotaged)
-    code, result, _ = check(adapter, "--dtypes", "float32", "--num-prompts", "2", "--max-new-tokens", "8")
-    assert code == 1
-    assert result["exact"] is False
-    for row in result["rows"]:
+    ended = check(adapter, "--dtypes", "float32", "--num-prompts", 2, "--max-new-tokens", 8)
+    assert ended.code == 1
+    assert ended.result["exact"] is False
+    for row in ended.result["rows"]:
         is_sabotaged = row["batch_size"] == 2
         assert row["num_unexplained"] == row["num_divergences"] == is_sabotaged
         assert row["identical"] == (0.5 if is_sabotaged else 1.0)
@@ -217,7 +188,7 @@ def test_a_decoder_that_changes_one_token_is_found_out(check, adapter, monkeypat
             assert one["shortfall"] > one["tolerance"] == 1e-4
 
 
-def test_a_decoder_that_stops_too_early_is_found_out(check, adapter, monkeypatch, tmp_path):
+def test_a_decoder_that_stops_too_early_is_found_out(adapter, monkeypatch, tmp_path):
     generate = SelfSpeculativeModel.generate
 
     def sabotaged(self, prompts, **options):
@@ -227,11 +198,10 @@ def test_a_decoder_that_stops_too_early_is_found_out(check, adapter, monkeypatch
     monkeypatch.setattr(SelfSpeculativeModel, "generate", sabotaged)
     path = tmp_path / "one.txt"
     path.write_text("import os\n\ndef main():\n")
-    code, result, _ = check(
-        adapter, "--dtypes", "float32", "--max-new-tokens", "6", "--prompts", str(path), "--num-speculative-tokens", "1"
-    )
-    assert code == 1
-    wrong = [(row["mode"], row["divergences"][0]) for row in result["rows"] if row["divergences"]]
+    few = ("--max-new-tokens", 6, "--num-speculative-tokens", 1)
+    ended = check(adapter, "--dtypes", "float32", "--prompts", path, *few)
+    assert ended.code == 1
+    wrong = [(row["mode"], row["divergences"][0]) for row in ended.result["rows"] if row["divergences"]]
     assert [(mode, one["prompt"], one["index"], one["tokens"][0]) for mode, one in wrong] == [
         ("two_pass", "one.txt", 5, None)
     ] * 2
@@ -254,14 +224,14 @@ def test_a_decoder_that_stops_too_early_is_found_out(check, adapter, monkeypatch
         (["--base", "nowhere"], "base 'nowhere': expected a folder or hub name"),
     ],
 )
-def test_unusable_input_is_one_line_and_exit_code_2(check, adapter, arguments, message):
-    code, result, err = check(adapter, *arguments)
-    assert (code, result) == (2, None)
-    assert err.strip().startswith(f"error: {message}")
-    assert err.strip().count("\n") == 0
+def test_unusable_input_is_one_line_and_exit_code_2(adapter, arguments, message):
+    ended = check(adapter, *arguments)
+    assert ended.error.startswith(f"error: {message}")
+    assert ended.err.strip() == ended.error
+    assert ended.out == ""
 
 
-def test_a_missing_adapter_is_one_line_and_exit_code_2(check, tmp_path):
-    code, _, err = check(str(tmp_path / "none"))
-    assert code == 2
-    assert err.startswith("error: ")
+def test_a_missing_adapter_is_one_line_and_exit_code_2(tmp_path):
+    ended = run_in_own_process("eval/exactness.py", tmp_path / "none")
+    assert ended.code == 2
+    assert ended.err.startswith("error: ")

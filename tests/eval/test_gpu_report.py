@@ -5,13 +5,10 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_report
 import psutil
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "eval"))
-
-import gpu_report
 from gpu_report import TIME_IS_OVER, Step
 from studies.study import load_study
 

@@ -7,28 +7,22 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import latency
 import pytest
 import torch
+from reporting import latency_tables
+from timing import bandwidth, flex_route, shapes, step_groups, step_profile, steps
+from timing.steps import FLEX, GROUPED, STOCK, Runner, Subject, Variant
 from tiny_models import make_adapter, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pardec.adapters.files import save_adapter
 from pardec.decoding.engine import Engine
 from pardec.decoding.sampling import TokenLaw
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 from pardec.target.forward import TargetModel
 
 ROOT = Path(__file__).parents[2]
-# eval/ is a folder of scripts that import each other by name; it leaves the path again
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT / "eval"))
-    import latency
-    from reporting import latency_tables
-    from timing import bandwidth, flex_route, shapes, step_groups, step_profile, steps
-    from timing.steps import FLEX, GROUPED, STOCK, Runner, Subject, Variant
-
 CPU = torch.device("cpu")
 PROMPT = list(range(3, 40))
 WITH_LORA = Variant(compile=False, lora=True, attention=GROUPED)
@@ -342,13 +336,11 @@ def run_here(monkeypatch, capsys, *arguments):
     return code, capsys.readouterr()
 
 
-def test_an_adapter_is_measured_with_forced_drafts(tmp_path, tiny_base, tokenizer, monkeypatch, capsys):
-    adapter = make_adapter(tiny_base, 2)
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    save_adapter(adapter, tmp_path / "adapter")
+def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters, monkeypatch, capsys):
     options = ["--quick", "--contexts", "32", "--rows", "1,4,9", "--repetitions", "2", "--forced-acceptance", "2"]
-    code, output = run_here(monkeypatch, capsys, str(tmp_path / "adapter"), *options, "--output", str(tmp_path / "out"))
+    code, output = run_here(
+        monkeypatch, capsys, str(adapters / "embeddings"), *options, "--output", str(tmp_path / "out")
+    )
     assert code == 0
     result = json.loads(output.out.splitlines()[-1])
     assert result["model"] == "tiny-python"

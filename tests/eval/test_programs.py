@@ -1,43 +1,27 @@
 """The eval scripts: a table for people, one JSON object as the last line, pictures."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import acceptance
+import demo
 import pytest
-from tiny_models import make_adapter
+from programs import run, run_in_own_process
+from reporting import plots
 
-from pardec.adapters.files import save_adapter
-from pardec.target.fingerprint import fingerprint
+import pardec
+from pardec.data.corpus import held_out_prompts
 
-ROOT = Path(__file__).parents[2]
 ROW_KEYS = {
     "adapter", "mode", "num_speculative_tokens", "mean_acceptance_length", "tokens_per_forward", "tokens_per_second",
     "ratio_to_plain",
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def adapters(tiny_base, tokenizer, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    for name, rank in (("embeddings", 0), ("lora", 2)):
-        adapter = make_adapter(tiny_base, 2, lora_rank=rank)
-        adapter.metadata.base.name = "tiny-python"
-        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-        save_adapter(adapter, folder / name)
-    return folder
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, check=False)
-
-
 def test_demo_measures_every_mode_and_ends_with_the_json_line(adapters, tmp_path):
-    done = run("eval/demo.py", str(adapters / "embeddings"), str(adapters / "lora"), "--output", str(tmp_path),
-        "--num-prompts", "2", "--max-new-tokens", "10")  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    few = ("--output", tmp_path, "--num-prompts", 2, "--max-new-tokens", 10)
+    ended = run(demo.main, adapters / "embeddings", adapters / "lora", *few)
+    assert ended.code == 0, ended.err[-2000:]
+    result = ended.result
     assert json.loads((tmp_path / "demo.json").read_text()) == result
     assert all(set(row) == ROW_KEYS | {"identical"} for row in result["rows"])
     assert all(set(row) == ROW_KEYS for row in result["sampled_rows"])
@@ -56,12 +40,9 @@ def test_demo_measures_every_mode_and_ends_with_the_json_line(adapters, tmp_path
 
 
 def test_acceptance_reports_what_the_public_api_counts(adapters):
-    done = run("eval/acceptance.py", str(adapters / "lora"), "--num-prompts", "2", "--max-new-tokens", "10")
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    import pardec
-    from pardec.data.corpus import held_out_prompts
-
+    ended = run(acceptance.main, adapters / "lora", "--num-prompts", 2, "--max-new-tokens", 10)
+    assert ended.code == 0, ended.err[-2000:]
+    result = ended.result
     model = pardec.load(adapters / "lora")
     prompts = held_out_prompts(model.tokenizer, "test", num_prompts=2)
     calls = {"greedy": {}, "sampled": {"temperature": 0.8, "top_k": 10, "seed": 0}}
@@ -74,7 +55,7 @@ def test_acceptance_reports_what_the_public_api_counts(adapters):
         assert all(0 <= a <= b <= c <= 1 for a, b, c in zip(*(shares[f"top{n}"] for n in (1, 5, 10)), strict=True))
         assert set(result[name]["by_category"]) == {"code"}
     assert (result["split"], result["num_prompts"], result["max_new_tokens"]) == ("test", 2, 10)
-    assert "by category" not in done.stdout
+    assert "by category" not in ended.out
 
 
 def test_acceptance_by_category_of_a_benchmark(adapters, tmp_path):
@@ -83,31 +64,25 @@ def test_acceptance_by_category_of_a_benchmark(adapters, tmp_path):
         for n, category in enumerate(("maths", "writing", "maths"))
     ]
     (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ("--prompts", str(tmp_path / "bench.jsonl"), "--max-new-tokens", "8", "--num-speculative-tokens", "1")
-    done = run("eval/acceptance.py", str(adapters / "lora"), "--head", "off", *options)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    options = ("--prompts", tmp_path / "bench.jsonl", "--max-new-tokens", 8, "--num-speculative-tokens", 1)
+    ended = run(acceptance.main, adapters / "lora", "--head", "off", *options)
+    assert ended.code == 0, ended.err[-2000:]
+    result = ended.result
     assert {name: one["num_prompts"] for name, one in result["greedy"]["by_category"].items()} == {
         "maths": 2,
         "writing": 1,
     }
     assert result["split"] is None
     assert len(result["sampled"]["acceptance_rate_per_position"]["conditional"]) == 1
-    assert "by category" in done.stdout
+    assert "by category" in ended.out
 
 
 @pytest.mark.parametrize("script", ["demo.py", "acceptance.py"])
 def test_bad_input_is_one_line_and_exit_code_2(script, tmp_path):
     directories = [str(tmp_path / "none")] * (2 if script == "demo.py" else 1)
-    done = run(f"eval/{script}", *directories)
-    assert done.returncode == 2
-    assert "error:" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "expected an adapter directory" in run_in_own_process(f"eval/{script}", *directories).error
 
 
-def test_the_picture_of_the_layout_is_drawn(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "eval"))
-    from reporting import plots
-
+def test_the_picture_of_the_layout_is_drawn(tmp_path):
     plots.plot_fused_step(2, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 10_000

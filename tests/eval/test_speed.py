@@ -1,53 +1,43 @@
 """The speed benchmark: its figures from hand-made calls, what every way decodes, and the script from end to end."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import speed
 import torch
+from reporting import result_files
+from reporting import speed_tables as tables
+from timing import baselines
+from timing import calls as timing
+from timing.baselines import Decoded, Setting, Way
+from timing.calls import Call, Timed
+from timing.divergence import Divergence
 from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from pardec.adapters.files import save_adapter
+from pardec.data.benchmarks import Prompt
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import eos_token_ids
-from pardec.target.fingerprint import fingerprint
 
 ROOT = Path(__file__).parents[2]
-# eval/ is a folder of scripts that import each other by name; it leaves the path again
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(str(ROOT / "eval"))
-    import speed
-    from reporting import result_files
-    from reporting import speed_tables as tables
-    from timing import baselines
-    from timing import calls as timing
-    from timing.baselines import Decoded, Setting, Way
-    from timing.calls import Call, Timed
-    from timing.divergence import Divergence
-
-    from pardec.data.benchmarks import Prompt
-
 GREEDY = Setting("greedy", 12)
 SAMPLED = Setting("sampled", 12, temperature=0.8, top_k=10)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_base, tokenizer, tmp_path_factory):
+def folder(tiny_base, adapters, tmp_path_factory):
     """Two adapters, one of them tuned, and two assistants, of which one has another vocabulary."""
-    from pardec.tuning.choice import TunedChoice, weights_of, write_tuned
+    from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 
     folder = tmp_path_factory.mktemp("speed")
-    for name, rank in (("embeddings", 0), ("lora", 2)):
-        adapter = make_adapter(tiny_base, 2, lora_rank=rank)
-        adapter.metadata.base.name = "tiny-python"
-        adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-        save_adapter(adapter, folder / name)
+    shutil.copytree(adapters, folder, dirs_exist_ok=True)
     directory = folder / "lora"
     choice = TunedChoice(
         device=device_name(torch.device("cpu")), dtype="float32", compile=False, block_lengths=(2, 1, 0),

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from test_graphs import decoder_for, rerun, results, sampled, tensors_of
+from greedy_oracle import plain_generate, prompts
+from recorded_steps import decoder_for, rerun, results, sampled, tensors_of
 from tiny_models import make_adapter, tiny_model
 
 from pardec.decoding.engine import Engine
@@ -23,17 +24,6 @@ LONG = {"max_position_embeddings": 2048}
 @pytest.fixture(autouse=True)
 def exact_matrix_products():
     torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def prompts(lengths) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(1, V, (n,), generator=generator).tolist() for n in lengths]
-
-
-def plain_generate(model, row: list[int], new_tokens: int, **options) -> list[int]:
-    """The oracle: transformers' greedy generate on one prompt alone."""
-    ids = torch.tensor([row], device="cuda")
-    return model.generate(ids, max_new_tokens=new_tokens, do_sample=False, **options)[0, len(row) :].tolist()
 
 
 def on_cuda(law: TokenLaw) -> TokenLaw:
@@ -83,7 +73,7 @@ def test_replayed_graphs_leave_bitwise_what_the_same_steps_leave_uncaptured(fami
     captured = engine_for(model, mode, law, drafting=drafting)
     uncaptured = engine_for(model, mode, law, drafting=drafting, recorder=rerun)
     for seed, lengths in enumerate(((11, 3, 17, 6, 9), (2, 20, 4, 7, 1))):
-        rows = prompts(lengths)[:batch]
+        rows = prompts(V, lengths)[:batch]
         expected = run(uncaptured, rows, 40, seed=seed)
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # such as that it cannot be captured
@@ -99,7 +89,7 @@ def test_generations_that_pass_several_buckets_give_generates_tokens(mode):
     model = tiny_model("llama", **LONG).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
     for lengths in ((200, 3), (230, 250), (600, 1)):
-        rows = prompts(lengths)
+        rows = prompts(V, lengths)
         expected = [plain_generate(model, row, 330) for row in rows]
         assert ours.generate(rows, max_new_tokens=330, mode=mode).token_ids == expected
 
@@ -109,7 +99,7 @@ def test_calls_of_every_size_and_order_give_generates_tokens(family):
     """Batches that are padded, limits and prompts that grow and shrink, EOS ids that come and go."""
     model = tiny_model(family).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
-    rows = prompts((11, 3, 17, 6, 9))
+    rows = prompts(V, (11, 3, 17, 6, 9))
     reference = plain_generate(model, rows[0], 12)
     for batch, new_tokens, eos in (
         (1, 9, None),
@@ -133,7 +123,7 @@ def test_heads_and_noise_give_generates_tokens(mode, draft_input):
     adapter = make_adapter(model, K, lora_rank=2, head_width=6, draft_input=draft_input)
     ours = SelfSpeculativeModel(model, None, adapter)
     for lengths in ((11, 3, 17), (200,), (6,)):
-        rows = prompts(lengths)
+        rows = prompts(V, lengths)
         expected = [plain_generate(model, row, 60) for row in rows]
         counts = {}
         for use_head in (True, False, True):
@@ -147,17 +137,17 @@ def test_sampled_calls_with_one_seed_are_the_same_before_and_after_others():
     model = tiny_model("llama", dtype=torch.float32).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
     options = {"max_new_tokens": 40, "temperature": 0.9, "top_k": 20, "top_p": 0.95, "min_p": 0.01}
-    rows = prompts((11, 3, 6))
+    rows = prompts(V, (11, 3, 6))
     first = ours.generate(rows, seed=1, **options).token_ids
     state = torch.cuda.get_rng_state()
     other = ours.generate(rows, seed=2, **options).token_ids
-    ours.generate(prompts((30,)), seed=1, **options)
+    ours.generate(prompts(V, (30,)), seed=1, **options)
     assert torch.equal(torch.cuda.get_rng_state(), state)  # nobody else's generator is drawn from
     assert ours.generate(rows, seed=1, **options).token_ids == first != other
     ours.capture = False
-    again = ours.generate(prompts((11, 3)), seed=1, **options).token_ids
+    again = ours.generate(prompts(V, (11, 3)), seed=1, **options).token_ids
     ours.capture = True
-    assert ours.generate(prompts((11, 3)), seed=1, **options).token_ids == again  # not padded: the same draws
+    assert ours.generate(prompts(V, (11, 3)), seed=1, **options).token_ids == again  # not padded: the same draws
 
 
 @pytest.mark.parametrize(
@@ -166,7 +156,7 @@ def test_sampled_calls_with_one_seed_are_the_same_before_and_after_others():
 def test_streams_bring_what_generate_brings_alone_and_in_turn(options):
     model = tiny_model("llama", dtype=torch.float32).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
-    rows = prompts((11, 6))
+    rows = prompts(V, (11, 6))
     whole = [ours.generate([row], max_new_tokens=30, **options).token_ids[0] for row in rows]
     chunks = list(ours.stream(rows[0], max_new_tokens=30, **options))
     assert [token for chunk in chunks for token in chunk.token_ids] == whole[0]
@@ -186,7 +176,7 @@ def test_bfloat16_captured_and_uncaptured_steps_give_one_anothers_tokens():
     model = tiny_model("llama", dtype=torch.bfloat16, **LONG).cuda()
     for mode in MODES:
         engines = engine_for(model, mode, TokenLaw(True)), engine_for(model, mode, TokenLaw(True), recorder=rerun)
-        rows = prompts((200, 3, 17))
+        rows = prompts(V, (200, 3, 17))
         captured, uncaptured = (run(engine, rows, 200) for engine in engines)
         assert captured == uncaptured
 
@@ -202,7 +192,7 @@ def test_a_step_never_waits_for_the_device(family, mode, law):
     decoder = decoder_for(model, mode, on_cuda(TokenLaw(True) if law == "greedy" else sampled()))
     decoder.eos_token_ids = torch.tensor([1, 2], device="cuda")
     with decoder.attached():
-        state = decoder.prefill(prompts((11, 3)))
+        state = decoder.prefill(prompts(V, (11, 3)))
         decoder.step(state)  # whatever is made once is made here
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -225,7 +215,7 @@ def profiled(call) -> list[str]:
 def test_a_step_is_one_graph_launch_and_at_most_one_copy_to_the_host(options):
     model = tiny_model("llama", dtype=torch.float32).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
-    rows = prompts((11,))
+    rows = prompts(V, (11,))
     rest = []
     for new_tokens in (12, 60):
         ours.generate(rows, max_new_tokens=new_tokens, **options)  # captures
@@ -261,7 +251,7 @@ def test_graphs_read_no_memory_that_has_been_freed(monkeypatch):
         warnings.simplefilter("error")
         for lengths, new_tokens in (((5, 2), 20), ((300, 2), 250), ((5, 2), 20), ((700,), 300), ((5, 2), 20)):
             for options in ({}, {"temperature": 0.9, "seed": 1}, {"mode": "plain"}):
-                ours.generate(prompts(lengths), max_new_tokens=new_tokens, **options)
+                ours.generate(prompts(V, lengths), max_new_tokens=new_tokens, **options)
 
 
 def test_the_graphs_of_one_engine_survive_those_of_another():
@@ -269,10 +259,10 @@ def test_the_graphs_of_one_engine_survive_those_of_another():
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 16} | LONG
     model = tiny_model("llama", dtype=torch.float32, **sizes).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
-    rows = prompts((11, 3))
+    rows = prompts(V, (11, 3))
     expected = {mode: ours.generate(rows, max_new_tokens=40, mode=mode).token_ids for mode in MODES}
     for victim in MODES:
-        ours.generate(prompts((500, 3)), max_new_tokens=300, mode=victim)  # too small: its graphs are made anew
+        ours.generate(prompts(V, (500, 3)), max_new_tokens=300, mode=victim)  # too small: its graphs are made anew
         torch.cuda.empty_cache()
         scribbles = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(64)]
         for mode in MODES:
@@ -285,7 +275,7 @@ def test_engines_are_given_up_with_their_memory():
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
     used = []
     for number in range(24):  # as many laws; the pool keeps eight
-        ours.generate(prompts((5,)), max_new_tokens=8, temperature=0.5 + number / 100, seed=0)
+        ours.generate(prompts(V, (5,)), max_new_tokens=8, temperature=0.5 + number / 100, seed=0)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
     assert max(used[16:]) <= max(used[8:16]) * 1.05
@@ -298,7 +288,7 @@ def test_engines_are_given_up_with_their_memory():
 def test_a_base_that_waits_for_the_device_runs_uncaptured_after_one_warning(options):
     model = tiny_model("llama").cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
-    rows = prompts((11, 3))
+    rows = prompts(V, (11, 3))
     ours.capture = False
     expected = ours.generate(rows, max_new_tokens=20, **options).token_ids
     ours.capture = True
@@ -319,15 +309,15 @@ def test_memory_that_is_not_there_is_refused_with_what_would_fit():
     model = tiny_model("llama", dtype=torch.float32, max_position_embeddings=2**40).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
     with pytest.raises(ValueError, match=r"cache: expected at most .* GiB, free on cuda.*tokens for each would fit"):
-        ours.generate(prompts((5,)), max_new_tokens=2**33)
-    assert ours.generate(prompts((5,)), max_new_tokens=4).stats.num_new_tokens == 4
+        ours.generate(prompts(V, (5,)), max_new_tokens=2**33)
+    assert ours.generate(prompts(V, (5,)), max_new_tokens=4).stats.num_new_tokens == 4
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_a_model_on_another_device_than_the_current_one_is_captured_there():
     model = tiny_model("llama").to("cuda:1")
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
-    row = prompts((11,))[0]
+    row = prompts(V, (11,))[0]
     ids = torch.tensor([row], device="cuda:1")
     expected = model.generate(ids, max_new_tokens=30, do_sample=False)[0, 11:].tolist()
     for _ in range(2):
@@ -343,7 +333,7 @@ def test_compiled_steps_give_generates_tokens_up_to_ties(mode, head_width):
     model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=2).cuda()
     adapter = make_adapter(model, 2, lora_rank=2, head_width=head_width)
     ours = SelfSpeculativeModel(model, None, adapter, compile=True)
-    rows = prompts((11, 3))
+    rows = prompts(V, (11, 3))
     found = ours.generate(rows, max_new_tokens=24, mode=mode).token_ids
     for row, tokens in zip(rows, found, strict=True):
         reference = plain_generate(model, row, 24)

@@ -5,12 +5,12 @@ The training script runs for a few steps; what it logged and stored is compared 
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
+import train_adapter
+from data_samples import code_text
 from tiny_models import make_adapter, tiny_model
 from typer.testing import CliRunner
 
@@ -22,7 +22,6 @@ from pardec.measures.acceptance import bootstrap_interval, digest, measure_accep
 from pardec.measures.held_out import measure_again, measure_held_out
 from pardec.model import SelfSpeculativeModel
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 9, 2, 4, 7], [3], [11, 12, 10, 1, 2, 3], [8, 8], [1, 2]]
 NEW_TOKENS, SAMPLING = 20, {"temperature": 0.8, "top_k": 10}
 
@@ -133,7 +132,7 @@ def run(texts, tokenizer, tmp_path_factory):
     """A short run of the training script, LoRA and head in bf16 autocast, whose validation prompts are `texts`."""
     folder = tmp_path_factory.mktemp("truth")
     train = folder / "code.txt"
-    train.write_text("".join(f"def f_{i}(x):\n    return x + {i}\n\n\n" for i in range(400)))
+    train.write_text(code_text(400))
     rows = [(ids, len(ids)) for ids in tokenizer(texts).input_ids]
     lines = [json.dumps({"input_ids": [*ids, 5, 6, 7], "loss_mask": [0] * n + [1, 1, 1]}) for ids, n in rows]
     (folder / "validation.jsonl").write_text("\n".join(lines) + "\n")
@@ -156,10 +155,8 @@ def run(texts, tokenizer, tmp_path_factory):
         "eval": {"every": 4, "num_prompts": 4, "max_new_tokens": NEW_TOKENS, **SAMPLING},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    command = [sys.executable, "train/train_adapter.py", str(folder / "recipe.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    ended = programs.run(train_adapter.main, folder / "recipe.yaml")
+    assert ended.code == 0, ended.err[-2000:]
     return folder / "run"
 
 

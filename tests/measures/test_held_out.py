@@ -2,12 +2,14 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import acceptance
 import pytest
 import torch
+from data_samples import code_text
+from programs import Ended, run
 from tiny_models import make_adapter, tiny_model
 
 import pardec.data.python_sources
@@ -18,7 +20,6 @@ from pardec.measures.acceptance import measure_acceptance
 from pardec.measures.held_out import Comparison, compare, measure_again, measure_held_out, validation_prompts
 from pardec.measures.ranks import measure_ranks
 from pardec.model import SelfSpeculativeModel
-from pardec.target.fingerprint import fingerprint
 
 K = 2
 PROMPTS = [[5, 9, 2, 4, 7], [3], [11, 12, 10, 1, 2, 3]]
@@ -160,14 +161,12 @@ def test_prompts_are_those_that_training_takes(kind, num_prompts, tmp_path, toke
 
 
 @pytest.fixture(scope="module")
-def recorded(tiny_base, tokenizer, tmp_path_factory):
+def recorded(tiny_base, tokenizer, packaged_adapter, tmp_path_factory):
     """A folder with an adapter, and a function that loads it as training would have left it."""
     folder = tmp_path_factory.mktemp("recorded")
-    (folder / "code.txt").write_text("".join(f"def f_{i}(x):\n    return x + {i}\n\n\n" for i in range(700)))
+    (folder / "code.txt").write_text(code_text(700))
     data = {"path": str(folder / "code.txt")}
-    adapter = make_adapter(tiny_base, K, lora_rank=2)
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
+    adapter = packaged_adapter(K, lora_rank=2)
     recipe = Recipe(base="tiny-python", output_dir="-", data=DataConfig(**data)).model_dump()
     recipe["eval"]["num_prompts"] = 3
     adapter.metadata.training.update(recipe=recipe)
@@ -271,47 +270,34 @@ def test_what_cannot_be_measured_again_is_refused(recorded, tmp_path, keys, valu
 # ---------------------------------------------------------------------- the proof for users
 
 
-@pytest.fixture
-def evaluate(monkeypatch, capsys):
-    """eval/acceptance.py in this process: exit code, JSON line and standard error."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "eval"))
-    import acceptance
-
-    def call(directory: Path, *options: str):
-        monkeypatch.setattr(sys, "argv", ["acceptance.py", str(directory), *options])
-        with pytest.raises(SystemExit) as end:
-            acceptance.main()
-        out, err = capsys.readouterr()
-        return end.value.code, json.loads(out.splitlines()[-1]) if out else None, err
-
-    return call
+def evaluate(directory: Path, *options: str) -> Ended:
+    return run(acceptance.main, directory, *options)
 
 
-def test_an_adapter_that_gives_what_is_stored_is_verified(evaluate, recorded):
-    code, result, _ = evaluate(recorded, "--verify")
-    assert code == 0
-    assert result["verified"]
-    assert {row["figure"]: row["relative_difference"] for row in result["rows"]} == {"sampled": 0, "greedy": 0}
+def test_an_adapter_that_gives_what_is_stored_is_verified(recorded):
+    ended = evaluate(recorded, "--verify")
+    assert ended.code == 0
+    assert ended.result["verified"]
+    rows = ended.result["rows"]
+    assert {row["figure"]: row["relative_difference"] for row in rows} == {"sampled": 0, "greedy": 0}
 
 
 @pytest.mark.parametrize("figure", ["sampled", "greedy"])
-def test_a_stored_figure_that_is_3_percent_off_is_found_out(evaluate, recorded, tmp_path, figure):
+def test_a_stored_figure_that_is_3_percent_off_is_found_out(recorded, tmp_path, figure):
     changed = change(recorded, tmp_path, f"measured.{figure}.mean_acceptance_length", lambda value: value * 1.03)
-    code, result, _ = evaluate(changed, "--verify")
-    assert code == 1
-    assert not result["verified"]
-    assert {row["figure"]: row["agrees"] for row in result["rows"]} == {
+    ended = evaluate(changed, "--verify")
+    assert ended.code == 1
+    assert not ended.result["verified"]
+    assert {row["figure"]: row["agrees"] for row in ended.result["rows"]} == {
         name: name != figure for name in ("sampled", "greedy")
     }
 
 
-def test_other_options_beside_verify_are_refused(evaluate, recorded):
-    code, _, said = evaluate(recorded, "--verify", "--max-new-tokens", "5")
-    assert code == 2
+def test_other_options_beside_verify_are_refused(recorded):
+    said = evaluate(recorded, "--verify", "--max-new-tokens", "5").error
     assert "expected no options beside it, as it takes what is stored, found --max-new-tokens" in said
 
 
-def test_a_head_that_is_not_there_is_refused(evaluate, recorded):
-    code, _, said = evaluate(recorded, "--head", "on", "--num-prompts", "1", "--max-new-tokens", "4")
-    assert code == 2
+def test_a_head_that_is_not_there_is_refused(recorded):
+    said = evaluate(recorded, "--head", "on", "--num-prompts", "1", "--max-new-tokens", "4").error
     assert "use_head: expected an adapter with a sampler head, found none" in said

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from test_step import prompts
+from greedy_oracle import prompts
 from tiny_models import tiny_model
 from transformers import AutoModel
 

@@ -1,51 +1,23 @@
 """train/generate_responses.py: what a run writes, what it is continued from, and what it refuses."""
 
-import importlib.util
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import generate_responses
+import programs
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from tiny_models import make_adapter
 
-from pardec.adapters.files import save_adapter
 from pardec.data.corpus import load_corpus
 from pardec.data.python_sources import split_of
 from pardec.data.responses import about_file, plan_batches
-from pardec.target.base import load_tokenizer, resolve_base
-from pardec.target.fingerprint import fingerprint
+from pardec.target.base import resolve_base
 
-ROOT = Path(__file__).parents[2]
 PROMPT_TOKENS, MAX_NEW_TOKENS, TOP_K = 16, 8, 5
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("generate_responses", ROOT / "train" / "generate_responses.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator_on_one_thread():
-    """Sums depend on the number of threads, and so may what is sampled."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -74,34 +46,26 @@ def recipe_values(texts: Path, output: Path) -> dict:
     }
 
 
-def command(texts: Path, output: Path, *overrides: str) -> list[str]:
+def command_line(texts: Path, output: Path, *overrides: str) -> list[str]:
     recipe = texts.parent / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values(texts, output)))
-    return [str(ROOT / "train" / "generate_responses.py"), str(recipe), *overrides]
+    return [str(recipe), *overrides]
 
 
-def run(texts: Path, output: Path, *overrides: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command(texts, output, *overrides))
-        script.main()
+def run(texts: Path, output: Path, *overrides: str) -> str:
+    """What a run that ends well says."""
+    ended = programs.run(generate_responses.main, *command_line(texts, output, *overrides))
+    assert ended.code == 0, ended.err[-2000:]
+    return ended.out
 
 
-def refusal(capsys, texts: Path, output: Path, *overrides: str) -> str:
-    with pytest.raises(SystemExit) as exit_:
-        run(texts, output, *overrides)
-    assert exit_.value.code == 2
-    shown = capsys.readouterr().err
-    # a progress bar that is being cleared may leave codes of the terminal in front of it
-    stderr = [line[line.index("error: ") :] for line in shown.splitlines() if "error: " in line]
-    assert len(stderr) == 1, shown
-    return stderr[0]
+def refusal(texts: Path, output: Path, *overrides: str) -> str:
+    return programs.run(generate_responses.main, *command_line(texts, output, *overrides)).error
 
 
 @pytest.fixture(scope="module")
 def finished(texts, tmp_path_factory) -> Path:
     """The file that an uninterrupted run leaves."""
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("finished") / "new" / "responses.jsonl"
     run(texts, output)
     return output
@@ -195,11 +159,10 @@ def test_what_the_rows_were_made_by_stands_beside_them(finished, rows):
 # ---------------------------------------------------------------------- continuing
 
 
-def test_a_finished_file_is_left_alone(finished, texts, capsys):
+def test_a_finished_file_is_left_alone(finished, texts):
     before = {file: file.stat().st_mtime_ns for file in finished.parent.iterdir()}
-    run(texts, finished)
+    assert "already holds all 13 responses" in run(texts, finished)
     assert {file: file.stat().st_mtime_ns for file in finished.parent.iterdir()} == before
-    assert "already holds all 13 responses" in capsys.readouterr().out
 
 
 def begun(finished: Path, output: Path, num_bytes: int) -> Path:
@@ -212,7 +175,7 @@ def begun(finished: Path, output: Path, num_bytes: int) -> Path:
 
 
 @pytest.mark.parametrize("place", ["first row", "between batches", "inside a batch", "last row", "after the last row"])
-def test_a_run_that_was_cut_off_continues_to_the_same_bytes(place, finished, texts, tmp_path, capsys):
+def test_a_run_that_was_cut_off_continues_to_the_same_bytes(place, finished, texts, tmp_path):
     lines = finished.read_bytes().splitlines(keepends=True)
     ends = [0]
     for line in lines:
@@ -226,21 +189,13 @@ def test_a_run_that_was_cut_off_continues_to_the_same_bytes(place, finished, tex
     }
     num_bytes, first = cuts[place]
     output = begun(finished, tmp_path / "cut.jsonl", num_bytes)
-    run(texts, output)
+    said = run(texts, output)
     assert output.read_bytes() == finished.read_bytes()
-    assert (f"at response {first}" in capsys.readouterr().out) == (first > 0)
+    assert (f"at response {first}" in said) == (first > 0)
     about = json.loads(about_file(output).read_text())
     assert about["counts"] == json.loads(about_file(finished).read_text())["counts"]
     assert about["last_run"]["first_response"] == first
-    run(texts, output)
-    assert "already holds" in capsys.readouterr().out
-
-
-def in_a_process(arguments: list[str], *launcher: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *launcher, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
+    assert "already holds" in run(texts, output)
 
 
 def test_what_one_process_was_killed_at_in_the_middle_of_a_row_two_continue_to_the_same_bytes(
@@ -259,19 +214,20 @@ def test_what_one_process_was_killed_at_in_the_middle_of_a_row_two_continue_to_t
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     output = tmp_path / "killed.jsonl"
-    killed = in_a_process(command(texts, output), "-c", code)
-    assert killed.returncode == -9, killed.stderr[-2000:]
+    program = ("train/generate_responses.py", *command_line(texts, output))
+    killed = programs.run_in_own_process(*program, launcher=("-c", code))
+    assert killed.code == -9, killed.err[-2000:]
     assert output.read_bytes().endswith(b'\n{"index":8,"gre')
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29518")
-    done = in_a_process(command(texts, output), *launcher)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = programs.run_in_own_process(*program, launcher=launcher)
+    assert done.code == 0, done.err[-2000:]
     assert output.read_bytes() == finished.read_bytes()
-    assert done.stdout.count("at response 8") == 1
+    assert done.out.count("at response 8") == 1
     about = json.loads(about_file(output).read_text())
     assert (about["num_processes"], [one["num_processes"] for one in about["earlier_runs"]]) == (2, [1])
 
 
-def test_a_full_disk_ends_with_one_line_and_whole_batches(texts, tmp_path, capsys):
+def test_a_full_disk_ends_with_one_line_and_whole_batches(texts, tmp_path):
     output, options = tmp_path / "full.jsonl", ("num_responses=60", "max_new_tokens=2", "batch_size=8")
     run(texts, tmp_path / "whole.jsonl", *options)
     content = (tmp_path / "whole.jsonl").read_bytes()
@@ -280,7 +236,7 @@ def test_a_full_disk_ends_with_one_line_and_whole_batches(texts, tmp_path, capsy
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        message = refusal(capsys, texts, output, *options)
+        message = refusal(texts, output, *options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert message.startswith(f"error: {output}: expected room for 8 more responses, found: File too large; ")
@@ -335,13 +291,10 @@ def test_answers_end_with_their_eos_and_even_very_short_ones_are_read_by_trainin
     assert len(corpus.train) + (only_validation.loss_mask.sum() > 1) == drafted
 
 
-def test_an_adapter_drafts_what_the_base_writes_anyway(finished, texts, tiny_base, tmp_path, rows):
+def test_an_adapter_drafts_what_the_base_writes_anyway(texts, adapters, tmp_path, rows):
     """A random adapter, whose drafts are rejected: greedy responses are the same, sampled ones of the same law."""
-    adapter = make_adapter(tiny_base, 2, lora_rank=2)
-    adapter.metadata.fingerprint = fingerprint(tiny_base, load_tokenizer("tiny-python"))
-    save_adapter(adapter, tmp_path / "adapter")
     output = tmp_path / "responses.jsonl"
-    run(texts, output, f"adapter={tmp_path / 'adapter'}")
+    run(texts, output, f"adapter={adapters / 'lora'}")
     drafted = [json.loads(line) for line in output.read_text().splitlines()]
     assert [parts(row)[0] for row in drafted] == [parts(row)[0] for row in rows]
     assert [row for row in drafted if row["greedy"]] == [row for row in rows if row["greedy"]]
@@ -380,26 +333,24 @@ def test_an_adapter_drafts_what_the_base_writes_anyway(finished, texts, tiny_bas
         ),
     ],
 )
-def test_unusable_input_is_refused_in_one_line_and_nothing_is_written(
-    override, message, texts, tmp_path, monkeypatch, capsys
-):
+def test_unusable_input_is_refused_in_one_line_and_nothing_is_written(override, message, texts, tmp_path, monkeypatch):
     (tmp_path / "EMPTY").mkdir()
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"text": "held out"}, {"messages": turns}]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
-    assert message in refusal(capsys, texts, tmp_path / "output" / "responses.jsonl", override)
+    assert message in refusal(texts, tmp_path / "output" / "responses.jsonl", override)
     assert {file.name for file in tmp_path.iterdir()} == {"EMPTY", "talk.jsonl"}
 
 
-def test_a_file_is_not_continued_by_another_recipe(finished, texts, capsys):
+def test_a_file_is_not_continued_by_another_recipe(finished, texts):
     content = finished.read_bytes()
-    message = refusal(capsys, texts, finished, "temperature=0.5")
+    message = refusal(texts, finished, "temperature=0.5")
     assert "expected temperature = 0.5 as in this recipe, found responses with temperature = 1.0" in message
     assert finished.read_bytes() == content
 
 
-def test_a_file_is_not_continued_from_other_texts(finished, texts, tmp_path, capsys):
+def test_a_file_is_not_continued_from_other_texts(finished, texts, tmp_path):
     changed = tmp_path / "texts"
     shutil.copytree(texts, changed)
     (changed / "m07.py").write_text("def other():\n    pass\n" * 20)
@@ -407,10 +358,10 @@ def test_a_file_is_not_continued_from_other_texts(finished, texts, tmp_path, cap
     about = json.loads(about_file(output).read_text())
     about["recipe"]["data"]["path"] = str(changed)
     about_file(output).write_text(json.dumps(about))
-    assert "expected responses to the prompts that" in refusal(capsys, changed, output)
+    assert "expected responses to the prompts that" in refusal(changed, output)
 
 
-def test_a_file_is_not_continued_with_other_weights_of_the_same_name(texts, tmp_path, capsys):
+def test_a_file_is_not_continued_with_other_weights_of_the_same_name(texts, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(resolve_base("tiny-python"), base)
     output = tmp_path / "responses.jsonl"
@@ -420,12 +371,12 @@ def test_a_file_is_not_continued_with_other_weights_of_the_same_name(texts, tmp_
     weights = load_file(base / "model.safetensors")
     weights["model.embed_tokens.weight"][0] += 1
     save_file(weights, base / "model.safetensors", {"format": "pt"})
-    message = refusal(capsys, texts, output, f"base={base}", "num_responses=2", "max_new_tokens=1")
+    message = refusal(texts, output, f"base={base}", "num_responses=2", "max_new_tokens=1")
     assert "its responses are another base's: input embeddings: expected sha256" in message
 
 
-def test_a_file_of_other_origin_is_left_alone(texts, tmp_path, capsys):
+def test_a_file_of_other_origin_is_left_alone(texts, tmp_path):
     output = tmp_path / "responses.jsonl"
     output.write_text('{"text": "mine"}\n')
-    assert "expected no file or responses to continue, found one without" in refusal(capsys, texts, output)
+    assert "expected no file or responses to continue, found one without" in refusal(texts, output)
     assert output.read_text() == '{"text": "mine"}\n'

@@ -1,16 +1,17 @@
 """train/pretrain_base.py: what a run leaves behind, what it can be continued from, and what it refuses."""
 
-import importlib.util
 import json
 import random
 import re
 import sys
 from pathlib import Path
 
+import pretrain_base
+import programs
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from programs import Ended
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -22,23 +23,6 @@ from pardec.data.tokenising import Document
 
 ROOT = Path(__file__).parents[2]
 MAX_LENGTH = 24
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("pretrain_base", ROOT / "train" / "pretrain_base.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def source_text(seed: int) -> str:
@@ -97,21 +81,19 @@ def recipe_values(sources: Path, output: Path) -> dict:
     }
 
 
-def run(monkeypatch, sources: Path, output: Path, *overrides: str) -> None:
+def run(sources: Path, output: Path, *overrides: str) -> Ended:
     recipe = output.parent / f"{output.name}.yaml"
     recipe.write_text(yaml.safe_dump(recipe_values(sources, output)))
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "train" / "pretrain_base.py"), str(recipe), *overrides])
-    script.main()
+    return programs.run(pretrain_base.main, recipe, *overrides)
 
 
 @pytest.fixture(scope="module")
 def finished(sources, tmp_path_factory) -> Path:
     """The folder that an uninterrupted run leaves, on a machine without the package datasets."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     output = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(sys.modules, "datasets", None)
-        run(monkeypatch, sources, output)
+        assert run(sources, output).code == 0
     return output
 
 
@@ -173,31 +155,28 @@ def test_no_file_names_a_folder_of_this_machine(finished, sources):
     assert "16 training files" in card
 
 
-def test_a_finished_run_started_again_changes_nothing(finished, sources, monkeypatch, capsys):
+def test_a_finished_run_started_again_changes_nothing(finished, sources):
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
-    run(monkeypatch, sources, finished)
+    assert "already holds" in run(sources, finished).out
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
-    assert "already holds" in capsys.readouterr().out
 
 
-def test_a_killed_run_continues_to_the_same_weights(finished, sources, tmp_path, monkeypatch, capsys):
-    output, save_state = tmp_path / "killed", script.save_state
+def test_a_killed_run_continues_to_the_same_weights(finished, sources, tmp_path, monkeypatch):
+    output, save_state = tmp_path / "killed", pretrain_base.save_state
 
     def save_and_die(folder, step, *rest):
         save_state(folder, step, *rest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "save_state", save_and_die)
+        patch.setattr(pretrain_base, "save_state", save_and_die)
         with pytest.raises(KeyboardInterrupt):
-            run(monkeypatch, sources, output)
+            run(sources, output)
     assert not (output / "model.safetensors").exists()
     left = sorted(file.name for file in (output / "checkpoints" / "step-000000010").iterdir())
     assert left == ["optimizer.safetensors", "parameters.safetensors", "state.json"]
 
-    capsys.readouterr()
-    run(monkeypatch, sources, output)
-    assert "at step 10" in capsys.readouterr().out
+    assert "at step 10" in run(sources, output).out
     assert metrics_of(output) == metrics_of(finished)
     for name in ("model.safetensors", "checkpoints/step-000000020/optimizer.safetensors"):
         ours, theirs = load_file(output / name), load_file(finished / name)
@@ -205,21 +184,19 @@ def test_a_killed_run_continues_to_the_same_weights(finished, sources, tmp_path,
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_checkpoint_is_not_continued_on_other_text(sources, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_is_not_continued_on_other_text(sources, tmp_path):
     other = write_sources(tmp_path / "sources", {TRAIN: 17, VALIDATION: 2, TEST: 2})
-    run(monkeypatch, sources, tmp_path / "run", "train.steps=2")
+    assert run(sources, tmp_path / "run", "train.steps=2").code == 0
     (tmp_path / "run" / "README.md").unlink()
-    with pytest.raises(SystemExit) as exit_:
-        run(monkeypatch, other, tmp_path / "run", "train.steps=2")
-    assert exit_.value.code == 2
-    assert "expected the text" in capsys.readouterr().err.splitlines()[-1]
+    ended = run(other, tmp_path / "run", "train.steps=2")
+    assert ended.code == 2
+    assert "expected the text" in ended.err.splitlines()[-1]
 
 
-def test_a_loss_that_is_not_finite_ends_with_one_line(sources, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        run(monkeypatch, sources, tmp_path / "run", "train.muon_learning_rate=1e30")
-    assert exit_.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: step 2: expected a finite loss")
+def test_a_loss_that_is_not_finite_ends_with_one_line(sources, tmp_path):
+    ended = run(sources, tmp_path / "run", "train.muon_learning_rate=1e30")
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith("error: step 2: expected a finite loss")
 
 
 @pytest.mark.parametrize(
@@ -240,28 +217,20 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(sources, tmp_path, monkeyp
         ("train.steps=[", "expected YAML"),
     ],
 )
-def test_unusable_input_is_refused_in_one_line_before_output_dir(
-    override, message, sources, tmp_path, monkeypatch, capsys
-):
+def test_unusable_input_is_refused_in_one_line_before_output_dir(override, message, sources, tmp_path, monkeypatch):
     (tmp_path / "EMPTY").mkdir()
     write_sources(tmp_path / "UNSPLIT", {TRAIN: 3})
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exit_:
-        run(monkeypatch, sources, tmp_path / "output", override)
-    assert exit_.value.code == 2
-    stderr = capsys.readouterr().err.splitlines()
-    assert len(stderr) == 1
-    assert stderr[0].startswith("error: ")
-    assert message in stderr[0]
+    ended = run(sources, tmp_path / "output", override)
+    assert message in ended.error
+    assert ended.err == f"{ended.error}\n"
     assert not (tmp_path / "output").exists()
 
 
-def test_a_folder_with_another_model_is_refused(sources, tmp_path, monkeypatch, capsys):
+def test_a_folder_with_another_model_is_refused(sources, tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "model.safetensors").write_bytes(b"theirs")
-    with pytest.raises(SystemExit):
-        run(monkeypatch, sources, tmp_path / "output")
-    assert "expected an empty folder or a run to continue, found a model" in capsys.readouterr().err
+    assert "expected an empty folder or a run to continue, found a model" in run(sources, tmp_path / "output").error
     assert (tmp_path / "output" / "model.safetensors").read_bytes() == b"theirs"
 
 
@@ -294,7 +263,7 @@ def test_rates_are_constant_and_then_fall_linearly():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
     rates = []
     for step in range(1, 11):
-        script.set_rates([optimizer], step, 10, 0.4)
+        pretrain_base.set_rates([optimizer], step, 10, 0.4)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.0] * 7 + [1.5, 1.0, 0.5])
 
@@ -308,5 +277,5 @@ def test_texts_are_taken_up_to_a_number_of_characters():
 def test_recipes_have_the_sizes_that_they_name(name, parameters):
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", model=PretrainRecipe)
     with torch.device("meta"):
-        model = script.build_model(recipe)
+        model = pretrain_base.build_model(recipe)
     assert model.num_parameters() == pytest.approx(parameters, rel=0.01)

@@ -1,30 +1,27 @@
-"""Parts of the training script: what a continued run must find again."""
+"""train/train_adapter.py: what a run leaves behind, what it can be continued from, and what it refuses."""
 
-import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import train_adapter
 from accelerate import Accelerator
+from data_samples import code_text
+from programs import Ended, run, run_in_own_process
+from safetensors.torch import load_file
 from tiny_models import tiny_model
+from train_adapter import check_source, optimiser_step
 
+import pardec
 from pardec.adapters.gated_lora import inject_lora
 from pardec.config.adapter_recipe import load_recipe
+from pardec.data.corpus import load_corpus, standard_prompts
+from pardec.measures.acceptance import measure_acceptance
 from pardec.training.module import Drafter, MaskTokenTrainer
 
 ROOT = Path(__file__).parents[2]
 K, T = 3, 20
-
-
-@pytest.fixture(scope="module")
-def script():
-    """train/train_adapter.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_adapter", ROOT / "train" / "train_adapter.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def recipe(name: str, *overrides: str):
@@ -32,7 +29,7 @@ def recipe(name: str, *overrides: str):
     return load_recipe(ROOT / "recipes" / f"{name}.yaml", [*sizes, *overrides])
 
 
-def test_a_step_draws_the_same_noise_in_a_run_that_is_continued(script):
+def test_a_step_draws_the_same_noise_in_a_run_that_is_continued():
     """So the loss of a step depends on the step, not on how often the run was started."""
     model = tiny_model("llama")
     torch.manual_seed(7)
@@ -48,7 +45,7 @@ def test_a_step_draws_the_same_noise_in_a_run_that_is_continued(script):
     def loss(step: int, seed: int) -> float:
         frozen = torch.optim.SGD(parameters.values(), lr=0.0)
         told = recipe("tiny_python_noise", f"train.seed={seed}")
-        sums, norm = script.optimiser_step(told, Accelerator(cpu=True), trainer, parameters, frozen, [batch], step)
+        sums, norm = optimiser_step(told, Accelerator(cpu=True), trainer, parameters, frozen, [batch], step)
         assert norm > 0
         return float(sums[-2, 0])
 
@@ -59,11 +56,150 @@ def test_a_step_draws_the_same_noise_in_a_run_that_is_continued(script):
     assert len({first, loss(step=6, seed=0), loss(step=5, seed=1)}) == 3
 
 
-def test_a_run_is_not_continued_on_another_source_than_it_began_with(script):
+def test_a_run_is_not_continued_on_another_source_than_it_began_with():
     """Frozen parts are read from there at every start."""
     told = recipe("tiny_python_head")
     before = {"lora/adapter_model.safetensors": "1234"}
-    script.check_source(told, {"best": 1.0, "started_from": before}, dict(before))
-    script.check_source(recipe("quickstart"), {"best": 1.0}, None)
+    check_source(told, {"best": 1.0, "started_from": before}, dict(before))
+    check_source(recipe("quickstart"), {"best": 1.0}, None)
     with pytest.raises(ValueError, match=r"^adapter\.start_from .*distilled: expected the adapter that this run began"):
-        script.check_source(told, {"best": 1.0, "started_from": before}, {"lora/adapter_model.safetensors": "5678"})
+        check_source(told, {"best": 1.0, "started_from": before}, {"lora/adapter_model.safetensors": "5678"})
+
+
+# ---------------------------------------------------------------------- the script
+
+SMALL = [
+    "data.max_length=64", "train.batch_size=2", "train.anchors_per_sequence=8", "train.log_every=1",
+    "train.warmup_steps=0", "eval.num_prompts=2", "eval.max_new_tokens=8", "adapter.num_speculative_tokens=2",
+    "train.mixed_precision=no",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "code.txt"
+    path.write_text(code_text(900))
+    return path
+
+
+def command_line(output: Path, text: Path, *overrides: str) -> list[str]:
+    return [str(ROOT / "recipes/quickstart.yaml"), f"output_dir={output}", f"data.path={text}", *SMALL, *overrides]
+
+
+def train(output: Path, text: Path, *overrides: str) -> Ended:
+    return run(train_adapter.main, *command_line(output, text, *overrides))
+
+
+def train_in_own_process(output: Path, text: Path, *overrides: str, launcher: tuple[str, ...]) -> Ended:
+    return run_in_own_process("train/train_adapter.py", *command_line(output, text, *overrides), launcher=launcher)
+
+
+WHOLE = ("train.steps=4", "train.checkpoint_every=2", "eval.every=4", "eval.max_new_tokens=24")
+
+
+@pytest.fixture(scope="module")
+def whole(text_file, tmp_path_factory) -> Path:
+    """The folder that a run which is not cut off leaves."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    ended = train(output, text_file, *WHOLE)
+    assert ended.code == 0, ended.err[-2000:]
+    return output
+
+
+def checkpoint(output: Path, file: str) -> dict[str, torch.Tensor]:
+    (newest,) = (output / "checkpoints").glob("step-*")
+    return load_file(newest / file)
+
+
+def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp_path):
+    """Gloo with 2 processes of batch 1, and one process with 2 accumulated batches of 1, against batch 2."""
+    settings = {
+        "one": (),
+        "two": ("train.batch_size=1",),
+        "accumulated": ("train.batch_size=1", "train.gradient_accumulation_steps=2", "train.anchors_per_forward=3"),
+    }
+    gradients, losses = {}, {}
+    for name, overrides in settings.items():
+        options = (tmp_path / name, text_file, "train.steps=1", *overrides)
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        ended = train_in_own_process(*options, launcher=launcher) if name == "two" else train(*options)
+        assert ended.code == 0, (name, ended.err[-2000:])
+        # after one step AdamW's first moment is a tenth of the (clipped) gradient
+        moments = checkpoint(tmp_path / name, "optimizer.safetensors")
+        gradients[name] = {key: value for key, value in moments.items() if key.endswith(".exp_avg")}
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+    assert len(gradients["one"]) == 1 + 3 + 2 * 42  # mask embeddings, head, LoRA
+    for name in ("two", "accumulated"):
+        assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
+        for key, expected in gradients["one"].items():
+            torch.testing.assert_close(
+                gradients[name][key], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
+            )
+    assert gradients["one"]["mask_embeddings.exp_avg"].abs().max() > 0
+
+
+# a schedule that begins where a run goes on takes its steps before the optimiser takes one
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
+def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, tmp_path):
+    cut = tmp_path / "cut"
+    code = (
+        "import runpy, sys, pardec.run as run; save = run.save_state\n"
+        "def once(*a):\n    save(*a)\n    import os; a[1] and os._exit(9)\n"  # after the first step's checkpoint
+        "run.save_state = once\n"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    killed = train_in_own_process(cut, text_file, *WHOLE, launcher=("-c", code))
+    assert killed.code == 9
+    again = train(cut, text_file, *WHOLE)
+    assert again.code == 0, again.err[-2000:]
+    assert "continuing" in again.out
+    file = "parameters.safetensors"
+    expected, continued = checkpoint(whole, file), checkpoint(cut, file)
+    assert all(torch.equal(expected[key], continued[key]) for key in expected)
+    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == [1, 2, 3, 4]
+    finished = train(cut, text_file, *WHOLE)
+    assert finished.code == 0
+    assert "already holds the adapter" in finished.out
+    other = train(cut, text_file, *WHOLE, "train.objective=cross_entropy")
+    assert other.code == 2
+    assert "expected a run of the same recipe" in other.err
+
+
+def test_the_logged_acceptance_is_what_the_saved_adapter_gives(whole, text_file):
+    model = pardec.load(whole)
+    measured = model.adapter.metadata.measured
+    corpus = load_corpus(str(text_file), model.tokenizer, max_length=64)
+    prompts = standard_prompts(corpus.validation, num_prompts=2)
+    again = measure_acceptance(model, prompts, max_new_tokens=24, temperature=0.8, top_k=10)
+    assert again.to_dict()["mean_acceptance_length"] == measured["sampled"]["mean_acceptance_length"]
+    assert model.adapter.metadata.training["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.lerning_rate=1"], "unknown key 'train.lerning_rate'; the nearest known one is 'train.learning_rate'"),
+        (
+            ["data.path=/nowhere.jsonl", "data.format=jsonl"],
+            "expected a file or folder, found nothing at /nowhere.jsonl",
+        ),
+        (["base=/no/such/base"], "base '/no/such/base': expected a folder or hub name"),
+        (["data.max_length=4096"], "data.max_length: expected at most 2048"),
+        (["train.position_weights=[1e38, 1e38]"], "expected a finite loss, found"),
+        (["adapter.lora.target_modules=[no_such_layer]"], "no_such_layer"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(text_file, tmp_path, overrides, words):
+    output = tmp_path / "run"
+    assert words in train(output, text_file, *overrides).error
+    if "finite" not in words:
+        assert not output.exists()
+
+
+def test_malformed_data_names_file_and_line(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "fine"}\n{"text": 3}\n')
+    assert f"{data}:2: expected non-empty 'text'" in train(tmp_path / "run", data).error
+    assert not (tmp_path / "run").exists()

@@ -1,11 +1,5 @@
 """Training: the prefix-cached forward is the naive joint one, whatever the number of processes or chunks."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
@@ -15,7 +9,6 @@ from pardec.layout import nested_block_lengths, training_layout
 from pardec.training.loss import target_law
 from pardec.training.module import METRICS, Drafter, MaskTokenTrainer, Objective, mean_embedding
 
-ROOT = Path(__file__).parents[2]
 K, T, N = 3, 20, 4
 TRAINED = (
     "llama",
@@ -341,145 +334,6 @@ def test_layout_and_trainer_agree_on_what_counts():
     layout = training_layout(batch["anchors"], (K,) * N, T)
     counts = sum(int(t < T and batch["loss_mask"][b, t]) for b in range(2) for t in layout.targets[b].tolist())
     assert int(make_trainer("llama")(**batch)[1]) == counts
-
-
-# ---------------------------------------------------------------------- the script
-
-SMALL = [
-    "data.max_length=64", "train.batch_size=2", "train.anchors_per_sequence=8", "train.log_every=1",
-    "train.warmup_steps=0", "eval.num_prompts=2", "eval.max_new_tokens=8", "adapter.num_speculative_tokens=2",
-    "train.mixed_precision=no",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "code.txt"
-    path.write_text("".join(f"def f_{i}(x):\n    return x + {i}\n\n\n" for i in range(900)))
-    return path
-
-
-def train(output: Path, text: Path, *overrides: str, launcher: tuple[str, ...] = (), recipe: str = "quickstart"):
-    command = [
-        sys.executable, *launcher, str(ROOT / "train/train_adapter.py"), str(ROOT / f"recipes/{recipe}.yaml"),
-        f"output_dir={output}", f"data.path={text}", *SMALL, *overrides,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-
-
-def checkpoint(output: Path, file: str) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    (newest,) = (output / "checkpoints").glob("step-*")
-    return load_file(newest / file)
-
-
-def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp_path):
-    """Gloo with 2 processes of batch 1, and one process with 2 accumulated batches of 1, against batch 2."""
-    settings = {
-        "one": (),
-        "two": ("train.batch_size=1",),
-        "accumulated": ("train.batch_size=1", "train.gradient_accumulation_steps=2", "train.anchors_per_forward=3"),
-    }
-    gradients, losses = {}, {}
-    for name, overrides in settings.items():
-        launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29517")
-        run = train(tmp_path / name, text_file, "train.steps=1", *overrides, launcher=launcher if name == "two" else ())
-        assert run.returncode == 0, (name, run.stderr[-2000:])
-        # after one step AdamW's first moment is a tenth of the (clipped) gradient
-        moments = checkpoint(tmp_path / name, "optimizer.safetensors")
-        gradients[name] = {key: value for key, value in moments.items() if key.endswith(".exp_avg")}
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in lines if '"loss"' in line]
-    assert len(gradients["one"]) == 1 + 3 + 2 * 42  # mask embeddings, head, LoRA
-    for name in ("two", "accumulated"):
-        assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
-        for key, expected in gradients["one"].items():
-            torch.testing.assert_close(
-                gradients[name][key], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
-            )
-    assert gradients["one"]["mask_embeddings.exp_avg"].abs().max() > 0
-
-
-def test_a_run_that_was_cut_off_continues_to_the_same_numbers(text_file, tmp_path):
-    options = ("train.steps=4", "train.checkpoint_every=2", "eval.every=4")
-    assert train(tmp_path / "whole", text_file, *options).returncode == 0
-    cut = tmp_path / "cut"
-    code = (
-        "import runpy, sys, pardec.run as run; save = run.save_state\n"
-        "def once(*a):\n    save(*a)\n    import os; a[1] and os._exit(9)\n"  # after the first step's checkpoint
-        "run.save_state = once\n"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    killed = train(cut, text_file, *options, launcher=("-c", code))
-    assert killed.returncode == 9
-    again = train(cut, text_file, *options)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert "continuing" in again.stdout
-    file = "parameters.safetensors"
-    whole, continued = checkpoint(tmp_path / "whole", file), checkpoint(cut, file)
-    assert all(torch.equal(whole[key], continued[key]) for key in whole)
-    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert steps == [1, 2, 3, 4]
-    finished = train(cut, text_file, *options)
-    assert finished.returncode == 0
-    assert "already holds the adapter" in finished.stdout
-    other = train(cut, text_file, *options, "train.objective=cross_entropy")
-    assert other.returncode == 2
-    assert "expected a run of the same recipe" in other.stderr
-
-
-def test_the_logged_acceptance_is_what_the_saved_adapter_gives(text_file, tmp_path):
-    import pardec
-    from pardec.data.corpus import load_corpus, standard_prompts
-    from pardec.measures.acceptance import measure_acceptance
-
-    output = tmp_path / "run"
-    run = train(output, text_file, "train.steps=6", "eval.every=6", "eval.max_new_tokens=24")
-    assert run.returncode == 0, run.stderr[-2000:]
-    model = pardec.load(output)
-    measured = model.adapter.metadata.measured
-    corpus = load_corpus(str(text_file), model.tokenizer, max_length=64)
-    prompts = standard_prompts(corpus.validation, num_prompts=2)
-    again = measure_acceptance(model, prompts, max_new_tokens=24, temperature=0.8, top_k=10)
-    assert again.to_dict()["mean_acceptance_length"] == measured["sampled"]["mean_acceptance_length"]
-    assert model.adapter.metadata.training["versions"]["torch"] == torch.__version__
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        (["train.lerning_rate=1"], "unknown key 'train.lerning_rate'; the nearest known one is 'train.learning_rate'"),
-        (
-            ["data.path=/nowhere.jsonl", "data.format=jsonl"],
-            "expected a file or folder, found nothing at /nowhere.jsonl",
-        ),
-        (["base=/no/such/base"], "base '/no/such/base': expected a folder or hub name"),
-        (["data.max_length=4096"], "data.max_length: expected at most 2048"),
-        (["train.position_weights=[1e38, 1e38]"], "expected a finite loss, found"),
-        (["adapter.lora.target_modules=[no_such_layer]"], "no_such_layer"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(text_file, tmp_path, overrides, words):
-    output = tmp_path / "run"
-    run = train(output, text_file, *overrides)
-    assert run.returncode == 2, run.stderr[-2000:]
-    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert words in errors[0]
-    assert "Traceback" not in run.stderr
-    if "finite" not in words:
-        assert not output.exists()
-
-
-def test_malformed_data_names_file_and_line(tmp_path):
-    data = tmp_path / "rows.jsonl"
-    data.write_text('{"text": "fine"}\n{"text": 3}\n')
-    run = train(tmp_path / "run", data)
-    assert run.returncode == 2
-    assert f"{data}:2: expected non-empty 'text'" in run.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_every_family_of_the_decoder_tests_can_be_wrapped_for_training():

@@ -5,29 +5,21 @@ import json
 import shutil
 
 import pytest
-from tiny_models import make_adapter
 from typer.testing import CliRunner
 
 import pardec
-from pardec.adapters.files import save_adapter
+from pardec.adapters.tuned import TUNED_FILE, read_tuned
 from pardec.cli import app
-from pardec.tuning.choice import PLAIN, TUNED_FILE, read_tuned
+from pardec.layout import PLAIN
 from pardec.tuning.measuring import QUICK
 from pardec.tuning.tune import prompts_to_tune_on, tune
 
 K = 2
 
 
-@pytest.fixture(scope="module")
-def saved(tiny_base, tokenizer, tmp_path_factory):
-    from pardec.target.fingerprint import fingerprint
-
-    adapter = make_adapter(tiny_base, K, lora_rank=2)
-    adapter.metadata.base.name = "tiny-python"
-    adapter.metadata.fingerprint = fingerprint(tiny_base, tokenizer)
-    directory = tmp_path_factory.mktemp("tune") / "adapter"
-    save_adapter(adapter, directory)
-    return directory
+@pytest.fixture
+def saved(adapters):
+    return adapters / "lora"
 
 
 @pytest.fixture
@@ -82,8 +74,8 @@ def test_standard_prompts_batches_and_json(saved, tmp_path):
 
 
 def test_generation_uses_the_choice_unless_told_otherwise(saved, tmp_path):
+    from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
     from pardec.run import device_name
-    from pardec.tuning.choice import TunedChoice, weights_of, write_tuned
 
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)

@@ -1,0 +1,90 @@
+"""Runs of this project's programs: in this process, as starting one takes seconds, or in a process of its own."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers.utils import logging
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended: its exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> dict:
+        """The object that stands as the last line of standard output."""
+        return json.loads(self.out.splitlines()[-1])
+
+    @property
+    def error(self) -> str:
+        """The only line of standard error that says what was wrong with the input; there must be no other output."""
+        # a progress bar that is being cleared may leave codes of the terminal in front of it
+        lines = [line[line.index("error: ") :] for line in self.err.splitlines() if "error: " in line]
+        assert self.code == 2, self.err
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+def run(main: Callable[[], None], *arguments: object) -> Ended:
+    """Calls a program's `main` with a command line, on one thread, and leaves this process as it was."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    command = [sys.modules[main.__module__].__file__, *map(str, arguments)]
+    with pytest.MonkeyPatch.context() as patch, global_state_kept(), redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command)
+        torch.set_num_threads(1)  # sums depend on the number of threads
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def global_state_kept() -> Iterator[None]:
+    """Gives back what programs set for the whole process, and begins without an Accelerator of others."""
+    threads, verbosity, has_bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    forget_accelerators()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        forget_accelerators()
+        torch.set_num_threads(threads)
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar() if has_bars else logging.disable_progress_bar()
+
+
+def forget_accelerators() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run_in_own_process(script: str, *arguments: object, launcher: tuple[str, ...] = ()) -> Ended:
+    """Starts a program as a user does, on one thread and without a GPU.
+
+    Args:
+        script: its path in the project.
+        arguments: of its command line.
+        launcher: of the interpreter's, in front of the script.
+    """
+    command = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    return Ended(done.returncode, done.stdout, done.stderr)

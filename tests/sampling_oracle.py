@@ -1,0 +1,174 @@
+"""The target's law of what is sampled, by enumeration and by chi-square.
+
+Oracles: plain forwards of the model on every possible continuation, warpers written out as loops.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from pardec.decoding import step as decode_module
+from pardec.decoding import verify
+from pardec.decoding.step import Decoder
+from pardec.decoding.verify import Verdict, accept_probability, bonus_law
+
+V, K = 5, 2
+PROMPT = [1, 3, 2, 4]
+WARPERS = {
+    "temperature": {"temperature": 0.7, "top_k": None, "top_p": None, "min_p": None},
+    "top_k": {"temperature": 1.0, "top_k": 3, "top_p": None, "min_p": None},
+    "top_p": {"temperature": 1.3, "top_k": None, "top_p": 0.8, "min_p": None},
+    "min_p": {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": 0.25},
+    "all": {"temperature": 0.9, "top_k": 4, "top_p": 0.9, "min_p": 0.1},
+}
+
+
+def warped(logits: torch.Tensor, temperature, top_k, top_p, min_p) -> list[float]:
+    """The law after the warpers, in plain Python, in transformers' order."""
+    scores = [float(x) / temperature for x in logits]
+    alive = set(range(len(scores)))
+
+    def law() -> dict[int, float]:
+        best = max(scores[i] for i in alive)
+        weights = {i: math.exp(scores[i] - best) for i in alive}
+        total = sum(weights.values())
+        return {i: w / total for i, w in weights.items()}
+
+    if top_k is not None:
+        alive = set(sorted(alive, key=lambda i: -scores[i])[:top_k])
+    if top_p is not None:
+        probs, mass, kept = law(), 0.0, set()
+        for i in sorted(alive, key=lambda i: -probs[i]):
+            if kept and mass >= top_p:
+                break
+            kept.add(i)
+            mass += probs[i]
+        alive = kept
+    if min_p is not None:
+        probs = law()
+        alive = {i for i in alive if probs[i] >= min_p * max(probs.values())}
+    probs = law()
+    return [probs.get(i, 0.0) for i in range(len(scores))]
+
+
+def target_law(model, prefix: list[int], warper: dict) -> list[float]:
+    return warped(model(torch.tensor([prefix])).logits[0, -1], **warper)
+
+
+def joint_law(model, prefix: list[int], length: int, warper: dict) -> dict[tuple[int, ...], float]:
+    """Probability of every continuation of `length` tokens."""
+    laws = {(): 1.0}
+    for _ in range(length):
+        grown = {}
+        for tokens, probability in laws.items():
+            for token, p in enumerate(target_law(model, prefix + list(tokens), warper)):
+                if p * probability > 0:
+                    grown[(*tokens, token)] = p * probability
+        laws = grown
+    return laws
+
+
+def recorded_step(decoder: Decoder, state, monkeypatch, first=None):
+    """Runs one real step whose random choices are replaced, and returns what verification was given.
+
+    `first` are the tokens that two_pass takes from the target before it drafts.
+    """
+    calls = []
+
+    def recorder(target_probs, draft_probs, draft_tokens, draft_length, *, generator=None):
+        calls.append(tuple(t.clone() for t in (target_probs, draft_probs, draft_tokens, draft_length)))
+        B, drafted = draft_tokens.shape
+        tokens = torch.zeros(B, drafted + 1, dtype=torch.long)
+        if drafted == 0:
+            tokens[:, 0] = first
+        return Verdict(tokens, torch.zeros(B, dtype=torch.long))
+
+    monkeypatch.setattr(decode_module, "verify_sample", recorder)
+    with torch.no_grad():
+        decoder.step(state)
+    monkeypatch.undo()
+    return calls
+
+
+@dataclass(frozen=True)
+class VerdictLaw:
+    """The law of the verdict for given drafts, before any random number is drawn.
+
+    Attributes:
+        accept: probability that draft k is accepted once those before it are, shape [B, K].
+        bonus: law of the bonus token if exactly k drafts are accepted, shape [B, K + 1, V].
+    """
+
+    accept: torch.Tensor
+    bonus: torch.Tensor
+
+
+def verdict_law(target_probs, draft_probs, draft_tokens, draft_length) -> VerdictLaw:
+    """What `verify_sample` draws from, of all numbers of accepted drafts; the same arguments.
+
+    After a rejection at k the bonus follows norm(max(0, p - q)); at k = draft_length, where nothing was
+    rejected, it follows p itself.
+    """
+    K = draft_tokens.shape[1]
+    verify._check_probs(target_probs, draft_probs, draft_tokens, draft_length)
+    exists = verify._exists(draft_length, K)
+    accept = accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * exists
+    bonus = bonus_law(target_probs[:, :K], draft_probs, exists)
+    return VerdictLaw(accept, torch.cat([bonus, target_probs[:, K:]], dim=1))
+
+
+def emitted_law(p, q, drafts, draft_length, weights) -> dict[tuple[int, ...], float]:
+    """Law of what a step emits: sums over all drafts, all acceptance counts and all bonus tokens."""
+    law = verdict_law(p, q, drafts, draft_length)
+    total: dict[tuple[int, ...], float] = {}
+    for row, weight in enumerate(weights):
+        reach = weight
+        for n in range(K + 1):
+            stop = reach * (1 - float(law.accept[row, n])) if n < K else reach
+            for token in range(V):
+                key = (*drafts[row, :n].tolist(), token)
+                total[key] = total.get(key, 0.0) + stop * float(law.bonus[row, n, token])
+            if n < K:
+                reach *= float(law.accept[row, n])
+    return total
+
+
+def extended(model, emitted: dict[tuple[int, ...], float], prefix: list[int], length: int, warper) -> dict:
+    """The law of `length` tokens when every shorter emission is continued by the target itself."""
+    out: dict[tuple[int, ...], float] = {}
+    for tokens, probability in emitted.items():
+        if probability == 0:
+            continue
+        for rest, p in joint_law(model, prefix + list(tokens), length - len(tokens), warper).items():
+            out[tokens + rest] = out.get(tokens + rest, 0.0) + probability * p
+    return out
+
+
+def assert_same_law(found: dict, expected: dict) -> None:
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+    for key in found.keys() | expected.keys():
+        assert found.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), abs=2e-6), key
+
+
+def chi_square_z(counts: Counter, law: dict[tuple[int, ...], float]) -> float:
+    """Chi-square as a standard normal deviate (Wilson and Hilferty 1931); cells below 5 expected are pooled."""
+    n = sum(counts.values())
+    assert not set(counts) - set(law), "a sequence of probability 0 was emitted"
+    cells, rest_observed, rest_expected = [], 0, 0.0
+    for key, probability in law.items():
+        if n * probability >= 5:
+            cells.append((counts[key], n * probability))
+        else:
+            rest_observed, rest_expected = rest_observed + counts[key], rest_expected + n * probability
+    if rest_expected > 1:
+        cells.append((rest_observed, rest_expected))
+    statistic = sum((o - e) ** 2 / e for o, e in cells)
+    df = len(cells) - 1
+    return ((statistic / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+
+
+# z below this is passed by 99.9 % of exact samplers; the seed is fixed
+Z_LIMIT = 3.1
