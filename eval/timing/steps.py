@@ -77,7 +77,12 @@ class Subject:
         K = num_speculative_tokens
         gate = self.gate if K and variant.lora else None
         device = self.target.device
-        forward = RowForward(
+        rows = RowForward
+        if variant.attention == FLEX:
+            from timing.flex_route import FlexForward  # registers its route
+
+            rows = FlexForward
+        forward = rows(
             self.target,
             self.mask_embeddings[:K] if K else None,
             gate,
@@ -87,10 +92,6 @@ class Subject:
         )
         no_eos = torch.empty(0, dtype=torch.long, device=device)
         decoder = Decoder(forward, "fused" if K else "plain", K, TokenLaw(greedy=True), max_new_tokens, no_eos)
-        if variant.attention == FLEX:
-            from timing.flex_route import take_flex_route
-
-            take_flex_route(decoder)
         return Engine(decoder, self.facts.bytes_per_slot, captured=device.type == "cuda")
 
     def prepare(self, variant: Variant) -> None:
