@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from reporting.result_files import output_stem
+from reporting.result_files import output_stem, provenance
 from studies.study import Study, Variant, load_study, shortened
 from studies.study_rows import FAILED, rows_of
 from studies.study_tables import print_results, write_results
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from pardec.data.corpus import held_out_prompts
-from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_tokenizer
 
 
@@ -143,10 +143,7 @@ def facts(study: Study, prompts: dict[str, list[list[int]]], device: torch.devic
         "budget": study.budget.model_dump(),
         "num_prompts": min(map(len, prompts.values())),
         "base": list(prompts),
-        "device": device_name(device),
-        "versions": library_versions(),
-        "git_commit": git_commit(),
-        "command": command_line(),
+        **provenance(device),
     }
 
 

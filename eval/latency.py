@@ -15,9 +15,9 @@ import math
 
 import torch
 from reporting.latency_tables import print_results, write_results
-from reporting.result_files import output_stem
+from reporting.result_files import output_stem, provenance
 from timing.bandwidth import StepBound, copy_bandwidth, lora_bytes_per_step, weight_bytes_per_step
-from timing.options import integers
+from timing.options import full_or_quick, integers
 from timing.shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
 from timing.step_groups import Plan, measure_group
 from timing.steps import FLEX, GROUPED, STOCK, Subject, Variant
@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import pardec
 from pardec.adapters.files import load_adapter
-from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.run import exit_on_unusable_input
 from pardec.target.forward import TargetModel
 
 FULL = {"rows": "1,4,9,16,25,36,49,64,81", "contexts": "256,1024,4096", "repetitions": 10}
@@ -64,10 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="path of the results without suffix; default eval/results/latency_<device>")
     parser.add_argument("--quick", action="store_true", help="few rows, short contexts: runs/latency_quick")
-    parser.set_defaults(**FULL)
-    if parser.parse_known_args()[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         report(args)
 
@@ -197,10 +194,7 @@ def facts(args: argparse.Namespace, subject: Subject, plan: Plan, bound: StepBou
         "captured": subject.target.device.type == "cuda",
         "seed": plan.seed,
         "dtype": str(subject.target.dtype).removeprefix("torch."),
-        "device": device_name(subject.target.device),
-        "versions": library_versions(),
-        "git_commit": git_commit(),
-        "command": command_line(),
+        **provenance(subject.target.device),
     }
 
 
