@@ -34,17 +34,14 @@ from pardec.target.base import load_tokenizer
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="YAML file")
-    parser.add_argument("--only", help="names of variants, with commas; the table shows all that are done")
-    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for all trained variants")
-    parser.add_argument("--work", help="folder of adapters, logs and records; default runs/studies/<study>")
-    parser.add_argument(
-        "--output", help="path of the results without suffix; default eval/results/study_<study>_<device>"
-    )
-    parser.add_argument("--list", action="store_true", help="print variants and their commands, do nothing")
-    parser.add_argument(
-        "--quick", action="store_true", help="few steps and prompts, for a first look: runs/study_*_quick"
-    )
+    add = parser.add_argument
+    add("study", help="YAML file")
+    add("--only", help="names of variants, with commas; the table shows all that are done")
+    add("--set", nargs="+", default=[], metavar="section.key=value", help="for all trained variants")
+    add("--work", help="folder of adapters, logs and records; default runs/studies/<study>")
+    add("--output", help="path of the results without suffix; default eval/results/study_<study>_<device>")
+    add("--list", action="store_true", help="print variants and their commands, do nothing")
+    add("--quick", action="store_true", help="few steps and prompts, for a first look: runs/study_*_quick")
     args = parser.parse_args()
     with exit_on_unusable_input():
         sys.exit(report(args))

@@ -43,32 +43,27 @@ OUT_OF_MEMORY = "one of the ways ran out of the device's memory at this batch si
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", help="adapter directories, all of one base")
-    parser.add_argument("--base", help="base model, if not the one that the first adapter names")
-    parser.add_argument("--assistant", help="folder or hub name of a smaller model with the same vocabulary")
+    add = parser.add_argument
+    add("directories", nargs="+", help="adapter directories, all of one base")
+    add("--base", help="base model, if not the one that the first adapter names")
+    add("--assistant", help="folder or hub name of a smaller model with the same vocabulary")
     add_prompt_options(parser)
-    parser.add_argument("--num-prompts", type=int, help=f"default {FULL['num_prompts']}")
-    parser.add_argument("--max-new-tokens", type=int, help=f"default {FULL['max_new_tokens']}")
-    parser.add_argument("--batch-sizes", help=f"numbers with commas, default {FULL['batch_sizes']}")
-    parser.add_argument(
-        "--num-speculative-tokens", help="of fused mode, with commas; default 1,2,4 and what was trained"
-    )
-    parser.add_argument("--temperature", type=float, default=0.8, help="of the sampled setting")
-    parser.add_argument("--top-k", type=int, default=10, help="of the sampled setting")
+    add("--num-prompts", type=int, help=f"default {FULL['num_prompts']}")
+    add("--max-new-tokens", type=int, help=f"default {FULL['max_new_tokens']}")
+    add("--batch-sizes", help=f"numbers with commas, default {FULL['batch_sizes']}")
+    add("--num-speculative-tokens", help="of fused mode, with commas; default 1,2,4 and what was trained")
+    add("--temperature", type=float, default=0.8, help="of the sampled setting")
+    add("--top-k", type=int, default=10, help="of the sampled setting")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--greedy-only", action="store_true")
     only.add_argument("--sampled-only", action="store_true")
-    parser.add_argument(
-        "--repetitions", type=int, help=f"counted passes, default {FULL['repetitions']}; one more warms up"
-    )
-    parser.add_argument("--stop-at-eos", action="store_true", help="end at EOS; speeds then count emitted tokens only")
-    parser.add_argument("--compile", action="store_true", help="compile pardec's own steps, plain ones too")
-    parser.add_argument("--device", help="default CUDA where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default float32 on a CPU, the checkpoint's own on CUDA")
-    parser.add_argument("--output", help="path of the results without suffix; default eval/results/speed_<device>")
-    parser.add_argument(
-        "--quick", action="store_true", help="few prompts and tokens, for a first look: runs/speed_quick"
-    )
+    add("--repetitions", type=int, help=f"counted passes, default {FULL['repetitions']}; one more warms up")
+    add("--stop-at-eos", action="store_true", help="end at EOS; speeds then count emitted tokens only")
+    add("--compile", action="store_true", help="compile pardec's own steps, plain ones too")
+    add("--device", help="default CUDA where there is one")
+    add("--dtype", choices=DTYPES, help="default float32 on a CPU, the checkpoint's own on CUDA")
+    add("--output", help="path of the results without suffix; default eval/results/speed_<device>")
+    add("--quick", action="store_true", help="few prompts and tokens, for a first look: runs/speed_quick")
     args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         sys.exit(report(args))
