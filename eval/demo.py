@@ -1,9 +1,10 @@
-"""Measures two adapters of one base on the test split, beside plain decoding: the table of `make demo`.
+"""What do the quickstart's two adapters accept, how fast are they, and are the tokens the model's own?
 
     python eval/demo.py runs/quickstart_embeddings runs/quickstart [--output runs/demo]
 
-Every prompt is decoded by all modes in turn, so that a ratio to plain compares neighbours in time. Writes table,
-JSON and a picture; the last line printed is one JSON object.
+The table of `make demo`. Every prompt of the test split is decoded by all modes in turn, plain decoding among
+them, so that a ratio to plain compares neighbours in time. Writes table, JSON and a picture; the last line printed is
+one JSON object.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Checks that greedy decoding gives the base's own tokens, and looks into every place where it does not.
+"""Are the greedy tokens of every mode the base's own, in each dtype, and where they are not, is it a tie?
 
     python eval/exactness.py runs/quickstart --dtypes float32,bfloat16 [--prompts FILE.jsonl] [--output runs/exactness]
 

@@ -1,12 +1,12 @@
-"""Makes every GPU table of this project on the machine at hand: `make gpu-report`.
+"""What are all figures of this project on the GPU at hand?
 
     python eval/gpu_report.py [--output runs/gpu-report] [--minutes 60] [--quick]
 
-Runs tests, step latencies of an 8B shape, pretrains a base of 100 M parameters on the Python packages installed for
-this interpreter, lets it write what its adapters are trained on, tunes them, measures speed and exactness, and
-compares ways of training in a study, one variant a step. Every step ends within nine minutes and is skipped once it is
-done, so a run that was cut off, or whose --minutes are over, continues when it is started again. Nothing is
-downloaded. Small results are gathered in one folder, with REPORT.md to begin with.
+`make gpu-report` runs tests and step latencies of an 8B shape, pretrains a base of 100 M parameters on the Python
+packages installed for this interpreter, lets it write what its adapters are trained on, tunes them, measures speed and
+exactness, and compares ways of training in a study, one variant a step. Every step ends within nine minutes and is
+skipped once it is done, so a run that was cut off, or whose --minutes are over, continues when it is started again.
+Nothing is downloaded. Small results are gathered in one folder, with REPORT.md to begin with.
 Exit codes: 0 all done, 1 a step failed, 3 steps are left or were cut off; run it again.
 """
 

@@ -1,4 +1,4 @@
-"""Measures what a step costs against its number of rows, beside the time that reading its bytes takes.
+"""What does a step cost, by its rows and the length of the context, beside the time that reading its bytes takes?
 
     python eval/latency.py --shape llama-8b [--rows 1,25,81] [--contexts 1024] [--compile both] [--profile]
     python eval/latency.py runs/quickstart

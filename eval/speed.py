@@ -1,4 +1,4 @@
-"""Measures how fast a base decodes with its adapters, beside plain decoding and what transformers offers.
+"""How fast is each way to decode, beside plain decoding and what transformers offers?
 
     python eval/speed.py runs/quickstart [DIR2 ...] [--assistant NAME_OR_PATH] [--prompts FILE.jsonl] [--quick]
 
