@@ -9,12 +9,12 @@ from pathlib import Path
 import exactness
 import generate_responses
 import gpu_report
-import programs
 import psutil
 import pytest
 import train_adapter
 import yaml
 from gpu_report import TIME_IS_OVER, Step
+from programs import start_here
 from studies.study import load_study
 
 
@@ -222,32 +222,12 @@ def test_every_step_of_the_study_trains_the_same_variants(tmp_path, monkeypatch,
     assert by_name["lora-head"].data.path == str(tmp_path / "responses.jsonl")
 
 
-PROGRAMS = {
-    "train/generate_responses.py": generate_responses.main,
-    "train/train_adapter.py": train_adapter.main,
-    "eval/exactness.py": exactness.main,
-}
-
-
-class RunHere(subprocess.Popen):
-    """A process that ends as one of the programs does, which runs in this process: it has imported all that they need.
-
-    Others, which no other test runs in a process of their own, run as they are.
-    """
-
-    def __init__(self, command, **options):
-        if command[1] in PROGRAMS:
-            ended = programs.run(PROGRAMS[command[1]], *command[2:])
-            options["stdout"].write(ended.out + ended.err)
-            command = [sys.executable, "-c", f"raise SystemExit({ended.code})"]
-        super().__init__(command, **options)
-
-
 def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, monkeypatch):
     folder = tmp_path / "report"
     only = "tests,pretrain,responses,train-lora,exactness,study-lora-head"
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--quick", "--output", str(folder), "--only", only])
-    monkeypatch.setattr(gpu_report.subprocess, "Popen", RunHere)
+    # the others are started as scripts by no other test
+    start_here(monkeypatch, generate_responses.main, train_adapter.main, exactness.main)
     monkeypatch.chdir(gpu_report.ROOT)
     with pytest.raises(SystemExit) as ended:
         gpu_report.main()
