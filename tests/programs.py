@@ -45,7 +45,7 @@ class Ended:
 def run(main: Callable[[], None], *arguments: object) -> Ended:
     """Calls a program's `main` with a command line, on one thread, and leaves this process as it was."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    command = [sys.modules[main.__module__].__file__, *map(str, arguments)]
+    command = [file_of(main), *map(str, arguments)]
     with pytest.MonkeyPatch.context() as patch, global_state_kept(), redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", command)
         torch.set_num_threads(1)  # sums depend on the number of threads
@@ -54,6 +54,13 @@ def run(main: Callable[[], None], *arguments: object) -> Ended:
         except SystemExit as stop:
             code = stop.code or 0
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def file_of(main: Callable[[], None]) -> str:
+    """The program's file."""
+    path = sys.modules[main.__module__].__file__
+    assert path is not None
+    return path
 
 
 @contextmanager
@@ -88,3 +95,19 @@ def run_in_own_process(script: str, *arguments: object, launcher: tuple[str, ...
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def start_here(monkeypatch: pytest.MonkeyPatch, *mains: Callable[[], None]) -> None:
+    """Has these programs run in this process when another program starts them, and a process end as they have."""
+    by_name = {Path(file_of(main)).name: main for main in mains}
+
+    class Started(subprocess.Popen):
+        def __init__(self, command, **options):
+            main = by_name.get(Path(command[1]).name)
+            if main is not None:
+                ended = run(main, *command[2:])
+                options["stdout"].write(ended.out + ended.err)
+                command = [sys.executable, "-c", f"raise SystemExit({ended.code})"]
+            super().__init__(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)
