@@ -4,13 +4,13 @@ What is timed is the loop that users run: on CUDA captured steps, read one behin
 files and no tables. Legend: K num_speculative_tokens, D width of an input embedding, T tokens.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
+from timing.clock import seconds_of
 from torch import Tensor
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
@@ -77,7 +77,12 @@ class Subject:
         K = num_speculative_tokens
         gate = self.gate if K and variant.lora else None
         device = self.target.device
-        forward = RowForward(
+        rows = RowForward
+        if variant.attention == FLEX:
+            from timing.flex_route import FlexForward  # registers its route
+
+            rows = FlexForward
+        forward = rows(
             self.target,
             self.mask_embeddings[:K] if K else None,
             gate,
@@ -87,10 +92,6 @@ class Subject:
         )
         no_eos = torch.empty(0, dtype=torch.long, device=device)
         decoder = Decoder(forward, "fused" if K else "plain", K, TokenLaw(greedy=True), max_new_tokens, no_eos)
-        if variant.attention == FLEX:
-            from timing.flex_route import take_flex_route
-
-            take_flex_route(decoder)
         return Engine(decoder, self.facts.bytes_per_slot, captured=device.type == "cuda")
 
     def prepare(self, variant: Variant) -> None:
@@ -211,20 +212,11 @@ class Runner:
 
     def _timed(self, num_steps: int) -> Block:
         device = self.engine.decoder.target.device
-        if device.type != "cuda":
-            before, start = self._num_new(), time.perf_counter()
-            self.advance(num_steps)
-            seconds = time.perf_counter() - start
-        else:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if device.type == "cuda":
             # while this runs the host gets ahead, so that the first timed step does not wait to be launched
             self.advance(LEAD_IN_STEPS)
-            before = self._num_new()
-            begin.record()
-            self.advance(num_steps)
-            end.record()
-            end.synchronize()
-            seconds = begin.elapsed_time(end) / 1000
+        before = self._num_new()
+        seconds = seconds_of(partial(self.advance, num_steps), device)
         return Block(1000 * seconds / num_steps, (before, self._num_new()), num_steps, self._num_slots())
 
     def _num_new(self) -> int:

@@ -72,7 +72,7 @@ def test_the_bound_is_bytes_over_bandwidth():
 
 def test_copy_bandwidth_counts_bytes_read_and_written(monkeypatch):
     assert bandwidth.copy_bandwidth(CPU, num_bytes=2**20, repetitions=3) > 0
-    monkeypatch.setattr(bandwidth, "_seconds_of_copy", lambda source, target: 0.5)
+    monkeypatch.setattr(bandwidth, "seconds_of", lambda copy, device: 0.5)
     assert bandwidth.copy_bandwidth(CPU, num_bytes=2**20) == 4 * 2**20
 
 
@@ -109,7 +109,7 @@ def test_engines_are_put_together_as_the_public_model_does(subject, num_drafted,
     base = subject.target.base
     adapter = replace(make_adapter(base, 3), lora=subject.lora)
     public = SelfSpeculativeModel(base, None, adapter, compile=compile)
-    drafting = public.engines.drafting("fused", num_drafted, None, None)
+    drafting = public.engines.drafting("fused" if num_drafted else "plain", num_drafted, None, None)
     mine = subject.engine(num_drafted, replace(WITH_LORA, compile=compile), 8)
     with public.engines.lend([PROMPT], TokenLaw(greedy=True), 8, drafting, eos=[]) as theirs:
         for name in ("mode", "num_speculative_tokens", "law", "max_new_tokens"):
