@@ -11,12 +11,10 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
@@ -44,6 +42,7 @@ from pardec.run import command_line, device_name, exit_on_unusable_input, git_co
 from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, differences, fingerprint
 from pardec.target.forward import embedding_weight
+from pardec.training.processes import make_accelerator
 
 # what may differ between the runs that a file was made in
 MADE_BY = ("command", "git_commit", "versions", "device", "num_processes")
@@ -63,13 +62,7 @@ def generate(recipe: ResponsesRecipe) -> None:
     """The run, from recipe to the finished file."""
     output = Path(recipe.output)
     before = read_about(output, recipe.model_dump())
-    # without cpu=True, processes on CPUs would not know of each other
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        # the others wait while one process reads data that nobody has read before
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
+    accelerator = make_accelerator("no")
     if before is not None and before.get("num_bytes") == output.stat().st_size:
         accelerator.print(f"{output} already holds all {recipe.num_responses} responses of this recipe")
         return

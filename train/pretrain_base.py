@@ -44,19 +44,10 @@ from pardec.data.pretrain_data import (
 )
 from pardec.data.python_sources import TEST, TRAIN, VALIDATION
 from pardec.data.reading import DataError
-from pardec.run import (
-    JsonlTracker,
-    device_name,
-    exit_on_unusable_input,
-    git_commit,
-    library_versions,
-    load_state,
-    read_progress,
-    resolve_precision,
-    save_state,
-    steps_done_before,
-)
+from pardec.run import device_name, exit_on_unusable_input, git_commit, library_versions
 from pardec.target.forward import embedding_weight
+from pardec.training.checkpoints import load_state, read_progress, save_state, steps_done_before
+from pardec.training.processes import JsonlTracker, make_accelerator
 
 MODEL_FILE, CARD_FILE = "model.safetensors", "README.md"
 IGNORED_LABEL = -100
@@ -76,9 +67,8 @@ def pretrain(recipe: PretrainRecipe) -> None:
     """The run, from recipe to a model folder in output_dir."""
     output, steps = Path(recipe.output_dir), recipe.train.steps
     first_step = steps_done_before(output, trained_by(recipe), MODEL_FILE, "a model")
-    precision = resolve_precision(recipe.train.mixed_precision)
-    # without cpu=True, processes on CPUs would not know of each other
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    log = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
+    accelerator = make_accelerator(recipe.train.mixed_precision, [log])
     if first_step == steps and (output / CARD_FILE).exists():
         accelerator.print(f"{output} already holds the model of this recipe, trained for all {steps} steps")
         return
@@ -99,8 +89,7 @@ def pretrain(recipe: PretrainRecipe) -> None:
 
     announce(recipe, accelerator, model, corpus, sizes, first_step)
     accelerator.wait_for_everyone()
-    tracker = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
-    tracker.store_init_configuration({})
+    accelerator.init_trackers("pardec", config={})
     loss_on = partial(held_out_loss, accelerator, batch_size=recipe.train.batch_size)
     run_steps(
         recipe,
@@ -109,7 +98,6 @@ def pretrain(recipe: PretrainRecipe) -> None:
         optimizers,
         corpus=corpus,
         first_step=first_step,
-        tracker=tracker,
         measure=lambda: loss_on(model, windows[VALIDATION]),
         save=lambda step: checkpoint(output, accelerator, step, model, optimizers, continued),
     )
@@ -118,7 +106,7 @@ def pretrain(recipe: PretrainRecipe) -> None:
     bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     round_to_bfloat16(bare)
     measured = {split: loss_on(bare, windows[split]) for split in windows}
-    tracker.log({f"held_out_loss/{split}": loss for split, loss in measured.items()}, step=steps)
+    accelerator.log({f"held_out_loss/{split}": loss for split, loss in measured.items()}, step=steps)
     if accelerator.is_main_process:
         rows = [(s, sizes["files"][s], sum(len(w) - 1 for w in windows[s]), measured[s]) for s in windows]
         export(output, bare, tokenizer, model_card(recipe, accelerator, bare, corpus, sizes, rows))
@@ -275,7 +263,6 @@ def run_steps(
     *,
     corpus: Corpus,
     first_step: int,
-    tracker: JsonlTracker,
     measure: Callable[[], float],
     save: Callable[[int], None],
 ) -> None:
@@ -297,12 +284,12 @@ def run_steps(
                     "muon_learning_rate": share * train.muon_learning_rate,
                     "learning_rate": share * train.learning_rate,
                 }
-                tracker.log({"loss": loss, **rates}, step=step)
+                accelerator.log({"loss": loss, **rates}, step=step)
                 progress.set_postfix(loss=f"{loss:.3f}")
                 losses.clear()
             if step % recipe.eval.every == 0 and step < train.steps:
                 loss = measure()
-                tracker.log({"held_out_loss/validation": loss}, step=step)
+                accelerator.log({"held_out_loss/validation": loss}, step=step)
                 progress.write(f"step {step}: held-out loss {loss:.3f} nats per token (validation)")
             if step % train.checkpoint_every == 0 or step == train.steps:
                 save(step)

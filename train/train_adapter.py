@@ -12,13 +12,12 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import cast
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -34,23 +33,19 @@ from pardec.layout import nested_block_lengths
 from pardec.measures.held_out import measure_held_out
 from pardec.model import SelfSpeculativeModel
 from pardec.run import (
-    JsonlTracker,
     command_line,
     device_name,
     exit_on_unusable_input,
     git_commit,
     library_versions,
-    load_state,
-    read_progress,
-    resolve_precision,
-    save_state,
-    steps_done_before,
 )
 from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, fingerprint
 from pardec.target.forward import TargetModel, embedding_weight, position_limit
+from pardec.training.checkpoints import load_state, read_progress, save_state, steps_done_before
 from pardec.training.curve import redraw_curve
 from pardec.training.module import METRICS, Drafter, MaskTokenTrainer, Objective, part_of
+from pardec.training.processes import JsonlTracker, make_accelerator
 from pardec.training.warm_start import warm_start
 
 
@@ -69,7 +64,8 @@ def train(recipe: Recipe) -> None:
     output, steps = Path(recipe.output_dir), recipe.train.steps
     checkpoints = output / "checkpoints"
     first_step = steps_done_before(output, trained_by(recipe), METADATA_FILE, "an adapter")
-    accelerator = make_accelerator(recipe, first_step)
+    log = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
+    accelerator = make_accelerator(recipe.train.mixed_precision, [log, *recipe.train.trackers], output)
     if first_step == steps:
         accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {steps} steps")
         return
@@ -87,7 +83,7 @@ def train(recipe: Recipe) -> None:
     module, peft_model, started_from = begin_module(recipe, base, identity)
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = build_optimizer(recipe, parameters)
-    state = load_state(checkpoints, parameters, optimizer) or {"best": 0.0, "started_from": started_from}
+    state = load_state(checkpoints, parameters, [optimizer]) or {"best": 0.0, "started_from": started_from}
     check_source(recipe, state, started_from)
     best = state["best"]
     schedule = make_schedule(recipe, optimizer, first_step)
@@ -114,7 +110,7 @@ def train(recipe: Recipe) -> None:
         is_last = step == steps
         if accelerator.is_main_process and step == 0 and read_progress(checkpoints) is None:
             # a run that is killed before its first checkpoint is one to continue, too
-            save_state(checkpoints, step, parameters, optimizer, {"best": best, **kept})
+            save_state(checkpoints, step, parameters, [optimizer], {"best": best, **kept})
         measured_before = 0 < step == first_step
         if accelerator.is_main_process and not measured_before and (step % recipe.eval.every == 0 or is_last):
             module.forget_prefix()
@@ -125,7 +121,7 @@ def train(recipe: Recipe) -> None:
         accelerator.wait_for_everyone()
         is_due = step % recipe.train.checkpoint_every == 0 or is_last
         if accelerator.is_main_process and step > first_step and is_due:
-            save_state(checkpoints, step, parameters, optimizer, {"best": best, **kept})
+            save_state(checkpoints, step, parameters, [optimizer], {"best": best, **kept})
     progress.close()
     accelerator.end_training()
     report(accelerator, best, output)
@@ -136,19 +132,6 @@ def report(accelerator: Accelerator, best: float, output: Path) -> None:
     accelerator.print(
         f"best mean acceptance length {best:.3f} (validation, sampled); the adapter is in {output}\n"
         f"try: pardec generate {output} --compare --prompt 'def main():'"
-    )
-
-
-def make_accelerator(recipe: Recipe, first_step: int) -> Accelerator:
-    """Devices, precision and trackers of the run."""
-    output = Path(recipe.output_dir)
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),  # without this, processes on CPUs would not know of each other
-        # the others wait while one process reads data that nobody has read before, or measures
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-        mixed_precision=resolve_precision(recipe.train.mixed_precision),
-        log_with=[JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step), *recipe.train.trackers],
-        project_dir=output,
     )
 
 

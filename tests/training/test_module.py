@@ -407,7 +407,7 @@ def test_a_run_that_was_cut_off_continues_to_the_same_numbers(text_file, tmp_pat
     assert train(tmp_path / "whole", text_file, *options).returncode == 0
     cut = tmp_path / "cut"
     code = (
-        "import runpy, sys, pardec.run as run; save = run.save_state\n"
+        "import runpy, sys, pardec.training.checkpoints as run; save = run.save_state\n"
         "def once(*a):\n    save(*a)\n    import os; a[1] and os._exit(9)\n"  # after the first step's checkpoint
         "run.save_state = once\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
