@@ -7,7 +7,6 @@ continues when it is started again, to the file that an uninterrupted one leaves
 generates every so many-th batch, and the main one writes; the file does not depend on their number.
 """
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from pardec.config.adapter_recipe import load_recipe
+from pardec.config.recipe_files import recipe_of_command_line
 from pardec.config.responses_recipe import ResponsesRecipe
 from pardec.data.python_sources import PACKAGES, STDLIB
 from pardec.data.reading import training_rows
@@ -50,12 +49,8 @@ MADE_BY = ("command", "git_commit", "versions", "device", "num_processes")
 
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
     with exit_on_unusable_input():
-        generate(load_recipe(args.recipe, args.overrides, ResponsesRecipe))
+        generate(recipe_of_command_line(__doc__, ResponsesRecipe))
 
 
 def generate(recipe: ResponsesRecipe) -> None:

@@ -6,7 +6,6 @@ Also runs under plain python and torchrun. A run that was cut off continues when
 several processes each holds the whole model. Legend: T tokens of a sequence.
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -30,8 +29,8 @@ from torch.optim import AdamW, Muon, Optimizer
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from pardec.config.adapter_recipe import load_recipe
 from pardec.config.pretrain_recipe import PretrainRecipe
+from pardec.config.recipe_files import recipe_of_command_line
 from pardec.data.corpus import Corpus, pack
 from pardec.data.pretrain_data import (
     SEPARATOR,
@@ -55,12 +54,8 @@ IGNORED_LABEL = -100
 
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
     with exit_on_unusable_input():
-        pretrain(load_recipe(args.recipe, args.overrides, PretrainRecipe))
+        pretrain(recipe_of_command_line(__doc__, PretrainRecipe))
 
 
 def pretrain(recipe: PretrainRecipe) -> None:

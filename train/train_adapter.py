@@ -5,7 +5,6 @@
 Also runs under plain python and torchrun. A run that was cut off continues when it is started again.
 """
 
-import argparse
 import gc
 import math
 import os
@@ -26,7 +25,8 @@ from transformers import get_cosine_schedule_with_warmup
 from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
 from pardec.adapters.files import METADATA_FILE, load_adapter, save_adapter
 from pardec.adapters.gated_lora import inject_lora, lora_weights
-from pardec.config.adapter_recipe import Recipe, load_recipe
+from pardec.config.adapter_recipe import Recipe
+from pardec.config.recipe_files import recipe_of_command_line
 from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, standard_prompts
 from pardec.decoding.probe import probe
 from pardec.layout import nested_block_lengths
@@ -51,12 +51,8 @@ from pardec.training.warm_start import warm_start
 
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
     with exit_on_unusable_input():
-        train(load_recipe(args.recipe, args.overrides))
+        train(recipe_of_command_line(__doc__, Recipe))
 
 
 def train(recipe: Recipe) -> None:

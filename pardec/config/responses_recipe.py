@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pardec.config.adapter_recipe import Section
+from pardec.config.recipe_files import Section
 from pardec.decoding.sampling import make_warpers
 
 

@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pardec.config.adapter_recipe import load_recipe
 from pardec.config.pretrain_recipe import PretrainRecipe
+from pardec.config.recipe_files import load_recipe
 from pardec.data.pretrain_data import encode, example_order, first_texts, held_out_windows, train_tokenizer
 from pardec.data.python_sources import TEST, TRAIN, VALIDATION, split_of
 from pardec.data.tokenising import Document
@@ -306,7 +306,7 @@ def test_texts_are_taken_up_to_a_number_of_characters():
 
 @pytest.mark.parametrize(("name", "parameters"), [("pretrain_tiny_python", 5_476_608), ("pretrain_100m_gpu", 102e6)])
 def test_recipes_have_the_sizes_that_they_name(name, parameters):
-    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", model=PretrainRecipe)
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", (), PretrainRecipe)
     with torch.device("meta"):
         model = script.build_model(recipe)
     assert model.num_parameters() == pytest.approx(parameters, rel=0.01)

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from tiny_models import tiny_model
 
 from pardec.adapters.gated_lora import inject_lora
-from pardec.config.adapter_recipe import load_recipe
+from pardec.config.adapter_recipe import Recipe
+from pardec.config.recipe_files import load_recipe
 from pardec.training.module import Drafter, MaskTokenTrainer
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ def script():
 
 def recipe(name: str, *overrides: str):
     sizes = ("train.batch_size=2", "train.anchors_per_sequence=4", f"adapter.num_speculative_tokens={K}")
-    return load_recipe(ROOT / "recipes" / f"{name}.yaml", [*sizes, *overrides])
+    return load_recipe(ROOT / "recipes" / f"{name}.yaml", [*sizes, *overrides], Recipe)
 
 
 def test_a_step_draws_the_same_noise_in_a_run_that_is_continued(script):
