@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from pardec.config.recipe_files import MixedPrecision, Section
+from pardec.layout import nested_block_lengths
 from pardec.training.loss import WEIGHT_RULES
+from pardec.training.module import Drafter, Objective
 
 
 def _number_or_rule(value: Any) -> Any:
@@ -97,6 +99,18 @@ class AdapterConfig(Section):
     lora: LoraSection | None = None
     head: HeadSection | None = None
     start_from: str | None = None
+
+    def drafter(self) -> Drafter:
+        """The same as the training module takes it."""
+        return Drafter(
+            self.num_speculative_tokens,
+            mask_sharing=self.mask_sharing,
+            draft_input=self.draft_input,
+            initialisation=self.mask_initialisation,
+            has_lora=self.lora is not None,
+            head_width=0 if self.head is None else self.head.width,
+            joint_head=self.head is not None and self.head.joint,
+        )
 
 
 class KeepSection(Section):
@@ -243,3 +257,13 @@ class Recipe(Section):
         if isinstance(weights, list | str):
             return weights
         return [weights**j for j in range(self.adapter.num_speculative_tokens)]
+
+    def objective(self) -> Objective:
+        """What drafts are trained for."""
+        train = self.train
+        return Objective(train.objective, self.position_weights(), train.temperature, train.top_k)
+
+    def mask_rows(self, num_anchors: int) -> int:
+        """Mask rows of a forward with so many anchors per sequence."""
+        K, keep = self.adapter.num_speculative_tokens, self.train.keep
+        return self.train.batch_size * sum(nested_block_lengths(num_anchors, K, keep.ratio, keep.floor))

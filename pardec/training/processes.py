@@ -1,6 +1,7 @@
-"""The processes of a run of `train/`: how they start, in which precision they compute, what the main one logs."""
+"""The processes of a run of `train/`: how they start, in which precision, what the main one says and logs."""
 
 import json
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import GeneralTracker, on_main_process
 
-from pardec.run import written_aside
+from pardec.run import command_line, device_name, git_commit, library_versions, written_aside
 
 
 def make_accelerator(
@@ -41,6 +42,44 @@ def bf16_pays() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def begin_run(accelerator: Accelerator, output_dir: str, sizes: str, first_step: int) -> None:
+    """Makes the run's folder, says what is to come, and opens the trackers, before the first step allocates anything.
+
+    Args:
+        accelerator: of the run.
+        output_dir: as it was asked for.
+        sizes: lines to be said.
+        first_step: where the run goes on; 0 for a new one.
+    """
+    if accelerator.is_main_process:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        print(sizes)
+        if first_step:
+            print(f"continuing {output_dir} at step {first_step}")
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("pardec", config={})
+
+
+def idle_processors(accelerator: Accelerator) -> str:
+    """A line that says how to use all processors, if this run leaves some idle; else nothing."""
+    num_threads, num_cpus = torch.get_num_threads(), os.cpu_count() or 1
+    if accelerator.device.type != "cpu" or accelerator.num_processes * num_threads >= num_cpus:
+        return ""
+    command = f"accelerate launch --num_cpu_threads_per_process {num_cpus}"
+    return f"\n{num_threads} of {num_cpus} processors in use; {command} uses all"
+
+
+def made_by(accelerator: Accelerator) -> dict[str, Any]:
+    """What the results of a run are made by."""
+    return {
+        "command": command_line(),
+        "git_commit": git_commit(),
+        "versions": library_versions(),
+        "device": device_name(accelerator.device),
+        "num_processes": accelerator.num_processes,
+    }
 
 
 class JsonlTracker(GeneralTracker):

@@ -1,7 +1,4 @@
-"""Parts of the training script: what a continued run must find again."""
-
-import importlib.util
-from pathlib import Path
+"""Parts of an adapter's training: what a continued run must find again."""
 
 import pytest
 import torch
@@ -9,31 +6,14 @@ from accelerate import Accelerator
 from tiny_models import tiny_model
 
 from pardec.adapters.gated_lora import inject_lora
-from pardec.config.adapter_recipe import Recipe
-from pardec.config.recipe_files import load_recipe
 from pardec.training.module import Drafter, MaskTokenTrainer
+from pardec.training.steps import Learner, make_schedule
+from pardec.training.warm_start import check_source
 
-ROOT = Path(__file__).parents[2]
 K, T = 3, 20
 
 
-@pytest.fixture(scope="module")
-def script():
-    """train/train_adapter.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_adapter", ROOT / "train" / "train_adapter.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def recipe(name: str, *overrides: str):
-    sizes = ("train.batch_size=2", "train.anchors_per_sequence=4", f"adapter.num_speculative_tokens={K}")
-    return load_recipe(ROOT / "recipes" / f"{name}.yaml", [*sizes, *overrides], Recipe)
-
-
-def test_a_step_draws_the_same_noise_in_a_run_that_is_continued(script):
+def test_a_step_draws_the_same_noise_in_a_run_that_is_continued():
     """So the loss of a step depends on the step, not on how often the run was started."""
     model = tiny_model("llama")
     torch.manual_seed(7)
@@ -48,8 +28,10 @@ def test_a_step_draws_the_same_noise_in_a_run_that_is_continued(script):
 
     def loss(step: int, seed: int) -> float:
         frozen = torch.optim.SGD(parameters.values(), lr=0.0)
-        told = recipe("tiny_python_noise", f"train.seed={seed}")
-        sums, norm = script.optimiser_step(told, Accelerator(cpu=True), trainer, parameters, frozen, [batch], step)
+        learner = Learner(
+            Accelerator(cpu=True), trainer, parameters, frozen, make_schedule(frozen, 0, 10, 0), seed, None, 1.0
+        )
+        sums, norm = learner.update([batch], step, with_metrics=False)
         assert norm > 0
         return float(sums[-2, 0])
 
@@ -60,11 +42,10 @@ def test_a_step_draws_the_same_noise_in_a_run_that_is_continued(script):
     assert len({first, loss(step=6, seed=0), loss(step=5, seed=1)}) == 3
 
 
-def test_a_run_is_not_continued_on_another_source_than_it_began_with(script):
+def test_a_run_is_not_continued_on_another_source_than_it_began_with():
     """Frozen parts are read from there at every start."""
-    told = recipe("tiny_python_head")
     before = {"lora/adapter_model.safetensors": "1234"}
-    script.check_source(told, {"best": 1.0, "started_from": before}, dict(before))
-    script.check_source(recipe("quickstart"), {"best": 1.0}, None)
+    check_source("runs/distilled", before, dict(before))
+    check_source(None, None, None)
     with pytest.raises(ValueError, match=r"^adapter\.start_from .*distilled: expected the adapter that this run began"):
-        script.check_source(told, {"best": 1.0, "started_from": before}, {"lora/adapter_model.safetensors": "5678"})
+        check_source("runs/distilled", before, {"lora/adapter_model.safetensors": "5678"})
