@@ -19,6 +19,7 @@ from pardec.config.recipe_files import load_recipe
 from pardec.data.pretrain_data import encode, example_order, first_texts, held_out_windows, train_tokenizer
 from pardec.data.python_sources import TEST, TRAIN, VALIDATION, split_of
 from pardec.data.tokenising import Document
+from pardec.training.pretraining import set_rates
 
 ROOT = Path(__file__).parents[2]
 MAX_LENGTH = 24
@@ -294,7 +295,7 @@ def test_rates_are_constant_and_then_fall_linearly():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
     rates = []
     for step in range(1, 11):
-        script.set_rates([optimizer], step, 10, 0.4)
+        set_rates([optimizer], step, 10, 0.4)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.0] * 7 + [1.5, 1.0, 0.5])
 
