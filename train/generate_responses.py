@@ -34,17 +34,15 @@ from pardec.data.responses import (
     response_row,
     write_about,
 )
+from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probe import probe
 from pardec.loading import load
 from pardec.model import SelfSpeculativeModel
-from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, differences, fingerprint
 from pardec.target.forward import embedding_weight
-from pardec.training.processes import make_accelerator
-
-# what may differ between the runs that a file was made in
-MADE_BY = ("command", "git_commit", "versions", "device", "num_processes")
+from pardec.training.processes import made_by, make_accelerator
 
 
 def main() -> None:
@@ -67,10 +65,16 @@ def generate(recipe: ResponsesRecipe) -> None:
     model = load_model(recipe, accelerator)
     prompts = read_prompts(recipe, model, accelerator)
     identity = fingerprint(model.base_model, model.tokenizer)
-    about = provenance(recipe, accelerator, identity, prompts_digest(prompts))
+    made = made_by(accelerator)
+    about: dict[str, Any] = {
+        "recipe": recipe.model_dump(),
+        "fingerprint": identity.model_dump(),
+        "prompts_sha256": prompts_digest(prompts),
+        **made,
+    }
     if before is not None:
         check_continues(output, before, about, model)
-        about["earlier_runs"] = [*before.get("earlier_runs", []), {key: before[key] for key in MADE_BY}]
+        about["earlier_runs"] = [*before.get("earlier_runs", []), {key: before[key] for key in made}]
 
     # whole batches that are there already stay
     batches = plan_batches(len(prompts), recipe.batch_size, recipe.share_of_greedy)
@@ -135,21 +139,8 @@ def read_prompts(recipe: ResponsesRecipe, model: SelfSpeculativeModel, accelerat
             where=data.path,
             show_progress=accelerator.is_main_process,
         )
-    rows, largest = embedding_weight(model.base_model).shape[0], max(map(max, prompts))
-    if largest >= rows:
-        raise ValueError(f"{data.path}: expected token ids below {rows}, those of the base, found {largest}")
+    check_token_ids(max(map(max, prompts)), embedding_weight(model.base_model).shape[0], "the base", data.path)
     return prompts
-
-
-def provenance(recipe: ResponsesRecipe, accelerator: Accelerator, identity: Fingerprint, digest: str) -> dict[str, Any]:
-    """What the rows are made by."""
-    made_by = (command_line(), git_commit(), library_versions(), device_name(accelerator.device))
-    return {
-        "recipe": recipe.model_dump(),
-        "fingerprint": identity.model_dump(),
-        "prompts_sha256": digest,
-        **dict(zip(MADE_BY, (*made_by, accelerator.num_processes), strict=True)),
-    }
 
 
 def check_continues(output: Path, before: dict[str, Any], about: dict[str, Any], model: SelfSpeculativeModel) -> None:
