@@ -18,7 +18,7 @@ from pardec.layout import TrainingLayout, nested_block_lengths, training_layout
 from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
-from pardec.training.block_attention import BlockRoute, real_bias, supports
+from pardec.training.block_attention import block_route, real_bias, supports
 from pardec.training.loss import acceptance_probability, acceptance_weights, argmax_agreement, draft_loss, target_law
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
@@ -255,7 +255,7 @@ class MaskTokenTrainer(nn.Module):
             self._takes_blocks = supports(target, self.drafter.num_speculative_tokens)
         with ExitStack() as stack:
             if self._takes_blocks:
-                stack.enter_context(BlockRoute(target, layout))
+                stack.enter_context(block_route(target, layout))
                 mask = real_bias(target, layout, target.dtype)
             else:
                 real = torch.arange(num_tokens, device=positions.device).expand(B, -1)
