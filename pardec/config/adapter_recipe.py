@@ -25,8 +25,8 @@ PositionWeights = Annotated[
 ]
 
 
-class DataConfig(Section):
-    """What is trained on.
+class RowsConfig(Section):
+    """Where data come from.
 
     Attributes:
         path: file, folder or hub dataset; `python-stdlib` is the source of the running interpreter's
@@ -34,16 +34,24 @@ class DataConfig(Section):
         format: `auto` goes by suffix; `text`, `jsonl`, or `hub` for anything that `datasets` loads.
         subset: configuration of a hub dataset.
         split: of a hub dataset.
-        max_length: tokens of a training sequence.
-        validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
-            above; default a held-out part of `path`.
-        test_path: likewise, of data that is reported.
     """
 
     path: str
     format: Literal["auto", "text", "jsonl", "hub"] = "auto"
     subset: str | None = None
     split: str = "train"
+
+
+class DataConfig(RowsConfig):
+    """What is trained on.
+
+    Attributes:
+        max_length: tokens of a training sequence.
+        validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
+            above; default a held-out part of `path`.
+        test_path: likewise, of data that is reported.
+    """
+
     max_length: int = Field(default=512, ge=8)
     validation_path: str | None = None
     test_path: str | None = None
@@ -213,14 +221,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _weights_fit(self) -> "Recipe":
         weights, K = self.train.position_weights, self.adapter.num_speculative_tokens
-        if isinstance(weights, str):
-            return self
         if isinstance(weights, list) and len(weights) != K:
             raise ValueError(f"train.position_weights: expected {K} numbers, found {len(weights)}")
         try:
-            values = weights if isinstance(weights, list) else [weights**j for j in range(K)]
+            values = self.position_weights()
         except OverflowError:
             values = [math.inf]
+        if isinstance(values, str):
+            return self
         if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
             raise ValueError(
                 f"train.position_weights: expected finite numbers >= 0, one of them above 0, found {weights}"

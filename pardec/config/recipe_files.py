@@ -30,12 +30,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Section)
 
 
 def recipe_of_command_line(description: str | None, model: type[AnyRecipe]) -> AnyRecipe:
-    """The recipe that a script of `train/` is started with: a file, then overrides; errors as in `load_recipe`.
-
-    Args:
-        description: of the script, for --help.
-        model: what the recipe is checked against.
-    """
+    """The recipe that a script is started with, as `load_recipe` takes it; `description` is what --help says."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
