@@ -21,7 +21,7 @@ from pardec.config.recipe_files import recipe_of_command_line
 from pardec.config.responses_recipe import ResponsesRecipe
 from pardec.data.python_sources import PACKAGES, STDLIB
 from pardec.data.reading import training_rows
-from pardec.data.response_prompts import draw_prompts, prompts_digest
+from pardec.data.response_prompts import draw_prompts
 from pardec.data.responses import (
     SHORT_TOKENS,
     Batch,
@@ -37,6 +37,7 @@ from pardec.data.responses import (
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probe import probe
 from pardec.loading import load
+from pardec.measures.acceptance import digest
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, load_tokenizer
@@ -69,7 +70,7 @@ def generate(recipe: ResponsesRecipe) -> None:
     about: dict[str, Any] = {
         "recipe": recipe.model_dump(),
         "fingerprint": identity.model_dump(),
-        "prompts_sha256": prompts_digest(prompts),
+        "prompts_sha256": digest(prompts),
         **made,
     }
     if before is not None:

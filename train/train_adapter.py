@@ -226,18 +226,7 @@ def take_steps(
 
 @dataclass(frozen=True)
 class Examiner:
-    """Measures what is learned so far with the real decoder, and leaves the best of it in output_dir.
-
-    Attributes:
-        recipe: of the run.
-        accelerator: likewise.
-        module: holds what is learned.
-        peft_model: PEFT's view of the base if there is a LoRA.
-        identity: of the base.
-        started_from: sha256 of the files of the adapter that the run began with.
-        tokenizer: of the base.
-        prompts: validation prompts.
-    """
+    """Measures what is learned so far with the real decoder, and leaves the best of it in output_dir."""
 
     recipe: Recipe
     accelerator: Accelerator

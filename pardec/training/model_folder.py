@@ -58,15 +58,8 @@ def model_card(
 ) -> str:
     """README.md: what the model is and how to make it again, without folders of this machine.
 
-    Args:
-        recipe: values of the whole recipe.
-        accelerator: of the run.
-        model: with the weights that are stored.
-        num_sequences: that were trained on.
-        num_files: that they come from.
-        num_characters: likewise.
-        num_tokens: that all steps and processes trained on together.
-        rows: of the table of held-out losses: split, files, predicted tokens, nats per token.
+    `num_sequences` of `num_files` were trained on, for `num_tokens` over all steps and processes. `rows` are of the
+    table of held-out losses: split, files, predicted tokens, nats per token.
     """
     name, T, steps = without_folder(recipe["output_dir"]), recipe["data"]["max_length"], recipe["train"]["steps"]
     data = {**recipe["data"], "path": without_folder(recipe["data"]["path"])}

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel
 
 from pardec.target.forward import embedding_weight
-from pardec.training.steps import check_finite
+from pardec.training.steps import apply_gradients
 
 IGNORED_LABEL = -100
 
@@ -67,11 +67,8 @@ def optimiser_step(
             accelerator.backward(loss)
         total += loss.detach()
     loss = float(accelerator.reduce(total, "mean"))  # type: ignore[arg-type]
-    norm = float(nn.utils.clip_grad_norm_(wrapped.parameters(), max_grad_norm))
-    check_finite(step, loss, norm, "train.muon_learning_rate or train.learning_rate")
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
+    rates = "train.muon_learning_rate or train.learning_rate"
+    apply_gradients(wrapped.parameters(), optimizers, max_grad_norm, step, loss, rates)
     return loss
 
 
@@ -89,10 +86,7 @@ def held_out_loss(
         # padding stands on the right, where no row that counts sees it
         logits = model(input_ids=labels.clamp_min(0), use_cache=False).logits[:, :-1]
         losses = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
+            logits.float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
         )
         nats += float(losses)
         tokens += sum(len(window) - 1 for window in batch)

@@ -17,13 +17,7 @@ from pardec.run import command_line, device_name, git_commit, library_versions, 
 def make_accelerator(
     mixed_precision: str, trackers: Sequence[str | GeneralTracker] = (), folder: Path | None = None
 ) -> Accelerator:
-    """Devices, precision and trackers of the run.
-
-    Args:
-        mixed_precision: `no`, `bf16`, or `auto` for bf16 where the device computes in it.
-        trackers: what is logged to.
-        folder: of those that write files of their own.
-    """
+    """Devices, precision (`auto` is bf16 where the device computes in it), and trackers with the folder they need."""
     if mixed_precision == "auto":
         mixed_precision = "bf16" if bf16_pays() else "no"
     return Accelerator(
@@ -45,14 +39,7 @@ def bf16_pays() -> bool:
 
 
 def begin_run(accelerator: Accelerator, output_dir: str, sizes: str, first_step: int) -> None:
-    """Makes the run's folder, says what is to come, and opens the trackers, before the first step allocates anything.
-
-    Args:
-        accelerator: of the run.
-        output_dir: as it was asked for.
-        sizes: lines to be said.
-        first_step: where the run goes on; 0 for a new one.
-    """
+    """Makes the run's folder, says its sizes and where it goes on, and opens the trackers."""
     if accelerator.is_main_process:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         print(sizes)

@@ -5,7 +5,7 @@ Legend: N anchors of a sequence, K num_speculative_tokens.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -97,11 +97,9 @@ class Learner:
         for parameter in self.parameters.values():
             if parameter.grad is not None:  # a distributed backward has averaged over processes
                 parameter.grad *= accelerator.num_processes / sums[-1, 0].clamp_min(1)
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         rates = "train.learning_rate or train.lora_learning_rate; the best adapter so far is kept"
-        check_finite(step, mean_loss(sums), norm, rates)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        loss, parameters = mean_loss(sums), self.parameters.values()
+        norm = apply_gradients(parameters, [self.optimizer], self.max_grad_norm, step, loss, rates)
         self.schedule.step()
         return sums, norm
 
@@ -111,16 +109,23 @@ def mean_loss(sums: Tensor) -> float:
     return float(sums[-2, 0] / sums[-1, 0].clamp_min(1))
 
 
-def check_finite(step: int, loss: float, norm: float, rates: str) -> None:
-    """Refuses an update that would spoil every number; `rates` names what is to be lowered.
+def apply_gradients(
+    parameters: Iterable[Tensor], optimizers: Sequence[Optimizer], max_norm: float, step: int, loss: float, rates: str
+) -> float:
+    """Clips the gradients and updates by them; returns their norm from before. `rates` is what a user may lower.
 
     Raises:
-        ValueError: if loss or gradient norm is not finite.
+        ValueError: if loss or norm is not finite, which would spoil every number.
     """
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise ValueError(
             f"step {step}: expected a finite loss, found loss {loss} and gradient norm {norm}; lower {rates}"
         )
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
 
 
 def losses_of(sums: Tensor, norm: float, learning_rate: float | Tensor) -> dict[str, Any]:

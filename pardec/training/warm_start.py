@@ -16,11 +16,7 @@ from pardec.training.module import MaskTokenTrainer, part_of
 
 @torch.no_grad()
 def warm_start(
-    module: MaskTokenTrainer,
-    peft_model,
-    adapter: Adapter,
-    identity: Fingerprint,
-    frozen: Collection[str] = (),
+    module: MaskTokenTrainer, peft_model, adapter: Adapter, identity: Fingerprint, frozen: Collection[str] = ()
 ) -> None:
     """Gives every part of the training module that the adapter has the adapter's numbers.
 
@@ -63,13 +59,8 @@ def warm_start(
 def check_source(start_from: str | None, began_with: dict[str, str] | None, found: dict[str, str] | None) -> None:
     """Refuses to continue a run on another adapter than it began with: its frozen parts are read from there.
 
-    Args:
-        start_from: folder of the adapter.
-        began_with: sha256 of its files when the run began.
-        found: those of now.
-
     Raises:
-        ValueError: if they differ.
+        ValueError: if the sha256 of its files are not those of then.
     """
     if began_with != found:
         raise ValueError(
