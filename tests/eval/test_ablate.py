@@ -530,7 +530,7 @@ def test_mask_rows_follow_token_dropping(lab):
     overrides = ["train.keep={ratio: 0.5, floor: 0.1}", "train.anchors_per_sequence=8", "train.batch_size=3"]
     (variant,) = load_study(lab.write([{"name": "a", "overrides": overrides}])).variants
     # of 8 blocks 8, 4, 2 and 1 keep their mask token at depths 1 to 4
-    assert variant_runs.mask_rows_per_step(variant.recipe) == 3 * (8 + 4 + 2 + 1)
+    assert variant.recipe.mask_rows(8) == 3 * (8 + 4 + 2 + 1)
 
 
 # ---------------------------------------------------------------------- the real trainer
