@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
 from pardec.adapters.files import METADATA_FILE, load_adapter, save_adapter
-from pardec.adapters.gated_lora import inject_lora
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import recipe_of_command_line
 from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, standard_prompts
@@ -37,6 +36,7 @@ from pardec.training.checkpoints import load_state, read_progress, save_state, s
 from pardec.training.curve import redraw_curve
 from pardec.training.memory import adapter_bytes
 from pardec.training.module import MaskTokenTrainer
+from pardec.training.peft_lora import inject_lora
 from pardec.training.processes import JsonlTracker, begin_run, idle_processors, made_by, make_accelerator
 from pardec.training.steps import Learner, build_optimizer, losses_of, make_schedule
 from pardec.training.warm_start import check_source, learned_adapter, warm_start

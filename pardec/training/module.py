@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pardec.adapters.gated_lora import lora_enabled
 from pardec.adapters.head import SamplerHead
 from pardec.layout import TrainingLayout, nested_block_lengths, training_layout
 from pardec.target.cache import PrefixCache
@@ -20,6 +19,7 @@ from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 from pardec.training.block_attention import block_route, real_bias, supports
 from pardec.training.loss import acceptance_probability, acceptance_weights, argmax_agreement, draft_loss, target_law
+from pardec.training.peft_lora import lora_enabled
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pardec.adapters.adapter import Adapter, AdapterMetadata
-from pardec.adapters.gated_lora import load_lora_weights, lora_weights
 from pardec.target.fingerprint import Fingerprint, differences
 from pardec.training.module import MaskTokenTrainer, part_of
+from pardec.training.peft_lora import load_lora_weights, lora_weights
 
 
 @torch.no_grad()

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 import pardec
-from pardec.adapters.gated_lora import inject_lora
 from pardec.data.corpus import load_corpus, standard_prompts
 from pardec.measures.acceptance import measure_acceptance
 from pardec.training.module import Drafter, MaskTokenTrainer
+from pardec.training.peft_lora import inject_lora
 from pardec.training.steps import Learner, make_schedule
 from pardec.training.warm_start import check_source
 

@@ -5,9 +5,9 @@ import torch
 from tiny_models import tiny_model
 
 from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
-from pardec.adapters.gated_lora import inject_lora
 from pardec.target.fingerprint import fingerprint
 from pardec.training.module import Drafter, MaskTokenTrainer
+from pardec.training.peft_lora import inject_lora
 from pardec.training.warm_start import learned_adapter, warm_start
 
 K = 3
