@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from timing.baselines import Setting, generate_way, neutral_generation_config
 from timing.divergence import Divergence, divergence_from
+from timing.options import add_prompt_options, check_device, full_or_quick
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import pardec
 from pardec.data.benchmarks import Prompt, read_prompts
-from pardec.data.python_sources import STDLIB, TEST, VALIDATION
 from pardec.model import SelfSpeculativeModel
 from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
 
@@ -178,10 +178,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"dtypes: expected some of {','.join(DTYPES)}, found {name!r}")
     if args.num_speculative_tokens is not None and args.num_speculative_tokens < 1:
         raise ValueError(f"num_speculative_tokens: expected an integer >= 1, found {args.num_speculative_tokens}")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device: expected a torch device of this machine, found {args.device!r}") from None
+    check_device(args.device)
 
 
 def main() -> None:
@@ -189,10 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="adapter directory")
     parser.add_argument("--base", help="base model, if not the one that the adapter names")
-    parser.add_argument("--prompts", default=STDLIB, help="python-stdlib, python-packages, a .jsonl or text file")
-    parser.add_argument(
-        "--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib and python-packages"
-    )
+    add_prompt_options(parser)
     parser.add_argument("--num-prompts", type=int, help="default all of the source")
     parser.add_argument("--max-prompt-tokens", type=int, help="keep only the end of longer prompts")
     parser.add_argument("--max-new-tokens", type=int, help="limit per prompt")
@@ -201,10 +195,7 @@ def main() -> None:
     parser.add_argument("--num-speculative-tokens", type=int, help="default what was trained")
     parser.add_argument("--output", help="folder, or .json file, for the JSON and the Markdown beside it")
     parser.add_argument("--quick", action="store_true", help="few prompts and tokens, for a first look")
-    parser.set_defaults(**FULL)
-    if parser.parse_known_args()[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         sys.exit(0 if report(args) else 1)
 
