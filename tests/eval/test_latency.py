@@ -300,8 +300,7 @@ def test_a_trace_is_summed_up_per_step():
 
 
 def test_quick_writes_every_file_and_ends_with_the_json_line(tmp_path):
-    options = ("--quick", "--attention", "grouped,stock", "--output", tmp_path / "out")
-    ended = run_in_own_process("eval/latency.py", *options)
+    ended = run(latency.main, "--quick", "--attention", "grouped,stock", "--output", tmp_path / "out")
     assert ended.code == 0, ended.err[-2000:]
     result = ended.result
     assert result == json.loads((tmp_path / "out.json").read_text())
@@ -339,7 +338,6 @@ def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "llama-9b"], "shape: expected one of tiny, llama-100m, llama-1b, llama-8b"),
         (["runs/no-such-adapter"], "expected an adapter directory, found nothing"),
         ([], "expected an adapter directory, --shape or --quick"),
         (["--quick", "--rows", "1,5"], "rows: expected squares"),
@@ -358,6 +356,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
     assert ended.err.count("\n") == 1
     assert message in ended.err
     assert ended.out == ""
+
+
+def test_as_a_script_it_refuses_what_is_no_shape():
+    error = run_in_own_process("eval/latency.py", "--shape", "llama-9b").error
+    assert "shape: expected one of tiny, llama-100m, llama-1b, llama-8b" in error
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
