@@ -7,7 +7,7 @@ from tiny_models import FAMILIES, make_adapter, tiny_model
 
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import load_base
-from pardec.training.module import MaskTokenTrainer
+from pardec.training.module import Drafter, MaskTokenTrainer
 
 pytestmark = pytest.mark.gpu
 ROWS = [[5, 9, 2, 7, 7, 1], [3, 8, 8], [4, 4, 6, 1, 2, 9, 3, 5, 11]]
@@ -63,7 +63,7 @@ def test_sampling_draws_on_the_device_and_is_repeatable():
 
 def test_a_bf16_training_step_has_finite_gradients():
     base = load_base("tiny-python", device="cuda", dtype=torch.bfloat16)
-    trainer = MaskTokenTrainer(base, 3)
+    trainer = MaskTokenTrainer(base, Drafter(3))
     ids = torch.randint(0, 4096, (2, 64), device="cuda")
     anchors = torch.arange(8, device="cuda").expand(2, -1)
     with torch.autocast("cuda", torch.bfloat16):
