@@ -43,12 +43,11 @@ class Ended:
 
 
 def run(main: Callable[[], None], *arguments: object) -> Ended:
-    """Calls a program's `main` with a command line, on one thread, and leaves this process as it was."""
+    """Calls a program's `main` with a command line, and leaves this process as it was."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    command = [sys.modules[main.__module__].__file__, *map(str, arguments)]
+    command = [file_of(main), *map(str, arguments)]
     with pytest.MonkeyPatch.context() as patch, global_state_kept(), redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", command)
-        torch.set_num_threads(1)  # sums depend on the number of threads
         try:
             main()
         except SystemExit as stop:
@@ -56,17 +55,23 @@ def run(main: Callable[[], None], *arguments: object) -> Ended:
     return Ended(code, out.getvalue(), err.getvalue())
 
 
+def file_of(main: Callable[[], None]) -> str:
+    """The program's file."""
+    path = sys.modules[main.__module__].__file__
+    assert path is not None
+    return path
+
+
 @contextmanager
 def global_state_kept() -> Iterator[None]:
-    """Gives back what programs set for the whole process, and begins without an Accelerator of others."""
-    threads, verbosity, has_bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    """Gives back what programs set for the whole process, and begins without the Accelerator of another."""
+    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     forget_accelerators()
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
         forget_accelerators()
-        torch.set_num_threads(threads)
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar() if has_bars else logging.disable_progress_bar()
 
@@ -77,7 +82,7 @@ def forget_accelerators() -> None:
 
 
 def run_in_own_process(script: str, *arguments: object, launcher: tuple[str, ...] = ()) -> Ended:
-    """Starts a program as a user does, on one thread and without a GPU.
+    """Starts a program as a user does, on a machine without a GPU.
 
     Args:
         script: its path in the project.
@@ -85,6 +90,22 @@ def run_in_own_process(script: str, *arguments: object, launcher: tuple[str, ...
         launcher: of the interpreter's, in front of the script.
     """
     command = [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def start_here(monkeypatch: pytest.MonkeyPatch, *mains: Callable[[], None]) -> None:
+    """Has these programs run in this process when another program starts them, and a process end as they have."""
+    by_name = {Path(file_of(main)).name: main for main in mains}
+
+    class Started(subprocess.Popen):
+        def __init__(self, command, **options):
+            main = by_name.get(Path(command[1]).name)
+            if main is not None:
+                ended = run(main, *command[2:])
+                options["stdout"].write(ended.out + ended.err)
+                command = [sys.executable, "-c", f"raise SystemExit({ended.code})"]
+            super().__init__(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", Started)

@@ -54,17 +54,13 @@ def warped(logits: torch.Tensor, temperature, top_k, top_p, min_p) -> list[float
     return [probs.get(i, 0.0) for i in range(len(scores))]
 
 
-def target_law(model, prefix: list[int], warper: dict) -> list[float]:
-    return warped(model(torch.tensor([prefix])).logits[0, -1], **warper)
-
-
 def joint_law(model, prefix: list[int], length: int, warper: dict) -> dict[tuple[int, ...], float]:
     """Probability of every continuation of `length` tokens."""
     laws = {(): 1.0}
     for _ in range(length):
-        grown = {}
-        for tokens, probability in laws.items():
-            for token, p in enumerate(target_law(model, prefix + list(tokens), warper)):
+        grown, rows = {}, torch.tensor([[*prefix, *tokens] for tokens in laws])
+        for (tokens, probability), logits in zip(laws.items(), model(rows).logits[:, -1], strict=True):
+            for token, p in enumerate(warped(logits, **warper)):
                 if p * probability > 0:
                     grown[(*tokens, token)] = p * probability
         laws = grown

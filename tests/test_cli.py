@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from greedy_oracle import plain_generate
 from typer.testing import CliRunner
 
 from pardec.adapters.files import save_adapter
@@ -36,8 +37,7 @@ def saved(adapters):
 @pytest.fixture(scope="module")
 def expected(tiny_base, tokenizer):
     """Greedy text of the base alone."""
-    ids = torch.tensor([tokenizer("def main():").input_ids])
-    out = tiny_base.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    out = plain_generate(tiny_base, tokenizer("def main():").input_ids, 12)
     return out, tokenizer.decode(out, skip_special_tokens=True)
 
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from greedy_oracle import plain_generate
 from tiny_models import make_adapter, tiny_model
 from transformers import (
     BloomConfig,
@@ -46,11 +47,6 @@ def saved(packaged_adapter, tmp_path):
     return tmp_path / "adapter"
 
 
-def generate_alone(model, row, **options):
-    out = model.generate(torch.tensor([row]), do_sample=False, **options)
-    return out[0, len(row) :].tolist()
-
-
 # ---------------------------------------------------------------------- forms of input and output
 
 
@@ -66,7 +62,7 @@ def test_text_prompts_are_tokenised_and_answers_decoded(tiny_base, tokenizer):
     model = SelfSpeculativeModel(tiny_base, tokenizer, make_adapter(tiny_base, K))
     out = model.generate(["import os\n", "def f(x):"], max_new_tokens=12)
     ids = tokenizer("def f(x):").input_ids
-    assert out.token_ids[1] == generate_alone(tiny_base, ids, max_new_tokens=12)
+    assert out.token_ids[1] == plain_generate(tiny_base, ids, 12)
     assert out.text[1] == tokenizer.decode(out.token_ids[1], skip_special_tokens=True)
 
 
@@ -153,7 +149,7 @@ def test_prompts_that_cannot_be_used_are_refused(ours, prompts, words):
 
 def test_shared_mask_embeddings_draft_any_number_of_tokens(llama):
     model = SelfSpeculativeModel(llama, None, make_adapter(llama, 2, mask_sharing="shared"))
-    expected = generate_alone(llama, ROWS[0], max_new_tokens=20)
+    expected = plain_generate(llama, ROWS[0], 20)
     assert model.generate([ROWS[0]], max_new_tokens=20, num_speculative_tokens=6).token_ids == [expected]
 
 
@@ -164,7 +160,7 @@ def test_load_finds_the_packaged_base_and_generates(saved, tiny_base):
     model = pardec.load(saved)
     assert model.base_model.dtype == torch.float32
     prompt = [17, 300, 25, 4]
-    expected = generate_alone(tiny_base, prompt, max_new_tokens=10)
+    expected = plain_generate(tiny_base, prompt, 10)
     assert model.generate(prompt, max_new_tokens=10).token_ids == [expected]
 
 
@@ -265,7 +261,7 @@ def test_switching_rope_is_held_below_the_switch():
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
     with pytest.raises(ValueError, match="expected at most 24 positions"):
         ours.generate([ROWS[0]], max_new_tokens=19)
-    expected = generate_alone(model, ROWS[0], max_new_tokens=18)
+    expected = plain_generate(model, ROWS[0], 18)
     assert ours.generate([ROWS[0]], max_new_tokens=18).token_ids == [expected]
 
 
@@ -278,7 +274,7 @@ def test_longrope_stays_on_its_side_of_the_switch():
             "original_max_position_embeddings": 24, **factors},
     )  # fmt: skip
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
-    expected = generate_alone(model, ROWS[0], max_new_tokens=18)
+    expected = plain_generate(model, ROWS[0], 18)
     for mode in ("plain", "two_pass", "fused"):
         assert ours.generate([ROWS[0]], max_new_tokens=18, mode=mode).token_ids == [expected]
 
@@ -316,7 +312,7 @@ def test_door_gives_what_generate_gives_for_left_padded_batches(llama, ours):
     ids = torch.tensor([[0] * (width - len(row)) + row for row in ROWS])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ROWS])
     options = {"attention_mask": mask, "max_new_tokens": 14, "do_sample": False}
-    for eos in (None, generate_alone(llama, ROWS[0], max_new_tokens=5)[4]):
+    for eos in (None, plain_generate(llama, ROWS[0], 5)[4]):
         options |= {"eos_token_id": eos, "pad_token_id": 0}
         expected = llama.generate(ids, **options)
         for mode in ("plain", "two_pass", "fused"):
@@ -333,7 +329,7 @@ def test_door_honours_processors_and_criteria(llama, ours):
     for options in (
         {"repetition_penalty": 1.7},
         {"no_repeat_ngram_size": 2},
-        {"min_new_tokens": 9, "eos_token_id": generate_alone(llama, ROWS[0], max_new_tokens=3)[2], "pad_token_id": 0},
+        {"min_new_tokens": 9, "eos_token_id": plain_generate(llama, ROWS[0], 3)[2], "pad_token_id": 0},
         {"stopping_criteria": StoppingCriteriaList([StopAfterTwice()])},
     ):
         expected = llama.generate(ids, max_new_tokens=16, do_sample=False, **options)
@@ -351,7 +347,7 @@ def test_door_honours_processors_and_criteria(llama, ours):
 
 
 def test_door_gives_processors_each_rows_unpadded_prefix(llama, ours):
-    expected = [generate_alone(llama, row, max_new_tokens=12, repetition_penalty=1.7) for row in ROWS]
+    expected = [plain_generate(llama, row, 12, repetition_penalty=1.7) for row in ROWS]
     width = max(map(len, ROWS))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in ROWS])
     mask = (torch.arange(width) >= width - torch.tensor([[len(row)] for row in ROWS])).long()
@@ -390,7 +386,7 @@ def test_door_streams_and_returns_dicts(llama, ours):
         return_dict_in_generate=True)  # fmt: skip
     assert streamer.tokens == out.sequences[0].tolist()
     assert streamer.ended
-    assert out.sequences[0, len(ROWS[0]) :].tolist() == generate_alone(llama, ROWS[0], max_new_tokens=9)
+    assert out.sequences[0, len(ROWS[0]) :].tolist() == plain_generate(llama, ROWS[0], 9)
 
 
 def test_door_refuses_what_it_cannot_do(llama, ours):

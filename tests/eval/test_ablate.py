@@ -9,7 +9,10 @@ from pathlib import Path
 
 import ablate
 import pytest
+import train_adapter
 import yaml
+from data_samples import code_text
+from programs import run, start_here
 from studies import study_rows, study_tables, variant_runs
 from studies.study import QUICK, View, load_study, shortened
 from tiny_models import make_adapter
@@ -65,24 +68,24 @@ def model(adapter):
 
 
 @pytest.fixture
-def lab(tmp_path, monkeypatch, capsys, adapter, model):
+def lab(tmp_path, monkeypatch, adapter, model):
     """Runs studies with a trainer that is none; all its adapters are one, which is loaded once; draws no pictures."""
     monkeypatch.setattr(pardec, "load", lambda directory, device: model)
     monkeypatch.setattr(study_tables, "plot_study", lambda panels, baseline, title, path: path.write_text(title))
-    return Lab(tmp_path, monkeypatch, capsys, adapter)
+    return Lab(tmp_path, monkeypatch, adapter)
 
 
 @pytest.fixture
-def whole_lab(tmp_path, monkeypatch, capsys, adapter):
+def whole_lab(tmp_path, monkeypatch, adapter):
     """The same with everything but the trainer as it is."""
-    return Lab(tmp_path, monkeypatch, capsys, adapter)
+    return Lab(tmp_path, monkeypatch, adapter)
 
 
 class Lab:
-    def __init__(self, folder, monkeypatch, capsys, adapter):
-        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+    def __init__(self, folder, monkeypatch, adapter):
+        self.folder = folder
         self.evaluation = {**SMALL, "data": str(folder / "prompts.txt")}
-        (folder / "prompts.txt").write_text(Path(__file__).read_text())
+        (folder / "prompts.txt").write_text(code_text(300))
         self.work, self.stem, self.does = folder / "work", folder / "out" / "study", {}
         (folder / "train").mkdir()
         (folder / "train" / "train_adapter.py").write_text(TRAINER)
@@ -104,13 +107,9 @@ class Lab:
         recipes = {v.key: v.settings for v in load_study(path).variants if v.recipe}
         plan = {"does": self.does, "recipes": recipes}
         (self.folder / "train" / "plan.json").write_text(json.dumps(plan))
-        arguments = [str(path), "--work", str(self.work), "--output", str(self.stem), *options]
-        self.monkeypatch.setattr(sys, "argv", ["eval/ablate.py", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            ablate.main()
-        captured = self.capsys.readouterr()
-        last = captured.out.splitlines()[-1] if captured.out else ""
-        return stop.value.code, json.loads(last) if last.startswith("{") else captured.out, captured.err
+        ended = run(ablate.main, path, "--work", self.work, "--output", self.stem, *options)
+        last = ended.out.splitlines()[-1] if ended.out else ""
+        return ended.code, json.loads(last) if last.startswith("{") else ended.out, ended.err
 
     def calls(self) -> list[str]:
         """Names of the variants that the trainer was called for, in order."""
@@ -531,15 +530,16 @@ def test_mask_rows_follow_token_dropping(lab):
     overrides = ["train.keep={ratio: 0.5, floor: 0.1}", "train.anchors_per_sequence=8", "train.batch_size=3"]
     (variant,) = load_study(lab.write([{"name": "a", "overrides": overrides}])).variants
     # of 8 blocks 8, 4, 2 and 1 keep their mask token at depths 1 to 4
-    assert variant_runs.mask_rows_per_step(variant.recipe) == 3 * (8 + 4 + 2 + 1)
+    assert variant.recipe.mask_rows(8) == 3 * (8 + 4 + 2 + 1)
 
 
 # ---------------------------------------------------------------------- the real trainer
 
 
-def test_two_variants_are_trained_and_compared_from_the_command_line(tmp_path):
+def test_two_variants_are_trained_and_compared_from_the_command_line(tmp_path, monkeypatch):
+    start_here(monkeypatch, train_adapter.main)
     text = tmp_path / "sources.txt"
-    text.write_text("".join(path.read_text() for path in sorted((ROOT / "pardec").glob("*.py"))))
+    text.write_text(code_text(900))
     study = {
         "recipe": RECIPE,
         "variants": [KL, LK],
@@ -547,11 +547,10 @@ def test_two_variants_are_trained_and_compared_from_the_command_line(tmp_path):
         "evaluate": {"data": str(text)},
     }
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(study))
-    command = [sys.executable, "eval/ablate.py", str(tmp_path / "two.yaml"), "--quick"]
-    command += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    folders = ("--work", tmp_path / "work", "--output", tmp_path / "two")
+    ended = run(ablate.main, tmp_path / "two.yaml", "--quick", *folders)
+    assert ended.code == 0, ended.err[-2000:]
+    result = ended.result
     assert [(row["status"], row["steps"]) for row in result["rows"]] == [("done", 2), ("done", 2)]
     assert result["num_prompts"] == 2
     # batches of 2 with 4 blocks of 4

@@ -1,15 +1,20 @@
 """The GPU report's bookkeeping: steps that are done stay done, a failed or cut-off one is run again."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import exactness
+import generate_responses
 import gpu_report
 import psutil
 import pytest
+import train_adapter
 import yaml
 from gpu_report import TIME_IS_OVER, Step
+from programs import start_here
 from studies.study import load_study
 
 
@@ -64,16 +69,36 @@ def test_a_failed_step_does_not_stop_the_others_and_is_run_again(run, tmp_path):
     assert (times(tmp_path, "one"), times(tmp_path, "two")) == (2, 1)
 
 
-def test_a_step_that_takes_too_long_is_cut_off_and_begun_again(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_report, "STEP_LIMIT_SECONDS", 2)
+@pytest.fixture
+def hurried(tmp_path, monkeypatch):
+    """The time of step `one` is over as soon as it has begun, however long starting it has taken."""
+
+    class Hurried(subprocess.Popen):
+        def __init__(self, *args, **options):
+            self.times_before = times(tmp_path, "one")
+            super().__init__(*args, **options)
+
+        def wait(self, timeout=None):
+            if timeout is None or "sleep" not in self.args[-1]:
+                return super().wait(timeout)
+            assert timeout == gpu_report.STEP_LIMIT_SECONDS
+            while times(tmp_path, "one") == self.times_before and self.poll() is None:
+                time.sleep(0.01)
+            return super().wait(0.01)
+
+    monkeypatch.setattr(gpu_report.subprocess, "Popen", Hurried)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_step_that_takes_too_long_is_cut_off_and_begun_again(run, tmp_path):
     steps = [counting(tmp_path, "one", "import time; time.sleep(60)")]
     assert run(steps)[0] == TIME_IS_OVER
     assert run(steps)[0] == TIME_IS_OVER
     assert times(tmp_path, "one") == 2
 
 
-def test_a_step_that_was_cut_off_is_left_however_the_others_end(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_report, "STEP_LIMIT_SECONDS", 2)
+@pytest.mark.usefixtures("hurried")
+def test_a_step_that_was_cut_off_is_left_however_the_others_end(run, tmp_path):
     steps = [counting(tmp_path, "one", "import time; time.sleep(60)"), counting(tmp_path, "two")]
     assert run(steps)[0] == TIME_IS_OVER
     assert times(tmp_path, "two") == 1
@@ -201,6 +226,9 @@ def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, mo
     folder = tmp_path / "report"
     only = "tests,pretrain,responses,train-lora,exactness,study-lora-head"
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--quick", "--output", str(folder), "--only", only])
+    # the others are started as scripts by no other test
+    start_here(monkeypatch, generate_responses.main, train_adapter.main, exactness.main)
+    monkeypatch.chdir(gpu_report.ROOT)
     with pytest.raises(SystemExit) as ended:
         gpu_report.main()
     logs = {path.name: path.read_text()[-2000:] for path in folder.glob("*.log")}

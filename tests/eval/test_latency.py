@@ -1,15 +1,13 @@
 """The step latency benchmark: the bound by hand count, what engines are timed, forced drafts, the script itself."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import latency
 import pytest
 import torch
+from programs import run, run_in_own_process
 from reporting import latency_tables
 from timing import bandwidth, flex_route, shapes, step_groups, step_profile, steps
 from timing.steps import FLEX, GROUPED, STOCK, Runner, Subject, Variant
@@ -21,7 +19,6 @@ from pardec.decoding.sampling import TokenLaw
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 PROMPT = list(range(3, 40))
 WITH_LORA = Variant(compile=False, lora=True, attention=GROUPED)
@@ -114,10 +111,10 @@ def test_engines_are_put_together_as_the_public_model_does(subject, num_drafted,
     with public.engines.lend([PROMPT], TokenLaw(greedy=True), 8, drafting, eos=[]) as theirs:
         for name in ("mode", "num_speculative_tokens", "law", "max_new_tokens"):
             assert getattr(mine.decoder, name) == getattr(theirs.decoder, name), name
-        assert mine.decoder.forward.query_group == theirs.decoder.forward.query_group
-        rows = (mine.decoder.forward, theirs.decoder.forward)
+        ours, its = mine.decoder.forward, theirs.decoder.forward
+        assert ours.query_group == its.query_group
         for name in ("gate", "mask_embeddings", "compile_step"):
-            assert (getattr(rows[0], name) is None) == (getattr(rows[1], name) is None), name
+            assert (getattr(ours, name) is None) == (getattr(its, name) is None), name
         assert mine.decoder.rows_per_step == theirs.decoder.rows_per_step == (num_drafted + 1) ** 2
         packed = [
             0 if d.forward.linears is None else len(d.forward.linears.modules) for d in (mine.decoder, theirs.decoder)
@@ -304,10 +301,9 @@ def test_a_trace_is_summed_up_per_step():
 
 
 def test_quick_writes_every_file_and_ends_with_the_json_line(tmp_path):
-    command = [sys.executable, "eval/latency.py", "--quick", "--attention", "grouped,stock", "--output"]
-    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    ended = run(latency.main, "--quick", "--attention", "grouped,stock", "--output", tmp_path / "out")
+    assert ended.code == 0, ended.err[-2000:]
+    result = ended.result
     assert result == json.loads((tmp_path / "out.json").read_text())
     assert result["is_complete"]
     assert result["model"] == "tiny"
@@ -326,29 +322,16 @@ def test_quick_writes_every_file_and_ends_with_the_json_line(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def run_here(monkeypatch, capsys, *arguments):
-    """Exit code and output of the script in this process."""
-    monkeypatch.setattr(sys, "argv", ["latency.py", *arguments])
-    code = 0
-    try:
-        latency.main()
-    except SystemExit as stopped:
-        code = stopped.code
-    return code, capsys.readouterr()
-
-
-def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters, monkeypatch, capsys):
+def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters):
     options = ["--quick", "--contexts", "32", "--rows", "1,4,9", "--repetitions", "2", "--forced-acceptance", "2"]
-    code, output = run_here(
-        monkeypatch, capsys, str(adapters / "embeddings"), *options, "--output", str(tmp_path / "out")
-    )
-    assert code == 0
-    result = json.loads(output.out.splitlines()[-1])
+    ended = run(latency.main, adapters / "embeddings", *options, "--output", tmp_path / "out")
+    assert ended.code == 0, ended.err[-2000:]
+    result = ended.result
     assert result["model"] == "tiny-python"
     # 4 rows hold one draft, which cannot make two; the adapter has no LoRA
     assert [(row["rows"], row["tokens_per_step"]) for row in result["rows"]] == [(1, 1), (9, 3)]
     assert [one["reason"] for one in result["left_out"]] == ["the adapter has no LoRA"]
-    assert "tokens/s x plain" in output.out
+    assert "tokens/s x plain" in ended.out
     for row in result["rows"]:
         assert row["tokens_per_second"] == pytest.approx(1000 * row["tokens_per_step"] / row["ms_per_step"], rel=0.5)
 
@@ -356,7 +339,6 @@ def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "llama-9b"], "shape: expected one of tiny, llama-100m, llama-1b, llama-8b"),
         (["runs/no-such-adapter"], "expected an adapter directory, found nothing"),
         ([], "expected an adapter directory, --shape or --quick"),
         (["--quick", "--rows", "1,5"], "rows: expected squares"),
@@ -369,12 +351,17 @@ def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters, monkeypat
         (["a", "--shape", "tiny"], "expected no --shape beside an adapter directory"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, arguments, message):
-    code, output = run_here(monkeypatch, capsys, *arguments)
-    assert code == 2
-    assert output.err.count("\n") == 1
-    assert message in output.err
-    assert output.out == ""
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
+    ended = run(latency.main, *arguments)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert message in ended.err
+    assert ended.out == ""
+
+
+def test_as_a_script_it_refuses_what_is_no_shape():
+    error = run_in_own_process("eval/latency.py", "--shape", "llama-9b").error
+    assert "shape: expected one of tiny, llama-100m, llama-1b, llama-8b" in error
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):

@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import speed
 import torch
+from programs import Ended, run, run_in_own_process
 from reporting import result_files
 from reporting import speed_tables as tables
 from timing import baselines
@@ -19,14 +17,12 @@ from timing.calls import Call, Timed
 from timing.divergence import Divergence
 from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging
 
 from pardec.data.benchmarks import Prompt
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import eos_token_ids
 
-ROOT = Path(__file__).parents[2]
 GREEDY = Setting("greedy", 12)
 SAMPLED = Setting("sampled", 12, temperature=0.8, top_k=10)
 
@@ -55,22 +51,12 @@ def folder(tiny_base, adapters, tmp_path_factory):
 
 
 @pytest.fixture
-def call_speed(monkeypatch, capsys, folder):
-    """Runs the script in this process: exit code, standard output, standard error."""
+def call_speed(monkeypatch, folder):
+    """Runs the program in the folder of the adapters."""
 
-    def call(*arguments: str):
-        # the device's name, which tuned choices go by, holds the number of threads
-        monkeypatch.setattr(sys, "argv", ["eval/speed.py", *arguments])
+    def call(*arguments: object) -> Ended:
         monkeypatch.chdir(folder)
-        verbosity = logging.get_verbosity()
-        try:
-            with pytest.raises(SystemExit) as stop:
-                speed.main()
-        finally:
-            logging.set_verbosity(verbosity)
-            logging.enable_progress_bar()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
+        return run(speed.main, *arguments)
 
     return call
 
@@ -343,11 +329,9 @@ def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):
 
 def test_quick_measures_all_ways_side_by_side(call_speed, tmp_path):
     stem = tmp_path / "speed"
-    code, out, err = call_speed(
-        "lora", "--quick", "--assistant", "assistant", "--max-new-tokens", "8", "--output", str(stem)
-    )
-    assert code == 0, out + err
-    result = json.loads(out.splitlines()[-1])
+    ended = call_speed("lora", "--quick", "--assistant", "assistant", "--max-new-tokens", 8, "--output", stem)
+    assert ended.code == 0, ended.out + ended.err
+    result = ended.result
     assert json.loads((tmp_path / "speed.json").read_text()) == result
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "speed.md").read_text()
@@ -377,11 +361,9 @@ def test_several_adapters_share_plain_and_benchmarks_are_told_by_category(call_s
     rows = [{"question_id": i, "category": c, "turns": ["def f(x):"]} for i, c in enumerate(("coding", "math"))]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ("--prompts", str(prompts), "--greedy-only", "--batch-sizes", "1", "--num-speculative-tokens", "1")
-    code, out, _ = call_speed(
-        "embeddings", "lora", "--quick", "--max-new-tokens", "4", *options, "--output", str(tmp_path / "x")
-    )
-    assert code == 0, out
-    found = json.loads(out.splitlines()[-1])["rows"]
+    ended = call_speed("embeddings", "lora", "--quick", "--max-new-tokens", 4, *options, "--output", tmp_path / "x")
+    assert ended.code == 0, ended.out + ended.err
+    found = ended.result["rows"]
     assert [(row["way"], row["adapter"]) for row in found] == [
         ("plain", ""), ("two_pass", "embeddings"), ("fused", "embeddings"), ("two_pass", "lora"), ("fused", "lora"),
         ("fused tuned", "lora"), ("generate", ""), ("prompt lookup", ""),
@@ -400,12 +382,12 @@ def test_a_way_that_decodes_something_else_is_found_out(call_speed, monkeypatch,
 
     monkeypatch.setattr(SelfSpeculativeModel, "generate", sabotaged)
     options = ("--greedy-only", "--max-new-tokens", "4", "--num-prompts", "1", "--batch-sizes", "1")
-    code, out, _ = call_speed("embeddings", "--quick", *options, "--output", str(tmp_path / "x"))
-    assert code == 1
-    result = json.loads(out.splitlines()[-1])
+    ended = call_speed("embeddings", "--quick", *options, "--output", tmp_path / "x")
+    assert ended.code == 1
+    result = ended.result
     assert {row["way"] for row in result["rows"] if not row["identical"]} == {"fused"}
     assert "new token 3" in result["problems"][0]
-    assert "NO" in out
+    assert "NO" in ended.out
 
 
 def test_a_batch_size_without_enough_memory_is_left_out(call_speed, monkeypatch, tmp_path):
@@ -416,12 +398,12 @@ def test_a_batch_size_without_enough_memory_is_left_out(call_speed, monkeypatch,
 
     monkeypatch.setattr(speed, "time_ways", time_ways)
     options = ("--quick", "--greedy-only", "--max-new-tokens", "4", "--output", str(tmp_path / "x"))
-    code, out, _ = call_speed("embeddings", *options)
-    assert code == 0, out
-    result = json.loads(out.splitlines()[-1])
+    ended = call_speed("embeddings", *options)
+    assert ended.code == 0, ended.out + ended.err
+    result = ended.result
     assert {row["batch_size"] for row in result["rows"]} == {1}
     assert speed.OUT_OF_MEMORY in {one["reason"] for one in result["left_out"]}
-    assert call_speed("embeddings", *options, "--batch-sizes", "2")[0] == 2
+    assert call_speed("embeddings", *options, "--batch-sizes", "2").code == 2
 
 
 @pytest.mark.parametrize(
@@ -440,15 +422,14 @@ def test_a_batch_size_without_enough_memory_is_left_out(call_speed, monkeypatch,
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(call_speed, options, message):
-    code, out, err = call_speed("embeddings", "--quick", *options)
-    assert (code, out) == (2, "")
-    assert err.startswith(f"error: {message}")
-    assert err.count("\n") == 1
+    ended = call_speed("embeddings", "--quick", *options)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith(f"error: {message}")
+    assert ended.err.count("\n") == 1
 
 
 def test_as_a_script_it_refuses_what_is_no_adapter(tmp_path):
-    script = [sys.executable, "eval/speed.py", str(tmp_path / "none"), "--quick"]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
+    ended = run_in_own_process("eval/speed.py", tmp_path / "none", "--quick")
+    assert ended.code == 2
+    assert ended.err.startswith("error: ")
+    assert "Traceback" not in ended.err
