@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from reporting.plots import plot_acceptance_by_position
+from reporting.result_files import write_json
 from rich.console import Console
 from rich.table import Table
 from timing.baselines import Setting, generate_way
@@ -137,7 +138,7 @@ def report(args: argparse.Namespace) -> None:
         "device": device_name(models["lora"].target.device),
         "versions": library_versions(),
     }
-    (Path(args.output) / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, Path(args.output) / "demo.json")
     print(json.dumps(result))
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from reporting.result_files import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -140,7 +141,7 @@ def report(args: argparse.Namespace) -> bool:
     if args.output is not None:
         path = Path(args.output if args.output.endswith(".json") else f"{args.output}/exactness.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, path)
         path.with_suffix(".md").write_text(text, encoding="utf-8")
     return exact
 

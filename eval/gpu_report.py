@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from reporting.result_files import write_json
 from studies.study import QUICK
 
 from pardec.run import device_name, exit_on_unusable_input, git_commit, library_versions
@@ -222,9 +223,7 @@ def run_step(output: Path, step: Step, limit_seconds: float) -> int:
     seconds = round(time.monotonic() - start, 1)
     gathered = [gather(path, output) for path in step.results if path.exists()] if code == 0 else []
     record = {"command": list(step.command), "code": code, "seconds": seconds, "results": gathered}
-    aside = output / f"{step.name}.step.json.tmp"
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.replace(record_file(output, step))
+    write_json(record, record_file(output, step))
     said = "done" if code == 0 else "cut off; run again to continue" if code == CUT_OFF else f"failed, see {log}"
     print(f"{step.name}: {said} after {seconds:.0f} s", flush=True)
     return code
