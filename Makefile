@@ -8,7 +8,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 # a process per processor, the tests of a file in one of them; `pytest` alone runs them one after another
 TEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 .DELETE_ON_ERROR:
-.PHONY: setup demo speed gpu-report test check clean
+.PHONY: setup demo speed gpu-report lint test check clean
 
 setup: .venv/.installed
 
@@ -31,14 +31,16 @@ speed: setup  ## tune the demo's adapters for this device and measure them besid
 gpu-report: setup  ## every GPU table of this project, made on your CUDA device; run again to continue
 	$(BIN)/python eval/gpu_report.py $(REPORT)
 
-test: setup  ## the whole test suite (GPU tests run only where asked for with -m gpu)
-	$(TEST)
-
-check: setup  ## what a change must pass: lint, format, types, tests
+lint: setup  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+test: setup  ## the whole test suite (GPU tests run only where asked for with -m gpu)
 	$(TEST)
+
+check: lint  ## what a change must pass: lint, format, types, tests; names the ten slowest
+	$(TEST) --durations=10
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info

@@ -18,33 +18,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from reporting.ablate_tables import print_results, write_results
-from reporting.result_files import output_stem
+from reporting.result_files import output_stem, provenance
 from studies.study import Study, Variant, load_study, shortened
 from studies.study_rows import FAILED, rows_of
+from studies.study_tables import print_results, write_results
 from studies.variant_runs import alone, base_of, evaluate, is_trained, read_record, train
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from pardec.data.corpus import held_out_prompts
-from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_tokenizer
 
 
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="YAML file")
-    parser.add_argument("--only", help="names of variants, with commas; the table shows all that are done")
-    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for all trained variants")
-    parser.add_argument("--work", help="folder of adapters, logs and records; default runs/studies/<study>")
-    parser.add_argument(
-        "--output", help="path of the results without suffix; default eval/results/study_<study>_<device>"
-    )
-    parser.add_argument("--list", action="store_true", help="print variants and their commands, do nothing")
-    parser.add_argument(
-        "--quick", action="store_true", help="few steps and prompts, for a first look: runs/study_*_quick"
-    )
+    add = parser.add_argument
+    add("study", help="YAML file")
+    add("--only", help="names of variants, with commas; the table shows all that are done")
+    add("--set", nargs="+", default=[], metavar="section.key=value", help="for all trained variants")
+    add("--work", help="folder of adapters, logs and records; default runs/studies/<study>")
+    add("--output", help="path of the results without suffix; default eval/results/study_<study>_<device>")
+    add("--list", action="store_true", help="print variants and their commands, do nothing")
+    add("--quick", action="store_true", help="few steps and prompts, for a first look: runs/study_*_quick")
     args = parser.parse_args()
     with exit_on_unusable_input():
         sys.exit(report(args))
@@ -143,10 +140,7 @@ def facts(study: Study, prompts: dict[str, list[list[int]]], device: torch.devic
         "budget": study.budget.model_dump(),
         "num_prompts": min(map(len, prompts.values())),
         "base": list(prompts),
-        "device": device_name(device),
-        "versions": library_versions(),
-        "git_commit": git_commit(),
-        "command": command_line(),
+        **provenance(device),
     }
 
 

@@ -16,6 +16,8 @@ import torch
 from reporting.plots import plot_acceptance_by_position
 from rich.console import Console
 from rich.table import Table
+from timing.baselines import Setting, generate_way
+from timing.divergence import TOLERANCE, divergence_from
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -24,15 +26,15 @@ from pardec.adapters.adapter import Adapter
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import TEST
 from pardec.decoding.output import GenerationOutput
-from pardec.measures.acceptance import measure_acceptance, summarise
+from pardec.measures.acceptance import Acceptance, measure_acceptance, summarise
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, exit_on_unusable_input, library_versions
 from pardec.target.base import load_base
 from pardec.training.module import mean_embedding
 
 TEMPERATURE, TOP_K = 0.8, 10
-# two best logits closer than this are a tie that float32 arithmetic decides either way (DESIGN: exactness)
-TIE_GAP = 1e-4
+# two best logits closer than this are a tie that float32 arithmetic decides either way
+TIE_GAP = TOLERANCE[torch.float32]
 
 
 @dataclass
@@ -46,25 +48,28 @@ class Run:
     outputs: list[GenerationOutput] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
 
-    def as_row(self, prompts: list[list[int]], identical: bool | None) -> dict:
-        """The figures of the JSON line."""
+    @property
+    def ratio(self) -> float:
+        """Median ratio to plain."""
+        return statistics.median(self.ratios)
+
+    def measured(self, prompts: list[list[int]]) -> Acceptance:
+        """What was accepted behind the prompts, and how fast."""
         counts = [one for out in self.outputs for one in out.counts]
         tokens = [ids for out in self.outputs for ids in out.token_ids]
-        measured = summarise(prompts, tokens, counts, sum(out.stats.seconds for out in self.outputs))
-        row = {
+        return summarise(prompts, tokens, counts, sum(out.stats.seconds for out in self.outputs))
+
+    def row(self, measured: Acceptance) -> dict:
+        """The figures of the JSON line."""
+        return {
             "adapter": self.adapter,
             "mode": self.mode,
             "num_speculative_tokens": self.num_speculative_tokens,
             "mean_acceptance_length": round(measured.mean_acceptance_length, 4),
             "tokens_per_forward": round(measured.stats.tokens_per_forward, 4),
             "tokens_per_second": round(measured.stats.tokens_per_second, 2),
-            "ratio_to_plain": round(statistics.median(self.ratios), 4),
+            "ratio_to_plain": round(self.ratio, 4),
         }
-        if identical is not None:
-            row["identical"] = identical
-        extra = {"outside_repetition": measured.outside_repetition, "interval": measured.interval}
-        extra["per_position"] = measured.stats.acceptance_rate_per_position["unconditional"]
-        return {"row": row, "extra": extra}
 
 
 def main() -> None:
@@ -96,32 +101,35 @@ def report(args: argparse.Namespace) -> None:
     untrained = measure_untrained(models["embeddings"], prompts, args.max_new_tokens)
     fused = {"embeddings": sorted({1, K}), "lora": list(range(1, K + 1))}
     greedy = timed_runs(models, prompts, args.max_new_tokens, fused, K, temperature=0.0)
-    best = max((run for run in greedy if run.adapter == "lora" and run.mode == "fused"), key=_ratio)
+    best = max((run for run in greedy if run.adapter == "lora" and run.mode == "fused"), key=lambda run: run.ratio)
     fused = {"embeddings": [K], "lora": sorted({best.num_speculative_tokens, K})}
     sampled = timed_runs(models, prompts, args.max_new_tokens, fused, K, temperature=TEMPERATURE)
 
-    rows = [run.as_row(prompts, same_as_generate(run, prompts)) for run in greedy]
-    sampled_rows = [run.as_row(prompts, None) for run in sampled]
+    alone = generate_way(base, Setting("greedy", args.max_new_tokens), name="generate")
+    references = [alone.decode([prompt], 0).token_ids[0] for prompt in prompts]
+    found, sampled_found = ([run.measured(prompts) for run in runs] for runs in (greedy, sampled))
+    rows = [
+        run.row(one) | {"identical": same_as(references, run, prompts)} for run, one in zip(greedy, found, strict=True)
+    ]
+    sampled_rows = [run.row(one) for run, one in zip(sampled, sampled_found, strict=True)]
     setting = f"temperature {TEMPERATURE}, top-k {TOP_K}"
-    print_table(console, "greedy", rows)
-    print_table(console, setting, sampled_rows)
+    print_table(console, "greedy", rows, found)
+    print_table(console, setting, sampled_rows, sampled_found)
     console.print(
         f"untrained mask embeddings (mean input embedding), {setting}: mean acceptance length {untrained[0]:.3f}\n"
-        f"best K for speed on this device: {best.num_speculative_tokens} "
-        f"({_ratio(best):.2f} x plain, greedy, gated LoRA)"
+        f"best K for speed on this device: {best.num_speculative_tokens} ({best.ratio:.2f} x plain, greedy, gated LoRA)"
     )
     per_position = {"untrained": untrained[1]}
-    for found in sampled_rows:
-        row = found["row"]
-        if row["mode"] == "fused" and row["num_speculative_tokens"] == K:
-            per_position[row["adapter"]] = found["extra"]["per_position"]
+    for run, one in zip(sampled, sampled_found, strict=True):
+        if run.mode == "fused" and run.num_speculative_tokens == K:
+            per_position[run.adapter] = one.stats.acceptance_rate_per_position["unconditional"]
     picture = Path(args.output) / "acceptance_by_position.png"
     plot_acceptance_by_position(per_position, f"acceptance by position, {setting}, test split", picture)
     console.print(f"picture: {picture}\n")
     show_sample(console, models["lora"], prompts[len(prompts) // 2])
     result = {
-        "rows": [found["row"] for found in rows],
-        "sampled_rows": [found["row"] for found in sampled_rows],
+        "rows": rows,
+        "sampled_rows": sampled_rows,
         "untrained_sampled_mean_acceptance_length": round(untrained[0], 4),
         "num_prompts": len(prompts),
         "max_new_tokens": args.max_new_tokens,
@@ -183,53 +191,38 @@ def timed_runs(
     return by_adapter
 
 
-def same_as_generate(run: Run, prompts: list[list[int]]) -> bool:
+def same_as(references: list[list[int]], run: Run, prompts: list[list[int]]) -> bool:
     """Whether the greedy tokens are those of `model.generate` of the untouched base, ties of float32 aside."""
-    base = run.model.base_model
-    for prompt, out in zip(prompts, run.outputs, strict=True):
-        found, key = out.token_ids[0], tuple(prompt)
-        if key not in _REFERENCES:
-            ids = torch.tensor([prompt], device=base.device)
-            generated = base.generate(ids, max_new_tokens=len(found), do_sample=False)  # type: ignore[operator]
-            _REFERENCES[key] = generated[0, len(prompt) :].tolist()
-        reference = _REFERENCES[key]
-        if found != reference:
-            first = next(i for i, (a, b) in enumerate(zip(found, reference, strict=False)) if a != b)
-            with torch.no_grad():
-                logits = base(torch.tensor([prompt + found[:first]], device=base.device)).logits[0, -1]
-            best = logits.float().topk(2).values
-            print(f"{run.mode}: differs at token {first}, where the two best logits are {best[0] - best[1]:.1e} apart")
-            if best[0] - best[1] > TIE_GAP:
+    for prompt, out, reference in zip(prompts, run.outputs, references, strict=True):
+        one = divergence_from(run.model.base_model, run.mode, prompt, out.token_ids[0], reference)
+        if one is not None:
+            print(f"{run.mode}: differs at token {one.index}, where the two best logits are {one.top2_gap:.1e} apart")
+            if one.top2_gap > TIE_GAP:
                 return False
     return True
 
 
-_REFERENCES: dict[tuple[int, ...], list[int]] = {}
-
-
-def print_table(console: Console, title: str, rows: list[dict]) -> None:
+def print_table(console: Console, title: str, rows: list[dict], found: list[Acceptance]) -> None:
     """One line per way of decoding."""
     table = Table(
         "adapter", "mode", "K", "mean acceptance length (95 % interval)", "outside repetition",
         "tokens per forward", "tokens/s", "ratio to plain", title=title,
     )  # fmt: skip
-    if "identical" in rows[0]["row"]:
+    if "identical" in rows[0]:
         table.add_column("identical to generate")
-    for found in rows:
-        row, extra = found["row"], found["extra"]
+    for row, one in zip(rows, found, strict=True):
         drafted = row["mode"] != "plain"
-        interval = f" ({extra['interval'][0]:.2f} to {extra['interval'][1]:.2f})" if drafted else ""
+        interval = f" ({one.interval[0]:.2f} to {one.interval[1]:.2f})" if drafted else ""
         table.add_row(
             row["adapter"],
             row["mode"],
             str(row["num_speculative_tokens"]) if drafted else "-",
             f"{row['mean_acceptance_length']:.2f}{interval}",
-            f"{extra['outside_repetition']:.2f}" if extra["outside_repetition"] else "-",
+            f"{one.outside_repetition:.2f}" if one.outside_repetition else "-",
             f"{row['tokens_per_forward']:.2f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['ratio_to_plain']:.2f} x",
             *(["yes" if row["identical"] else "NO"] if "identical" in row else []),
-            end_section=found is rows[-1],
         )
     console.print(table)
 
@@ -245,10 +238,6 @@ def show_sample(console: Console, model: SelfSpeculativeModel, prompt: list[int]
             text = model.tokenizer.decode([token])
             console.print(text, style=style, end="", markup=False, highlight=False)
     console.print("\n")
-
-
-def _ratio(run: Run) -> float:
-    return statistics.median(run.ratios)
 
 
 if __name__ == "__main__":

@@ -13,125 +13,43 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from timing.baselines import Setting, generate_way, neutral_generation_config
+from timing.divergence import Divergence, divergence_from
+from timing.options import add_prompt_options, check_device, full_or_quick
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
 from transformers.utils import logging
 
 import pardec
 from pardec.data.benchmarks import Prompt, read_prompts
-from pardec.data.python_sources import STDLIB, TEST, VALIDATION
 from pardec.model import SelfSpeculativeModel
 from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
-from pardec.target.base import eos_token_ids, pad_token_id
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
-# in units of logits: the best logits are a tie when they are this close
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-# In units of eps(dtype) * largest |logit|, for dtypes that round the logits themselves: rounding two logits moves
-# their gap by up to 1 such unit, so 2 between two forwards with different numbers of rows, which take other kernels.
-# The rest is for the activations, which every layer rounds as well.
-HALF_PRECISION_TOLERANCE = 8
 RUNS = (("plain", 1), ("two_pass", 1), ("fused", 1), ("fused", 8))  # mode, prompts decoded together at most
 FULL = {"num_prompts": None, "max_new_tokens": 128}
 QUICK = {"num_prompts": 3, "max_new_tokens": 24}
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """The first place where two continuations of a prompt differ; gaps are in units of logits."""
-
-    prompt: str  # its name
-    index: int  # of the first new token that differs
-    tokens: tuple[int | None, int | None]  # of the mode and of the reference; None where the sequence has ended
-    top2_gap: float  # between the two largest logits
-    relative_gap: float  # top2_gap / largest |logit|
-    token_gap: float  # between the logits of the two tokens
-    shortfall: float  # of the less likely of the two tokens, below the largest logit
-    tolerance: float  # the largest shortfall of a tie
-    explained: bool  # whether the two tokens are a tie
-
-
-def tie_tolerance(dtype: torch.dtype, largest_logit: float) -> float:
-    """How far below the largest logit a token may be that rounding in `dtype` can put first, in units of logits."""
-    if dtype in TOLERANCE:
-        return TOLERANCE[dtype]
-    return HALF_PRECISION_TOLERANCE * torch.finfo(dtype).eps * largest_logit
-
-
-def first_difference(found: Sequence[int], reference: Sequence[int]) -> int | None:
-    """Index of the first token that differs; where one sequence begins with the other, the shorter one's length."""
-    for index, (a, b) in enumerate(zip(found, reference, strict=False)):
-        if a != b:
-            return index
-    return None if len(found) == len(reference) else min(len(found), len(reference))
-
-
-def examine(
-    prompt: str,
-    found: Sequence[int],
-    reference: Sequence[int],
-    logits_after: Callable[[Sequence[int]], Tensor],
-    dtype: torch.dtype,
-    eos_ids: Sequence[int],
-) -> Divergence | None:
-    """The first divergence of two continuations, None if they are the same.
-
-    Both tokens must be within the tolerance of the largest logit: in a low precision the two best tokens of this
-    forward need not be those that the decodings chose. A sequence that ends without an EOS where the other goes on is
-    taken to have chosen the likeliest EOS silently; no other difference in length can be a tie.
-
-    Args:
-        prompt: its name.
-        found: new tokens of a mode.
-        reference: new tokens that it is compared with.
-        logits_after: the base's logits behind the prompt and these new tokens, shape [V].
-        dtype: that both were decoded in.
-        eos_ids: that end a text.
-    """
-    index = first_difference(found, reference)
-    if index is None:
-        return None
-    logits = logits_after(reference[:index]).cpu().double()  # subtracting in float64 adds no rounding
-    first, second = logits.topk(2).values.tolist()
-    largest = float(logits.abs().nan_to_num(nan=0.0, posinf=0.0).max())
-    tolerance = tie_tolerance(dtype, largest)
-    ours, theirs = (ids[index] if index < len(ids) else None for ids in (found, reference))
-    chosen = [token for token in (ours, theirs) if token is not None]
-    if len(chosen) == 1 and eos_ids and not set(reference[:index][-1:]) & set(eos_ids):
-        chosen.append(max(eos_ids, key=lambda token: float(logits[token])))
-    below = first - logits[chosen]
-    return Divergence(
-        prompt=prompt,
-        index=index,
-        tokens=(ours, theirs),
-        top2_gap=first - second,
-        relative_gap=(first - second) / largest if largest else 0.0,
-        token_gap=float(below.max() - below.min()),
-        shortfall=float(below.max()),
-        tolerance=tolerance,
-        # a logit that is no number is never within the tolerance
-        explained=len(set(chosen)) == 2 and bool((below <= tolerance).all()),
-    )
 
 
 def compare(
     prompts: Sequence[Prompt],
     found: Sequence[Sequence[int]],
     reference: Sequence[Sequence[int]],
-    logits_after: Callable[[Sequence[int], Sequence[int]], Tensor],
-    dtype: torch.dtype,
-    eos_ids: Sequence[int],
+    diverges: Callable[[Prompt, Sequence[int], Sequence[int]], Divergence | None],
 ) -> dict:
-    """Compares the continuations of all prompts; arguments as in `examine`, `logits_after` takes the prompt's ids too.
+    """Compares the continuations of all prompts.
+
+    Args:
+        prompts: that were continued.
+        found: new tokens of each in one mode.
+        reference: new tokens that they are compared with.
+        diverges: the first divergence of two continuations of a prompt, None if they are the same.
 
     Returns:
         dict: `identical`, the share of prompts whose sequences are the same; `num_tokens` compared, which end at a
@@ -139,7 +57,7 @@ def compare(
     """
     divergences, num_tokens = [], 0
     for prompt, ours, theirs in zip(prompts, found, reference, strict=True):
-        one = examine(prompt.name, ours, theirs, partial(logits_after, prompt.token_ids), dtype, eos_ids)
+        one = diverges(prompt, ours, theirs)
         num_tokens += len(theirs) if one is None else one.index + 1
         if one is not None:
             divergences.append(one)
@@ -165,15 +83,11 @@ def decode(
             batch = [prompt.token_ids for prompt in prompts[start : start + batch_size]]
             collected += model.generate(batch, mode=mode, **settings).token_ids
             bar.update(len(batch))
-    base = model.base_model
-    # a checkpoint's defaults may hold penalties and other processors; the greedy law has none of them
-    eos_ids, pad_id = eos_token_ids(base), pad_token_id(base)
-    base.generation_config = GenerationConfig(eos_token_id=eos_ids or None, pad_token_id=pad_id)
+    model.base_model.generation_config = neutral_generation_config(model.base_model, stop_at_eos=True)
+    alone = generate_way(model.base_model, Setting("greedy", args.max_new_tokens), name="generate")
     generated = []
     for prompt in prompts:
-        ids = torch.tensor([prompt.token_ids], device=model.target.device)
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": args.max_new_tokens, "do_sample": False}
-        generated.append(base.generate(ids, **options)[0, ids.shape[1] :].tolist())  # type: ignore[operator]
+        generated += alone.decode([prompt.token_ids], 0).token_ids
         bar.update()
     bar.close()
     return outputs, generated
@@ -183,17 +97,15 @@ def measure(model: SelfSpeculativeModel, prompts: Sequence[Prompt], args: argpar
     """Decodes all prompts in every way and compares: one row for each mode, batch size and reference."""
     outputs, generated = decode(model, prompts, args, dtype)
 
-    @torch.no_grad()
-    def logits_after(prompt: Sequence[int], new: Sequence[int]) -> Tensor:
-        ids = torch.tensor([[*prompt, *new]], device=model.target.device)
-        return model.base_model(input_ids=ids, use_cache=False).logits[0, -1]
+    def diverges(prompt: Prompt, ours: Sequence[int], theirs: Sequence[int]) -> Divergence | None:
+        return divergence_from(model.base_model, prompt.name, prompt.token_ids, ours, theirs)
 
-    rows, eos_ids = [], eos_token_ids(model.base_model)
+    rows = []
     for reference, expected in (("plain", outputs["plain", 1]), ("generate", generated)):
         for (mode, batch_size), found in outputs.items():
             if mode != reference:
                 row = {"dtype": dtype, "mode": mode, "batch_size": batch_size, "reference": reference}
-                rows.append(row | compare(prompts, found, expected, logits_after, DTYPES[dtype], eos_ids))
+                rows.append(row | compare(prompts, found, expected, diverges))
     return rows
 
 
@@ -266,10 +178,7 @@ def check_options(args: argparse.Namespace) -> None:
             raise ValueError(f"dtypes: expected some of {','.join(DTYPES)}, found {name!r}")
     if args.num_speculative_tokens is not None and args.num_speculative_tokens < 1:
         raise ValueError(f"num_speculative_tokens: expected an integer >= 1, found {args.num_speculative_tokens}")
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device: expected a torch device of this machine, found {args.device!r}") from None
+    check_device(args.device)
 
 
 def main() -> None:
@@ -277,10 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", help="adapter directory")
     parser.add_argument("--base", help="base model, if not the one that the adapter names")
-    parser.add_argument("--prompts", default=STDLIB, help="python-stdlib, python-packages, a .jsonl or text file")
-    parser.add_argument(
-        "--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib and python-packages"
-    )
+    add_prompt_options(parser)
     parser.add_argument("--num-prompts", type=int, help="default all of the source")
     parser.add_argument("--max-prompt-tokens", type=int, help="keep only the end of longer prompts")
     parser.add_argument("--max-new-tokens", type=int, help="limit per prompt")
@@ -289,10 +195,7 @@ def main() -> None:
     parser.add_argument("--num-speculative-tokens", type=int, help="default what was trained")
     parser.add_argument("--output", help="folder, or .json file, for the JSON and the Markdown beside it")
     parser.add_argument("--quick", action="store_true", help="few prompts and tokens, for a first look")
-    parser.set_defaults(**FULL)
-    if parser.parse_known_args()[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         sys.exit(0 if report(args) else 1)
 

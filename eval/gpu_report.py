@@ -151,12 +151,11 @@ def files_of(stem: Path) -> list[Path]:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="runs/gpu-report", help="folder of the report")
-    parser.add_argument(
-        "--minutes", type=float, default=60, help="what is not done within them is left for the next run"
-    )
-    parser.add_argument("--only", help="names of steps, with commas; done ones are done again")
-    parser.add_argument("--quick", action="store_true", help="rehearse on any machine; the figures mean nothing")
+    add = parser.add_argument
+    add("--output", default="runs/gpu-report", help="folder of the report")
+    add("--minutes", type=float, default=60, help="what is not done within them is left for the next run")
+    add("--only", help="names of steps, with commas; done ones are done again")
+    add("--quick", action="store_true", help="rehearse on any machine; the figures mean nothing")
     args = parser.parse_args()
     with exit_on_unusable_input():
         if not args.quick and not torch.cuda.is_available():

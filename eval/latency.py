@@ -15,9 +15,9 @@ import math
 
 import torch
 from reporting.latency_tables import print_results, write_results
-from reporting.result_files import output_stem
+from reporting.result_files import output_stem, provenance
 from timing.bandwidth import StepBound, copy_bandwidth, lora_bytes_per_step, weight_bytes_per_step
-from timing.options import integers
+from timing.options import full_or_quick, integers
 from timing.shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
 from timing.step_groups import Plan, measure_group
 from timing.steps import FLEX, GROUPED, STOCK, Subject, Variant
@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import pardec
 from pardec.adapters.files import load_adapter
-from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.run import exit_on_unusable_input
 from pardec.target.forward import TargetModel
 
 FULL = {"rows": "1,4,9,16,25,36,49,64,81", "contexts": "256,1024,4096", "repetitions": 10}
@@ -42,32 +42,24 @@ SETTINGS = {NO: [False], YES: [True], BOTH: [False, True]}
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", nargs="?", help="adapter directory, to measure with its base")
-    parser.add_argument("--shape", help=f"random weights instead: {', '.join(SHAPES)}; with --quick {QUICK_SHAPE}")
-    parser.add_argument(
-        "--rows", help=f"squares (K + 1)^2 with commas, default {FULL['rows']}; plain always goes along"
-    )
-    parser.add_argument("--contexts", help=f"tokens, with commas, default {FULL['contexts']}")
-    parser.add_argument(
-        "--compile", nargs="?", const=YES, default=NO, choices=list(SETTINGS), help="steps under torch.compile"
-    )
-    parser.add_argument("--lora", default=BOTH, choices=list(SETTINGS), help="a LoRA at mask rows")
-    parser.add_argument("--lora-rank", type=int, default=16, help="of the random LoRA of a --shape")
-    parser.add_argument("--attention", default=GROUPED, help=f"of steps, with commas: {', '.join(ATTENTIONS)}")
-    parser.add_argument("--forced-acceptance", type=int, metavar="N", help="an oracle makes every step accept N drafts")
-    parser.add_argument("--profile", action="store_true", help="what the device does in a step (CUDA only)")
-    parser.add_argument("--repetitions", type=int, help=f"counted blocks of steps, default {FULL['repetitions']}")
-    parser.add_argument("--device", help="default CUDA where there is one")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16, on a CPU float32"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", help="path of the results without suffix; default eval/results/latency_<device>")
-    parser.add_argument("--quick", action="store_true", help="few rows, short contexts: runs/latency_quick")
-    parser.set_defaults(**FULL)
-    if parser.parse_known_args()[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("directory", nargs="?", help="adapter directory, to measure with its base")
+    add("--shape", help=f"random weights instead: {', '.join(SHAPES)}; with --quick {QUICK_SHAPE}")
+    add("--rows", help=f"squares (K + 1)^2 with commas, default {FULL['rows']}; plain always goes along")
+    add("--contexts", help=f"tokens, with commas, default {FULL['contexts']}")
+    add("--compile", nargs="?", const=YES, default=NO, choices=list(SETTINGS), help="steps under torch.compile")
+    add("--lora", default=BOTH, choices=list(SETTINGS), help="a LoRA at mask rows")
+    add("--lora-rank", type=int, default=16, help="of the random LoRA of a --shape")
+    add("--attention", default=GROUPED, help=f"of steps, with commas: {', '.join(ATTENTIONS)}")
+    add("--forced-acceptance", type=int, metavar="N", help="an oracle makes every step accept N drafts")
+    add("--profile", action="store_true", help="what the device does in a step (CUDA only)")
+    add("--repetitions", type=int, help=f"counted blocks of steps, default {FULL['repetitions']}")
+    add("--device", help="default CUDA where there is one")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default bfloat16, on a CPU float32")
+    add("--seed", type=int, default=0)
+    add("--output", help="path of the results without suffix; default eval/results/latency_<device>")
+    add("--quick", action="store_true", help="few rows, short contexts: runs/latency_quick")
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         report(args)
 
@@ -197,10 +189,7 @@ def facts(args: argparse.Namespace, subject: Subject, plan: Plan, bound: StepBou
         "captured": subject.target.device.type == "cuda",
         "seed": plan.seed,
         "dtype": str(subject.target.dtype).removeprefix("torch."),
-        "device": device_name(subject.target.device),
-        "versions": library_versions(),
-        "git_commit": git_commit(),
-        "command": command_line(),
+        **provenance(subject.target.device),
     }
 
 

@@ -12,17 +12,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from exactness import Divergence, examine
-from reporting.result_files import output_stem
+from reporting.result_files import output_stem, provenance
 from reporting.speed_tables import print_results, write_results
 from timing.baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
 from timing.calls import rows_of, time_ways
-from timing.options import integers
-from torch import Tensor
+from timing.divergence import Divergence, divergence_from
+from timing.options import add_prompt_options, check_device, full_or_quick, integers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -30,11 +28,10 @@ from transformers.utils import logging
 import pardec
 from pardec.adapters.files import load_adapter
 from pardec.data.benchmarks import Prompt, read_prompts
-from pardec.data.python_sources import STDLIB, TEST, VALIDATION
 from pardec.decoding.sampling import make_warpers
 from pardec.model import SelfSpeculativeModel
-from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
-from pardec.target.base import eos_token_ids, load_base
+from pardec.run import exit_on_unusable_input
+from pardec.target.base import load_base
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FULL = {"num_prompts": 16, "max_new_tokens": 128, "batch_sizes": "1,4,16", "repetitions": 3}
@@ -46,39 +43,28 @@ OUT_OF_MEMORY = "one of the ways ran out of the device's memory at this batch si
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="+", help="adapter directories, all of one base")
-    parser.add_argument("--base", help="base model, if not the one that the first adapter names")
-    parser.add_argument("--assistant", help="folder or hub name of a smaller model with the same vocabulary")
-    parser.add_argument("--prompts", default=STDLIB, help="python-stdlib, python-packages, a .jsonl or text file")
-    parser.add_argument(
-        "--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib and python-packages"
-    )
-    parser.add_argument("--num-prompts", type=int, help=f"default {FULL['num_prompts']}")
-    parser.add_argument("--max-new-tokens", type=int, help=f"default {FULL['max_new_tokens']}")
-    parser.add_argument("--batch-sizes", help=f"numbers with commas, default {FULL['batch_sizes']}")
-    parser.add_argument(
-        "--num-speculative-tokens", help="of fused mode, with commas; default 1,2,4 and what was trained"
-    )
-    parser.add_argument("--temperature", type=float, default=0.8, help="of the sampled setting")
-    parser.add_argument("--top-k", type=int, default=10, help="of the sampled setting")
+    add = parser.add_argument
+    add("directories", nargs="+", help="adapter directories, all of one base")
+    add("--base", help="base model, if not the one that the first adapter names")
+    add("--assistant", help="folder or hub name of a smaller model with the same vocabulary")
+    add_prompt_options(parser)
+    add("--num-prompts", type=int, help=f"default {FULL['num_prompts']}")
+    add("--max-new-tokens", type=int, help=f"default {FULL['max_new_tokens']}")
+    add("--batch-sizes", help=f"numbers with commas, default {FULL['batch_sizes']}")
+    add("--num-speculative-tokens", help="of fused mode, with commas; default 1,2,4 and what was trained")
+    add("--temperature", type=float, default=0.8, help="of the sampled setting")
+    add("--top-k", type=int, default=10, help="of the sampled setting")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--greedy-only", action="store_true")
     only.add_argument("--sampled-only", action="store_true")
-    parser.add_argument(
-        "--repetitions", type=int, help=f"counted passes, default {FULL['repetitions']}; one more warms up"
-    )
-    parser.add_argument("--stop-at-eos", action="store_true", help="end at EOS; speeds then count emitted tokens only")
-    parser.add_argument("--compile", action="store_true", help="compile pardec's own steps, plain ones too")
-    parser.add_argument("--device", help="default CUDA where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default float32 on a CPU, the checkpoint's own on CUDA")
-    parser.add_argument("--output", help="path of the results without suffix; default eval/results/speed_<device>")
-    parser.add_argument(
-        "--quick", action="store_true", help="few prompts and tokens, for a first look: runs/speed_quick"
-    )
-    parser.set_defaults(**FULL)
-    if parser.parse_known_args()[0].quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    add("--repetitions", type=int, help=f"counted passes, default {FULL['repetitions']}; one more warms up")
+    add("--stop-at-eos", action="store_true", help="end at EOS; speeds then count emitted tokens only")
+    add("--compile", action="store_true", help="compile pardec's own steps, plain ones too")
+    add("--device", help="default CUDA where there is one")
+    add("--dtype", choices=DTYPES, help="default float32 on a CPU, the checkpoint's own on CUDA")
+    add("--output", help="path of the results without suffix; default eval/results/speed_<device>")
+    add("--quick", action="store_true", help="few prompts and tokens, for a first look: runs/speed_quick")
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         sys.exit(report(args))
 
@@ -105,7 +91,10 @@ def report(args: argparse.Namespace) -> int:
         for size in batch_sizes
     ]
     references = {} if args.sampled_only else greedy_references(base, prompts, settings[0])
-    compare = partial(compare_with_generate, base=base, references=references)
+
+    def compare(prompt: Prompt, token_ids: list[int]) -> Divergence | None:
+        return divergence_from(base, prompt.name, prompt.token_ids, token_ids, references[tuple(prompt.token_ids)])
+
     rows, left_out, problems = [], [], []
     num_calls = sum(len(ways) * len(batches[size]) * (args.repetitions + 1) for _, size, ways, _ in plan)
     with tqdm(total=num_calls, unit="call") as bar:
@@ -140,10 +129,7 @@ def check_options(args: argparse.Namespace) -> tuple[list[Setting], list[int], l
         raise ValueError("temperature: expected more than 0, which is what the greedy rows have, found 0")
     make_warpers(args.temperature, args.top_k, None, None)
     batch_sizes = integers("batch_sizes", args.batch_sizes)
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device: expected a torch device of this machine, found {args.device!r}") from None
+    check_device(args.device)
     greedy = Setting("greedy", args.max_new_tokens)
     sampled = Setting("sampled", args.max_new_tokens, args.temperature, args.top_k)
     settings = [greedy] * (not args.sampled_only) + [sampled] * (not args.greedy_only)
@@ -206,20 +192,6 @@ def greedy_references(
     return {tuple(prompt.token_ids): alone.decode([prompt.token_ids], 0).token_ids[0] for prompt in prompts}
 
 
-def compare_with_generate(
-    prompt: Prompt, token_ids: list[int], *, base: PreTrainedModel, references: dict[tuple[int, ...], list[int]]
-) -> Divergence | None:
-    """Where the tokens first differ from those of `model.generate`, and whether that is a tie."""
-
-    @torch.no_grad()
-    def logits_after(new: Sequence[int]) -> Tensor:
-        ids = torch.tensor([[*prompt.token_ids, *new]], device=base.device)
-        return base(input_ids=ids, use_cache=False).logits[0, -1]
-
-    expected = references[tuple(prompt.token_ids)]
-    return examine(prompt.name, token_ids, expected, logits_after, base.dtype, eos_token_ids(base))
-
-
 def facts(args: argparse.Namespace, model: SelfSpeculativeModel, prompts: Sequence[Prompt], sizes: list[int]) -> dict:
     """What the rows depend on: settings, base, device, versions, command."""
     assert model.adapter is not None
@@ -233,10 +205,7 @@ def facts(args: argparse.Namespace, model: SelfSpeculativeModel, prompts: Sequen
         "assistant": args.assistant,
         "weights_mib": round(model_bytes(model.base_model) / 2**20, 1),
         "dtype": str(model.target.dtype).removeprefix("torch."),
-        "device": device_name(model.target.device),
-        "versions": library_versions(),
-        "git_commit": git_commit(),
-        "command": command_line(),
+        **provenance(model.target.device),
     }
 
 

@@ -4,7 +4,6 @@ Maps processors, stopping criteria and left padding onto the step loop. Legend: 
 """
 
 from contextlib import closing
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,12 +25,10 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from pardec.decoding.engines import Engines
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.target.base import pad_token_id
-
-if TYPE_CHECKING:
-    from pardec.model import SelfSpeculativeModel
 
 # these compare the length of a row with one that counts the batch's padding
 _LENGTH_COUNTING = (
@@ -49,7 +46,7 @@ _BY_INDEX = (PrefixConstrainedLogitsProcessor, EncoderRepetitionPenaltyLogitsPro
 
 
 def generate_for_transformers(
-    model: "SelfSpeculativeModel",
+    engines: Engines,
     input_ids: Tensor,
     processors: list[LogitsProcessor],
     stopping_criteria: StoppingCriteriaList,
@@ -83,15 +80,14 @@ def generate_for_transformers(
             f"found lengths {min(map(len, prompts))} to {max(map(len, prompts))}"
         )
     max_new_tokens, eos, others = _limits(stopping_criteria, input_ids.shape[1])
-    generator = model._generator(None) if generation_config.do_sample else None
+    generator = engines.generator() if generation_config.do_sample else None
     law = TokenLaw(not generation_config.do_sample, tuple(_without_padding(p) for p in processors), generator)
-    shape = model._draft_shape(num_speculative_tokens, None, mode)
+    drafting = engines.drafting(mode, num_speculative_tokens, None, use_head)
     if streamer is not None:
         streamer.put(input_ids.cpu())
     checked = [0] * len(prompts)
-    head = model._chosen_head(use_head)
-    with model._engine(prompts, law, max_new_tokens, shape, mode, head=head, eos=eos) as engine:
-        with closing(engine.run(prompts, one_behind=not others)) as steps:
+    with engines.lend(prompts, law, max_new_tokens, drafting, eos=eos) as engine:
+        with closing(engine.run(prompts, between="writes" if others else "reads")) as steps:
             for step in steps:
                 num_new = step.num_new
                 assert engine.state is not None
@@ -110,7 +106,7 @@ def generate_for_transformers(
         streamer.end()
     width = int(num_new.max())
     pad = generation_config._pad_token_tensor  # type: ignore[attr-defined]
-    fill = pad_token_id(model.base_model) if pad is None else int(pad)
+    fill = pad_token_id(engines.target.base) if pad is None else int(pad)
     new = new[:, :width].masked_fill(torch.arange(width) >= num_new[:, None], fill)
     sequences = torch.cat([input_ids, new.to(input_ids.device)], dim=1)
     if generation_config.return_dict_in_generate:

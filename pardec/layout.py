@@ -2,6 +2,8 @@
 
 Knows no model and no cache.
 Legend: B sequences, K num_speculative_tokens, R rows of a forward, N anchors, T tokens of a sequence, M mask rows.
+The shape of a fused chain is given by its block_lengths, K + 1 numbers from 0 to K of which K is the largest: behind i
+accepted drafts, block_lengths[i] tokens are drafted next.
 """
 
 from collections.abc import Sequence
@@ -9,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+BlockLengths = tuple[int, ...]
+PLAIN: BlockLengths = (0,)  # plain decoding
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,21 @@ def block_layout(num_speculative_tokens: int) -> RowLayout:
     return RowLayout(1, torch.arange(K + 1), ones.tril(), torch.arange(K))
 
 
-def full_blocks(num_speculative_tokens: int) -> tuple[int, ...]:
+def full_blocks(num_speculative_tokens: int) -> BlockLengths:
     """Block lengths of the full fused chain: K mask tokens behind each of the K + 1 real rows."""
     return (num_speculative_tokens,) * (num_speculative_tokens + 1)
+
+
+def check_block_lengths(block_lengths: Sequence[int]) -> BlockLengths:
+    """The same as a tuple.
+
+    Raises:
+        ValueError: unless these are K + 1 numbers from 0 to K of which K is the largest.
+    """
+    blocks = tuple(block_lengths)
+    if not blocks or min(blocks) < 0 or max(blocks) != len(blocks) - 1:
+        raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K of which K is the largest, found {blocks}")
+    return blocks
 
 
 def chain_layout(block_lengths: Sequence[int]) -> RowLayout:

@@ -7,13 +7,13 @@ from transformers import PreTrainedModel
 
 from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import load_adapter
+from pardec.adapters.tuned import read_tuned
 from pardec.decoding.probe import probe, probe_head
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import load_base, load_tokenizer, refuse_by_config
 from pardec.target.fingerprint import differences, fingerprint
 from pardec.target.forward import embedding_weight
-from pardec.tuning.choice import read_tuned
 
 
 def load(
@@ -71,11 +71,13 @@ def load(
     if wrong:
         raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
-    model.tuned = read_tuned(directory, device_name(model.target.device), model.target.dtype, compile)
+    model.tuned = read_tuned(
+        directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files
+    )
     masks, D = adapter.mask_embeddings, model.target.embedding_dim
     if masks is not None and masks.shape[1] != D:
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
     probe(model.target)
-    if model._head is not None:
-        probe_head(model.target, model._head.tap)
+    if model.engines.head is not None:
+        probe_head(model.target, model.engines.head.tap)
     return model

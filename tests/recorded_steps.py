@@ -14,6 +14,7 @@ from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.output import counts_of
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
@@ -113,15 +114,15 @@ def decoder_for(
     model, mode: str, law: TokenLaw, *, new_tokens: int = 12, eos=(), head_width: int = 0, noise: bool = False
 ) -> Decoder:
     target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
-    options = {"query_group": survey(target).query_group}
+    group = survey(target).query_group
     eos_ids = torch.tensor(list(eos), dtype=torch.long, device=target.device)
     if mode == "plain":
-        return Decoder(target, mode, 0, law, new_tokens, eos_ids, **options)
+        return Decoder(RowForward(target, query_group=group), mode, 0, law, new_tokens, eos_ids)
     masks, gate = adapter.mask_embeddings.to(target.device, target.dtype), LoraGate(model, adapter.lora)
-    options |= {"head": HeadDrafter.of(adapter, target)}
-    if noise:
-        masks, options = None, options | {"noise": NoiseTokens.of(V, target.device)}
-    return Decoder(target, mode, K, law, new_tokens, eos_ids, masks, gate, **options)
+    head, tokens = HeadDrafter.of(adapter, target), NoiseTokens.of(V, target.device) if noise else None
+    masks = None if noise else masks
+    forward = RowForward(target, masks, gate, query_group=group, noise=tokens, tap=head and head.tap)
+    return Decoder(forward, mode, K, law, new_tokens, eos_ids, head=head)
 
 
 def tensors_of(state: DecodeState) -> dict[str, Tensor]:

@@ -5,13 +5,15 @@ Oracles: plain forwards of the model on every possible continuation, warpers wri
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from pardec.decoding import step as decode_module
+from pardec.decoding import verify
 from pardec.decoding.step import Decoder
-from pardec.decoding.verify import Verdict, verdict_law
+from pardec.decoding.verify import Verdict, accept_probability, bonus_law
 
 V, K = 5, 2
 PROMPT = [1, 3, 2, 4]
@@ -85,6 +87,33 @@ def recorded_step(decoder: Decoder, state, monkeypatch, first=None):
         decoder.step(state)
     monkeypatch.undo()
     return calls
+
+
+@dataclass(frozen=True)
+class VerdictLaw:
+    """The law of the verdict for given drafts, before any random number is drawn.
+
+    Attributes:
+        accept: probability that draft k is accepted once those before it are, shape [B, K].
+        bonus: law of the bonus token if exactly k drafts are accepted, shape [B, K + 1, V].
+    """
+
+    accept: torch.Tensor
+    bonus: torch.Tensor
+
+
+def verdict_law(target_probs, draft_probs, draft_tokens, draft_length) -> VerdictLaw:
+    """What `verify_sample` draws from, of all numbers of accepted drafts; the same arguments.
+
+    After a rejection at k the bonus follows norm(max(0, p - q)); at k = draft_length, where nothing was
+    rejected, it follows p itself.
+    """
+    K = draft_tokens.shape[1]
+    verify._check_probs(target_probs, draft_probs, draft_tokens, draft_length)
+    exists = verify._exists(draft_length, K)
+    accept = accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * exists
+    bonus = bonus_law(target_probs[:, :K], draft_probs, exists)
+    return VerdictLaw(accept, torch.cat([bonus, target_probs[:, K:]], dim=1))
 
 
 def emitted_law(p, q, drafts, draft_length, weights) -> dict[tuple[int, ...], float]:

@@ -7,24 +7,21 @@ continues when it is started again, to the file that an uninterrupted one leaves
 generates every so many-th batch, and the main one writes; the file does not depend on their number.
 """
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from pardec.config.adapter_recipe import load_recipe
+from pardec.config.recipe_files import recipe_of_command_line
 from pardec.config.responses_recipe import ResponsesRecipe
 from pardec.data.python_sources import PACKAGES, STDLIB
 from pardec.data.reading import training_rows
-from pardec.data.response_prompts import draw_prompts, prompts_digest
+from pardec.data.response_prompts import draw_prompts
 from pardec.data.responses import (
     SHORT_TOKENS,
     Batch,
@@ -37,39 +34,29 @@ from pardec.data.responses import (
     response_row,
     write_about,
 )
+from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probe import probe
 from pardec.loading import load
+from pardec.measures.acceptance import digest
 from pardec.model import SelfSpeculativeModel
-from pardec.run import command_line, device_name, exit_on_unusable_input, git_commit, library_versions
+from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, differences, fingerprint
 from pardec.target.forward import embedding_weight
-
-# what may differ between the runs that a file was made in
-MADE_BY = ("command", "git_commit", "versions", "device", "num_processes")
+from pardec.training.processes import made_by, make_accelerator
 
 
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
     with exit_on_unusable_input():
-        generate(load_recipe(args.recipe, args.overrides, ResponsesRecipe))
+        generate(recipe_of_command_line(__doc__, ResponsesRecipe))
 
 
 def generate(recipe: ResponsesRecipe) -> None:
     """The run, from recipe to the finished file."""
     output = Path(recipe.output)
     before = read_about(output, recipe.model_dump())
-    # without cpu=True, processes on CPUs would not know of each other
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="no",
-        # the others wait while one process reads data that nobody has read before
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
-    )
+    accelerator = make_accelerator("no")
     if before is not None and before.get("num_bytes") == output.stat().st_size:
         accelerator.print(f"{output} already holds all {recipe.num_responses} responses of this recipe")
         return
@@ -79,10 +66,16 @@ def generate(recipe: ResponsesRecipe) -> None:
     model = load_model(recipe, accelerator)
     prompts = read_prompts(recipe, model, accelerator)
     identity = fingerprint(model.base_model, model.tokenizer)
-    about = provenance(recipe, accelerator, identity, prompts_digest(prompts))
+    made = made_by(accelerator)
+    about: dict[str, Any] = {
+        "recipe": recipe.model_dump(),
+        "fingerprint": identity.model_dump(),
+        "prompts_sha256": digest(prompts),
+        **made,
+    }
     if before is not None:
         check_continues(output, before, about, model)
-        about["earlier_runs"] = [*before.get("earlier_runs", []), {key: before[key] for key in MADE_BY}]
+        about["earlier_runs"] = [*before.get("earlier_runs", []), {key: before[key] for key in made}]
 
     # whole batches that are there already stay
     batches = plan_batches(len(prompts), recipe.batch_size, recipe.share_of_greedy)
@@ -147,21 +140,8 @@ def read_prompts(recipe: ResponsesRecipe, model: SelfSpeculativeModel, accelerat
             where=data.path,
             show_progress=accelerator.is_main_process,
         )
-    rows, largest = embedding_weight(model.base_model).shape[0], max(map(max, prompts))
-    if largest >= rows:
-        raise ValueError(f"{data.path}: expected token ids below {rows}, those of the base, found {largest}")
+    check_token_ids(max(map(max, prompts)), embedding_weight(model.base_model).shape[0], "the base", data.path)
     return prompts
-
-
-def provenance(recipe: ResponsesRecipe, accelerator: Accelerator, identity: Fingerprint, digest: str) -> dict[str, Any]:
-    """What the rows are made by."""
-    made_by = (command_line(), git_commit(), library_versions(), device_name(accelerator.device))
-    return {
-        "recipe": recipe.model_dump(),
-        "fingerprint": identity.model_dump(),
-        "prompts_sha256": digest,
-        **dict(zip(MADE_BY, (*made_by, accelerator.num_processes), strict=True)),
-    }
 
 
 def check_continues(output: Path, before: dict[str, Any], about: dict[str, Any], model: SelfSpeculativeModel) -> None:

@@ -7,17 +7,20 @@ from pathlib import Path
 
 from reporting.plots import plot_step_latency
 from reporting.result_files import write_files
-from reporting.speed_tables import TextTable
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from reporting.text_tables import TextTable, markdown_page, print_tables
 
 HEADER = ("LoRA", "rows", "K", "ms/step", "x plain", "bound ms", "share of bound", "TFLOP/s")
 FORCED_HEADER = ("tokens/step", "tokens/s", "tokens/s x plain")
-PROFILE_HEADER = (
-    "LoRA", "rows", "graph launches", "copies to host", "bytes to host", "copies from host", "launches by the host",
-    "kernels", "kernel ms", "wall ms", "device busy",
-)  # fmt: skip
+# columns of counts, and their keys
+PROFILE_COUNTS = {
+    "graph launches": "graph_launches_per_step",
+    "copies to host": "copies_to_host_per_step",
+    "bytes to host": "bytes_to_host_per_step",
+    "copies from host": "copies_to_device_per_step",
+    "launches by the host": "kernel_launches_by_host_per_step",
+    "kernels": "kernels_per_step",
+}
+PROFILE_HEADER = ("LoRA", "rows", *PROFILE_COUNTS, "kernel ms", "wall ms", "device busy")
 NOTES = (
     "rows 1 is plain decoding, measured in turn with the rows below it; (K + 1)^2 rows are the full fused chain",
     "ms/step: median over blocks of steps of the loop that `generate` runs, host reads included; x plain: median over "
@@ -34,26 +37,18 @@ def tables_of(result: dict) -> list[TextTable]:
     """A table for every context, compile setting and attention; then the profiles."""
     has_forced = result["forced_acceptance"] is not None
     header = (*HEADER, *FORCED_HEADER) if has_forced else HEADER
-    tables = []
-    for place, rows in _grouped(result["rows"]).items():
-        tables.append(TextTable(_title(place, result), header, [_cells(row, has_forced) for row in rows]))
-    for place, rows in _grouped(result["profiles"]).items():
-        title = f"profile, per step: {_title(place, result)}"
-        tables.append(TextTable(title, PROFILE_HEADER, [_profile_cells(row) for row in rows]))
-    return tables
+    measured = [("", header, row, _cells(row, has_forced)) for row in result["rows"]]
+    profiled = [("profile, per step: ", PROFILE_HEADER, row, _profile_cells(row)) for row in result["profiles"]]
+    tables: dict[str, TextTable] = {}
+    for kind, names, row, cells in measured + profiled:
+        title = f"{kind}context {row['context']}, {_setting(row)}, {result['dtype']}, {result['device']}"
+        table = tables.setdefault(title, TextTable(title, names, []))
+        table.rows.append(cells)
+    return list(tables.values())
 
 
-def _grouped(rows: list[dict]) -> dict[tuple, list[dict]]:
-    places: dict[tuple, list[dict]] = {}
-    for row in rows:
-        places.setdefault((row["context"], row["compile"], row["attention"]), []).append(row)
-    return places
-
-
-def _title(place: tuple, result: dict) -> str:
-    context, compile, attention = place
-    compiled = "compiled" if compile else "not compiled"
-    return f"context {context}, {compiled}, {attention} attention, {result['dtype']}, {result['device']}"
+def _setting(row: dict) -> str:
+    return f"{'compiled' if row['compile'] else 'not compiled'}, {row['attention']} attention"
 
 
 def _cells(row: dict, has_forced: bool) -> list[str]:
@@ -78,12 +73,7 @@ def _profile_cells(row: dict) -> list[str]:
     return [
         _lora(row),
         str(row["rows"]),
-        f"{row['graph_launches_per_step']:g}",
-        f"{row['copies_to_host_per_step']:g}",
-        f"{row['bytes_to_host_per_step']:g}",
-        f"{row['copies_to_device_per_step']:g}",
-        f"{row['kernel_launches_by_host_per_step']:g}",
-        f"{row['kernels_per_step']:g}",
+        *(f"{row[key]:g}" for key in PROFILE_COUNTS.values()),
         f"{row['kernel_ms_per_step']:.3f}",
         f"{row['wall_ms_per_step']:.3f}",
         f"{row['busy_share']:.1%}",
@@ -145,40 +135,21 @@ def _by_text(places: list[dict], key: str) -> dict[str, str]:
 
 def print_results(result: dict) -> None:
     """Tables and notes on the console."""
-    console = Console(width=170, highlight=False)
-    for table in tables_of(result):
-        printed = Table(title=escape(table.title), title_justify="left")
-        for name in table.header:
-            printed.add_column(name, justify="left" if name == "LoRA" else "right")
-        for row in table.rows:
-            printed.add_row(*map(escape, row))
-        console.print(printed)
-    for note in notes_of(result):
-        console.print(escape(note), style="dim")
+    print_tables(tables_of(result), notes_of(result), text_columns=("LoRA",))
 
 
 def markdown_of(result: dict) -> str:
     """The page of a result."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    parts = [
-        f"# Milliseconds per step of {result['model']}\n\n`python eval/{result['command']}`\n",
-        f"{result['device']}; {versions}\n",
-    ]
-    if not result["is_complete"]:
-        parts.append("The run was cut off: these are the rows that it had.\n")
-    for table in tables_of(result):
-        lines = [table.header, ["---"] * len(table.header), *table.rows]
-        text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"## {table.title}\n\n{text}\n")
+    parts = [] if result["is_complete"] else ["The run was cut off: these are the rows that it had.\n"]
+    parts += [f"## {table.title}\n\n{table.markdown()}" for table in tables_of(result)]
     parts += [_top_kernels(row) for row in result["profiles"]]
-    parts.append("\n".join(f"- {note}" for note in notes_of(result)) + "\n")
-    return "\n".join(parts)
+    heading = f"Milliseconds per step of {result['model']}"
+    return markdown_page(result, heading, result["device"], parts, notes_of(result))
 
 
 def _top_kernels(row: dict) -> str:
-    compiled = "compiled" if row["compile"] else "not compiled"
     lora = " with LoRA" if row["lora"] and row["num_speculative_tokens"] else ""
-    lines = [f"Kernels of a step of {row['rows']} rows{lora}, {compiled}, {row['attention']} attention:\n"]
+    lines = [f"Kernels of a step of {row['rows']} rows{lora}, {_setting(row)}:\n"]
     lines += [
         f"- {one['ms_per_step']:.3f} ms in {one['calls_per_step']:g} calls: `{one['name'].replace('`', '')}`"
         for one in row["top_kernels"]
@@ -190,10 +161,9 @@ def panels_of(result: dict) -> dict[str, dict[str, list[tuple[int, float, float]
     """By setting, context and LoRA: rows, milliseconds per step, and the bound."""
     panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     for row in result["rows"]:
-        setting = f"{'compiled' if row['compile'] else 'not compiled'}, {row['attention']} attention"
         label = f"context {row['context']}, {'LoRA' if row['lora'] else 'embeddings only'}"
         point = (row["rows"], row["ms_per_step"], row["bound_ms"])
-        panels.setdefault(setting, {}).setdefault(label, []).append(point)
+        panels.setdefault(_setting(row), {}).setdefault(label, []).append(point)
     return panels
 
 

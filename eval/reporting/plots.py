@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def plot_acceptance_by_position(rates: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
@@ -12,12 +13,7 @@ def plot_acceptance_by_position(rates: Mapping[str, Sequence[float]], title: str
         title: what was measured.
         path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=130)
+    figure, (axes,) = _figure((7, 4), 1, layout="tight")
     width = 0.8 / len(rates)
     for index, (name, values) in enumerate(rates.items()):
         places = [position + (index - (len(rates) - 1) / 2) * width for position in range(1, len(values) + 1)]
@@ -27,12 +23,8 @@ def plot_acceptance_by_position(rates: Mapping[str, Sequence[float]], title: str
     axes.set_xlabel("position of the drafted token")
     axes.set_ylabel("share of drafts accepted up to here")
     axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def plot_fused_step(num_speculative_tokens: int, path: Path) -> None:
@@ -42,11 +34,8 @@ def plot_fused_step(num_speculative_tokens: int, path: Path) -> None:
         num_speculative_tokens: K.
         path: of the PNG.
     """
-    import matplotlib
     import numpy as np
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
     from pardec.layout import chain_layout, full_blocks
@@ -58,8 +47,9 @@ def plot_fused_step(num_speculative_tokens: int, path: Path) -> None:
     kinds = np.array([1] * len(real) + [2 + i // K for i in range(len(masks))])
     seen = np.where(layout.visible.numpy(), kinds[None, :], 0)
     context = np.full((layout.num_rows, 1), K + 3)
-    colours = ["white", "#3b6fb6", *pyplot.get_cmap("Oranges")(np.linspace(0.45, 0.8, K + 1)), "#c9d7ea"]
-    figure, axes = pyplot.subplots(figsize=(7.2, 5.6), dpi=130)
+    colours = ["white", "#3b6fb6", *colormaps["Oranges"](np.linspace(0.45, 0.8, K + 1)), "#c9d7ea"]
+    figure, (axes,) = _figure((7.2, 5.6), 1, layout="tight")
+    axes.spines[:].set_visible(True)
     picture = np.concatenate([context, seen], axis=1)
     axes.imshow(picture, cmap=ListedColormap(colours), vmin=0, vmax=K + 3, aspect="auto")
     places = zip(real + masks, layout.offsets.tolist(), strict=True)
@@ -75,10 +65,7 @@ def plot_fused_step(num_speculative_tokens: int, path: Path) -> None:
     for height, text in notes.items():
         axes.text(layout.num_rows + 0.7, height, text, fontsize=7.5, va="center")
     axes.set_title(f"a fused step, K = {K}: rows (left) and what each sees (top)", fontsize=10, pad=12)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def plot_speed_ratios(
@@ -91,15 +78,10 @@ def plot_speed_ratios(
         title: what was measured.
         path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     num_ways = max(map(len, panels.values()))
     size = (6 * len(panels) + 1, 0.5 * num_ways + 2)
-    figure, grid = pyplot.subplots(1, len(panels), figsize=size, dpi=130, squeeze=False, layout="constrained")
-    for axes, (setting, ways) in zip(grid[0], panels.items(), strict=True):
+    figure, grid = _figure(size, len(panels))
+    for axes, (setting, ways) in zip(grid, panels.items(), strict=True):
         batches = list(dict.fromkeys(batch for found in ways.values() for batch in found))
         height = 0.8 / len(batches)
         for place, batch in enumerate(batches):
@@ -118,13 +100,10 @@ def plot_speed_ratios(
         axes.invert_yaxis()
         axes.set_xlabel("speed / plain: median, quartiles as lines")
         axes.set_title(setting, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = grid[0][0].get_legend_handles_labels()
+    handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def plot_step_latency(
@@ -137,16 +116,9 @@ def plot_step_latency(
         title: what was measured.
         path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     size = (6 * len(panels) + 1, 4.5)
-    figure, grid = pyplot.subplots(
-        1, len(panels), figsize=size, dpi=130, squeeze=False, sharey=True, layout="constrained"
-    )
-    for axes, (setting, lines) in zip(grid[0], panels.items(), strict=True):
+    figure, grid = _figure(size, len(panels), sharey=True)
+    for axes, (setting, lines) in zip(grid, panels.items(), strict=True):
         for label, points in lines.items():
             rows, ms, bound = zip(*points, strict=True)
             (line,) = axes.plot(rows, ms, "o-", markersize=3, linewidth=1.2, label=label)
@@ -154,13 +126,10 @@ def plot_step_latency(
         axes.set_ylim(bottom=0)
         axes.set_xlabel("rows of a step; 1 is plain decoding")
         axes.set_title(setting, fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=7)
-    grid[0][0].set_ylabel("ms per step; dashed: bytes / bandwidth")
+    grid[0].set_ylabel("ms per step; dashed: bytes / bandwidth")
     figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def plot_study(
@@ -174,17 +143,10 @@ def plot_study(
         title: what was measured.
         path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
     size = (5 * len(panels) + 2, 0.32 * len(names) + 1.6)
-    figure, grid = pyplot.subplots(
-        1, len(panels), figsize=size, dpi=130, squeeze=False, sharey=True, layout="constrained"
-    )
-    for axes, (figure_name, rows) in zip(grid[0], panels.items(), strict=True):
+    figure, grid = _figure(size, len(panels), sharey=True)
+    for axes, (figure_name, rows) in zip(grid, panels.items(), strict=True):
         for name, (low, value, high) in rows.items():
             place = names.index(name)
             axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", markersize=4, color="#3b6fb6")
@@ -193,10 +155,30 @@ def plot_study(
             axes.axvline(rows[baseline][1], color="#888888", linewidth=0.8)
         axes.set_title(figure_name, fontsize=10)
         axes.set_xlabel("mean acceptance length, 95 % interval over prompts")
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].set_yticks(range(len(names)), names, fontsize=8)
-    grid[0][0].set_ylim(len(names) - 0.5, -0.7)
+    grid[0].set_yticks(range(len(names)), names, fontsize=8)
+    grid[0].set_ylim(len(names) - 0.5, -0.7)
     figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
+def _figure(
+    size: tuple[float, float], num_panels: int, *, sharey: bool = False, layout: str = "constrained"
+) -> tuple[Any, Sequence[Any]]:
+    """A figure of a size in inches, and the axes of its panels, side by side and open above and on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(1, num_panels, figsize=size, dpi=130, squeeze=False, sharey=sharey, layout=layout)
+    for axes in grid[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid[0]
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)

@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pardec.run import device_name
+from pardec.run import command_line, device_name, git_commit, library_versions
 
 
 def output_stem(kind: str, output: str | None, quick: bool, device: torch.device) -> Path:
@@ -27,6 +28,16 @@ def output_stem(kind: str, output: str | None, quick: bool, device: torch.device
         return Path(f"runs/{kind}_quick")
     name = device_name(device) if device.type == "cuda" else device.type
     return Path("eval/results") / f"{kind}_{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}"
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Where figures come from: device, versions, commit and command."""
+    return {
+        "device": device_name(device),
+        "versions": library_versions(),
+        "git_commit": git_commit(),
+        "command": command_line(),
+    }
 
 
 def write_files(result: dict, stem: Path, markdown: str, draw: Callable[[Path], None]) -> None:

@@ -3,21 +3,19 @@
 Knows the keys of the rows, nothing of how they were measured. Every file is replaced as a whole.
 """
 
-import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from reporting.plots import plot_speed_ratios
 from reporting.result_files import write_files
+from reporting.text_tables import CONSOLE_WIDTH, TextTable, markdown_page, number, print_tables
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 HEADER = (
     "batch", "way", "adapter", "K", "tokens/s", "mean acceptance length", "ms/step", "rows/step", "x plain",
     "x generate", "peak MiB", "identical",
 )  # fmt: skip
+TEXT_COLUMNS = ("way", "adapter", "identical")
 NOTES = (
     "tokens/s: emitted tokens / seconds, sums over all counted calls; seconds are wall clock, prefill included",
     "x plain, x generate: ratio of tokens/s of two calls on the same prompts in the same pass, median (lower-upper "
@@ -29,15 +27,6 @@ NOTES = (
     "identical: greedy tokens are those of model.generate for each prompt alone; a tie is a first difference where "
     "rounding decides between the two tokens, as in eval/exactness.py",
 )
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table of text; rows whose first cells are equal stand together as a section."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 def tables_of(result: dict) -> list[TextTable]:
@@ -53,7 +42,7 @@ def tables_of(result: dict) -> list[TextTable]:
                 if (one["setting"], one["batch_size"]) == (setting, size):
                     name = f"{one['way']} [{reasons.index(one['reason']) + 1}]"
                     cells.append([str(size), name, one["adapter"] or "-", *["-"] * (len(HEADER) - 3)])
-        tables.append(TextTable(title_of(setting, result), HEADER, cells))
+        tables.append(TextTable(title_of(setting, result), HEADER, cells, has_sections=True))
         by_category = [row for row in result["rows"] if row["setting"] == setting and _CATEGORIES in row]
         if by_category:
             categories = list(by_category[0][_CATEGORIES])
@@ -82,20 +71,16 @@ def cells_of(row: dict) -> list[str]:
         str(row["batch_size"]),
         row["way"],
         row["adapter"] or "-",
-        _number(row["num_speculative_tokens"], 0),
-        _number(row["tokens_per_second"], 1),
-        _number(row["mean_acceptance_length"], 2),
-        _number(row["ms_per_step"], 2),
-        _number(row["rows_per_step"], 1).removesuffix(".0"),
+        number(row["num_speculative_tokens"], 0),
+        number(row["tokens_per_second"], 1),
+        number(row["mean_acceptance_length"], 2),
+        number(row["ms_per_step"], 2),
+        number(row["rows_per_step"], 1).removesuffix(".0"),
         _with_quartiles(row, "ratio_to_plain"),
         _with_quartiles(row, "ratio_to_generate"),
-        _number(row["peak_memory_mib"], 0),
+        number(row["peak_memory_mib"], 0),
         identical,
     ]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _with_quartiles(row: dict, key: str) -> str:
@@ -134,38 +119,21 @@ def notes_of(result: dict) -> list[str]:
 
 def print_results(result: dict) -> None:
     """Tables and notes on the console; problems in red."""
-    console = Console(width=200, highlight=False)  # a table that is folded cannot be read
-    for table in tables_of(result):
-        printed = Table(title=escape(table.title), title_justify="left")
-        for index, name in enumerate(table.header):
-            is_number = any(row[index][:1].isdigit() for row in table.rows)
-            header = "\n".join(textwrap.wrap(name, width=15))
-            printed.add_column(escape(header), justify="right" if is_number else "left", no_wrap=True)
-        for row, following in zip(table.rows, [*table.rows[1:], None], strict=True):
-            is_last = following is None or (table.header is HEADER and following[0] != row[0])
-            printed.add_row(*map(escape, row), end_section=is_last)
-        console.print(printed)
-    for note in notes_of(result):
-        console.print(escape(note), style="dim")
+    print_tables(tables_of(result), notes_of(result), TEXT_COLUMNS)
+    console = Console(width=CONSOLE_WIDTH, highlight=False)
     for problem in result["problems"]:
         console.print(escape(f"not identical: {problem}"), style="bold red")
 
 
 def markdown_of(result: dict) -> str:
     """The page of a result."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    adapters = ", ".join(result["adapters"].values())
-    parts = [
-        f"# Speed of {adapters}\n\n`python eval/{result['command']}`\n",
+    facts = (
         f"{result['num_prompts']} prompts of {result['prompts']}, base {result['base']}, counted passes: "
-        f"{result['repetitions']}, after one that warms up; {result['device']}; {versions}\n",
-    ]
-    for table in tables_of(result):
-        lines = [table.header, ["---"] * len(table.header), *table.rows]
-        text = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-        parts.append(f"## {table.title}\n\n{text}\n")
-    parts.append("\n".join(f"- {note}" for note in [*notes_of(result), *result["problems"]]) + "\n")
-    return "\n".join(parts)
+        f"{result['repetitions']}, after one that warms up; {result['device']}"
+    )
+    parts = [f"## {table.title}\n\n{table.markdown()}" for table in tables_of(result)]
+    heading = f"Speed of {', '.join(result['adapters'].values())}"
+    return markdown_page(result, heading, facts, parts, [*notes_of(result), *result["problems"]])
 
 
 def panels_of(result: dict) -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:

@@ -29,7 +29,8 @@ from pydantic import Field
 
 from pardec.adapters.adapter import AdapterMetadata
 from pardec.adapters.files import load_adapter
-from pardec.config.adapter_recipe import AdapterConfig, Recipe, RecipeError, Section, load_recipe, parse_recipe
+from pardec.config.adapter_recipe import AdapterConfig, Recipe
+from pardec.config.recipe_files import RecipeError, Section, load_recipe, parse_recipe
 from pardec.data.python_sources import STDLIB, VALIDATION
 
 USABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,79}")
@@ -197,7 +198,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: expected a study file, found nothing")
-    file = load_recipe(path, model=StudyFile)
+    file = load_recipe(path, (), StudyFile)
     entries = [_entry(raw, number, str(path)) for number, raw in enumerate(file.variants, start=1)]
     entries += _grid_entries(file.grid)
     if not entries:
@@ -215,7 +216,7 @@ def shortened(study: Study) -> Study:
         if variant.recipe_path is None:
             return variant
         overrides = (*variant.overrides, *QUICK)
-        return replace(variant, overrides=overrides, recipe=load_recipe(variant.recipe_path, overrides))
+        return replace(variant, overrides=overrides, recipe=load_recipe(variant.recipe_path, overrides, Recipe))
 
     evaluation = study.evaluation.model_copy(update=QUICK_EVALUATION)
     return replace(study, variants=tuple(map(short, study.variants)), evaluation=evaluation)
@@ -275,7 +276,7 @@ def _variant(entry: VariantEntry, file: StudyFile, overrides: Sequence[str], sou
         raise ValueError(f"{where}: expected key 'recipe', here or for all, found neither")
     every = (*file.overrides, *overrides, *entry.overrides)
     try:
-        recipe = load_recipe(recipe_path, every)
+        recipe = load_recipe(recipe_path, every, Recipe)
     except RecipeError as error:
         raise ValueError(f"{where}: {error}") from None
     _check_views(views, recipe.adapter, where)

@@ -5,7 +5,6 @@ settings of everything in it; what was made with other settings is made again. K
 """
 
 import fcntl
-import gc
 import hashlib
 import json
 import os
@@ -22,15 +21,14 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache
 from reporting.result_files import written_aside
 from studies.study import Evaluation, Variant, View, settings_of
 
 import pardec
 from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import METADATA_FILE, load_adapter
-from pardec.config.adapter_recipe import Recipe
 from pardec.decoding.stats import SequenceCounts, acceptance_outside_repetition
-from pardec.layout import nested_block_lengths
 from pardec.measures.acceptance import Acceptance, measure_acceptance
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, git_commit, library_versions
@@ -165,14 +163,9 @@ def what_was_trained(variant: Variant, work: Path) -> tuple[str | None, dict[str
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in logged if "loss" in line]
     facts = {"steps": variant.recipe.train.steps, "best_step": found["step"], "final_loss": losses[-1]}
-    return None, {**facts, "mask_rows_per_step": mask_rows_per_step(variant.recipe)}
-
-
-def mask_rows_per_step(recipe: Recipe) -> int:
-    """Mask rows that an optimiser step trains on, of one process."""
-    train, K = recipe.train, recipe.adapter.num_speculative_tokens
-    lengths = nested_block_lengths(train.anchors_per_sequence, K, train.keep.ratio, train.keep.floor)
-    return train.batch_size * train.gradient_accumulation_steps * sum(lengths)
+    train = variant.recipe.train
+    mask_rows = train.gradient_accumulation_steps * variant.recipe.mask_rows(train.anchors_per_sequence)
+    return None, {**facts, "mask_rows_per_step": mask_rows}
 
 
 # ---------------------------------------------------------------------- evaluation
@@ -234,9 +227,7 @@ def evaluate(
         record["views"].append({"settings": settings, **figures, **made_by})
         write_record(record, variant, work)
     del model
-    gc.collect()  # what it holds on the device is for the next trainer to use
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)  # what it holds on the device is for the next trainer to use
 
 
 def measure(

@@ -7,8 +7,10 @@ Knows modules and tensors, nothing of how steps are run.
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from timing.clock import seconds_of
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,25 +34,12 @@ def copy_bandwidth(device: torch.device, *, num_bytes: int | None = None, repeti
     num_bytes = num_bytes or (CUDA_COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES)
     # random bits: memory may be faster on zeros
     source = torch.randint(-(2**62), 2**62, (num_bytes // 8,), device=device)
-    target = torch.empty_like(source)
+    copy = partial(torch.empty_like(source).copy_, source)
     start = time.perf_counter()
     while time.perf_counter() - start < WARM_UP_SECONDS:
-        _seconds_of_copy(source, target)
-    seconds = [_seconds_of_copy(source, target) for _ in range(repetitions)]
+        seconds_of(copy, device)
+    seconds = [seconds_of(copy, device) for _ in range(repetitions)]
     return 2 * source.nbytes / statistics.median(seconds)
-
-
-def _seconds_of_copy(source: torch.Tensor, target: torch.Tensor) -> float:
-    if source.device.type != "cuda":
-        start = time.perf_counter()
-        target.copy_(source)
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    target.copy_(source)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000
 
 
 def weight_bytes_per_step(base: nn.Module) -> int:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 
-import numpy as np
 import torch
-from exactness import Divergence
 from timing.baselines import Decoded, Way
+from timing.clock import quartiles
+from timing.divergence import Divergence
 
 from pardec.data.benchmarks import Prompt
 
@@ -183,12 +183,6 @@ def ratios(calls: Sequence[Call], reference: Sequence[Call]) -> list[float]:
     """Speed of each call over the speed of the reference on the same batch and repetition."""
     pairs = zip(calls, reference, strict=True)
     return [one.tokens_per_second / other.tokens_per_second for one, other in pairs]
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile, interpolated between neighbours."""
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return float(low), float(median), float(high)
 
 
 def ratio_by_category(timed: Timed, plain: Timed, categories: Sequence[str]) -> dict[str, float]:

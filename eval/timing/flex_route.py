@@ -5,18 +5,13 @@ its cost follows the committed length and not the cache bucket; the host reads n
 Legend: B batch, H key/value heads, G query heads for each of them, R rows, S slots attended to, D head size.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
-
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from pardec.decoding.rows import RowForward, RowPlan
-from pardec.decoding.step import Decoder
-from pardec.target.attention import STOCK
+from pardec.target.attention import STOCK, AttentionRoute
 from pardec.target.cache import SlotCache
 from pardec.target.compiling import compiled
 
@@ -86,46 +81,12 @@ _compiled_kernel = compiled(_kernel)
 
 
 class FlexForward(RowForward):
-    """The engine's forward with this route in place of its own."""
+    """The engine's forward with this route and its mask in place of its own, and without weights packed for a CPU."""
 
-    @cached_property
-    def _on_base(self) -> Callable[..., Tensor]:
-        return self.target.run if self.compile_step is None else self.compile_step(self.target.run)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.linears = None
+        self._route = AttentionRoute(self.target.base, ROUTE)
 
-    def run(self, plan: RowPlan, cache: SlotCache, lengths: Tensor, ids: Tensor) -> Tensor:
-        """Logits of the plan's rows, shape [B, R, V]; arguments as in `RowForward`."""
-        R, behind, embeds = plan.layout.num_rows, lengths[:, None], self.target.embed(ids)
-        if plan.mask_embeds is not None:
-            embeds = torch.cat([embeds, plan.mask_embeds.expand(ids.shape[0], -1, -1)], dim=1)
-        positions = self.target.clamp_positions(behind + plan.layout.offsets)
-        cache.slots = behind + torch.arange(R, device=lengths.device)
-        block_mask = step_block_mask(plan, lengths, cache.num_used)
-        with ExitStack() as stack:
-            if self.gate is not None and plan.mask_embeds is not None:
-                stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))
-            stack.enter_context(_on_route(self.target.base))
-            return self._on_base(embeds, positions, block_mask, cache)
-
-
-@contextmanager
-def _on_route(base: PreTrainedModel) -> Iterator[None]:
-    config = base.config.get_text_config(decoder=True)
-    before = config._attn_implementation
-    config._attn_implementation = ROUTE
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def take_flex_route(decoder: Decoder) -> None:
-    """Lets the steps of `decoder`, which must have the grouped route, attend through FlexAttention instead."""
-    own = decoder.forward
-    decoder.forward = FlexForward(
-        own.target,
-        own.mask_embeddings,
-        own.gate,
-        linears=None,  # of a CPU
-        query_group=own.query_group,
-        compile_step=own.compile_step,
-    )
+    def _mask(self, plan: RowPlan, cache: SlotCache, behind: Tensor, positions: Tensor) -> BlockMask:
+        return step_block_mask(plan, behind.flatten(), cache.num_used)

@@ -25,78 +25,41 @@ _LLAMA = {
 }
 _QWEN3 = {
     "model_type": "qwen3",
-    "vocab_size": 151936,
     "head_dim": 128,
-    "num_key_value_heads": 8,
     "max_position_embeddings": 40960,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
 }
 
-# sizes as in the config.json of the models named behind them
+
+def _sizes(
+    vocabulary: int, hidden: int, intermediate: int, *, layers: int, heads: int, kv_heads: int, tied: bool
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+# sizes as in the config.json of the models named above them
 SHAPES: dict[str, dict[str, Any]] = {
     # 0.1 M parameters: to see the script run
-    "tiny": {
-        **_LLAMA,
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": False,
-    },
+    "tiny": _LLAMA | _sizes(512, 64, 128, layers=2, heads=4, kv_heads=2, tied=False),
     # 100 M parameters with tied embeddings: larger than a CPU's caches, small enough to wait for
-    "llama-100m": {
-        **_LLAMA,
-        "vocab_size": 32000,
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "tie_word_embeddings": True,
-    },
+    "llama-100m": _LLAMA | _sizes(32000, 768, 2048, layers=12, heads=12, kv_heads=4, tied=True),
     # Llama-3.2-1B
-    "llama-1b": {
-        **_LLAMA,
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": True,
-    },
+    "llama-1b": _LLAMA | _sizes(128256, 2048, 8192, layers=16, heads=32, kv_heads=8, tied=True),
     # Llama-3.1-8B
-    "llama-8b": {
-        **_LLAMA,
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
+    "llama-8b": _LLAMA | _sizes(128256, 4096, 14336, layers=32, heads=32, kv_heads=8, tied=False),
     # Qwen3-0.6B
-    "qwen3-0.6b": {
-        **_QWEN3,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "tie_word_embeddings": True,
-    },
+    "qwen3-0.6b": _QWEN3 | _sizes(151936, 1024, 3072, layers=28, heads=16, kv_heads=8, tied=True),
     # Qwen3-8B
-    "qwen3-8b": {
-        **_QWEN3,
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
+    "qwen3-8b": _QWEN3 | _sizes(151936, 4096, 12288, layers=36, heads=32, kv_heads=8, tied=False),
 }
 
 

@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 from timing.bandwidth import StepBound, flops_per_step
+from timing.clock import quartiles
 from timing.step_profile import profile_steps
 from timing.steps import (
     FLEX,
@@ -208,7 +209,7 @@ def _figures(
     """The figures of one row count beside plain steps, rounded."""
     mine, plain = blocks[K], blocks[0]
     ms = float(np.median([block.ms_per_step for block in mine]))
-    low, ratio, high = _quartiles([a.ms_per_step / b.ms_per_step for a, b in zip(mine, plain, strict=True)])
+    low, ratio, high = quartiles([a.ms_per_step / b.ms_per_step for a, b in zip(mine, plain, strict=True)])
     rates = [1000 * block.tokens_per_step / block.ms_per_step for block in mine]
     plain_rates = [1000 * block.tokens_per_step / block.ms_per_step for block in plain]
     # the newest token is not in the cache
@@ -217,7 +218,7 @@ def _figures(
     flops = flops_per_step(subject.target.base, (K + 1) ** 2, committed)
     return _names(K, subject) | {
         "ms_per_step": round(ms, 4),
-        "ms_per_step_quartiles": [round(q, 4) for q in _quartiles([block.ms_per_step for block in mine])[::2]],
+        "ms_per_step_quartiles": [round(q, 4) for q in quartiles([block.ms_per_step for block in mine])[::2]],
         "ratio_to_plain": round(ratio, 4),
         "ratio_to_plain_quartiles": [round(low, 4), round(high, 4)],
         "bound_ms": round(bound_ms, 4),
@@ -229,11 +230,6 @@ def _figures(
         "tokens_per_second": round(float(np.median(rates)), 2),
         "tokens_per_second_to_plain": round(float(np.median(np.divide(rates, plain_rates))), 4),
     }
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    low, median, high = np.percentile(values, [25, 50, 75])
-    return float(low), float(median), float(high)
 
 
 def _profile(runner: Runner) -> dict:

@@ -4,18 +4,19 @@ What is timed is the loop that users run: on CUDA captured steps, read one behin
 files and no tables. Legend: K num_speculative_tokens, D width of an input embedding, T tokens.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
+from timing.clock import seconds_of
 from torch import Tensor
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
 from pardec.decoding.engine import Engine, Progress
 from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
@@ -76,23 +77,21 @@ class Subject:
         K = num_speculative_tokens
         gate = self.gate if K and variant.lora else None
         device = self.target.device
-        decoder = Decoder(
+        rows = RowForward
+        if variant.attention == FLEX:
+            from timing.flex_route import FlexForward  # registers its route
+
+            rows = FlexForward
+        forward = rows(
             self.target,
-            "fused" if K else "plain",
-            K,
-            TokenLaw(greedy=True),
-            max_new_tokens=max_new_tokens,
-            eos_token_ids=torch.empty(0, dtype=torch.long, device=device),
-            mask_embeddings=self.mask_embeddings[:K] if K else None,
-            gate=gate,
+            self.mask_embeddings[:K] if K else None,
+            gate,
             linears=None if variant.compile else self._linears(gate),
             query_group=None if variant.attention == STOCK else self.facts.query_group,
             compile_step=compiled if variant.compile else None,
         )
-        if variant.attention == FLEX:
-            from timing.flex_route import take_flex_route
-
-            take_flex_route(decoder)
+        no_eos = torch.empty(0, dtype=torch.long, device=device)
+        decoder = Decoder(forward, "fused" if K else "plain", K, TokenLaw(greedy=True), max_new_tokens, no_eos)
         return Engine(decoder, self.facts.bytes_per_slot, captured=device.type == "cuda")
 
     def prepare(self, variant: Variant) -> None:
@@ -213,20 +212,11 @@ class Runner:
 
     def _timed(self, num_steps: int) -> Block:
         device = self.engine.decoder.target.device
-        if device.type != "cuda":
-            before, start = self._num_new(), time.perf_counter()
-            self.advance(num_steps)
-            seconds = time.perf_counter() - start
-        else:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if device.type == "cuda":
             # while this runs the host gets ahead, so that the first timed step does not wait to be launched
             self.advance(LEAD_IN_STEPS)
-            before = self._num_new()
-            begin.record()
-            self.advance(num_steps)
-            end.record()
-            end.synchronize()
-            seconds = begin.elapsed_time(end) / 1000
+        before = self._num_new()
+        seconds = seconds_of(partial(self.advance, num_steps), device)
         return Block(1000 * seconds / num_steps, (before, self._num_new()), num_steps, self._num_slots())
 
     def _num_new(self) -> int:

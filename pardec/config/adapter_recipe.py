@@ -1,31 +1,14 @@
-"""Recipes: YAML files with dotted overrides, checked so that a mistyped key is an error and not a default."""
+"""The recipe of `train/train_adapter.py`: base, data, what is learned, how, and how it is measured meanwhile."""
 
-import difflib
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from pardec.config.recipe_files import MixedPrecision, Section
+from pardec.layout import nested_block_lengths
 from pardec.training.loss import WEIGHT_RULES
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be used; the message names the key, what was expected and what was found."""
-
-
-class Section(BaseModel):
-    """A part of a recipe; a key that it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-# YAML reads a bare `no` as false
-MixedPrecision = Annotated[
-    Literal["auto", "no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
-]
+from pardec.training.module import Drafter, Objective
 
 
 def _number_or_rule(value: Any) -> Any:
@@ -42,8 +25,8 @@ PositionWeights = Annotated[
 ]
 
 
-class DataConfig(Section):
-    """What is trained on.
+class RowsConfig(Section):
+    """Where data come from.
 
     Attributes:
         path: file, folder or hub dataset; `python-stdlib` is the source of the running interpreter's
@@ -51,16 +34,24 @@ class DataConfig(Section):
         format: `auto` goes by suffix; `text`, `jsonl`, or `hub` for anything that `datasets` loads.
         subset: configuration of a hub dataset.
         split: of a hub dataset.
-        max_length: tokens of a training sequence.
-        validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
-            above; default a held-out part of `path`.
-        test_path: likewise, of data that is reported.
     """
 
     path: str
     format: Literal["auto", "text", "jsonl", "hub"] = "auto"
     subset: str | None = None
     split: str = "train"
+
+
+class DataConfig(RowsConfig):
+    """What is trained on.
+
+    Attributes:
+        max_length: tokens of a training sequence.
+        validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
+            above; default a held-out part of `path`.
+        test_path: likewise, of data that is reported.
+    """
+
     max_length: int = Field(default=512, ge=8)
     validation_path: str | None = None
     test_path: str | None = None
@@ -117,6 +108,18 @@ class AdapterConfig(Section):
     head: HeadSection | None = None
     start_from: str | None = None
 
+    def drafter(self) -> Drafter:
+        """The same as the training module takes it."""
+        return Drafter(
+            self.num_speculative_tokens,
+            mask_sharing=self.mask_sharing,
+            draft_input=self.draft_input,
+            initialisation=self.mask_initialisation,
+            has_lora=self.lora is not None,
+            head_width=0 if self.head is None else self.head.width,
+            joint_head=self.head is not None and self.head.joint,
+        )
+
 
 class KeepSection(Section):
     """Nested token dropping: at depth j only max(floor, ratio^(j-1)) of the blocks keep their mask token.
@@ -167,7 +170,7 @@ class TrainConfig(Section):
     learning_rate: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
     lora_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
     head_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
-    frozen: list[Literal["mask_embeddings", "lora", "head"]] = []
+    frozen: list[Literal["mask_embeddings", "lora", "head"]] = Field(default=[])
     warmup_steps: int = Field(default=20, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     objective: Literal["kl", "cross_entropy", "cross_entropy_argmax", "lk", "lk_hybrid"] = "kl"
@@ -179,7 +182,7 @@ class TrainConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: int = Field(default=10, ge=1)
     checkpoint_every: int = Field(default=100, ge=1)
-    trackers: list[str] = []
+    trackers: list[str] = Field(default=[])
 
 
 class EvalConfig(Section):
@@ -218,14 +221,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _weights_fit(self) -> "Recipe":
         weights, K = self.train.position_weights, self.adapter.num_speculative_tokens
-        if isinstance(weights, str):
-            return self
         if isinstance(weights, list) and len(weights) != K:
             raise ValueError(f"train.position_weights: expected {K} numbers, found {len(weights)}")
         try:
-            values = weights if isinstance(weights, list) else [weights**j for j in range(K)]
+            values = self.position_weights()
         except OverflowError:
             values = [math.inf]
+        if isinstance(values, str):
+            return self
         if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
             raise ValueError(
                 f"train.position_weights: expected finite numbers >= 0, one of them above 0, found {weights}"
@@ -263,81 +266,12 @@ class Recipe(Section):
             return weights
         return [weights**j for j in range(self.adapter.num_speculative_tokens)]
 
+    def objective(self) -> Objective:
+        """What drafts are trained for."""
+        train = self.train
+        return Objective(train.objective, self.position_weights(), train.temperature, train.top_k)
 
-AnyRecipe = TypeVar("AnyRecipe", bound=Section)
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), model: type[AnyRecipe] = Recipe) -> AnyRecipe:
-    """Reads a recipe and applies overrides of the form `section.key=value`, values in YAML.
-
-    Args:
-        path: YAML file.
-        overrides: as typed on the command line.
-        model: what the recipe is checked against; default that of an adapter's training.
-
-    Raises:
-        RecipeError: for a missing or malformed file, an unknown key (naming the nearest), a value out of range.
-    """
-    try:
-        raw = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: expected a recipe file, found nothing") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise RecipeError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
-    for override in overrides:
-        _apply_override(raw, override)
-    return parse_recipe(raw, str(path), model)
-
-
-def parse_recipe(raw: dict[str, Any], source: str, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
-    """A recipe from plain values; `source` is named in errors, which are those of `load_recipe`."""
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(f"{source}: {_describe(error, model)}") from None
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"override: expected section.key=value, found {override!r}")
-    *sections, last = key.split(".")
-    for section in sections:
-        if raw.get(section) is None:
-            raw[section] = {}
-        raw = raw[section]
-        if not isinstance(raw, dict):
-            raise RecipeError(f"override: expected a section before the dot, found {override!r}")
-    try:
-        raw[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        found = " ".join(str(error).split())
-        raise RecipeError(f"override {override!r}: expected YAML, found {found}") from None
-
-
-def _describe(error: ValidationError, model: type[Section]) -> str:
-    # an unknown key first: a mistyped required key is also a missing one
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    location = [str(part) for part in first["loc"]]
-    if first["type"] != "extra_forbidden":  # pydantic appends the type that it tried
-        location = [part for part in location if part not in ("float", "str") and not part.startswith("list[")]
-    key = ".".join(location)
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(model, location[:-1])
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest known one is {'.'.join([*location[:-1], *nearest])!r}"
-    if first["type"] == "missing":
-        return f"expected key {key!r}, found none"
-    if first["type"] == "value_error" and "ctx" in first:
-        return str(first["ctx"]["error"])
-    return f"{key}: {first['msg'].lower()}, found {first['input']!r}"
-
-
-def _known_keys(model: type[Section], sections: list[str]) -> list[str]:
-    for section in sections:
-        annotation = model.model_fields[section].annotation
-        choices = (annotation, *get_args(annotation))  # a section may be optional
-        model = next(kind for kind in choices if isinstance(kind, type) and issubclass(kind, Section))
-    return list(model.model_fields)
+    def mask_rows(self, num_anchors: int) -> int:
+        """Mask rows of a forward with so many anchors per sequence."""
+        K, keep = self.adapter.num_speculative_tokens, self.train.keep
+        return self.train.batch_size * sum(nested_block_lengths(num_anchors, K, keep.ratio, keep.floor))

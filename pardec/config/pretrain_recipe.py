@@ -2,7 +2,7 @@
 
 from pydantic import Field, model_validator
 
-from pardec.config.adapter_recipe import MixedPrecision, Section
+from pardec.config.recipe_files import MixedPrecision, Section
 
 
 class SourcesConfig(Section):

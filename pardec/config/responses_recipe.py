@@ -4,27 +4,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pardec.config.adapter_recipe import Section
+from pardec.config.adapter_recipe import RowsConfig
+from pardec.config.recipe_files import Section
 from pardec.decoding.sampling import make_warpers
-
-
-class PromptsConfig(Section):
-    """Where prompts come from.
-
-    Attributes:
-        path: file, folder or hub dataset; `python-stdlib` is the source of the running interpreter's library,
-            `python-packages` that of the packages installed for it, both without what is held out. Texts give
-            pieces; conversations what stands before their first answer; rows with a loss_mask what stands before
-            their first token to learn.
-        format: `auto` goes by suffix; `text`, `jsonl`, or `hub` for anything that `datasets` loads.
-        subset: configuration of a hub dataset.
-        split: of a hub dataset.
-    """
-
-    path: str
-    format: Literal["auto", "text", "jsonl", "hub"] = "auto"
-    subset: str | None = None
-    split: str = "train"
 
 
 class ResponsesRecipe(Section):
@@ -34,7 +16,8 @@ class ResponsesRecipe(Section):
         base: folder or hub name of the model; `tiny-python` is the packaged one.
         output: JSONL file that the responses are appended to; what is known of it goes beside it, into
             `<output>.json`.
-        data: where prompts come from.
+        data: where prompts come from, without what is held out: texts give pieces, conversations what stands before
+            their first answer, rows with a loss_mask what stands before their first token to learn.
         adapter: directory of an adapter of this base that drafts; the law of the responses is the same. Default
             none: plain decoding, which is faster where a batch keeps the device busy, as on a CPU.
         num_responses: rows of the file.
@@ -53,7 +36,7 @@ class ResponsesRecipe(Section):
 
     base: str
     output: str
-    data: PromptsConfig
+    data: RowsConfig
     adapter: str | None = None
     num_responses: int = Field(default=8192, ge=1)
     prompt_tokens: int = Field(default=128, ge=1)

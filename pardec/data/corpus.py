@@ -137,12 +137,7 @@ def useful_anchors(mask: ArrayOrTensor) -> ArrayOrTensor:
     return mask[1:-1] & mask[2:]
 
 
-def standard_prompts(
-    documents: Sequence[Document],
-    prompt_tokens: int = PROMPT_TOKENS,
-    stride_tokens: int = PROMPT_STRIDE_TOKENS,
-    num_prompts: int | None = None,
-) -> list[list[int]]:
+def standard_prompts(documents: Sequence[Document], num_prompts: int | None = None) -> list[list[int]]:
     """Prompts that everyone can take again: the first tokens at every stride of the split's stream.
 
     Documents with a loss mask give the tokens before the first one to be learned. With `num_prompts`, so many are
@@ -156,12 +151,13 @@ def standard_prompts(
         prompts = [d.input_ids[: max(1, int(d.loss_mask.argmax()))].tolist() for d in masked]  # type: ignore[union-attr]
     else:
         stream = np.concatenate([d.input_ids for d in documents]) if documents else np.empty(0, dtype=np.int32)
-        if num_prompts is not None and len(stream) < num_prompts * stride_tokens:
-            stride_tokens = max(prompt_tokens, len(stream) // num_prompts)
-        starts = range(0, len(stream) - prompt_tokens + 1, stride_tokens)
-        prompts = [stream[start : start + prompt_tokens].tolist() for start in starts]
+        stride = PROMPT_STRIDE_TOKENS
+        if num_prompts is not None and len(stream) < num_prompts * stride:
+            stride = max(PROMPT_TOKENS, len(stream) // num_prompts)
+        starts = range(0, len(stream) - PROMPT_TOKENS + 1, stride)
+        prompts = [stream[start : start + PROMPT_TOKENS].tolist() for start in starts]
     if not prompts:
-        raise DataError(f"held-out data: expected at least {prompt_tokens} tokens for a prompt, found fewer")
+        raise DataError(f"held-out data: expected at least {PROMPT_TOKENS} tokens for a prompt, found fewer")
     if num_prompts is not None and len(prompts) > num_prompts:
         prompts = [prompts[i * len(prompts) // num_prompts] for i in range(num_prompts)]
     return prompts

@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from pardec.data.reading import read_utf8
+
 
 def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
     """The prompts that exactly one of these gives; `-` is standard input.
@@ -31,10 +33,7 @@ def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None
 def _prompts_of_file(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a prompt file, found {'a directory' if path.is_dir() else 'nothing'}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+    text = read_utf8(path)
     if path.suffix != ".jsonl":
         return [text]
     prompts = []

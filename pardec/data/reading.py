@@ -114,20 +114,21 @@ def _format_of(where: Path) -> str:
 
 
 def _text_rows(where: Path) -> list[dict[str, Any]]:
-    files = [where] if where.is_file() else _text_files(where)
-    rows = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{file}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
-        if text.strip():
-            rows.append({"text": text})
-    return rows
+    below = (path for path in where.rglob("*") if path.suffix in _TEXT_SUFFIXES and path.is_file())
+    texts = map(read_utf8, [where] if where.is_file() else sorted(below))
+    return [{"text": text} for text in texts if text.strip()]
 
 
-def _text_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix in _TEXT_SUFFIXES and path.is_file())
+def read_utf8(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: if it is not UTF-8, naming the place.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
 
 
 def _jsonl_rows(file: Path) -> list[dict[str, Any]]:

@@ -3,8 +3,6 @@
 Knows rows of data and tokenizers, no model.
 """
 
-import hashlib
-import json
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -107,8 +105,3 @@ def _conversation_prompt(turns: list[dict[str, str]], tokenizer: PreTrainedToken
     if not ids:
         raise DataError(f"{where}: expected a chat template that renders a prompt, found {text!r}")
     return np.array(ids, dtype=np.int32)
-
-
-def prompts_digest(prompts: Sequence[Sequence[int]]) -> str:
-    """sha256 of the prompts, to tell whether data or tokenizer have changed."""
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

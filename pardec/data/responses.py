@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pardec.run import written_aside
+
 # responses with fewer tokens of the model's own give training next to nothing
 SHORT_TOKENS = 3
 
@@ -150,13 +152,8 @@ def about_file(file: Path) -> Path:
 
 def write_about(file: Path, about: dict[str, Any]) -> None:
     """Written aside and renamed, so that it is whole at any moment."""
-    target = about_file(file)
-    aside = target.with_name(f".writing-{os.getpid()}-{target.name}")
-    try:
+    with written_aside(about_file(file)) as aside:
         aside.write_text(json.dumps(about, indent=1) + "\n")
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_about(file: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:

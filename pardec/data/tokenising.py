@@ -32,11 +32,7 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
     """
     where = row.get("where", where)
     if row.get("input_ids") is not None:
-        if max(row["input_ids"]) >= len(tokenizer):
-            raise DataError(
-                f"{where}: expected token ids below {len(tokenizer)}, those of the tokenizer, "
-                f"found {max(row['input_ids'])}"
-            )
+        check_token_ids(max(row["input_ids"]), len(tokenizer), "the tokenizer", where)
         mask = np.array(row["loss_mask"], dtype=bool)
         return Document(np.array(row["input_ids"], dtype=np.int32), mask)
     if row.get("conversations") is not None:
@@ -46,6 +42,16 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
     if separator is not None and ids[:1] != [separator]:
         ids = [separator, *ids]
     return Document(np.array(ids, dtype=np.int32))
+
+
+def check_token_ids(largest: int, limit: int, owner: str, where: str) -> None:
+    """Refuses token ids of data that tokenizer or base, which `owner` says, know only below `limit`.
+
+    Raises:
+        DataError: beginning with `where`.
+    """
+    if largest >= limit:
+        raise DataError(f"{where}: expected token ids below {limit}, those of {owner}, found {largest}")
 
 
 def _tokenise_conversation(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Document:

@@ -4,13 +4,15 @@ Knows no layout, no cache and no verification. Legend: B batch, K num_speculativ
 H width of the hidden state, D width of an input embedding.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pardec.adapters.adapter import Adapter, AdapterError
-from pardec.adapters.head import SamplerHead, draft_in_turn
+from pardec.adapters.head import SamplerHead
 from pardec.decoding.sampling import TokenLaw
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
@@ -68,3 +70,49 @@ class HeadDrafter:
         return draft_in_turn(
             self.head, law, logits, hidden, previous, self.target.embed, self.tap.output_embeddings, self.shortlist
         )
+
+
+def draft_in_turn(
+    head: SamplerHead,
+    law: TokenLaw,
+    logits: Tensor,
+    hidden: Tensor,
+    bonus: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    output_embeddings: Tensor,
+    shortlist: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Drafts one after another, each knowing the one before it: tokens, shape [B, K], and their law q, [B, K, V].
+
+    Only the likeliest tokens of each mask row are scored; all others have probability 0 in q, which is what
+    verification is told.
+
+    Args:
+        head: in the target's dtype.
+        law: how tokens are chosen.
+        logits: of the K mask rows, shape [B, K, V].
+        hidden: what the output head read to make them, shape [B, K, H].
+        bonus: the token before the first draft, shape [B].
+        embed: input embeddings of token ids.
+        output_embeddings: shape [V, H].
+        shortlist: tokens that are scored.
+
+    Returns:
+        tokens, and q; None instead of q when greedy.
+    """
+    top = logits.topk(min(shortlist, logits.shape[2]), dim=-1)
+    vectors, read = F.embedding(top.indices, output_embeddings), head.read(hidden)
+    previous, tokens, laws = bonus, [], []
+    for j in range(logits.shape[1]):
+        correction = (vectors[:, j] @ head.correct(read[:, j], embed(previous))[:, :, None]).squeeze(2)
+        # warpers find on the shortlist what they would find on a row that is -inf everywhere else
+        chosen, q = law.draw((top.values[:, j] + correction)[:, None])
+        previous = top.indices[:, j].gather(1, chosen).squeeze(1)
+        tokens.append(previous)
+        if q is not None:
+            laws.append(q)
+    drafts = torch.stack(tokens, dim=1)
+    if not laws:
+        return drafts, None
+    everywhere = torch.zeros_like(logits, dtype=torch.float32)
+    return drafts, everywhere.scatter_(2, top.indices, torch.cat(laws, dim=1))

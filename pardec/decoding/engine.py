@@ -7,6 +7,7 @@ Legend: B sequences.
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 import torch
@@ -70,23 +71,25 @@ class Engine:
         self._graphs = CapturedSteps(decoder, recorder) if captured else None
 
     def run(
-        self, prompts: list[list[int]], *, repeats: int = 1, one_behind: bool = True, alone: bool = False
+        self, prompts: list[list[int]], *, repeats: int = 1, between: Literal["nothing", "reads", "writes"] = "reads"
     ) -> Generator[Progress, None, None]:
         """Decodes until all sequences are done; yields after prefill and for every step.
 
-        The LoRA's hooks and packed weights, where there are any, are on the base only while this runs.
+        The LoRA's hooks and packed weights, where there are any, are on the base only while this runs. On CUDA a step
+        is launched before the one before it is read, so that the device never waits; the state may then be a step
+        ahead of what was yielded.
 
         Args:
             prompts: lists of token ids.
             repeats: sequences that continue each prompt.
-            one_behind: a step is launched before the one before it is read, so that the device never waits; the
-                state may then be a step ahead of what was yielded. False where the caller changes the state.
-            alone: nobody looks at the base between two steps, so what a step puts on it may stay there meanwhile.
+            between: what the caller does between two steps: `nothing`, so that what a step puts on the base may stay
+                there meanwhile; `reads` what was yielded; or `writes` to the state, for which every step is read
+                before the next.
         """
         decoder = self.decoder
         num_sequences = len(prompts) * repeats
         state = self.state = self._begin(prompts, repeats)
-        one_behind = one_behind and state.lengths.device.type == "cuda"
+        one_behind = between != "writes" and state.lengths.device.type == "cuda"
         # the most tokens that a sequence can have committed when a step begins, known to the host without waiting
         longest = max(len(prompt) for prompt in prompts)
         prompt_lengths = [len(prompt) for prompt in prompts for _ in range(repeats)]
@@ -94,7 +97,7 @@ class Engine:
         reports.post(state, None)
         progress = reports.read()
         yield progress
-        held = alone and self._graphs is None
+        held = between == "nothing" and self._graphs is None
         with decoder.attached() if held else nullcontext():
             while not all(progress.done):
                 unread = int(one_behind and reports.num_posted > 0)
@@ -121,7 +124,7 @@ class Engine:
         decoder, num_sequences = self.decoder, len(prompts) * repeats
         num_slots = decoder.num_slots(max(len(prompt) for prompt in prompts))
         if self._graphs is None:
-            if decoder.compile_step is not None:  # code is compiled for the cache's size
+            if decoder.forward.compile_step is not None:  # code is compiled for the cache's size
                 num_slots = self._bucket(num_slots)
             cache = self._new_cache(num_sequences, num_slots)
             return decoder.prefill(prompts, repeats=repeats, cache=cache)
@@ -152,7 +155,7 @@ class Engine:
         """Slots to attend to when `num_tokens` may be committed before a step; without a cache, slots to allocate."""
         if cache is not None:
             num_tokens += self.decoder.num_slots_per_step
-        compiled = self.decoder.compile_step is not None
+        compiled = self.decoder.forward.compile_step is not None
         on_cuda = self.decoder.target.device.type == "cuda"
         slots = bucket(num_tokens, few=compiled, coarse=on_cuda)
         return slots if cache is None else min(slots, cache.num_slots)

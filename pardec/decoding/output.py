@@ -74,9 +74,7 @@ def counts_of(state: DecodeState, mode: str, num_sequences: int) -> list[Sequenc
     """The counts of the first rows of a decoding state."""
     per_step = 2 if mode == "two_pass" else 1
     rows = zip(state.rounds()[:num_sequences], state.num_new.tolist()[:num_sequences], strict=True)
-    return [
-        SequenceCounts([a for a, _ in rounds], [d for _, d in rounds], new, per_step, per_step) for rounds, new in rows
-    ]
+    return [SequenceCounts([a for a, _ in rounds], [d for _, d in rounds], new, per_step) for rounds, new in rows]
 
 
 def outputs_of(state: DecodeState, num_sequences: int) -> list[list[int]]:

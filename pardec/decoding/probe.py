@@ -8,6 +8,7 @@ finds the hidden states that it reads.
 import torch
 from torch import Tensor
 
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.errors import first_line
@@ -91,7 +92,7 @@ def _deviation(target: TargetModel, ids: Tensor) -> float:
 def _fused_step_logits(target: TargetModel, ids: Tensor, masks: Tensor) -> Tensor:
     """Logits of the last K + 1 tokens of `ids`, run as bonus token and drafts of a fused step."""
     no_eos = ids.new_empty(0)
-    decoder = Decoder(target, "fused", _K, TokenLaw(greedy=True), _K + 2, no_eos, mask_embeddings=masks)
+    decoder = Decoder(RowForward(target, masks), "fused", _K, TokenLaw(greedy=True), _K + 2, no_eos)
     prompt, rest = ids[: -_K - 1], ids[-_K - 1 :]
     state = decoder.prefill([prompt.tolist()])
     state.bonus, state.drafts = rest[:1], rest[None, 1:]

@@ -1,4 +1,4 @@
-"""All state of a decoding, in tensors on the device.
+"""All state of a decoding, in tensors on the device, and how emitted tokens change it.
 
 Legend: B batch, P padded prompt length, K num_speculative_tokens, V vocabulary, W tokens that a step emits at most.
 """
@@ -54,6 +54,89 @@ class DecodeState:
     tokens: Tensor
     num_accepted: Tensor
 
+    @classmethod
+    def begin(
+        cls,
+        cache: SlotCache,
+        prompts: Tensor,
+        lengths: Tensor,
+        eos_token_ids: Tensor,
+        *,
+        room: Tensor,
+        drafts: Tensor,
+        draft_probs: Tensor | None,
+        width: int,
+        capacity: int,
+    ) -> "DecodeState":
+        """The state behind prompts that are in the cache, before the first token is emitted.
+
+        Args:
+            cache: holds the prompts.
+            prompts: shape [B, P].
+            lengths: of the prompts, shape [B].
+            eos_token_ids: shape [n].
+            room: shape [B].
+            drafts: place for them, shape [B, K].
+            draft_probs: place for their law, shape [B, K, V], or None.
+            width: W.
+            capacity: new tokens that there is place for.
+        """
+        B = lengths.shape[0]
+        return cls(
+            cache=cache,
+            lengths=lengths,
+            bonus=lengths.new_zeros(B),
+            drafts=drafts,
+            draft_probs=draft_probs,
+            draft_length=lengths.new_full((B,), drafts.shape[1]),
+            done=torch.zeros(B, dtype=torch.bool, device=lengths.device),
+            room=room,
+            eos_token_ids=eos_token_ids,
+            prompts=prompts,
+            prompt_lengths=lengths.clone(),
+            output=lengths.new_zeros(B, capacity + width),
+            num_new=lengths.new_zeros(B),
+            marks=lengths.new_full((B, capacity + width), -1),
+            tokens=lengths.new_zeros(B, width),
+            num_accepted=lengths.new_zeros(B),
+        )
+
+    def mark(self, num_accepted: Tensor) -> None:
+        """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts."""
+        self.num_accepted, mark = num_accepted, num_accepted
+        if self.drafts.shape[1]:
+            mark = torch.add(num_accepted, self.draft_length, alpha=MARK)
+        self.marks.scatter_(1, self.num_new[:, None], mark[:, None])
+
+    def commit(self, tokens: Tensor, last: Tensor, index: Tensor) -> None:
+        """Emits tokens[:, : last + 1] and advances the committed length past all of them but the last."""
+        # of rows that end here, or have ended before, the length no longer matters: it only must not grow on
+        self.lengths = self.lengths + self.emit(tokens, last, index)
+
+    def emit(self, tokens: Tensor, last: Tensor, index: Tensor) -> Tensor:
+        """Appends tokens[:, : last + 1] to each row's output, up to EOS and the length limit; returns how many.
+
+        Args:
+            tokens: shape [B, W].
+            last: shape [B].
+            index: 0..W-1, shape [W].
+        """
+        end = last
+        # what stands behind the end of a row's output does not count, so all tokens may be written
+        self.output.scatter_(1, self.num_new[:, None] + index, tokens)
+        self.tokens = tokens
+        if self.eos_token_ids.numel() and tokens.shape[1] > 1:
+            stops = _is_any(tokens, self.eos_token_ids) | (index >= last[:, None])
+            end = stops.byte().argmax(dim=1)  # the first EOS token or the last token, whichever comes first
+        count = torch.minimum(end + 1, self.room)
+        self.bonus = tokens.gather(1, end[:, None])[:, 0]
+        self.room = self.room - count
+        if self.eos_token_ids.numel():
+            self.room = self.room.masked_fill(_is_any(self.bonus, self.eos_token_ids), 0)
+        self.num_new = self.num_new + count
+        self.done = self.room == 0
+        return count
+
     def report(self) -> Tensor:
         """For the host, in one tensor, shape [B, 3 + W]: num_new, done, num_accepted, tokens."""
         counts = [column[:, None] for column in (self.num_new, self.done, self.num_accepted)]
@@ -64,3 +147,8 @@ class DecodeState:
         ends = self.num_new.tolist()
         marks = [row[:end] for row, end in zip(self.marks.tolist(), ends, strict=True)]
         return [[(mark % MARK, mark // MARK) for mark in row if mark >= 0] for row in marks]
+
+
+def _is_any(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Whether each token is one of `ids`, shape [n]."""
+    return tokens == ids if ids.shape[0] == 1 else (tokens[..., None] == ids).any(dim=-1)

@@ -17,15 +17,13 @@ class SequenceCounts:
         accepted: number of accepted drafted tokens in each round, bonus token excluded.
         drafted: number of drafted tokens that each round verified.
         num_new_tokens: emitted tokens, after cuts.
-        forwards_per_step: 1, or 2 for two_pass.
-        exact_per_step: tokens that a round emits besides the accepted ones: 1, or 2 for two_pass.
+        forwards_per_step: 1, or 2 for two_pass; each gives an exact token besides the accepted ones.
     """
 
     accepted: list[int]
     drafted: list[int]
     num_new_tokens: int
     forwards_per_step: int = 1
-    exact_per_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def _figures(
     num_accepted = sum(a for a, _ in drafts)
     num_drafted = sum(d for _, d in drafts)
     forwards = sum(len(one.accepted) * one.forwards_per_step for one in counts)
-    tokens = sum(sum(one.accepted) + len(one.accepted) * one.exact_per_step for one in counts)
+    tokens = sum(sum(one.accepted) + len(one.accepted) * one.forwards_per_step for one in counts)
     num_new = sum(one.num_new_tokens for one in counts)
     return DecodeStats(
         num_new_tokens=num_new,
@@ -149,12 +147,12 @@ def acceptance_outside_repetition(
     """(accepted tokens, drafts) of the rounds whose first verified token lies outside exact repetition."""
     inside = inside_repetition([*prompt_ids, *output_ids])[len(prompt_ids) :]
     accepted = drafts = 0
-    verified = counts.exact_per_step  # index of the first drafted token of the first round; 0 is prefill's token
+    verified = counts.forwards_per_step  # index of the first drafted token of the first round; 0 is prefill's token
     for a, d in zip(counts.accepted, counts.drafted, strict=True):
         if d > 0 and not inside[min(verified, len(inside) - 1)]:
             accepted += a
             drafts += 1
-        verified += a + counts.exact_per_step
+        verified += a + counts.forwards_per_step
     return accepted, drafts
 
 

@@ -7,19 +7,15 @@ Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a f
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pardec.adapters.gated_lora import LoraGate
-from pardec.adapters.noise import NoiseTokens
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.prefill import prefill_prompts
-from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw
-from pardec.decoding.state import MARK, DecodeState
+from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import verify_greedy, verify_sample
 from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
 from pardec.target.cache import SlotCache
@@ -34,58 +30,43 @@ class Decoder:
     """Decodes batches of prompts with one target, one set of mask tokens and one law.
 
     Attributes:
-        target: the frozen model.
+        forward: runs rows, K mask tokens among them.
         mode: one of `MODES`.
         num_speculative_tokens: K; 0 in plain mode.
         law: how tokens are chosen.
         max_new_tokens: limit per row.
         eos_token_ids: shape [n], may be empty.
-        mask_embeddings: shape [K, D] in the target's dtype and device; None when K = 0, or with noise.
-        gate: LoRA at mask rows, or None.
-        linears: packed weights for steps on a CPU, or None.
         block_lengths: of the fused chain, K + 1 numbers in 0..K; default K everywhere.
-        query_group: of the attention route that steps take; None for the model's own attention.
-        compile_step: wraps the forward of a step, such as `torch.compile`; None for none.
-        noise: random tokens that stand at mask rows; None for mask embeddings.
-        head: draws the drafts one after another; None to draw them from their rows as they are.
+        head: draws the drafts one after another by what the tap of `forward` sees; None to draw them from their rows
+            as they are.
     """
 
-    target: TargetModel
+    forward: RowForward
     mode: str
     num_speculative_tokens: int
     law: TokenLaw
     max_new_tokens: int
     eos_token_ids: Tensor
-    mask_embeddings: Tensor | None = None
-    gate: LoraGate | None = None
-    linears: PackedLinears | None = None
     block_lengths: Sequence[int] | None = None
-    query_group: int | None = None
-    compile_step: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
-    noise: NoiseTokens | None = None
     head: HeadDrafter | None = None
-    _plans: dict[str, "RowPlan"] = field(default_factory=dict)
+    _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        assert (self.head is None) == (self.forward.tap is None)
         K = self.num_speculative_tokens
         blocks = tuple(full_blocks(K) if self.block_lengths is None else self.block_lengths)
         layouts = {"step": chain_layout(blocks), "draft": block_layout(K)}
         if self.mode == "two_pass":
             layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
-        self.forward = RowForward(
-            self.target,
-            self.mask_embeddings,
-            self.gate,
-            self.linears,
-            self.query_group,
-            self.compile_step,
-            self.noise,
-            None if self.head is None else self.head.tap,
-        )
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
         self._next_block = _next_block(blocks).to(device)
         self._token_index = torch.arange(self.tokens_per_step, device=device)
+
+    @property
+    def target(self) -> TargetModel:
+        """The frozen model."""
+        return self.forward.target
 
     @property
     def rows_per_step(self) -> int:
@@ -139,41 +120,34 @@ class Decoder:
             cache.spread(source, P + K)
             padded, lengths, logits = padded[source], lengths[source], logits[source]
             hidden = None if hidden is None else hidden[source]
-        capacity = capacity or self.max_new_tokens
-        state = DecodeState(
-            cache=cache,
-            lengths=lengths,
-            bonus=lengths.new_zeros(B),
+        state = DecodeState.begin(
+            cache,
+            padded,
+            lengths,
+            self.eos_token_ids,
+            room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
             drafts=lengths.new_zeros(B, K),
             draft_probs=None if self.law.greedy or not K else logits.new_zeros(B, K, logits.shape[2]).float(),
-            draft_length=lengths.new_full((B,), K),
-            done=torch.zeros(B, dtype=torch.bool, device=device),
-            room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
-            eos_token_ids=self.eos_token_ids,
-            prompts=padded,
-            prompt_lengths=lengths.clone(),
-            output=lengths.new_zeros(B, capacity + self.tokens_per_step),
-            num_new=lengths.new_zeros(B),
-            marks=lengths.new_full((B, capacity + self.tokens_per_step), -1),
-            tokens=lengths.new_zeros(B, self.tokens_per_step),
-            num_accepted=lengths.new_zeros(B),
+            width=self.tokens_per_step,
+            capacity=capacity or self.max_new_tokens,
         )
         first = self._choose(state, logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
             state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, first[:, 0])
-        self._emit(state, torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths))
+        state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths), self._token_index)
         return state
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
         K = self.num_speculative_tokens if self.mode == "fused" else 0
-        block, tap = self.forward.block_inputs(lengths, K) if K else None, self.forward.tap
+        block = self.forward.block_inputs(lengths, K) if K else None
+        gate, tap = self.forward.gate, self.forward.tap
         with ExitStack() as stack:
-            if self.gate is not None and K:
-                stack.enter_context(self.gate.attached())
+            if gate is not None and K:
+                stack.enter_context(gate.attached())
             if tap is not None:
                 stack.enter_context(tap.attached())
-            logits = prefill_prompts(self.target, padded, lengths, cache, block, self.gate, tap)
+            logits = prefill_prompts(self.target, padded, lengths, cache, block, gate, tap)
             if logits is not None:
                 self.forward.hidden = None if tap is None else tap.hidden
                 return logits
@@ -212,8 +186,8 @@ class Decoder:
             best = (logits if self.head is None else logits[:, : K + 1]).argmax(dim=-1)
         real = (logits if best is None else best)[:, : K + 1]
         tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
-        self._mark(state, num_accepted)
-        self._commit(state, tokens, num_accepted)
+        state.mark(num_accepted)
+        state.commit(tokens, num_accepted, self._token_index)
         if K:
             # behind the length of a shorter block its last row's draft stands again, and does not exist
             block = self._next_block.index_select(0, num_accepted)
@@ -233,8 +207,8 @@ class Decoder:
         rows = torch.cat([exact, state.drafts], dim=1)
         logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
         tokens, num_accepted = self._verify(state, logits, [bonus, rows])
-        self._mark(state, num_accepted)
-        self._commit(state, torch.cat([exact, tokens], dim=1), num_accepted + 1)
+        state.mark(num_accepted)
+        state.commit(torch.cat([exact, tokens], dim=1), num_accepted + 1, self._token_index)
 
     def _block_hidden(self) -> Tensor | None:
         """What the output head read in the last forward behind its first row, where no head drafts None."""
@@ -290,41 +264,6 @@ class Decoder:
             return torch.cat([prompt, state.output[b, :num_committed_new], since[b, : first_row + r]])
 
         return prefix_of
-
-    def _mark(self, state: DecodeState, num_accepted: Tensor) -> None:
-        """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts."""
-        state.num_accepted, mark = num_accepted, num_accepted
-        if self.num_speculative_tokens:
-            mark = torch.add(num_accepted, state.draft_length, alpha=MARK)
-        state.marks.scatter_(1, state.num_new[:, None], mark[:, None])
-
-    def _commit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> None:
-        """Emits tokens[:, : last + 1] and advances the committed length past all of them but the last."""
-        # of rows that end here, or have ended before, the length no longer matters: it only must not grow on
-        state.lengths = state.lengths + self._emit(state, tokens, last)
-
-    def _emit(self, state: DecodeState, tokens: Tensor, last: Tensor) -> Tensor:
-        """Appends tokens[:, : last + 1] to each row's output, up to EOS and the length limit; returns how many."""
-        end = last
-        # what stands behind the end of a row's output does not count, so all tokens may be written
-        state.output.scatter_(1, state.num_new[:, None] + self._token_index, tokens)
-        state.tokens = tokens
-        if state.eos_token_ids.numel() and tokens.shape[1] > 1:
-            stops = _is_any(tokens, state.eos_token_ids) | (self._token_index >= last[:, None])
-            end = stops.byte().argmax(dim=1)  # the first EOS token or the last token, whichever comes first
-        count = torch.minimum(end + 1, state.room)
-        state.bonus = tokens.gather(1, end[:, None])[:, 0]
-        state.room = state.room - count
-        if state.eos_token_ids.numel():
-            state.room = state.room.masked_fill(_is_any(state.bonus, state.eos_token_ids), 0)
-        state.num_new = state.num_new + count
-        state.done = state.room == 0
-        return count
-
-
-def _is_any(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Whether each token is one of `ids`, shape [n]."""
-    return tokens == ids if ids.shape[0] == 1 else (tokens[..., None] == ids).any(dim=-1)
 
 
 def _next_block(block_lengths: Sequence[int]) -> Tensor:

@@ -43,37 +43,16 @@ def verify_greedy(target_tokens: Tensor, draft_tokens: Tensor, draft_length: Ten
     return Verdict(target_tokens, accepted.cumprod(dim=1).sum(dim=1))
 
 
-@dataclass(frozen=True)
-class VerdictLaw:
-    """The law of the verdict for given drafts, before any random number is drawn.
+def accept_probability(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor) -> Tensor:
+    """min(1, p/q) of each draft once those before it are accepted, shape [B, K].
 
-    Attributes:
-        accept: probability that draft k is accepted once those before it are, shape [B, K].
-        bonus: law of the bonus token if exactly k drafts are accepted, shape [B, K + 1, V].
-    """
-
-    accept: Tensor
-    bonus: Tensor
-
-
-def verdict_law(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor, draft_length: Tensor) -> VerdictLaw:
-    """Acceptance probabilities min(1, p/q) and the laws from which the bonus token is drawn.
-
-    After a rejection at k the bonus follows norm(max(0, p - q)); at k = draft_length, where nothing was
-    rejected, it follows p itself. Where the residual sums to 0 (p = q, so only rounding rejects), it follows p.
-    Arguments as in `verify_sample`.
+    Args:
+        target_probs: p of the rows that verify them, shape [B, K, V].
+        draft_probs: q, shape [B, K, V].
+        draft_tokens: shape [B, K], int64.
 
     Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1; Chen et al. 2023, arXiv:2302.01318, Theorem 1.
     """
-    K = draft_tokens.shape[1]
-    _check_probs(target_probs, draft_probs, draft_tokens, draft_length)
-    exists = _exists(draft_length, K)
-    accept = _accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * exists
-    bonus = bonus_law(target_probs[:, :K], draft_probs, exists)
-    return VerdictLaw(accept, torch.cat([bonus, target_probs[:, K:]], dim=1))
-
-
-def _accept_probability(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor) -> Tensor:
     p = target_probs.gather(2, draft_tokens[:, :, None]).squeeze(2)
     q = draft_probs.gather(2, draft_tokens[:, :, None]).squeeze(2)
     return (p / q.clamp_min(torch.finfo(q.dtype).tiny)).clamp_max(1.0)
@@ -81,6 +60,8 @@ def _accept_probability(target_probs: Tensor, draft_probs: Tensor, draft_tokens:
 
 def bonus_law(target_probs: Tensor, draft_probs: Tensor, rejected: Tensor) -> Tensor:
     """Law of the bonus token: norm(max(0, p - q)) where a draft was rejected, p elsewhere.
+
+    Where the residual sums to 0 (p = q, so only rounding rejects), it is p as well.
 
     Args:
         target_probs: p, shape [..., V].
@@ -123,10 +104,10 @@ def verify_sample(
     if K == 0:
         bonus = sample_from(target_probs, generator)
         return Verdict(bonus, draft_length.new_zeros(draft_length.shape))
-    accept = _accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * _exists(draft_length, K)
+    accept = accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * _exists(draft_length, K)
     u = torch.rand(accept.shape, device=accept.device, generator=generator)
     num_accepted = (u < accept).cumprod(dim=1).sum(dim=1)
-    # of all laws in `verdict_law` only the one at the end of the accepted run is needed
+    # only the law at the end of the accepted run is needed
     p = _row(target_probs, num_accepted)
     q = _row(draft_probs, num_accepted.clamp_max(K - 1))
     bonus = sample_from(bonus_law(p, q, rejected=num_accepted < draft_length), generator)

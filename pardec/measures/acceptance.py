@@ -128,12 +128,10 @@ def measure_acceptance(
         raise ValueError("prompts: expected at least one prompt, found none")
     if categories is not None and len(categories) != len(prompts):
         raise ValueError(f"categories: expected {len(prompts)}, one for each prompt, found {len(categories)}")
-    counts: list[SequenceCounts] = []
-    outputs: list[list[int]] = []
-    seconds = 0.0
+    outputs: list[GenerationOutput] = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
-        out: GenerationOutput = model.generate(
+        out = model.generate(
             batch,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -143,11 +141,11 @@ def measure_acceptance(
             num_speculative_tokens=num_speculative_tokens,
             use_head=use_head,
         )
-        counts += out.counts
-        outputs += out.token_ids
-        seconds += out.stats.seconds
+        outputs.append(out)
         on_batch(len(batch))
-    return summarise(prompts, outputs, counts, seconds, categories)
+    tokens = [ids for out in outputs for ids in out.token_ids]
+    counts = [one for out in outputs for one in out.counts]
+    return summarise(prompts, tokens, counts, sum(out.stats.seconds for out in outputs), categories)
 
 
 def summarise(

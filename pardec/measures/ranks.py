@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pardec.adapters.adapter import UNIFORM_NOISE, Adapter
-from pardec.adapters.noise import NoiseTokens
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward
@@ -91,8 +89,9 @@ def measure_ranks(
     if stride < 1:
         raise ValueError(f"stride: expected an integer >= 1, found {stride}")
     K = num_speculative_tokens or model.adapter.metadata.num_speculative_tokens
-    head = model._chosen_head(use_head)
-    forward = _forward_of(model, model.adapter, K, head)
+    head = model.engines.chosen_head(use_head)
+    # rows as the decoder runs them, but for weights that are packed and steps that are captured
+    forward = model.engines.row_forward(K, head)
     found = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -110,16 +109,6 @@ def summarise_ranks(ranks: Tensor) -> RankAccuracy:
         return {n: ((ranks < n) & among).sum(dim=0).div(total).tolist() for n in TOP}
 
     return RankAccuracy(exists.sum(dim=0).tolist(), shares(exists), reached.sum(dim=0).tolist(), shares(reached))
-
-
-def _forward_of(model: SelfSpeculativeModel, adapter: Adapter, K: int, head: HeadDrafter | None) -> RowForward:
-    """Rows as the decoder runs them, but for weights that are packed and steps that are captured."""
-    target, masks, noise = model.target, None, None
-    if adapter.metadata.draft_input == UNIFORM_NOISE:
-        noise = NoiseTokens.of(target.vocab_size, target.device)
-    else:
-        masks = adapter.embeddings_for(K).to(target.device, target.dtype)
-    return RowForward(target, masks, model._gate, noise=noise, tap=None if head is None else head.tap)
 
 
 @torch.no_grad()

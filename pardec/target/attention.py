@@ -8,7 +8,7 @@ Legend: B batch, H key/value heads, G query heads for each of them, R rows, S sl
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -61,9 +61,14 @@ def grouped_attention(
     return out.reshape(B, R, num_heads, -1), None
 
 
-AttentionInterface.register(ROUTE, grouped_attention)
-# other threads that run the base while a step does must get the masks of sdpa
-AttentionMaskInterface.register(ROUTE, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
+def register_route(name: str, attention: Callable[..., tuple[Tensor, None]]) -> None:
+    """Makes an attention function known to transformers by a name that `AttentionRoute` can put on a model."""
+    AttentionInterface.register(name, attention)
+    # other threads that run the base while a step does must get the masks of sdpa
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
+
+
+register_route(ROUTE, grouped_attention)
 
 
 class _Calls(threading.local):

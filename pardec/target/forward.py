@@ -147,8 +147,8 @@ class TargetModel:
 
     @property
     def embedding_dim(self) -> int:
-        """D, width of an input embedding."""
-        return embedding_dim(self.base)
+        """D, width of an input embedding; where it is projected this is not the hidden size."""
+        return embedding_weight(self.base).shape[1]
 
     @property
     def max_positions(self) -> int | None:
@@ -239,8 +239,3 @@ def position_limit(base: PreTrainedModel) -> int | None:
 def embedding_weight(base: PreTrainedModel) -> Tensor:
     """The table of input embeddings, one row per token id."""
     return cast(Tensor, base.get_input_embeddings().weight)
-
-
-def embedding_dim(base: PreTrainedModel) -> int:
-    """Width of an input embedding; where it is projected this is not the hidden size."""
-    return embedding_weight(base).shape[1]

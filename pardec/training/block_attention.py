@@ -8,20 +8,21 @@ K mask rows, D head size.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface
 
 from pardec.layout import TrainingLayout, training_layout
-from pardec.target.attention import STOCK, AttentionRoute
+from pardec.target.attention import STOCK, AttentionRoute, register_route
 from pardec.target.cache import PrefixCache
 from pardec.target.forward import CHUNKED, SLIDING, TargetModel, text_config
+from pardec.target.survey import agree
 
 ROUTE = "pardec_blocks"
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class Blocks:
 
 
 class _Here(threading.local):
-    blocks: Blocks | None = None
-    num_calls: int = 0
+    def __init__(self) -> None:
+        self.blocks: Blocks | None = None
+        self.calls: list[torch.nn.Module] = []
 
 
 _here = _Here()
@@ -98,7 +100,7 @@ def block_attention(
     if blocks is None or attention_mask is None or attention_mask.shape[3] != blocks.num_tokens:
         stock = AttentionInterface._global_mapping[STOCK]
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    _here.num_calls += 1
+    _here.calls.append(module)
     (B, num_heads, M, D), H, T = query.shape, key.shape[1], blocks.num_tokens
     G = num_heads // H
     rows = (query * (D**-0.5 if scaling is None else scaling)).view(B, H, G, M, D)
@@ -112,31 +114,18 @@ def block_attention(
     return out.flatten(1, 2).transpose(1, 2), None
 
 
-AttentionInterface.register(ROUTE, block_attention)
-# other threads that run the base meanwhile must get the masks of sdpa
-AttentionMaskInterface.register(ROUTE, ALL_MASK_ATTENTION_FUNCTIONS[STOCK])
+register_route(ROUTE, block_attention)
 
 
-class BlockRoute:
-    """Context in which the layers of a model with sdpa attention take the route."""
-
-    def __init__(self, target: TargetModel, layout: TrainingLayout):
-        self._open = AttentionRoute(target.base, ROUTE)
-        self._blocks = Blocks.of(layout)
-
-    def __enter__(self) -> "BlockRoute":
-        _here.blocks, _here.num_calls = self._blocks, 0
-        self._open.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.__exit__(*error)
+@contextmanager
+def block_route(target: TargetModel, layout: TrainingLayout) -> Iterator[list[torch.nn.Module]]:
+    """Lets the layers of a model with sdpa attention take the route in this thread, and collects those that do."""
+    _here.blocks, _here.calls = Blocks.of(layout), []
+    try:
+        with AttentionRoute(target.base, ROUTE):
+            yield _here.calls
+    finally:
         _here.blocks = None
-
-    @property
-    def num_calls(self) -> int:
-        """Layers of this thread that have taken it."""
-        return _here.num_calls
 
 
 def real_bias(target: TargetModel, layout: TrainingLayout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
@@ -175,10 +164,8 @@ def _gives_the_same(target: TargetModel, K: int) -> bool:
     mask = target.attention.render(layout.visible, layout.positions, keys, target.dtype)
     expected = target.run(embeds, layout.positions, mask, cache)
     try:
-        with BlockRoute(target, layout) as route:
+        with block_route(target, layout) as calls:
             found = target.run(embeds, layout.positions, real_bias(target, layout, target.dtype), cache)
-            num_calls = route.num_calls
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError):
         return False  # its own attention serves it as well
-    worst = float((found.float() - expected.float()).abs().max() / expected.float().std().clamp_min(1e-6))
-    return num_calls == target.num_layers and worst <= _TOLERANCE.get(target.dtype, _TOLERANCE[torch.bfloat16])
+    return len(calls) == target.num_layers and agree(found, expected, target.dtype)

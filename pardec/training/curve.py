@@ -4,13 +4,14 @@ Knows the file's keys and no model. matplotlib is optional; it is imported witho
 """
 
 import json
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from pardec.run import written_aside
 
 Points = list[tuple[int, Any]]
 
@@ -62,12 +63,8 @@ def draw_curve(metrics_jsonl: Path, png: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=7)
-    aside = png.with_name(f".writing-{os.getpid()}-{png.name}")
-    try:
+    with written_aside(png) as aside:
         figure.savefig(aside, format="png")
-        os.replace(aside, png)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:

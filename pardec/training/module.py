@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pardec.adapters.gated_lora import lora_enabled
 from pardec.adapters.head import SamplerHead
 from pardec.layout import TrainingLayout, nested_block_lengths, training_layout
 from pardec.target.cache import PrefixCache
-from pardec.target.forward import TargetModel, text_config
+from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
-from pardec.training.block_attention import BlockRoute, real_bias, supports
+from pardec.training.block_attention import block_route, real_bias, supports
 from pardec.training.loss import acceptance_probability, acceptance_weights, argmax_agreement, draft_loss, target_law
+from pardec.training.peft_lora import lora_enabled
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
@@ -250,13 +250,12 @@ class MaskTokenTrainer(nn.Module):
 
     def _run_mask_rows(self, layout: TrainingLayout, num_tokens: int, cache: PrefixCache) -> Tensor:
         target, B = self.target, layout.positions.shape[0]
-        limit = target.max_positions
-        positions = layout.positions if limit is None else layout.positions.clamp_max(limit - 1)
+        positions = target.clamp_positions(layout.positions)
         if self._takes_blocks is None:
             self._takes_blocks = supports(target, self.drafter.num_speculative_tokens)
         with ExitStack() as stack:
             if self._takes_blocks:
-                stack.enter_context(BlockRoute(target, layout))
+                stack.enter_context(block_route(target, layout))
                 mask = real_bias(target, layout, target.dtype)
             else:
                 real = torch.arange(num_tokens, device=positions.device).expand(B, -1)
@@ -270,8 +269,7 @@ class MaskTokenTrainer(nn.Module):
         """Input embeddings of the mask rows, shape [B, M, D]."""
         (B, M), target = layout.positions.shape, self.target
         if self.mask_embeddings is None:
-            vocabulary = text_config(target.base).vocab_size
-            return target.embed(torch.randint(vocabulary, (B, M), device=layout.positions.device)).detach()
+            return target.embed(torch.randint(target.vocab_size, (B, M), device=layout.positions.device)).detach()
         embeddings = self.mask_embeddings.to(target.dtype).expand(self.drafter.num_speculative_tokens, -1)
         return embeddings[layout.depths].expand(B, -1, -1)
 

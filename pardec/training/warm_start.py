@@ -1,6 +1,6 @@
-"""Starts training from an adapter that exists: to go on with it, or to add a part to it and leave the rest.
+"""Between adapters and the training module: starts from one that exists, and copies out what is learned.
 
-Knows the training module and adapters, no recipe.
+Training goes on with an adapter, or adds a part to it and leaves the rest. Knows no recipe.
 """
 
 from collections.abc import Collection
@@ -8,19 +8,15 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from pardec.adapters.adapter import Adapter
-from pardec.adapters.gated_lora import load_lora_weights
+from pardec.adapters.adapter import Adapter, AdapterMetadata
 from pardec.target.fingerprint import Fingerprint, differences
 from pardec.training.module import MaskTokenTrainer, part_of
+from pardec.training.peft_lora import load_lora_weights, lora_weights
 
 
 @torch.no_grad()
 def warm_start(
-    module: MaskTokenTrainer,
-    peft_model,
-    adapter: Adapter,
-    identity: Fingerprint,
-    frozen: Collection[str] = (),
+    module: MaskTokenTrainer, peft_model, adapter: Adapter, identity: Fingerprint, frozen: Collection[str] = ()
 ) -> None:
     """Gives every part of the training module that the adapter has the adapter's numbers.
 
@@ -58,6 +54,34 @@ def warm_start(
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and part_of(name) in frozen:
             parameter.requires_grad_(False)
+
+
+def check_source(start_from: str | None, began_with: dict[str, str] | None, found: dict[str, str] | None) -> None:
+    """Refuses to continue a run on another adapter than it began with: its frozen parts are read from there.
+
+    Raises:
+        ValueError: if the sha256 of its files are not those of then.
+    """
+    if began_with != found:
+        raise ValueError(
+            f"adapter.start_from {start_from}: expected the adapter that this run began with, found "
+            "another; choose another output_dir or remove it"
+        )
+
+
+def learned_adapter(module: MaskTokenTrainer, peft_model, metadata: AdapterMetadata) -> Adapter:
+    """A copy of what is learned so far, float32, on the CPU; `peft_model` as in `warm_start`."""
+    masks, head = module.mask_embeddings, module.head
+    return Adapter(
+        None if masks is None else _copied(masks),
+        metadata,
+        None if peft_model is None else lora_weights(peft_model),
+        None if head is None else {name: _copied(parameter) for name, parameter in head.named_parameters()},
+    )
+
+
+def _copied(parameter: Tensor) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)
 
 
 def _copy(name: str, source: Tensor, target: Tensor) -> None:

@@ -1,8 +1,7 @@
 """Expected tokens per step of a fused chain with unequal blocks, and the best blocks for every number of rows.
 
 Knows probabilities only: no model, no device, no cost.
-Legend: K num_speculative_tokens, M shapes. A shape is given by its block_lengths, K + 1 numbers from 0 to K of which K
-is the largest: after i accepted drafts, block_lengths[i] tokens are drafted next. (0,) is plain decoding.
+Legend: K num_speculative_tokens, M shapes, each given by its block_lengths, see `pardec.layout`.
 `conditional` is the chance that draft j is accepted given that those before it were: shape [K], or [K + 1, K] with
 one row for each number of drafts that the step before accepted.
 """
@@ -13,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-PLAIN = (0,)
+from pardec.layout import BlockLengths, check_block_lengths
+
 # all shapes are tried up to this K: 5 ** 5 = 3,125 of them at most
 EXHAUSTIVE_K = 4
 # on 1,000 random laws of K = 3 and 4 the best shape was found for 99.9 % of the numbers of rows, else one within 1 %
@@ -22,8 +22,6 @@ BEAM_WIDTH = 64
 _PRIOR_ROUNDS = 10
 _DISCOUNT = 1 - 1e-8  # gives the long-run average to about 1e-8, whether or not the chain is ergodic
 
-BlockLengths = tuple[int, ...]
-
 
 # ---------------------------------------------------------------------- expected tokens
 
@@ -31,18 +29,6 @@ BlockLengths = tuple[int, ...]
 def num_rows(block_lengths: Sequence[int]) -> int:
     """Rows of a fused step: K + 1 real ones and the mask rows."""
     return len(block_lengths) + sum(block_lengths)
-
-
-def check_block_lengths(block_lengths: Sequence[int]) -> BlockLengths:
-    """The same as a tuple.
-
-    Raises:
-        ValueError: unless these are K + 1 numbers from 0 to K of which K is the largest.
-    """
-    blocks = tuple(block_lengths)
-    if not blocks or min(blocks) < 0 or max(blocks) != len(blocks) - 1:
-        raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K of which K is the largest, found {blocks}")
-    return blocks
 
 
 def conditional_acceptance(runs: Sequence[Sequence[int]], num_speculative_tokens: int) -> np.ndarray:

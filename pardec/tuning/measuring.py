@@ -2,7 +2,7 @@
 
 Knows a function that decodes a batch with a shape and says how long it took; no model, no files. Time is that of whole
 calls, so it contains whatever a step costs, and steps are timed as the difference of long and short calls.
-Legend: K num_speculative_tokens; a shape is given by its block_lengths, see `chain`; (0,) is plain decoding.
+Legend: K num_speculative_tokens; a shape is given by its block_lengths, see `pardec.layout`; (0,) is plain decoding.
 """
 
 import itertools
@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from pardec.layout import full_blocks
-from pardec.tuning.chain import PLAIN, BlockLengths, best_shapes, conditional_acceptance, num_rows
+from pardec.layout import PLAIN, BlockLengths, full_blocks
+from pardec.tuning.chain import best_shapes, conditional_acceptance, num_rows
 from pardec.tuning.choice import Candidate, Workload, choose, finalists, monotone_cost, predict, spread_over_rows
 
 

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Column, Table
 from tqdm.auto import tqdm
 
+from pardec.adapters.tuned import TunedChoice, check_writable, weights_of, write_tuned
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import VALIDATION
-from pardec.layout import full_blocks
+from pardec.layout import PLAIN, BlockLengths, full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, library_versions
-from pardec.tuning.chain import PLAIN, BlockLengths, num_rows
-from pardec.tuning.choice import TunedChoice, check_writable, weights_of, write_tuned
+from pardec.tuning.chain import num_rows
 from pardec.tuning.measuring import Call, Effort, Findings, Measured, max_calls, measure
 
 MAX_SPECULATIVE_TOKENS = 16  # the full chain of more has over 300 rows, which no device runs in the time of a few

@@ -13,8 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference
 from pardec.adapters.files import load_adapter, save_adapter
-from pardec.adapters.gated_lora import LoraGate, LoraWeights, inject_lora, lora_enabled, lora_weights
+from pardec.adapters.gated_lora import LoraGate, LoraWeights
 from pardec.target.fingerprint import fingerprint
+from pardec.training.peft_lora import inject_lora, lora_enabled, lora_weights
 
 R, NUM_REAL = 9, 4
 MASK_ROWS = slice(NUM_REAL, R)

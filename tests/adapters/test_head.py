@@ -7,7 +7,8 @@ import torch
 from sampling_oracle import WARPERS, warped
 from transformers.generation.logits_process import EpsilonLogitsWarper, EtaLogitsWarper, TypicalLogitsWarper
 
-from pardec.adapters.head import SamplerHead, draft_in_turn
+from pardec.adapters.head import SamplerHead
+from pardec.decoding.drafting import draft_in_turn
 from pardec.decoding.sampling import TokenLaw, make_warpers
 
 B, K, V, H, D, W = 3, 4, 17, 6, 5, 7

@@ -14,11 +14,12 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.decoding import prefill
+from pardec.decoding.engines import MAX_SPECULATIVE_TOKENS
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.layout import chain_layout, full_blocks
-from pardec.model import MAX_SPECULATIVE_TOKENS, SelfSpeculativeModel
+from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -102,7 +103,8 @@ def decoder_for(model, mode: str, *, new_tokens: int = 12) -> Decoder:
     ours = noisy(model)
     gate, noise = LoraGate(model, ours.adapter.lora), NoiseTokens.of(V, CPU)
     no_eos = torch.empty(0, dtype=torch.long)
-    return Decoder(TargetModel.wrap(model), mode, K, TokenLaw(True), new_tokens, no_eos, gate=gate, noise=noise)
+    forward = RowForward(TargetModel.wrap(model), gate=gate, noise=noise)
+    return Decoder(forward, mode, K, TokenLaw(True), new_tokens, no_eos)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -139,7 +141,7 @@ def test_drafts_behind_the_last_token_go_through_the_lora():
     ids = torch.tensor([row + [int(noise.table[11 + j, j]) for j in range(K)]])
     with torch.no_grad():
         state = decoder.prefill([row])
-        with decoder.gate.attached(), decoder.gate.open(slice(11, 11 + K), 1, 11 + K):
+        with decoder.forward.gate.attached(), decoder.forward.gate.open(slice(11, 11 + K), 1, 11 + K):
             expected = model(ids, use_cache=False).logits[0, 11:].argmax(dim=-1)
         without = model(ids, use_cache=False).logits[0, 11:].argmax(dim=-1)
     assert state.drafts[0].tolist() == expected.tolist() != without.tolist()

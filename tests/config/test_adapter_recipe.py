@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pardec.config.adapter_recipe import Recipe, RecipeError, Section, load_recipe, parse_recipe
+from pardec.config.adapter_recipe import Recipe
+from pardec.config.recipe_files import RecipeError, Section, parse_recipe
+from pardec.config.recipe_files import load_recipe as load_any_recipe
 from pardec.training.loss import OBJECTIVES
 
 MINIMAL = "base: tiny-python\noutput_dir: runs/x\ndata:\n  path: python-stdlib\n"
@@ -18,6 +20,10 @@ def write(tmp_path):
         return path
 
     return write
+
+
+def load_recipe(path, overrides=()) -> Recipe:
+    return load_any_recipe(path, overrides, Recipe)
 
 
 def refusal(path, *overrides) -> str:
@@ -83,7 +89,7 @@ def test_numbers_that_yaml_leaves_strings_become_floats(write):
 def test_one_position_weight_is_a_decay():
     def weights(**train):
         recipe = {"base": "b", "output_dir": "o", "data": {"path": "p"}, "train": train}
-        return parse_recipe(recipe, "here").position_weights()
+        return parse_recipe(recipe, "here", Recipe).position_weights()
 
     assert weights() == [1, 1, 1, 1]
     assert weights(position_weights=0.8) == pytest.approx([1, 0.8, 0.64, 0.512])
@@ -107,9 +113,9 @@ class Other(Section):
 
 def test_a_recipe_of_another_kind_is_read_by_the_same_rules(write):
     path = write("width: 3\n")
-    assert load_recipe(path, ["inner.depth=2"], Other) == Other(width=3, inner=Inner(depth=2))
+    assert load_any_recipe(path, ["inner.depth=2"], Other) == Other(width=3, inner=Inner(depth=2))
     with pytest.raises(RecipeError, match=r"unknown key 'inner\.dept'; the nearest known one is 'inner\.depth'"):
-        load_recipe(path, ["inner.dept=2"], Other)
+        load_any_recipe(path, ["inner.dept=2"], Other)
 
 
 # ---------------------------------------------------------------------- overrides

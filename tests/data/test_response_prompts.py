@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from pardec.data.reading import DataError, read_rows
-from pardec.data.response_prompts import draw_prompts, prompts_digest
+from pardec.data.response_prompts import draw_prompts
 from pardec.data.tokenising import tokenise
+from pardec.measures.acceptance import digest
 
 
 def text_row(number: int, lines: int) -> dict:
@@ -55,7 +56,7 @@ def test_places_and_order_depend_on_the_seed_alone(tokenizer):
     rows = [text_row(n, 20) for n in range(6)]
     draw = [draw_prompts(rows, tokenizer, num_prompts=12, prompt_tokens=16, seed=seed) for seed in (0, 0, 1)]
     assert draw[0] == draw[1] != draw[2]
-    assert prompts_digest(draw[0]) == prompts_digest(draw[1]) != prompts_digest(draw[2])
+    assert digest(draw[0]) == digest(draw[1]) != digest(draw[2])
     starts = {start % 16 for _, start in places_of(draw[0], rows, tokenizer)}
     assert len(starts) > 2  # offsets are drawn, too
 

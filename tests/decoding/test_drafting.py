@@ -13,6 +13,7 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding import drafting, prefill
 from pardec.decoding.drafting import HeadDrafter
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.layout import full_blocks
@@ -35,10 +36,9 @@ def decoder_for(model, mode: str, *, new_tokens: int = 12, block_lengths=None, r
     ours, target = headed(model), TargetModel.wrap(model)
     masks, gate = ours.adapter.mask_embeddings.to(target.dtype), LoraGate(model, ours.adapter.lora)
     group = survey(target).query_group if routed else None
-    return Decoder(
-        target, mode, K, TokenLaw(True), new_tokens, torch.empty(0, dtype=torch.long), masks, gate,
-        block_lengths=block_lengths, query_group=group, head=HeadDrafter.of(ours.adapter, target), **options,
-    )  # fmt: skip
+    head, no_eos = HeadDrafter.of(ours.adapter, target), torch.empty(0, dtype=torch.long)
+    forward = RowForward(target, masks, gate, query_group=group, tap=head.tap, **options)
+    return Decoder(forward, mode, K, TokenLaw(True), new_tokens, no_eos, block_lengths, head)
 
 
 # ---------------------------------------------------------------------- drafts
@@ -48,9 +48,9 @@ def oracle(decoder: Decoder, context: list[int], previous: int, num_drafts: int)
     """Drafts behind a context: one plain forward of it and a block of mask tokens, then a loop over the block."""
     base, head, seen = decoder.target.base, decoder.head.head, []
     handle = base.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    embeds = torch.cat([decoder.target.embed(torch.tensor([context])), decoder.mask_embeddings[None]], dim=1)
+    embeds = torch.cat([decoder.target.embed(torch.tensor([context])), decoder.forward.mask_embeddings[None]], dim=1)
     n = len(context)
-    with torch.no_grad(), decoder.gate.attached(), decoder.gate.open(slice(n, n + K), 1, n + K):
+    with torch.no_grad(), decoder.forward.gate.attached(), decoder.forward.gate.open(slice(n, n + K), 1, n + K):
         logits = base(inputs_embeds=embeds, use_cache=False).logits[0, n:]
     handle.remove()
     drafts = []
@@ -153,12 +153,11 @@ def test_packed_weights_draft_what_the_layers_own_draft(tiny_base, tokenizer):
     ours = headed(tiny_base)
     prompt = tokenizer("class Node:\n    def __init__(self").input_ids
     out = ours.generate(prompt, max_new_tokens=32)
-    assert ours._linears[True].modules
+    assert ours.engines._linears[True].modules
     target, adapter = ours.target, ours.adapter
-    decoder = Decoder(
-        target, "fused", K, TokenLaw(True), 32, torch.empty(0, dtype=torch.long), adapter.mask_embeddings,
-        LoraGate(tiny_base, adapter.lora), head=HeadDrafter.of(adapter, target),
-    )  # fmt: skip
+    head, no_eos = HeadDrafter.of(adapter, target), torch.empty(0, dtype=torch.long)
+    forward = RowForward(target, adapter.mask_embeddings, LoraGate(tiny_base, adapter.lora), tap=head.tap)
+    decoder = Decoder(forward, "fused", K, TokenLaw(True), 32, no_eos, head=head)
     with decoder.attached():
         state = decoder.prefill([prompt])
         while not state.done.all():
@@ -239,7 +238,7 @@ def test_engines_that_are_kept_for_later_calls_are_kept_apart(ours):
         found = kept.generate(rows, max_new_tokens=40, use_head=use_head).counts
         expected = ours.generate(rows, max_new_tokens=40, use_head=use_head).counts
         assert [one.accepted for one in found] == [one.accepted for one in expected]
-    assert len(kept._pool._idle) == 2
+    assert len(kept.engines._pool._idle) == 2
 
 
 def test_a_head_that_is_not_there_cannot_be_used(ours):
@@ -285,8 +284,8 @@ def test_a_head_is_loaded_in_the_dtype_of_the_base(packaged_adapter, tmp_path, d
     save_adapter(packaged_adapter(K, lora_rank=2, head_width=6, draft_input=draft_input), tmp_path)
     for dtype in ("float32", "bfloat16"):
         model = pardec.load(tmp_path, device="cpu", dtype=dtype)
-        assert {p.dtype for p in model._head.head.parameters()} == {getattr(torch, dtype)}
-        assert model._head.shortlist == SHORTLIST
+        assert {p.dtype for p in model.engines.head.head.parameters()} == {getattr(torch, dtype)}
+        assert model.engines.head.shortlist == SHORTLIST
         out = model.generate("def main():\n", max_new_tokens=8, block_lengths=full_blocks(2))
         assert out.counts[0].drafted[0] == 2
 

@@ -30,6 +30,7 @@ from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.decoding import step as decode_module
 from pardec.decoding.drafting import HeadDrafter
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import Verdict
@@ -57,7 +58,8 @@ def decoder_for(toy, mode: str, warper: dict, draft_input: str, shortlist: int, 
         inputs = {"mask_embeddings": adapter.mask_embeddings.double()}
     gate = None if adapter.lora is None else LoraGate(toy, adapter.lora)
     head = HeadDrafter.of(adapter, target) if with_head else None
-    return Decoder(target, mode, K, law, 16, no_eos, gate=gate, head=head, **inputs)
+    forward = RowForward(target, gate=gate, tap=head and head.tap, **inputs)
+    return Decoder(forward, mode, K, law, 16, no_eos, head=head)
 
 
 def force_draws(monkeypatch, places: torch.Tensor) -> None:

@@ -279,12 +279,12 @@ def test_the_loras_hooks_are_on_the_base_only_while_the_loop_runs():
     def hooked() -> bool:
         return any(module._forward_hooks for module in model.modules())
 
-    for alone in (True, False):  # whoever looks at the base between two steps finds no hooks there
-        steps = engine.run(prompts(V, (5,)), alone=alone)
+    for between in ("nothing", "reads", "writes"):  # whoever looks at the base between two steps finds no hooks there
+        steps = engine.run(prompts(V, (5,)), between=between)
         assert not hooked()
         next(steps)
         next(steps)
-        assert hooked() is alone
+        assert hooked() is (between == "nothing")
         steps.close()
         assert not hooked()
     with pytest.raises(KeyError):

@@ -21,6 +21,7 @@ from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.graphs import CapturedSteps
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.target.cache import SlotCache
@@ -298,14 +299,16 @@ def step_without_values(
     adapter = make_adapter(model, K, lora_rank=2, head_width=options.get("head_width", 0))
     model.to("meta")
     target = TargetModel.wrap(model)
-    decoder = dataclasses.replace(
-        here,
-        target=target,
-        head=None if here.head is None else HeadDrafter.of(adapter, target),
-        noise=None if here.noise is None else NoiseTokens(here.noise.table.to("meta")),
-        mask_embeddings=None if here.mask_embeddings is None else here.mask_embeddings.to("meta"),
-        gate=None if here.gate is None else LoraGate(model, adapter.lora),
+    head, rows = None if here.head is None else HeadDrafter.of(adapter, target), here.forward
+    forward = RowForward(
+        target,
+        mask_embeddings=None if rows.mask_embeddings is None else rows.mask_embeddings.to("meta"),
+        gate=None if rows.gate is None else LoraGate(model, adapter.lora),
+        query_group=rows.query_group,
+        noise=None if rows.noise is None else NoiseTokens(rows.noise.table.to("meta")),
+        tap=head and head.tap,
     )
+    decoder = dataclasses.replace(here, forward=forward, head=head)
     cache = SlotCache(3, 64, batch)
     cache.num_used = 32
     moved = {name: tensor.to("meta") for name, tensor in tensors_of(state).items()}

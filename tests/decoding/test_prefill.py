@@ -8,6 +8,7 @@ from tiny_models import make_adapter, tiny_model
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding import prefill
 from pardec.decoding.output import counts_of
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.model import SelfSpeculativeModel
@@ -48,9 +49,9 @@ def decoder_for(model, mode: str = "fused", *, new_tokens: int = 8) -> Decoder:
     target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2)
     no_eos = torch.empty(0, dtype=torch.long)
     if mode == "plain":
-        return Decoder(target, mode, 0, TokenLaw(greedy=True), new_tokens, no_eos)
+        return Decoder(RowForward(target), mode, 0, TokenLaw(greedy=True), new_tokens, no_eos)
     masks, gate = adapter.mask_embeddings.to(target.dtype), LoraGate(model, adapter.lora)
-    return Decoder(target, mode, K, TokenLaw(greedy=True), new_tokens, no_eos, masks, gate)
+    return Decoder(RowForward(target, masks, gate), mode, K, TokenLaw(greedy=True), new_tokens, no_eos)
 
 
 # ---------------------------------------------------------------------- chunks
@@ -135,8 +136,8 @@ def test_the_first_block_behind_a_long_prompt_goes_through_the_lora(short_chunks
     padded, lengths = torch.tensor([row]), torch.tensor([17])
     with torch.no_grad():
         logits = decoder._prefill_logits(padded, lengths, SlotCache(3, 64, 1))
-        with decoder.attached(), decoder.gate.open(slice(17, 17 + K), 1, 17 + K):
-            embeds = torch.cat([model.get_input_embeddings()(padded), decoder.mask_embeddings[None]], dim=1)
+        with decoder.attached(), decoder.forward.gate.open(slice(17, 17 + K), 1, 17 + K):
+            embeds = torch.cat([model.get_input_embeddings()(padded), decoder.forward.mask_embeddings[None]], dim=1)
             expected = model(inputs_embeds=embeds, use_cache=False).logits[:, 16:]
         without = model(inputs_embeds=embeds, use_cache=False).logits[:, 16:]
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)

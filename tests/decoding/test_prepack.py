@@ -9,6 +9,7 @@ from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
 from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.model import SelfSpeculativeModel
@@ -347,8 +348,8 @@ def test_steps_with_packed_siblings_and_lora_give_the_logits_of_hooks(family):
     rows, seen = [[5, 9, 2, 7, 7], [3, 8], [4, 4, 6]], {}
     for batch in (1, 3):
         for name, linears, opened in (("hooks", None, gate), ("packed", packed, gate), ("closed", packed, None)):
-            decoder = Decoder(target, "fused", 3, TokenLaw(greedy=True), 8, torch.empty(0, dtype=torch.long),
-                adapter.mask_embeddings, opened, linears)  # fmt: skip
+            forward = RowForward(target, adapter.mask_embeddings, opened, linears)
+            decoder = Decoder(forward, "fused", 3, TokenLaw(greedy=True), 8, torch.empty(0, dtype=torch.long))
             state = decoder.prefill(rows[:batch])
             state.bonus, state.drafts = torch.tensor([1, 2, 3])[:batch], torch.tensor([[4, 5, 6]] * batch)
             with torch.no_grad(), decoder.attached():

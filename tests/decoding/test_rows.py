@@ -135,14 +135,13 @@ def family(request):
 
 def pruned_decoder(model, block_lengths, *, new_tokens: int = 20, routed: bool = True) -> Decoder:
     target, group = target_of(model, routed)
-    K = len(block_lengths) - 1
+    K, no_eos = len(block_lengths) - 1, torch.empty(0, dtype=torch.long)
     if K == 0:
-        return Decoder(target, "plain", 0, TokenLaw(greedy=True), new_tokens, torch.empty(0, dtype=torch.long),
-            query_group=group)  # fmt: skip
+        return Decoder(RowForward(target, query_group=group), "plain", 0, TokenLaw(greedy=True), new_tokens, no_eos)
     adapter = make_adapter(model, K, lora_rank=2)
-    return Decoder(target, "fused", K, TokenLaw(greedy=True), new_tokens, torch.empty(0, dtype=torch.long),
-        adapter.mask_embeddings.to(target.dtype), LoraGate(model, adapter.lora), block_lengths=block_lengths,
-        query_group=group)  # fmt: skip
+    masks, gate = adapter.mask_embeddings.to(target.dtype), LoraGate(model, adapter.lora)
+    forward = RowForward(target, masks, gate, query_group=group)
+    return Decoder(forward, "fused", K, TokenLaw(greedy=True), new_tokens, no_eos, block_lengths)
 
 
 def run_planted(decoder: Decoder, rows, references, num_true):
@@ -225,8 +224,8 @@ def test_a_step_of_a_pruned_chain_emits_the_targets_law(toy, block_lengths, draf
     law = TokenLaw(False, tuple(make_warpers(**options)))
     masks = make_adapter(toy, 2).mask_embeddings.double() * 3
     target, group = target_of(toy, routed=True)
-    decoder = Decoder(target, "fused", 2, law, 16, torch.empty(0, dtype=torch.long), masks,
-        block_lengths=block_lengths, query_group=group)  # fmt: skip
+    forward = RowForward(target, masks, query_group=group)
+    decoder = Decoder(forward, "fused", 2, law, 16, torch.empty(0, dtype=torch.long), block_lengths)
     drafts = torch.tensor(list(itertools.product(range(5), repeat=2)))
     state = decoder.prefill([PROMPT] * len(drafts))
     state.bonus = torch.full((len(drafts),), 2)

@@ -21,6 +21,7 @@ from sampling_oracle import (
 )
 from tiny_models import make_adapter, tiny_model
 
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
 from pardec.model import SelfSpeculativeModel
@@ -35,7 +36,7 @@ def toy():
 def toy_decoder(model, mode: str, warper: dict) -> Decoder:
     law = TokenLaw(False, tuple(make_warpers(**warper)))
     masks = make_adapter(model, K).mask_embeddings.double() * 3
-    return Decoder(TargetModel.wrap(model), mode, K, law, 16, torch.empty(0, dtype=torch.long), masks)
+    return Decoder(RowForward(TargetModel.wrap(model), masks), mode, K, law, 16, torch.empty(0, dtype=torch.long))
 
 
 @pytest.mark.parametrize("draft_length", [0, 1, 2])

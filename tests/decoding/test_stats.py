@@ -74,7 +74,7 @@ def test_each_sequence_is_kept_beside_the_pool():
 
 
 def test_two_forwards_and_two_exact_tokens_per_round():
-    stats = pool([SequenceCounts([2, 0], [3, 3], 6, forwards_per_step=2, exact_per_step=2)], seconds=1.0)
+    stats = pool([SequenceCounts([2, 0], [3, 3], 6, forwards_per_step=2)], seconds=1.0)
     assert stats.num_steps == 2
     assert stats.num_forwards == 2 * 2 + 1
     assert stats.mean_acceptance_length == 1 + 2 / 2
@@ -82,7 +82,7 @@ def test_two_forwards_and_two_exact_tokens_per_round():
 
 
 def test_modes_can_be_pooled_together():
-    stats = pool([FIRST, SequenceCounts([2, 0], [3, 3], 6, forwards_per_step=2, exact_per_step=2)], seconds=1.0)
+    stats = pool([FIRST, SequenceCounts([2, 0], [3, 3], 6, forwards_per_step=2)], seconds=1.0)
     assert stats.num_forwards == (3 + 1) + (4 + 1)
     assert stats.tokens_per_forward == ((5 + 3) + (2 + 4)) / (3 + 4)
 
@@ -174,7 +174,7 @@ def test_repetition_may_begin_in_the_prompt():
 def test_in_two_pass_mode_the_exact_token_stands_before_the_drafts():
     """Rounds emit an exact token, accepted drafts and a bonus token: drafts begin at 2, then 2 + a + 2."""
     prompt, output = [7] * 9, [7, 7, 8, 9, 10, 11, 12, 13]
-    counts = SequenceCounts([2, 0], [2, 2], 8, forwards_per_step=2, exact_per_step=2)
+    counts = SequenceCounts([2, 0], [2, 2], 8, forwards_per_step=2)
     assert acceptance_outside_repetition(prompt, output, counts) == (2, 2)
     one_token_longer_loop = [7, 7, 7, 9, 10, 11, 12, 13]
     assert acceptance_outside_repetition(prompt, one_token_longer_loop, counts) == (0, 1)

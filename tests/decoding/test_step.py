@@ -6,6 +6,7 @@ from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
+from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.model import SelfSpeculativeModel
@@ -27,7 +28,7 @@ def decoder_for(model, mode: str, law: TokenLaw, *, lora_rank: int = 2, new_toke
     adapter = make_adapter(model, K, lora_rank=lora_rank)
     gate = LoraGate(model, adapter.lora) if lora_rank else None
     masks = adapter.mask_embeddings.to(target.dtype)
-    return Decoder(target, mode, K, law, new_tokens, torch.empty(0, dtype=torch.long), masks, gate)
+    return Decoder(RowForward(target, masks, gate), mode, K, law, new_tokens, torch.empty(0, dtype=torch.long))
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -66,7 +67,7 @@ def run_planted(decoder: Decoder, rows, references, num_planted):
             return plant(), None
 
     decoder.law = Planted(greedy=True)
-    with torch.no_grad(), decoder.gate.attached():
+    with torch.no_grad(), decoder.forward.gate.attached():
         state = decoder.prefill(rows)
         while not state.done.all():
             if decoder.mode == "fused":
@@ -90,9 +91,9 @@ def test_real_rows_are_bitwise_unchanged_by_lora_and_mask_embeddings(family):
     seen = []
     for lora_rank, scale in ((0, 1.0), (2, 1.0), (2, 50.0)):
         decoder = decoder_for(model, "fused", TokenLaw(greedy=True), lora_rank=lora_rank)
-        decoder.mask_embeddings = decoder.mask_embeddings * scale
+        decoder.forward.mask_embeddings = decoder.forward.mask_embeddings * scale
         decoder.__post_init__()
-        gate = decoder.gate
+        gate = decoder.forward.gate
         with torch.no_grad():
             handles = gate.attached() if gate else None
             if handles:

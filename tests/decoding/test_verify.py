@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from sampling_oracle import verdict_law
 
-from pardec.decoding.verify import sample_from, verdict_law, verify_greedy, verify_sample
+from pardec.decoding.verify import sample_from, verify_greedy, verify_sample
 
 # 0.999 quantiles of chi-square by degrees of freedom; seeds are fixed, so a pass stays a pass
 CHI_SQUARE_999 = {3: 16.27, 5: 20.52, 26: 54.05}

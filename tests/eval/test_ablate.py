@@ -13,8 +13,7 @@ import train_adapter
 import yaml
 from data_samples import code_text
 from programs import run, start_here
-from reporting import ablate_tables
-from studies import study_rows, variant_runs
+from studies import study_rows, study_tables, variant_runs
 from studies.study import QUICK, View, load_study, shortened
 from tiny_models import make_adapter
 
@@ -72,7 +71,7 @@ def model(adapter):
 def lab(tmp_path, monkeypatch, adapter, model):
     """Runs studies with a trainer that is none; all its adapters are one, which is loaded once; draws no pictures."""
     monkeypatch.setattr(pardec, "load", lambda directory, device: model)
-    monkeypatch.setattr(ablate_tables, "plot_study", lambda panels, baseline, title, path: path.write_text(title))
+    monkeypatch.setattr(study_tables, "plot_study", lambda panels, baseline, title, path: path.write_text(title))
     return Lab(tmp_path, monkeypatch, adapter)
 
 
@@ -511,7 +510,7 @@ def test_the_best_row_is_marked_and_those_that_reach_into_its_interval():
 def test_only_differences_that_leave_out_zero_are_bold():
     cases = {(0.1, 0.2): True, (-0.2, -0.1): True, (-0.1, 0.2): False, (0.0, 0.2): False}
     for (low, high), is_bold in cases.items():
-        text = ablate_tables._difference({"value": (low + high) / 2, "interval": [low, high]}, "**")
+        text = study_tables._difference({"value": (low + high) / 2, "interval": [low, high]}, "**")
         assert text.startswith("**") == is_bold
 
 
@@ -531,7 +530,7 @@ def test_mask_rows_follow_token_dropping(lab):
     overrides = ["train.keep={ratio: 0.5, floor: 0.1}", "train.anchors_per_sequence=8", "train.batch_size=3"]
     (variant,) = load_study(lab.write([{"name": "a", "overrides": overrides}])).variants
     # of 8 blocks 8, 4, 2 and 1 keep their mask token at depths 1 to 4
-    assert variant_runs.mask_rows_per_step(variant.recipe) == 3 * (8 + 4 + 2 + 1)
+    assert variant.recipe.mask_rows(8) == 3 * (8 + 4 + 2 + 1)
 
 
 # ---------------------------------------------------------------------- the real trainer

@@ -1,12 +1,14 @@
 """The exactness check: planted differences are told apart, and a decoder that is wrong is found out."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import exactness
 import pytest
 import torch
 from programs import Ended, run, run_in_own_process
+from timing.divergence import examine
 
 import pardec
 from pardec.model import SelfSpeculativeModel
@@ -32,7 +34,7 @@ def examined(found, reference, logits, dtype=torch.float32, eos_ids=(EOS,)):
         asked.append(list(prefix))
         return torch.tensor(logits, dtype=torch.float64)
 
-    one = exactness.examine("p", found, reference, logits_after, dtype, eos_ids)
+    one = examine("p", found, reference, logits_after, dtype, eos_ids)
     assert len(asked) <= 1
     return one, asked[0] if asked else None
 
@@ -114,7 +116,11 @@ def test_compare_counts_prompts_tokens_and_divergences():
     def logits_after(prompt, new):
         return torch.tensor([0.0, 2.0, 2.0 - gaps[prompt[0]], 0.0], dtype=torch.float64)
 
-    row = exactness.compare(prompts, found, reference, logits_after, torch.float32, [EOS])
+    def diverges(prompt, ours, theirs):
+        after = partial(logits_after, prompt.token_ids)
+        return examine(prompt.name, ours, theirs, after, torch.float32, [EOS])
+
+    row = exactness.compare(prompts, found, reference, diverges)
     places = [(one["prompt"], one["index"], one["explained"]) for one in row.pop("divergences")]
     assert places == [("p1", 1, True), ("p2", 2, False)]
     assert row == {"num_prompts": 4, "num_tokens": 11, "identical": 0.5, "num_divergences": 2, "num_unexplained": 1}

@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.decoding.engine import Engine
 from pardec.decoding.sampling import TokenLaw
-from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
 
@@ -70,7 +69,7 @@ def test_the_bound_is_bytes_over_bandwidth():
 
 def test_copy_bandwidth_counts_bytes_read_and_written(monkeypatch):
     assert bandwidth.copy_bandwidth(CPU, num_bytes=2**20, repetitions=3) > 0
-    monkeypatch.setattr(bandwidth, "_seconds_of_copy", lambda source, target: 0.5)
+    monkeypatch.setattr(bandwidth, "seconds_of", lambda copy, device: 0.5)
     assert bandwidth.copy_bandwidth(CPU, num_bytes=2**20) == 4 * 2**20
 
 
@@ -107,13 +106,15 @@ def test_engines_are_put_together_as_the_public_model_does(subject, num_drafted,
     base = subject.target.base
     adapter = replace(make_adapter(base, 3), lora=subject.lora)
     public = SelfSpeculativeModel(base, None, adapter, compile=compile)
-    shape, mode = full_blocks(num_drafted), "fused" if num_drafted else "plain"
+    drafting = public.engines.drafting("fused" if num_drafted else "plain", num_drafted, None, None)
     mine = subject.engine(num_drafted, replace(WITH_LORA, compile=compile), 8)
-    with public._engine([PROMPT], TokenLaw(greedy=True), 8, shape, mode, eos=[]) as theirs:
-        for name in ("mode", "num_speculative_tokens", "law", "max_new_tokens", "query_group"):
+    with public.engines.lend([PROMPT], TokenLaw(greedy=True), 8, drafting, eos=[]) as theirs:
+        for name in ("mode", "num_speculative_tokens", "law", "max_new_tokens"):
             assert getattr(mine.decoder, name) == getattr(theirs.decoder, name), name
+        ours, its = mine.decoder.forward, theirs.decoder.forward
+        assert ours.query_group == its.query_group
         for name in ("gate", "mask_embeddings", "compile_step"):
-            assert (getattr(mine.decoder, name) is None) == (getattr(theirs.decoder, name) is None), name
+            assert (getattr(ours, name) is None) == (getattr(its, name) is None), name
         assert mine.decoder.rows_per_step == theirs.decoder.rows_per_step == (num_drafted + 1) ** 2
         packed = [
             0 if d.forward.linears is None else len(d.forward.linears.modules) for d in (mine.decoder, theirs.decoder)

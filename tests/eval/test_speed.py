@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import speed
 import torch
-from exactness import Divergence
 from programs import Ended, run, run_in_own_process
 from reporting import result_files
 from reporting import speed_tables as tables
@@ -15,6 +14,7 @@ from timing import baselines
 from timing import calls as timing
 from timing.baselines import Decoded, Setting, Way
 from timing.calls import Call, Timed
+from timing.divergence import Divergence
 from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +30,7 @@ SAMPLED = Setting("sampled", 12, temperature=0.8, top_k=10)
 @pytest.fixture(scope="module")
 def folder(tiny_base, adapters, tmp_path_factory):
     """Two adapters, one of them tuned, and two assistants, of which one has another vocabulary."""
-    from pardec.tuning.choice import TunedChoice, weights_of, write_tuned
+    from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 
     folder = tmp_path_factory.mktemp("speed")
     shutil.copytree(adapters, folder, dirs_exist_ok=True)

@@ -30,6 +30,7 @@ def test_float64_tokens_equal_generate(family, mode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_real_rows_are_bitwise_unchanged_by_the_adapter(dtype):
     from pardec.adapters.gated_lora import LoraGate
+    from pardec.decoding.rows import RowForward
     from pardec.decoding.sampling import TokenLaw
     from pardec.decoding.step import Decoder
 
@@ -41,7 +42,7 @@ def test_real_rows_are_bitwise_unchanged_by_the_adapter(dtype):
         masks = (adapter.mask_embeddings * scale).to("cuda", dtype)
         no_eos = torch.empty(0, dtype=torch.long, device="cuda")
         gate = LoraGate(base, adapter.lora) if scale > 1 else None
-        decoder = Decoder(ours.target, "fused", 3, TokenLaw(greedy=True), 8, no_eos, masks, gate)
+        decoder = Decoder(RowForward(ours.target, masks, gate), "fused", 3, TokenLaw(greedy=True), 8, no_eos)
         with torch.no_grad():
             state = decoder.prefill(ROWS)
             state.bonus = torch.tensor([1, 2, 3], device="cuda")

@@ -15,11 +15,12 @@ from programs import Ended
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pardec.config.adapter_recipe import load_recipe
 from pardec.config.pretrain_recipe import PretrainRecipe
+from pardec.config.recipe_files import load_recipe
 from pardec.data.pretrain_data import encode, example_order, first_texts, held_out_windows, train_tokenizer
 from pardec.data.python_sources import TEST, TRAIN, VALIDATION, split_of
 from pardec.data.tokenising import Document
+from pardec.training.pretraining import set_rates
 
 ROOT = Path(__file__).parents[2]
 MAX_LENGTH = 24
@@ -263,7 +264,7 @@ def test_rates_are_constant_and_then_fall_linearly():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2.0)
     rates = []
     for step in range(1, 11):
-        pretrain_base.set_rates([optimizer], step, 10, 0.4)
+        set_rates([optimizer], step, 10, 0.4)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([2.0] * 7 + [1.5, 1.0, 0.5])
 
@@ -275,7 +276,7 @@ def test_texts_are_taken_up_to_a_number_of_characters():
 
 @pytest.mark.parametrize(("name", "parameters"), [("pretrain_tiny_python", 5_476_608), ("pretrain_100m_gpu", 102e6)])
 def test_recipes_have_the_sizes_that_they_name(name, parameters):
-    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", model=PretrainRecipe)
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", (), PretrainRecipe)
     with torch.device("meta"):
         model = pretrain_base.build_model(recipe)
     assert model.num_parameters() == pytest.approx(parameters, rel=0.01)

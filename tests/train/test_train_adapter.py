@@ -11,22 +11,17 @@ from data_samples import code_text
 from programs import Ended, run, run_in_own_process
 from safetensors.torch import load_file
 from tiny_models import tiny_model
-from train_adapter import check_source, optimiser_step
 
 import pardec
-from pardec.adapters.gated_lora import inject_lora
-from pardec.config.adapter_recipe import load_recipe
 from pardec.data.corpus import load_corpus, standard_prompts
 from pardec.measures.acceptance import measure_acceptance
 from pardec.training.module import Drafter, MaskTokenTrainer
+from pardec.training.peft_lora import inject_lora
+from pardec.training.steps import Learner, make_schedule
+from pardec.training.warm_start import check_source
 
 ROOT = Path(__file__).parents[2]
 K, T = 3, 20
-
-
-def recipe(name: str, *overrides: str):
-    sizes = ("train.batch_size=2", "train.anchors_per_sequence=4", f"adapter.num_speculative_tokens={K}")
-    return load_recipe(ROOT / "recipes" / f"{name}.yaml", [*sizes, *overrides])
 
 
 def test_a_step_draws_the_same_noise_in_a_run_that_is_continued():
@@ -44,8 +39,10 @@ def test_a_step_draws_the_same_noise_in_a_run_that_is_continued():
 
     def loss(step: int, seed: int) -> float:
         frozen = torch.optim.SGD(parameters.values(), lr=0.0)
-        told = recipe("tiny_python_noise", f"train.seed={seed}")
-        sums, norm = optimiser_step(told, Accelerator(cpu=True), trainer, parameters, frozen, [batch], step)
+        learner = Learner(
+            Accelerator(cpu=True), trainer, parameters, frozen, make_schedule(frozen, 0, 10, 0), seed, None, 1.0
+        )
+        sums, norm = learner.update([batch], step, with_metrics=False)
         assert norm > 0
         return float(sums[-2, 0])
 
@@ -58,12 +55,11 @@ def test_a_step_draws_the_same_noise_in_a_run_that_is_continued():
 
 def test_a_run_is_not_continued_on_another_source_than_it_began_with():
     """Frozen parts are read from there at every start."""
-    told = recipe("tiny_python_head")
     before = {"lora/adapter_model.safetensors": "1234"}
-    check_source(told, {"best": 1.0, "started_from": before}, dict(before))
-    check_source(recipe("quickstart"), {"best": 1.0}, None)
+    check_source("runs/distilled", before, dict(before))
+    check_source(None, None, None)
     with pytest.raises(ValueError, match=r"^adapter\.start_from .*distilled: expected the adapter that this run began"):
-        check_source(told, {"best": 1.0, "started_from": before}, {"lora/adapter_model.safetensors": "5678"})
+        check_source("runs/distilled", before, {"lora/adapter_model.safetensors": "5678"})
 
 
 # ---------------------------------------------------------------------- the script
@@ -144,7 +140,7 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp
 def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, tmp_path):
     cut = tmp_path / "cut"
     code = (
-        "import runpy, sys, pardec.run as run; save = run.save_state\n"
+        "import runpy, sys, pardec.training.checkpoints as run; save = run.save_state\n"
         "def once(*a):\n    save(*a)\n    import os; a[1] and os._exit(9)\n"  # after the first step's checkpoint
         "run.save_state = once\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"

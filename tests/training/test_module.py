@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
 
-from pardec.adapters.gated_lora import inject_lora
 from pardec.layout import nested_block_lengths, training_layout
 from pardec.training.loss import target_law
 from pardec.training.module import METRICS, Drafter, MaskTokenTrainer, Objective, mean_embedding
+from pardec.training.peft_lora import inject_lora
 
 K, T, N = 3, 20, 4
 TRAINED = (
@@ -99,7 +99,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
     embeds = base.get_input_embeddings()(ids)
     masks = trainer.mask_embeddings.repeat(N, 1).expand(B, -1, -1)
     if trainer.drafter.has_lora:
-        from pardec.adapters.gated_lora import lora_enabled
+        from pardec.training.peft_lora import lora_enabled
 
         with lora_enabled(base):
             logits = base(

@@ -5,10 +5,10 @@ import torch
 from tiny_models import tiny_model
 
 from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
-from pardec.adapters.gated_lora import inject_lora, lora_weights
 from pardec.target.fingerprint import fingerprint
 from pardec.training.module import Drafter, MaskTokenTrainer
-from pardec.training.warm_start import warm_start
+from pardec.training.peft_lora import inject_lora
+from pardec.training.warm_start import learned_adapter, warm_start
 
 K = 3
 
@@ -27,15 +27,13 @@ def make(family: str = "llama", *, rank: int = 2, width: int = 5, num_masks: int
 
 
 def adapter_of(module, peft_model, identity) -> Adapter:
-    head = None if module.head is None else {n: p.detach().float().clone() for n, p in module.head.named_parameters()}
     metadata = AdapterMetadata(
         num_speculative_tokens=module.drafter.num_speculative_tokens,
         base=BaseReference(name="tiny"),
         fingerprint=identity,
-        head=None if head is None else HeadShape(width=module.drafter.head_width, shortlist=4),
+        head=None if module.head is None else HeadShape(width=module.drafter.head_width, shortlist=4),
     )
-    masks = module.mask_embeddings.detach().float().clone()
-    return Adapter(masks, metadata, None if peft_model is None else lora_weights(peft_model), head)
+    return learned_adapter(module, peft_model, metadata)
 
 
 def learned(module) -> dict[str, torch.Tensor]:

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from pardec.tuning.chain import PLAIN, best_shapes, conditional_acceptance, expected_tokens_per_step, num_rows
+from pardec.layout import PLAIN
+from pardec.tuning.chain import best_shapes, conditional_acceptance, expected_tokens_per_step, num_rows
 from pardec.tuning.measuring import QUICK, Call, Effort, max_calls, measure
 
 LAW = [0.75, 0.5, 0.3]

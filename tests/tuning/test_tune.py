@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 import pardec
+from pardec.adapters.tuned import TUNED_FILE, read_tuned
 from pardec.cli import app
-from pardec.tuning.choice import PLAIN, TUNED_FILE, read_tuned
+from pardec.layout import PLAIN
 from pardec.tuning.measuring import QUICK
 from pardec.tuning.tune import prompts_to_tune_on, tune
 
@@ -73,8 +74,8 @@ def test_standard_prompts_batches_and_json(saved, tmp_path):
 
 
 def test_generation_uses_the_choice_unless_told_otherwise(saved, tmp_path):
+    from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
     from pardec.run import device_name
-    from pardec.tuning.choice import TunedChoice, weights_of, write_tuned
 
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)

@@ -3,22 +3,19 @@
 Knows the keys of the rows, nothing of how they were measured.
 """
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from reporting.plots import plot_study
 from reporting.result_files import write_files
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from reporting.text_tables import TextTable, markdown_page, number, print_tables
 from studies.study_rows import BEST, DONE, LEVEL
 
 HEADER = (
     "", "variant", "what differs", "K", "minutes (CPU)", "steps", "mask rows/step", "sampled", "difference", "greedy",
     "greedy outside repetition", "difference", "sampled by position", "final loss",
 )  # fmt: skip
-LEFT, FOLDED = ("", "variant", "what differs"), ("what differs", "sampled by position")
+TEXT_COLUMNS, FOLDED = ("", "variant", "what differs"), ("what differs", "sampled by position")
 MARKS = {BEST: "best", LEVEL: "≈", None: ""}
 NOTES = (
     "sampled, greedy: mean acceptance length 1 + accepted tokens / verified drafts, bonus token included, with its "
@@ -39,13 +36,13 @@ def cells_of(row: dict[str, Any], bold: str = "") -> list[str]:
     name = ", ".join(part for part in (row["variant"], row["view"]) if part)
     over = "" if row["within_budget"] in (None, True) else ", over"
     spent = "-" if row["minutes"] is None else f"{row['minutes']:.1f} ({row['cpu_minutes']:.1f}{over})"
-    steps = _number(row["steps"], 0)
+    steps = number(row["steps"], 0)
     if row["best_step"] != row["steps"]:
         steps += f" (best: {row['best_step']})"
     cells = [MARKS[row["mark"]], name, row["differs"] or "-"]
-    trained = [spent, steps, _number(row["mask_rows_per_step"], 0)]
+    trained = [spent, steps, number(row["mask_rows_per_step"], 0)]
     if row["status"] != DONE:
-        return [*cells, "-", *trained, row["status"], *["-"] * 5, _number(row["final_loss"], 3)]
+        return [*cells, "-", *trained, row["status"], *["-"] * 5, number(row["final_loss"], 3)]
     sampled, greedy = row["sampled"], row["greedy"]
     rates = sampled["acceptance_rate_per_position"]["unconditional"]
     return [
@@ -58,12 +55,8 @@ def cells_of(row: dict[str, Any], bold: str = "") -> list[str]:
         _with_interval(greedy["outside_repetition"], greedy["outside_interval"]),
         _difference(row["difference"]["outside_repetition"], bold),
         " ".join(f"{rate:.2f}" for rate in rates),
-        _number(row["final_loss"], 3),
+        number(row["final_loss"], 3),
     ]
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:
@@ -99,32 +92,21 @@ def notes_of(result: dict[str, Any]) -> list[str]:
     return notes + [f"{name}: {reason}" for name, reason in failed.items()]
 
 
+def table_of(result: dict[str, Any], bold: str = "") -> TextTable:
+    """All rows; `bold` as in `cells_of`."""
+    return TextTable(title_of(result), HEADER, [cells_of(row, bold) for row in result["rows"]])
+
+
 def print_results(result: dict[str, Any]) -> None:
     """Table and notes on the console."""
-    console = Console(width=230, highlight=False)  # a table that is folded cannot be read
-    printed = Table(title=escape(title_of(result)), title_justify="left")
-    for name in HEADER:
-        header = "\n".join(textwrap.wrap(name, width=17))
-        printed.add_column(header, justify="left" if name in LEFT else "right", no_wrap=name not in FOLDED)
-    for row in result["rows"]:
-        printed.add_row(*map(escape, cells_of(row)))
-    console.print(printed)
-    for note in notes_of(result):
-        console.print(escape(note), style="dim")
+    print_tables([table_of(result)], notes_of(result), TEXT_COLUMNS, FOLDED)
 
 
 def markdown_of(result: dict[str, Any]) -> str:
     """The page of a result."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    lines = [HEADER, ["---"] * len(HEADER), *(cells_of(row, bold="**") for row in result["rows"])]
-    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
-    parts = [
-        f"# Study {result['study']}\n\n`python eval/{result['command']}`\n",
-        f"{title_of(result)}; base {', '.join(result['base'])}; {versions}\n",
-        f"{table}\n",
-        "\n".join(f"- {note}" for note in notes_of(result)) + "\n",
-    ]
-    return "\n".join(parts)
+    facts = f"{title_of(result)}; base {', '.join(result['base'])}"
+    table = table_of(result, bold="**").markdown()
+    return markdown_page(result, f"Study {result['study']}", facts, [table], notes_of(result))
 
 
 def panels_of(result: dict[str, Any]) -> dict[str, dict[str, tuple[float, float, float]]]:

@@ -1,0 +1,166 @@
+"""`tuned.json` beside an adapter: which shape of the fused step `pardec tune` chose for it, by device.
+
+Knows JSON and the adapter's files; no model, no clock.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
+from pardec.layout import BlockLengths, check_block_lengths
+
+TUNED_FILE = "tuned.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TunedChoice:
+    """What `pardec tune` chose for one adapter on one device.
+
+    Attributes:
+        device: name of the GPU, or of the CPU with its number of threads.
+        dtype: of the base, e.g. `float32`.
+        compile: whether steps were compiled.
+        block_lengths: the chosen shape; (0,) where plain decoding was fastest.
+        weights: sha256 of the adapter's files that the choice belongs to, by name.
+        ms_per_step: measured of the chosen shape.
+        predicted_tokens_per_second: of the chosen shape, prefill included.
+        measured_tokens_per_second: the same, measured.
+        plain_tokens_per_second: plain decoding, measured in turn with it.
+        conditional_acceptance: of the full chain by position, pooled over all rounds.
+        temperature: that acceptance and speed were measured at; 0 is greedy.
+        top_k: the same.
+        batch_size: the same.
+        versions: of the libraries.
+    """
+
+    device: str
+    dtype: str
+    compile: bool
+    block_lengths: BlockLengths
+    weights: dict[str, str]
+    ms_per_step: float
+    predicted_tokens_per_second: float
+    measured_tokens_per_second: float
+    plain_tokens_per_second: float
+    conditional_acceptance: list[float]
+    temperature: float = 0.0
+    top_k: int | None = None
+    batch_size: int = 1
+    versions: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        check_block_lengths(self.block_lengths)
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """K; 0 where plain decoding was fastest."""
+        return len(self.block_lengths) - 1
+
+
+def read_tuned(
+    directory: str | Path,
+    device: str,
+    dtype: torch.dtype | str,
+    compile: bool = False,
+    *,
+    files: Mapping[str, str] | None = None,
+) -> TunedChoice | None:
+    """The choice for this adapter as it is now on this device; None where there is none.
+
+    Args:
+        directory: of the adapter.
+        device: as in `TunedChoice`.
+        dtype: of the base.
+        compile: whether steps are compiled.
+        files: sha256 of the adapter's files; default read from `directory`.
+
+    Raises:
+        ValueError: if the file is there and is not one of ours, naming it.
+    """
+    wanted = (device, str(dtype).removeprefix("torch."), compile)
+    fresh = [one for one in _read_fresh(Path(directory), files) if _key(one) == wanted]
+    return fresh[0] if fresh else None
+
+
+def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
+    """Adds `choice` to the adapter's file, in place of an older one of its device; returns the file.
+
+    Choices for other devices stay; those for weights that the adapter no longer has go.
+
+    Raises:
+        ValueError: if the file is there and is not one of ours.
+        OSError: if the folder cannot be written to.
+    """
+    directory = Path(directory)
+    kept = [one for one in _read_fresh(directory) if _key(one) != _key(choice)]
+    content = {"format_version": FORMAT_VERSION, "choices": [asdict(one) for one in (*kept, choice)]}
+    path = directory / TUNED_FILE
+    check_writable(directory)
+    handle, aside = tempfile.mkstemp(prefix=f".{TUNED_FILE}-", dir=directory)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)  # mkstemp lets only the owner in
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def check_writable(directory: str | Path) -> None:
+    """Raises OSError, saying where, unless a file can be made in `directory`: to be known before long work."""
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{Path(directory) / TUNED_FILE}: expected an adapter folder that can be written to, found {error.strerror}"
+        ) from None
+
+
+def weights_of(directory: str | Path, files: Mapping[str, str] | None = None) -> dict[str, str]:
+    """sha256 of the adapter's files that acceptance depends on, by name; `files` as in `read_tuned`.
+
+    Raises:
+        AdapterError: if there is no usable adapter.
+    """
+    files = load_adapter(directory).metadata.files if files is None else files
+    names = (EMBEDDINGS_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, HEAD_FILE)
+    return {name: files[name] for name in names if name in files}
+
+
+def _key(choice: TunedChoice) -> tuple[str, str, bool]:
+    return choice.device, choice.dtype, choice.compile
+
+
+def _read_fresh(directory: Path, files: Mapping[str, str] | None = None) -> list[TunedChoice]:
+    """The choices that belong to the adapter's weights as they are now."""
+    path = directory / TUNED_FILE
+    if not path.exists():
+        return []
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, found {version}")
+        choices = TypeAdapter(list[TunedChoice]).validate_python(raw.get("choices"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, found {error}; remove it and tune again") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, ("choices", *first["loc"])))
+        found = str(first["input"])[:60]
+        raise ValueError(f"{path}: {where}: {first['msg']}, found {found!r}; remove it and tune again") from None
+    weights = weights_of(directory, files)
+    return [one for one in choices if one.weights == weights]

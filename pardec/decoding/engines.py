@@ -1,0 +1,250 @@
+"""Which engine a call decodes with: how it drafts, by which law, and an idle engine for that or a new one.
+
+What the public model and the transformers door stand on. Knows token ids; no text and no stopping criteria.
+Legend: K num_speculative_tokens.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from pardec.adapters.adapter import UNIFORM_NOISE, Adapter
+from pardec.adapters.gated_lora import LoraGate
+from pardec.adapters.noise import NoiseTokens
+from pardec.adapters.tuned import TunedChoice
+from pardec.decoding.drafting import HeadDrafter
+from pardec.decoding.engine import Engine, power_of_two
+from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
+from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.rows import RowForward
+from pardec.decoding.sampling import TokenLaw, make_warpers
+from pardec.decoding.step import MODES, Decoder
+from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
+from pardec.target.base import eos_token_ids
+from pardec.target.compiling import compiled
+from pardec.target.forward import TargetModel
+from pardec.target.survey import Survey, survey
+
+MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How a call drafts.
+
+    Attributes:
+        mode: one of `MODES`; plain where nothing is drafted.
+        block_lengths: of the fused chain; for two_pass only their number counts; (0,) for plain decoding.
+        head: draws the drafts one after another; None to draw them from their rows as they are.
+    """
+
+    mode: str
+    block_lengths: BlockLengths
+    head: HeadDrafter | None
+
+
+class Engines:
+    """Lends engines for one base and one adapter.
+
+    Attributes:
+        target: the base.
+        adapter: None allows plain mode only.
+        gate: the adapter's LoRA on the base, or None.
+        head: the adapter's sampler head, or None.
+        compile: steps run under torch.compile.
+        capture: steps run as CUDA graphs.
+        tuned: used where neither num_speculative_tokens nor block_lengths are asked for.
+    """
+
+    def __init__(self, base: PreTrainedModel, adapter: Adapter | None, *, compile: bool):
+        self.target = TargetModel.wrap(base)
+        self.adapter = adapter
+        self.gate = None if adapter is None or adapter.lora is None else LoraGate(base, adapter.lora)
+        self.head = None if adapter is None else HeadDrafter.of(adapter, self.target)
+        self.compile = compile
+        self.capture = self.target.device.type == "cuda"
+        self.tuned: TunedChoice | None = None
+        self._survey: Survey | None = None
+        self._linears: dict[bool, PackedLinears] = {}
+        self._pool = EnginePool()
+
+    # ------------------------------------------------------------------ what a call asks for
+
+    def law(
+        self, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, seed: int | None
+    ) -> TokenLaw:
+        """The law of a call; arguments and errors as in `generate`."""
+        warpers = make_warpers(temperature, top_k, top_p, min_p)
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, found {seed}")
+        return TokenLaw(temperature == 0, tuple(warpers), self.generator(seed) if temperature else None)
+
+    def generator(self, seed: int | None = None) -> torch.Generator:
+        """A generator of its own for each call, so that a captured step can hold it; None: seeded by torch's."""
+        chosen = int(torch.randint(2**62, ())) if seed is None else seed
+        return torch.Generator(self.target.device).manual_seed(chosen)
+
+    def drafting(
+        self, mode: str, asked: int | None, block_lengths: Sequence[int] | None, use_head: bool | None
+    ) -> Drafting:
+        """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
+
+        Raises:
+            ValueError: for what does not exist, or not together.
+        """
+        blocks = self._blocks_for(mode, asked) if block_lengths is None else self._checked(mode, asked, block_lengths)
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
+        head = self.chosen_head(use_head)
+        return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head)
+
+    def _blocks_for(self, mode: str, asked: int | None) -> BlockLengths:
+        if asked is not None and asked < 0:
+            raise ValueError(f"num_speculative_tokens: expected an integer >= 0, found {asked}")
+        if asked is not None and asked > MAX_SPECULATIVE_TOKENS:
+            raise ValueError(f"num_speculative_tokens: expected at most {MAX_SPECULATIVE_TOKENS}, found {asked}")
+        if mode == "plain":
+            return PLAIN
+        if self.adapter is None:
+            raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
+        if asked is None and mode == "fused" and self.tuned is not None:
+            return tuple(self.tuned.block_lengths)
+        return full_blocks(self.adapter.metadata.num_speculative_tokens if asked is None else asked)
+
+    def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int]) -> BlockLengths:
+        blocks = tuple(operator.index(length) for length in block_lengths)
+        if mode != "fused" or asked is not None:
+            raise ValueError("block_lengths: expected mode fused and no num_speculative_tokens beside it")
+        check_block_lengths(blocks)
+        if len(blocks) > MAX_SPECULATIVE_TOKENS + 1:
+            raise ValueError(f"block_lengths: expected at most {MAX_SPECULATIVE_TOKENS + 1}, found {len(blocks)}")
+        if blocks != PLAIN and self.adapter is None:
+            raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
+        return blocks
+
+    def chosen_head(self, use_head: bool | None) -> HeadDrafter | None:
+        """The head that drafts; `use_head` as in `generate`.
+
+        Raises:
+            ValueError: if one is asked for and there is none.
+        """
+        if use_head and self.head is None:
+            raise ValueError("use_head: expected an adapter with a sampler head, found none")
+        return None if use_head is False else self.head
+
+    def row_forward(
+        self,
+        num_speculative_tokens: int,
+        head: HeadDrafter | None,
+        linears: PackedLinears | None = None,
+        query_group: int | None = None,
+    ) -> RowForward:
+        """Rows of the base with K mask tokens of the adapter behind real ones; K = 0 takes nothing of it.
+
+        Args:
+            num_speculative_tokens: K.
+            head: whose tap is to see what the output head reads.
+            linears: packed weights; default none.
+            query_group: of the attention route; default the model's own attention.
+        """
+        K, target = num_speculative_tokens, self.target
+        masks = noise = None
+        if K:
+            assert self.adapter is not None
+            if self.adapter.metadata.draft_input == UNIFORM_NOISE:
+                noise = NoiseTokens.of(target.vocab_size, target.device)
+            else:
+                masks = self.adapter.embeddings_for(K).to(target.device, target.dtype)
+        gate, tap = self.gate if K else None, None if head is None else head.tap
+        compile_step = compiled if self.compile else None
+        return RowForward(target, masks, gate, linears, query_group, compile_step, noise, tap)
+
+    def check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
+        """Refuses what the model has no positions for.
+
+        Raises:
+            ValueError: naming what was expected and found.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected an integer >= 1, found {max_new_tokens}")
+        limit, longest = self.target.max_positions, max(map(len, prompts))
+        if limit is not None and longest + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt and new tokens: expected at most {limit} positions of the model, found "
+                f"{longest} + {max_new_tokens} = {longest + max_new_tokens}"
+            )
+
+    # ------------------------------------------------------------------ engines
+
+    @contextmanager
+    def lend(
+        self,
+        prompts: list[list[int]],
+        law: TokenLaw,
+        max_new_tokens: int,
+        drafting: Drafting,
+        *,
+        num_sequences: int | None = None,
+        eos: list[int] | None = None,
+    ) -> Iterator[Engine]:
+        """An engine for these prompts, after every check that needs no forward; nobody else has it meanwhile.
+
+        Args:
+            prompts: lists of token ids.
+            law: how tokens are chosen.
+            max_new_tokens: limit per sequence.
+            drafting: from `drafting`.
+            num_sequences: that continue the prompts; default one for each.
+            eos: ids that end a text; default the base's own.
+        """
+        self.check(prompts, max_new_tokens)
+        target = self.target
+        eos_ids = eos_token_ids(target.base) if eos is None else eos
+        if self._survey is None:
+            self._survey = survey(target)
+        linears = self._packed(self._survey, with_lora=drafting.mode != "plain" and self.gate is not None)
+        # graphs hold on to addresses, compiled code to modules
+        key = None
+        if law.key is not None and (self.capture or self.compile):
+            shape = (drafting.mode, drafting.block_lengths, drafting.head is not None, law.key, len(eos_ids))
+            sequences = power_of_two(num_sequences or len(prompts))
+            on = (self.capture, self.compile, sequences, signature(target.base), arithmetic(target.device))
+            key = (shape, on)
+        engine = None if key is None else self._pool.take(key)
+        if engine is None:
+            engine = self._new_engine(self._survey, law, drafting, linears)
+        elif law.generator is not None:
+            assert engine.decoder.law.generator is not None
+            engine.decoder.law.generator.manual_seed(law.generator.initial_seed())
+        engine.decoder.max_new_tokens = max_new_tokens
+        engine.decoder.eos_token_ids = torch.tensor(eos_ids, device=target.device).long()
+        usable = False
+        try:
+            yield engine
+            usable = True
+        except GeneratorExit:  # a stream that is not read to its end
+            usable = True
+            raise
+        finally:
+            if key is not None and usable:
+                self._pool.give_back(key, engine)
+
+    def _new_engine(self, facts: Survey, law: TokenLaw, drafting: Drafting, linears: PackedLinears) -> Engine:
+        K, no_eos = len(drafting.block_lengths) - 1, torch.empty(0, dtype=torch.long)
+        forward = self.row_forward(K, drafting.head, linears, facts.query_group)
+        max_new_tokens = 1  # set for each call, as are the EOS ids
+        decoder = Decoder(forward, drafting.mode, K, law, max_new_tokens, no_eos, drafting.block_lengths, drafting.head)
+        captured = self.capture and law.is_capturable
+        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
+
+    def _packed(self, facts: Survey, with_lora: bool) -> PackedLinears:
+        """Packed weights, up to date; empty on other devices than a CPU."""
+        if with_lora not in self._linears:
+            self._linears[with_lora] = PackedLinears(facts.siblings, self.gate if with_lora else None)
+        if not self.compile:
+            self._linears[with_lora].refresh()
+        return self._linears[with_lora]

@@ -1,0 +1,132 @@
+"""The resumable state of a training run in its folder: parameters and optimisers by step, and what else is told of it.
+
+Knows no model and no recipe but their numbers and values.
+"""
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+STATE_FILE = "state.json"
+
+
+def save_state(
+    folder: Path, step: int, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], extra: dict[str, Any]
+) -> None:
+    """Writes `folder/step-N` aside and renames it, then removes older ones: a kill at any moment leaves one whole.
+
+    Args:
+        folder: of the checkpoints.
+        step: optimiser steps done.
+        parameters: the trainable ones, by name, in the order of the optimisers' groups.
+        optimizers: each over some of them; their state must be tensors.
+        extra: JSON values to be given back.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step-{step:09d}"
+    names = {parameter: name for name, parameter in parameters.items()}
+    moments = {
+        f"{names[parameter]}.{key}": value.detach().cpu().contiguous()
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+    with TemporaryDirectory(prefix=".writing-", dir=folder) as outer:
+        aside = Path(outer) / target.name
+        aside.mkdir()
+        save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, aside / "parameters.safetensors")
+        save_file(moments, aside / "optimizer.safetensors")
+        (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(aside, target)
+    for older in sorted(folder.glob("step-*"))[:-1]:
+        shutil.rmtree(older)
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """The JSON values of the newest state in `folder` with its `step`, None if there is none."""
+    states = sorted(folder.glob("step-*"))
+    if not states:
+        return None
+    try:
+        return json.loads((states[-1] / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{states[-1] / STATE_FILE}: expected JSON, found {error}; remove {states[-1]}") from None
+
+
+def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, result: str) -> int:
+    """Steps in the newest state of a run's folder, 0 for a new one.
+
+    Args:
+        output: of the run.
+        recipe: the parts that a state depends on, as they were saved with it under `recipe`.
+        result_file: shows that the folder holds a result.
+        result: what that is called.
+
+    Raises:
+        ValueError: if the folder holds something other than a run of this recipe.
+    """
+    progress = read_progress(output / "checkpoints")
+    if progress is None:
+        is_file = output.exists() and not output.is_dir()
+        if is_file or (output / result_file).exists():
+            found = "a file" if is_file else result
+            raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
+        return 0
+    then = progress["recipe"]
+    for section in recipe:
+        if then.get(section) != recipe[section]:
+            raise ValueError(
+                f"output_dir {output}: expected a run of the same recipe to continue, found one with {section} = "
+                f"{then.get(section)}; choose another output_dir or remove it"
+            )
+    return progress["step"]
+
+
+def load_state(
+    folder: Path, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+) -> dict[str, Any] | None:
+    """Restores the newest state in `folder`; returns its JSON values with `step`, None if there is none.
+
+    Raises:
+        ValueError: if it belongs to other parameters.
+    """
+    states = sorted(folder.glob("step-*"))
+    if not states:
+        return None
+    saved = _read_tensors(states[-1] / "parameters.safetensors")
+    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
+        raise ValueError(
+            f"{states[-1]}: expected the parameters of this recipe ({len(parameters)}), found others ({len(saved)})"
+        )
+    moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for entry, tensor in _read_tensors(states[-1] / "optimizer.safetensors").items():
+        name, _, key = entry.rpartition(".")
+        # AdamW keeps its step counter on the CPU
+        moments[name][key] = tensor.to("cpu" if key == "step" else parameters[name].device)
+    names = {parameter: name for name, parameter in parameters.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            optimizer.state.update({parameter: moments[names[parameter]] for parameter in group["params"]})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    return read_progress(folder)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: expected safetensors, found {error}; remove {path.parent}") from None

@@ -1,0 +1,133 @@
+"""The file beside the adapter that keeps what was chosen, by device."""
+
+import json
+import os
+import tempfile
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import make_adapter, tiny_model
+
+from pardec.adapters.files import save_adapter
+from pardec.adapters.tuned import TUNED_FILE, TunedChoice, read_tuned, weights_of, write_tuned
+from pardec.layout import PLAIN
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    save_adapter(make_adapter(base, 2, lora_rank=2), tmp_path)
+    return tmp_path
+
+
+def choice_for(folder, **changes) -> TunedChoice:
+    facts = {
+        "device": "a device",
+        "dtype": "float32",
+        "compile": False,
+        "block_lengths": (1, 2, 1),
+        "weights": weights_of(folder),
+        "ms_per_step": 1.5,
+        "predicted_tokens_per_second": 100.0,
+        "measured_tokens_per_second": 99.0,
+        "plain_tokens_per_second": 60.0,
+        "conditional_acceptance": [0.5, 0.25],
+    }
+    return TunedChoice(**{**facts, **changes})
+
+
+def test_a_choice_is_read_back_for_its_device_dtype_and_compile_only(folder):
+    assert read_tuned(folder, "a device", torch.float32) is None
+    choice = choice_for(folder, top_k=10, temperature=0.8, versions={"torch": "2"})
+    assert write_tuned(folder, choice) == folder / TUNED_FILE
+    assert read_tuned(folder, "a device", torch.float32) == choice
+    assert read_tuned(str(folder), "a device", "float32", False) == choice
+    assert choice.num_speculative_tokens == 2
+    for other in (("b device", torch.float32, False), ("a device", torch.bfloat16, False)):
+        assert read_tuned(folder, *other) is None
+    assert read_tuned(folder, "a device", torch.float32, True) is None
+
+
+def test_writing_replaces_the_same_device_and_keeps_the_others(folder):
+    first, other = choice_for(folder), choice_for(folder, device="b device")
+    compiled = choice_for(folder, compile=True)
+    for one in (first, other, compiled):
+        write_tuned(folder, one)
+    again = replace(first, block_lengths=PLAIN)
+    write_tuned(folder, again)
+    assert read_tuned(folder, "a device", "float32") == again
+    assert read_tuned(folder, "b device", "float32") == other
+    assert read_tuned(folder, "a device", "float32", True) == compiled
+    assert again.num_speculative_tokens == 0
+    assert sorted(path.name for path in folder.glob("*tuned*")) == [TUNED_FILE]
+    assert os.stat(folder / TUNED_FILE).st_mode & 0o044 == 0o044
+
+
+@pytest.mark.parametrize("change", ["masks", "lora", "no lora"])
+def test_a_choice_for_other_weights_is_ignored_and_then_dropped(folder, base, change):
+    write_tuned(folder, choice_for(folder, device="b device"))
+    new = make_adapter(base, 2, lora_rank=0 if change == "no lora" else 2, seed=1 if change == "no lora" else 5)
+    if change == "lora":
+        new = replace(new, mask_embeddings=make_adapter(base, 2, lora_rank=2).mask_embeddings)
+    save_adapter(new, folder)
+    assert (folder / TUNED_FILE).exists()
+    assert read_tuned(folder, "b device", "float32") is None
+    write_tuned(folder, choice_for(folder))
+    assert len(json.loads((folder / TUNED_FILE).read_text())["choices"]) == 1
+
+
+def broken(folder, **changes) -> str:
+    write_tuned(folder, choice_for(folder))
+    content = json.loads((folder / TUNED_FILE).read_text())
+    content["choices"][0].update(changes)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "expected JSON, found"),
+        ("[]", "expected format_version 1, found None"),
+        ('{"format_version": 2, "choices": []}', "expected format_version 1, found 2"),
+        ('{"format_version": 1}', "choices: Input should be a valid list, found 'None'"),
+        ('{"format_version": 1, "choices": [{}]}', r"choices\.0\.device: Field required"),
+        ({"block_lengths": [2, 2]}, "block_lengths: expected K . 1 numbers"),
+        ({"ms_per_step": "slow"}, r"choices\.0\.ms_per_step: Input should be a valid number"),
+    ],
+)
+def test_a_malformed_file_is_an_error_of_one_line_that_names_it(folder, text, words):
+    (folder / TUNED_FILE).write_text(broken(folder, **text) if isinstance(text, dict) else text)
+    for act in (lambda: read_tuned(folder, "a device", "float32"), lambda: write_tuned(folder, choice_for(folder))):
+        with pytest.raises(ValueError, match=words) as error:
+            act()
+        assert str(folder / TUNED_FILE) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(folder, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OSError, match="expected an adapter folder that can be written to, found Permission denied"):
+        write_tuned(folder, choice_for(folder))
+
+
+def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
+    first = choice_for(folder)
+    write_tuned(folder, first)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_tuned(folder, choice_for(folder, block_lengths=PLAIN))
+    monkeypatch.undo()
+    assert read_tuned(folder, "a device", "float32") == first
+    assert sorted(path.name for path in folder.glob("*tuned*")) == [TUNED_FILE]
