@@ -87,8 +87,8 @@ def report(args: argparse.Namespace) -> None:
             for context in plan.contexts:
                 bar.set_description(f"context {context}{', compiled' * variant.compile}{', LoRA' * variant.lora}")
                 group = measure_group(subject, variant, context, plan, bound, bar.update)
-                for key in ("rows", "profiles", "left_out"):
-                    result[key] += getattr(group, key)
+                for key, found in group.items():
+                    result[key] += found
                 result["is_complete"] = (index + 1, context) == (len(plan.variants), plan.contexts[-1])
                 if result["rows"]:
                     write_results(result, stem)

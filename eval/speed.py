@@ -166,8 +166,6 @@ def load_assistant(name: str | None, base: PreTrainedModel, stop_at_eos: bool) -
 
 def prompts_for(model: SelfSpeculativeModel, args: argparse.Namespace) -> list[Prompt]:
     """The prompts, with room in the model for what is decoded."""
-    if model.tokenizer is None:
-        raise ValueError("base: expected a tokenizer beside the model, found none")
     limit = model.target.max_positions
     room = MAX_PROMPT_TOKENS if limit is None else min(MAX_PROMPT_TOKENS, limit - args.max_new_tokens)
     if room < 1:
