@@ -91,8 +91,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 def _describe(error: ValidationError, model: type[Section]) -> str:
     # an unknown key first: a mistyped required key is also a missing one
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    *sections, last = location = [str(part) for part in first["loc"]]
+    location = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
+        *sections, last = location
         nearest = difflib.get_close_matches(last, _known_keys(model, sections), n=1, cutoff=0.0)
         return f"unknown key {'.'.join(location)!r}; the nearest known one is {'.'.join([*sections, *nearest])!r}"
     # pydantic appends the type that it tried
