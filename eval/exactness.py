@@ -21,7 +21,7 @@ from reporting.result_files import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from timing.baselines import Setting, generate_way, neutral_generation_config
+from timing.baselines import generated_alone, neutral_generation_config
 from timing.divergence import Divergence, divergence_from
 from timing.options import add_prompt_options, check_device, full_or_quick
 from tqdm.auto import tqdm
@@ -85,11 +85,8 @@ def decode(
             collected += model.generate(batch, mode=mode, **settings).token_ids
             bar.update(len(batch))
     model.base_model.generation_config = neutral_generation_config(model.base_model, stop_at_eos=True)
-    alone = generate_way(model.base_model, Setting("greedy", args.max_new_tokens), name="generate")
-    generated = []
-    for prompt in prompts:
-        generated += alone.decode([prompt.token_ids], 0).token_ids
-        bar.update()
+    generated = generated_alone(model.base_model, [prompt.token_ids for prompt in prompts], args.max_new_tokens)
+    bar.update(len(prompts))
     bar.close()
     return outputs, generated
 

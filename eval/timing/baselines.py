@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
 from pardec.model import SelfSpeculativeModel
@@ -203,6 +204,12 @@ def generate_way(base: PreTrainedModel, setting: Setting, *, name: str, static_c
     return Way(name, decode, model_bytes(base))
 
 
+def generated_alone(base: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy new tokens of `model.generate` for each prompt by itself: what every way must give."""
+    way = generate_way(base, Setting("greedy", max_new_tokens), name="generate")
+    return [way.decode([prompt], 0).token_ids[0] for prompt in prompts]
+
+
 def assisted_way(
     base: PreTrainedModel, setting: Setting, *, name: str, assistant: PreTrainedModel | None = None
 ) -> Way:
@@ -243,10 +250,9 @@ def model_bytes(model: PreTrainedModel) -> int:
 
 def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both [B, P]: `generate` continues the last column."""
-    P = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (P - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (P - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, True, pad_id, "left"), pad_sequence(ones, True, 0, "left")
 
 
 def _generate(
