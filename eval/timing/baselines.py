@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
+from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import eos_token_ids, pad_token_id
 
@@ -148,19 +149,17 @@ def pardec_way(
     num_speculative_tokens: int | None = None,
     block_lengths: tuple[int, ...] | None = None,
 ) -> Way:
-    """One of pardec's modes.
+    """One of pardec's modes; other arguments as in `Way`.
 
     Args:
         model: with the adapter; plain mode uses none.
-        setting: see `Setting`.
-        name: see `Way`.
+        setting: how tokens are chosen.
         mode: `plain`, `two_pass` or `fused`.
-        adapter: see `Way`.
         num_speculative_tokens: K; None in plain mode, or with block_lengths.
         block_lengths: of the tuned choice, which fused mode makes by itself where no K is asked for.
     """
-    K = len(block_lengths) - 1 if block_lengths is not None else num_speculative_tokens or 0
-    blocks = block_lengths if block_lengths is not None else (K,) * (K + 1)
+    blocks = block_lengths or full_blocks(num_speculative_tokens or 0)
+    K = len(blocks) - 1
     # a round of two_pass is a drafting and a verifying forward
     rows_per_step = 2 * (K + 1) if mode == "two_pass" else K + 1 + sum(blocks)
 
