@@ -18,7 +18,7 @@ from reporting.plots import plot_acceptance_by_position
 from reporting.result_files import write_json
 from rich.console import Console
 from rich.table import Table
-from timing.baselines import Setting, generate_way
+from timing.baselines import generated_alone
 from timing.divergence import TOLERANCE, divergence_from
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -107,8 +107,7 @@ def report(args: argparse.Namespace) -> None:
     fused = {"embeddings": [K], "lora": sorted({best.num_speculative_tokens, K})}
     sampled = timed_runs(models, prompts, args.max_new_tokens, fused, K, temperature=TEMPERATURE)
 
-    alone = generate_way(base, Setting("greedy", args.max_new_tokens), name="generate")
-    references = [alone.decode([prompt], 0).token_ids[0] for prompt in prompts]
+    references = generated_alone(base, prompts, args.max_new_tokens)
     found, sampled_found = ([run.measured(prompts) for run in runs] for runs in (greedy, sampled))
     rows = [
         run.row(one) | {"identical": same_as(references, run, prompts)} for run, one in zip(greedy, found, strict=True)

@@ -209,16 +209,13 @@ def evaluate(
     Raises:
         ValueError: for an adapter that cannot be decoded with.
     """
-    record = read_record(variant, work)
-    asked = {
-        view.label(): (view, view_settings(variant, view, work, evaluation, prompts, device)) for view in variant.views
-    }
-    missing = {label: one for label, one in asked.items() if measured(record, one[1]) is None}
-    if not missing:
-        return
-    model = pardec.load(variant.directory(work), device=device)
-    for label, (view, settings) in missing.items():
-        show(f"decoding {len(prompts)} prompts {label}")
+    record, model = read_record(variant, work), None
+    for view in variant.views:
+        settings = view_settings(variant, view, work, evaluation, prompts, device)
+        if measured(record, settings) is not None:
+            continue
+        model = model or pardec.load(variant.directory(work), device=device)
+        show(f"decoding {len(prompts)} prompts {view.label()}")
         figures = measure(model, prompts, evaluation, view)
         made_by = {"device": device_name(device), "versions": library_versions(), "git_commit": git_commit()}
         record["views"].append({"settings": settings, **figures, **made_by})

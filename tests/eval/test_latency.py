@@ -62,7 +62,9 @@ def test_bytes_of_a_step_equal_a_count_by_hand(tied):
 
 
 def test_the_bound_is_bytes_over_bandwidth():
-    bound = bandwidth.StepBound(bytes_per_second=1e6, weight_bytes=2000, lora_bytes=300, bytes_per_slot=10)
+    bound = bandwidth.StepBound(
+        bytes_per_second=1e6, weight_bytes_per_step=2000, lora_bytes_per_step=300, bytes_per_slot=10
+    )
     assert bound.ms(50, with_lora=False) == pytest.approx(2.5)
     assert bound.ms(50, with_lora=True) == pytest.approx(2.8)
 
