@@ -36,11 +36,15 @@ class LoraWeights:
         if self.config.get("peft_type") != "LORA":
             raise ValueError(f"lora: expected peft_type LORA, found {self.config.get('peft_type')!r}")
         for key in ("r", "lora_alpha"):
-            if not isinstance(self.config.get(key), int | float) or not self.config[key] > 0:
-                raise ValueError(f"lora: expected {key} as a number above 0, found {self.config.get(key)!r}")
+            if not _is_usable_size(self.config.get(key)):
+                found = str(self.config.get(key))[:60]
+                raise ValueError(f"lora: expected {key} as a finite number above 0, found {found}")
         for key, plain in _UNSUPPORTED.items():
             if self.config.get(key, plain) not in (plain, None):
                 raise ValueError(f"lora: expected {key}={plain!r}, found {self.config[key]!r}")
+        for key, tensor in self.tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"lora: {key}: expected finite numbers, found NaN or infinity")
 
     @property
     def rank(self) -> int:
@@ -64,6 +68,8 @@ class LoraWeights:
             name, _, half = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
             if half not in ("lora_A", "lora_B") or not key.startswith(_PREFIX):
                 raise ValueError(f"lora: expected names {_PREFIX}*.lora_A|lora_B.weight, found {key!r}")
+            if tensor.dim() != 2:
+                raise ValueError(f"lora: {key}: expected a matrix, found shape {list(tensor.shape)}")
             halves.setdefault(name, {})[half] = tensor
         for name, half in halves.items():
             if len(half) != 2:
@@ -72,6 +78,13 @@ class LoraWeights:
             if ranks != (self.rank, self.rank):
                 raise ValueError(f"lora: {name}: expected rank {self.rank}, found {ranks} in lora_A and lora_B")
         return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
+
+
+def _is_usable_size(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and 0 < float(value) < math.inf
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 class _OpenRows(threading.local):
@@ -102,6 +115,8 @@ class LoraGate:
             dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
             a_t = a.to(weight.device, dtype).T.contiguous()  # [in, r]
             b_t = (b.to(weight.device, torch.float32) * weights.scaling).to(dtype).T.contiguous()  # [r, out]
+            if not bool(torch.isfinite(a_t).all() and torch.isfinite(b_t).all()):
+                raise ValueError(f"lora: {name}: expected numbers that are finite in {dtype}, found some that are not")
             self._targets[module] = (a_t, b_t)
 
     @contextmanager

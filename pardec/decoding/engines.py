@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pardec.adapters.adapter import UNIFORM_NOISE, Adapter
+from pardec.adapters.adapter import UNIFORM_NOISE, Adapter, AdapterError
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice
@@ -65,6 +66,11 @@ class Engines:
         self.adapter = adapter
         self.gate = None if adapter is None or adapter.lora is None else LoraGate(base, adapter.lora)
         self.head = None if adapter is None else HeadDrafter.of(adapter, self.target)
+        if adapter is not None and adapter.mask_embeddings is not None:
+            _check_finite("mask embeddings", adapter.mask_embeddings.to(self.target.dtype))
+        if self.head is not None:
+            for name, parameter in self.head.head.named_parameters():
+                _check_finite(f"head: {name}", parameter)
         self.compile = compile
         self.capture = self.target.device.type == "cuda"
         self.tuned: TunedChoice | None = None
@@ -248,3 +254,8 @@ class Engines:
         if not self.compile:
             self._linears[with_lora].refresh()
         return self._linears[with_lora]
+
+
+def _check_finite(what: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise AdapterError(f"{what}: expected numbers that are finite in {tensor.dtype}, found some that are not")

@@ -48,7 +48,7 @@ def prefill_prompts(
     B, P = padded.shape
     num_masks = 0 if block is None else block.shape[-2]
     chunk = max(_TOKENS_PER_FORWARD // B, _MIN_CHUNK_TOKENS)
-    cache.slots = None
+    cache.slots = cache.mask_rows = None
     if P + num_masks > chunk:
         _run_chunks(target, padded, cache, chunk)
         return None
@@ -56,6 +56,8 @@ def prefill_prompts(
     embeds, gate_open = target.embed(padded), nullcontext()
     if block is not None:
         D, rows = embeds.shape[2], keep[:, 1:]
+        # what stands behind a shorter prompt's block attends to it
+        cache.mask_rows = torch.arange(P + num_masks, device=padded.device) >= lengths[:, None]
         embeds = torch.cat([embeds, embeds.new_zeros(B, num_masks, D)], dim=1)
         embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), block.expand(B, -1, -1))
         if gate is not None:

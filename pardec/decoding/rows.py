@@ -160,6 +160,7 @@ class RowForward:
             positions = self.target.clamp_positions(positions)
         mask = self._mask(plan, cache, behind, positions)
         cache.slots = behind + plan.row_index
+        cache.mask_rows = plan.mask_rows if plan.has_mask_rows else None
         with ExitStack() as stack:
             if self.gate is not None and plan.has_mask_rows:
                 stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))

@@ -143,7 +143,8 @@ def _by_inversion(probs: Tensor, generator: Generator | None) -> Tensor:
     u = torch.rand(total.shape, dtype=torch.float64, device=probs.device, generator=generator) * total
     # rounding may have carried u to the total, behind every index
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, u, right=True).squeeze(-1)
+    # a law of NaN, as drafts from numbers that overflow have, gives the last index, and is then never accepted
+    return torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp_max_(probs.shape[-1] - 1)
 
 
 def _exists(draft_length: Tensor, num_speculative_tokens: int) -> Tensor:

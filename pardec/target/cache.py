@@ -20,6 +20,7 @@ class _Addressing:
     num_used: int
     num_sequences: int | None
     slots: Tensor | None = None
+    mask_rows: slice | Tensor | None = None
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -44,6 +45,9 @@ class _SlotLayer(CacheLayerMixin):
         assert self.keys is not None
         assert self.values is not None
         slots, (B, _, R, _) = self.owner.slots, key_states.shape
+        if self.owner.mask_rows is not None:
+            _make_finite(key_states, self.owner.mask_rows)
+            _make_finite(value_states, self.owner.mask_rows)
         if slots is None:  # prefill: rows 0..R-1 into slots 0..R-1, attention over the rows themselves
             self.keys[:B, :, :R] = key_states
             self.values[:B, :, :R] = value_states
@@ -67,6 +71,14 @@ class _SlotLayer(CacheLayerMixin):
         return self.owner.num_slots
 
 
+def _make_finite(states: Tensor, rows: slice | Tensor) -> None:
+    """Sets what is not finite in some rows to 0, in place: even where attention gives a row no weight, 0 * NaN is NaN."""
+    if isinstance(rows, slice):
+        states[:, :, rows].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        return
+    states.masked_fill_(rows[:, None, :, None] & ~states.isfinite(), 0.0)
+
+
 class SlotCache(Cache):
     """Preallocated keys and values whose slots are addressed per row, so that acceptance may be ragged.
 
@@ -75,6 +87,9 @@ class SlotCache(Cache):
         num_used: slots 0..num_used-1 are what attention sees, so that its cost follows the used length.
         num_sequences: sequences to allocate for; None for those of the first forward.
         slots: None during prefill; before any other forward the slot of each row, shape [B, R], int64.
+        mask_rows: before every forward the rows that hold mask tokens or nothing, a slice or flags of shape [B, R], or
+            None: whatever they compute, their keys and values are made finite, so that they reach no row that does
+            not attend to them.
     """
 
     def __init__(self, num_layers: int, num_slots: int, num_sequences: int | None = None):
@@ -108,6 +123,15 @@ class SlotCache(Cache):
     @slots.setter
     def slots(self, slots: Tensor | None) -> None:
         self._here.slots = slots
+
+    @property
+    def mask_rows(self) -> slice | Tensor | None:
+        """See the class."""
+        return self._here.mask_rows
+
+    @mask_rows.setter
+    def mask_rows(self, mask_rows: slice | Tensor | None) -> None:
+        self._here.mask_rows = mask_rows
 
     @property
     def buffers(self) -> list[Tensor]:
