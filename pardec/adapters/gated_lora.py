@@ -82,7 +82,7 @@ class LoraWeights:
 
 def _is_usable_size(value: object) -> bool:
     try:
-        return isinstance(value, int | float) and 0 < float(value) < math.inf
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < float(value) < math.inf
     except OverflowError:  # an integer of hundreds of digits
         return False
 

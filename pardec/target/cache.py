@@ -72,7 +72,7 @@ class _SlotLayer(CacheLayerMixin):
 
 
 def _make_finite(states: Tensor, rows: slice | Tensor) -> None:
-    """Sets what is not finite in some rows to 0, in place: even where attention gives a row no weight, 0 * NaN is NaN."""
+    """Sets what is not finite in some rows to 0, in place: where attention gives a row no weight, 0 * NaN is NaN."""
     if isinstance(rows, slice):
         states[:, :, rows].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return
