@@ -1,12 +1,13 @@
-"""Trains the variants of a study under one budget and compares their acceptance: how defaults of recipes are chosen.
+"""Which setting of a recipe gives the drafts that are accepted most?
 
     python eval/ablate.py eval/studies/objectives.yaml [--only NAME,NAME] [--set section.key=value ...] [--quick]
 
-Variants are trained one after another by train/train_adapter.py, and each adapter decodes the same held-out prompts,
-greedily and sampled. Everything is kept in --work: what is done is not done again, what was cut off continues, and a
-variant whose settings have changed is trained anew in a folder of its own. Settings are what recipes say: a base, a
-file of data or code that changed under its name is not noticed (another --work then). A variant that fails does not
-stop the others. Writes a table, JSON and a picture into eval/results; the last line printed is one JSON object.
+The variants of a study are trained one after another under one budget by train/train_adapter.py, and each adapter
+decodes the same held-out prompts, greedily and sampled: how defaults of recipes are chosen. Everything is kept in
+--work: what is done is not done again, what was cut off continues, and a variant whose settings have changed is
+trained anew in a folder of its own. Settings are what recipes say: a base, a file of data or code that changed under
+its name is not noticed (another --work then). A variant that fails does not stop the others. Writes a table, JSON and
+a picture into eval/results; the last line printed is one JSON object.
 Exit code 1 if a variant failed. The format of study files: eval/studies/study.py.
 """
 

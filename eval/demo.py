@@ -1,9 +1,10 @@
-"""Measures two adapters of one base on the test split, beside plain decoding: the table of `make demo`.
+"""What do the quickstart's two adapters accept, how fast are they, and are the tokens the model's own?
 
     python eval/demo.py runs/quickstart_embeddings runs/quickstart [--output runs/demo]
 
-Every prompt is decoded by all modes in turn, so that a ratio to plain compares neighbours in time. Writes table,
-JSON and a picture; the last line printed is one JSON object.
+The table of `make demo`. Every prompt of the test split is decoded by all modes in turn, plain decoding among
+them, so that a ratio to plain compares neighbours in time. Writes table, JSON and a picture; the last line printed is
+one JSON object.
 """
 
 import argparse
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import torch
 from reporting.plots import plot_acceptance_by_position
+from reporting.result_files import write_json
 from rich.console import Console
 from rich.table import Table
-from timing.baselines import Setting, generate_way
+from timing.baselines import generated_alone
 from timing.divergence import TOLERANCE, divergence_from
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -105,8 +107,7 @@ def report(args: argparse.Namespace) -> None:
     fused = {"embeddings": [K], "lora": sorted({best.num_speculative_tokens, K})}
     sampled = timed_runs(models, prompts, args.max_new_tokens, fused, K, temperature=TEMPERATURE)
 
-    alone = generate_way(base, Setting("greedy", args.max_new_tokens), name="generate")
-    references = [alone.decode([prompt], 0).token_ids[0] for prompt in prompts]
+    references = generated_alone(base, prompts, args.max_new_tokens)
     found, sampled_found = ([run.measured(prompts) for run in runs] for runs in (greedy, sampled))
     rows = [
         run.row(one) | {"identical": same_as(references, run, prompts)} for run, one in zip(greedy, found, strict=True)
@@ -136,7 +137,7 @@ def report(args: argparse.Namespace) -> None:
         "device": device_name(models["lora"].target.device),
         "versions": library_versions(),
     }
-    (Path(args.output) / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, Path(args.output) / "demo.json")
     print(json.dumps(result))
 
 

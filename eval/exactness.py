@@ -1,4 +1,4 @@
-"""Checks that greedy decoding gives the base's own tokens, and looks into every place where it does not.
+"""Are the greedy tokens of every mode the base's own, in each dtype, and where they are not, is it a tie?
 
     python eval/exactness.py runs/quickstart --dtypes float32,bfloat16 [--prompts FILE.jsonl] [--output runs/exactness]
 
@@ -17,10 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from reporting.result_files import write_json
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from timing.baselines import Setting, generate_way, neutral_generation_config
+from timing.baselines import generated_alone, neutral_generation_config
 from timing.divergence import Divergence, divergence_from
 from timing.options import add_prompt_options, check_device, full_or_quick
 from tqdm.auto import tqdm
@@ -73,8 +74,8 @@ def compare(
 
 def decode(
     model: SelfSpeculativeModel, prompts: Sequence[Prompt], args: argparse.Namespace, dtype: str
-) -> tuple[dict[tuple[str, int], list[list[int]]], list[list[int]]]:
-    """Greedy new tokens of every prompt: by mode and batch size, and by the base's own `generate`."""
+) -> dict[tuple[str, int], list[list[int]]]:
+    """Greedy new tokens of every prompt by mode and batch size, those of the base's own `generate` too."""
     outputs: dict[tuple[str, int], list[list[int]]] = {(mode, min(size, len(prompts))): [] for mode, size in RUNS}
     bar = tqdm(total=(len(outputs) + 1) * len(prompts), desc=dtype, unit="prompt")
     settings = {"max_new_tokens": args.max_new_tokens, "num_speculative_tokens": args.num_speculative_tokens}
@@ -84,28 +85,26 @@ def decode(
             collected += model.generate(batch, mode=mode, **settings).token_ids
             bar.update(len(batch))
     model.base_model.generation_config = neutral_generation_config(model.base_model, stop_at_eos=True)
-    alone = generate_way(model.base_model, Setting("greedy", args.max_new_tokens), name="generate")
-    generated = []
-    for prompt in prompts:
-        generated += alone.decode([prompt.token_ids], 0).token_ids
-        bar.update()
+    alone = [prompt.token_ids for prompt in prompts]
+    outputs["generate", 1] = generated_alone(model.base_model, alone, args.max_new_tokens)
+    bar.update(len(prompts))
     bar.close()
-    return outputs, generated
+    return outputs
 
 
 def measure(model: SelfSpeculativeModel, prompts: Sequence[Prompt], args: argparse.Namespace, dtype: str) -> list[dict]:
     """Decodes all prompts in every way and compares: one row for each mode, batch size and reference."""
-    outputs, generated = decode(model, prompts, args, dtype)
+    outputs = decode(model, prompts, args, dtype)
 
     def diverges(prompt: Prompt, ours: Sequence[int], theirs: Sequence[int]) -> Divergence | None:
         return divergence_from(model.base_model, prompt.name, prompt.token_ids, ours, theirs)
 
     rows = []
-    for reference, expected in (("plain", outputs["plain", 1]), ("generate", generated)):
+    for reference in ("plain", "generate"):
         for (mode, batch_size), found in outputs.items():
-            if mode != reference:
+            if mode not in (reference, "generate"):
                 row = {"dtype": dtype, "mode": mode, "batch_size": batch_size, "reference": reference}
-                rows.append(row | compare(prompts, found, expected, diverges))
+                rows.append(row | compare(prompts, found, outputs[reference, 1], diverges))
     return rows
 
 
@@ -117,8 +116,6 @@ def report(args: argparse.Namespace) -> bool:
     for dtype in args.dtypes.split(","):
         gc.collect()  # frees the model before this one, which its hooks refer to
         model = pardec.load(args.directory, base=args.base, dtype=DTYPES[dtype], device=args.device)
-        if model.tokenizer is None:
-            raise ValueError("base: expected a tokenizer beside the model, found none")
         assert model.adapter is not None
         # not what `pardec tune` chose here: that may be fewer, or plain decoding
         args.num_speculative_tokens = args.num_speculative_tokens or model.adapter.metadata.num_speculative_tokens
@@ -140,7 +137,7 @@ def report(args: argparse.Namespace) -> bool:
     if args.output is not None:
         path = Path(args.output if args.output.endswith(".json") else f"{args.output}/exactness.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(result, path)
         path.with_suffix(".md").write_text(text, encoding="utf-8")
     return exact
 

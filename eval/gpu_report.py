@@ -1,12 +1,12 @@
-"""Makes every GPU table of this project on the machine at hand: `make gpu-report`.
+"""What are all figures of this project on the GPU at hand?
 
     python eval/gpu_report.py [--output runs/gpu-report] [--minutes 60] [--quick]
 
-Runs tests, step latencies of an 8B shape, pretrains a base of 100 M parameters on the Python packages installed for
-this interpreter, lets it write what its adapters are trained on, tunes them, measures speed and exactness, and
-compares ways of training in a study, one variant a step. Every step ends within nine minutes and is skipped once it is
-done, so a run that was cut off, or whose --minutes are over, continues when it is started again. Nothing is
-downloaded. Small results are gathered in one folder, with REPORT.md to begin with.
+`make gpu-report` runs tests and step latencies of an 8B shape, pretrains a base of 100 M parameters on the Python
+packages installed for this interpreter, lets it write what its adapters are trained on, tunes them, measures speed and
+exactness, and compares ways of training in a study, one variant a step. Every step ends within nine minutes and is
+skipped once it is done, so a run that was cut off, or whose --minutes are over, continues when it is started again.
+Nothing is downloaded. Small results are gathered in one folder, with REPORT.md to begin with.
 Exit codes: 0 all done, 1 a step failed, 3 steps are left or were cut off; run it again.
 """
 
@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from reporting.result_files import write_json
+from studies.study import QUICK
 
 from pardec.run import device_name, exit_on_unusable_input, git_commit, library_versions
 
@@ -62,10 +64,7 @@ def steps(work: Path, quick: bool) -> list[Step]:
     made.append(Step("responses", responses(work, base, quick), [work / "responses.jsonl.json"], True))
     for output, recipe in ((embeddings, "python_100m_embeddings.yaml"), (lora, "python_100m_lora.yaml")):
         command = ["train/train_adapter.py", f"recipes/{recipe}", f"base={base}", f"output_dir={output}"]
-        command += own_data(work, quick)
-        if quick:
-            command += ["train.steps=2", "train.batch_size=2", "train.anchors_per_sequence=4", "eval.every=2"]
-            command += ["eval.num_prompts=2", "eval.max_new_tokens=8", "data.max_length=64"]
+        command += [*own_data(work, quick), *(QUICK if quick else [])]
         results = [output / "pardec.json", output / "metrics.jsonl"]
         made.append(Step(f"train-{output.name}", command, results, True))
     for adapter in (embeddings, lora):
@@ -74,22 +73,24 @@ def steps(work: Path, quick: bool) -> list[Step]:
     return made + serving_steps(work, embeddings, lora, quick) + study_steps(work, base, quick)
 
 
+def measuring(name: str, stem: Path, command: Sequence[str]) -> Step:
+    """A program of eval/, whose results are put at `stem`."""
+    results = [stem.with_name(stem.name + suffix) for suffix in (".json", ".md", ".png")]
+    return Step(name, [*command, "--output", str(stem)], [*results, stem])
+
+
 def latency_steps(work: Path, quick: bool) -> list[Step]:
-    """ms per step against rows, captured, without and with compile."""
+    """ms per step against rows, captured, without and with compile, and by every attention route."""
     if quick:
-        command = ["eval/latency.py", "--quick", "--output", str(work / "latency")]
-        return [Step("latency", command, files_of(work / "latency"))]
-    made = []
+        return [measuring("latency", work / "latency", ["eval/latency.py", "--quick"])]
     # a shape is compiled for every number of rows, which takes long
-    wanted = {"latency": [], "latency-compiled": ["--compile", "--rows", "1,25,81", "--contexts", "1024"]}
-    for name, options in wanted.items():
-        command = ["eval/latency.py", "--shape", "llama-8b", "--profile", *options, "--output", str(work / name)]
-        made.append(Step(name, command, files_of(work / name)))
-    routes = ["--attention", "grouped,stock,flex", "--rows", "1,25,81", "--contexts", "1024,4096", "--lora", "no"]
-    stem = work / "latency-attention"
-    command = ["eval/latency.py", "--shape", "llama-8b", *routes, "--output", str(stem)]
-    made.append(Step("latency-attention", command, files_of(stem)))
-    return made
+    wanted = {
+        "latency": "--profile",
+        "latency-compiled": "--profile --compile --rows 1,25,81 --contexts 1024",
+        "latency-attention": "--attention grouped,stock,flex --rows 1,25,81 --contexts 1024,4096 --lora no",
+    }
+    command = ["eval/latency.py", "--shape", "llama-8b"]
+    return [measuring(name, work / name, [*command, *options.split()]) for name, options in wanted.items()]
 
 
 def pretraining(base: Path, quick: bool) -> list[str]:
@@ -108,23 +109,19 @@ def pretraining(base: Path, quick: bool) -> list[str]:
 
 def serving_steps(work: Path, embeddings: Path, lora: Path, quick: bool) -> list[Step]:
     """Speed beside every peer, and exactness, for both adapters."""
-    speed = ["eval/speed.py", str(embeddings), str(lora), "--output", str(work / "speed")]
+    speed = ["eval/speed.py", str(embeddings), str(lora)]
     speed += ["--quick"] if quick else ["--prompts", "python-packages", "--batch-sizes", "1,4,16"]
-    exact = ["eval/exactness.py", str(lora), "--output", str(work / "exactness")]
+    exact = ["eval/exactness.py", str(lora)]
     exact += ["--quick"] if quick else ["--prompts", "python-packages", "--num-prompts", "32"]
-    return [
-        Step("speed", speed, files_of(work / "speed")),
-        Step("exactness", exact, files_of(work / "exactness")),
-    ]
+    return [measuring("speed", work / "speed", speed), measuring("exactness", work / "exactness", exact)]
 
 
 def study_steps(work: Path, base: Path, quick: bool) -> list[Step]:
     """Each variant of the study; every step leaves the table of all variants so far."""
-    stem = work / "study"
-    command = ["eval/ablate.py", STUDY, "--work", str(work / "variants"), "--output", str(stem)]
+    command = ["eval/ablate.py", STUDY, "--work", str(work / "variants")]
     # the same settings in every step: with others, what is done would not be known again
     command += [*(["--quick"] if quick else []), "--set", f"base={base}", *own_data(work, quick)]
-    return [Step(f"study-{name}", [*command, "--only", name], files_of(stem)) for name in STUDY_VARIANTS]
+    return [measuring(f"study-{name}", work / "study", [*command, "--only", name]) for name in STUDY_VARIANTS]
 
 
 def responses(work: Path, base: Path, quick: bool) -> list[str]:
@@ -141,11 +138,6 @@ def own_data(work: Path, quick: bool) -> list[str]:
     """Settings of a recipe that make it train on them."""
     held_out = ["data.validation_path=python-stdlib"] if quick else []
     return [f"data.path={work / 'responses.jsonl'}", *held_out]
-
-
-def files_of(stem: Path) -> list[Path]:
-    """What a script of eval/ writes for `--output stem`."""
-    return [stem.with_name(stem.name + suffix) for suffix in (".json", ".md", ".png")] + [stem]
 
 
 def main() -> None:
@@ -231,9 +223,7 @@ def run_step(output: Path, step: Step, limit_seconds: float) -> int:
     seconds = round(time.monotonic() - start, 1)
     gathered = [gather(path, output) for path in step.results if path.exists()] if code == 0 else []
     record = {"command": list(step.command), "code": code, "seconds": seconds, "results": gathered}
-    aside = output / f"{step.name}.step.json.tmp"
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.replace(record_file(output, step))
+    write_json(record, record_file(output, step))
     said = "done" if code == 0 else "cut off; run again to continue" if code == CUT_OFF else f"failed, see {log}"
     print(f"{step.name}: {said} after {seconds:.0f} s", flush=True)
     return code

@@ -1,4 +1,4 @@
-"""Measures what a step costs against its number of rows, beside the time that reading its bytes takes.
+"""What does a step cost, by its rows and the length of the context, beside the time that reading its bytes takes?
 
     python eval/latency.py --shape llama-8b [--rows 1,25,81] [--contexts 1024] [--compile both] [--profile]
     python eval/latency.py runs/quickstart
@@ -87,8 +87,8 @@ def report(args: argparse.Namespace) -> None:
             for context in plan.contexts:
                 bar.set_description(f"context {context}{', compiled' * variant.compile}{', LoRA' * variant.lora}")
                 group = measure_group(subject, variant, context, plan, bound, bar.update)
-                for key in ("rows", "profiles", "left_out"):
-                    result[key] += getattr(group, key)
+                for key, found in group.items():
+                    result[key] += found
                 result["is_complete"] = (index + 1, context) == (len(plan.variants), plan.contexts[-1])
                 if result["rows"]:
                     write_results(result, stem)
@@ -179,10 +179,7 @@ def facts(args: argparse.Namespace, subject: Subject, plan: Plan, bound: StepBou
         "num_parameters": base.num_parameters(),
         "tied_embeddings": head is not None and head.weight is base.get_input_embeddings().weight,
         "lora_rank": None if subject.lora is None else subject.lora.rank,
-        "bytes_per_second": bound.bytes_per_second,
-        "weight_bytes_per_step": bound.weight_bytes,
-        "lora_bytes_per_step": bound.lora_bytes,
-        "bytes_per_slot": bound.bytes_per_slot,
+        **vars(bound),
         "steps_per_block": plan.steps_per_block,
         "repetitions": plan.repetitions,
         "forced_acceptance": plan.forced_acceptance,

@@ -1,4 +1,4 @@
-"""Measures how fast a base decodes with its adapters, beside plain decoding and what transformers offers.
+"""How fast is each way to decode, beside plain decoding and what transformers offers?
 
     python eval/speed.py runs/quickstart [DIR2 ...] [--assistant NAME_OR_PATH] [--prompts FILE.jsonl] [--quick]
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from reporting.result_files import output_stem, provenance
 from reporting.speed_tables import print_results, write_results
-from timing.baselines import Setting, check_assistant, generate_way, model_bytes, neutral_generation_config, ways_for
+from timing.baselines import Setting, check_assistant, generated_alone, model_bytes, neutral_generation_config, ways_for
 from timing.calls import rows_of, time_ways
 from timing.divergence import Divergence, divergence_from
 from timing.options import add_prompt_options, check_device, full_or_quick, integers
@@ -90,7 +90,8 @@ def report(args: argparse.Namespace) -> int:
         for setting in settings
         for size in batch_sizes
     ]
-    references = {} if args.sampled_only else greedy_references(base, prompts, settings[0])
+    greedily = [] if args.sampled_only else [prompt.token_ids for prompt in prompts]
+    references = dict(zip(map(tuple, greedily), generated_alone(base, greedily, args.max_new_tokens), strict=True))
 
     def compare(prompt: Prompt, token_ids: list[int]) -> Divergence | None:
         return divergence_from(base, prompt.name, prompt.token_ids, token_ids, references[tuple(prompt.token_ids)])
@@ -166,8 +167,6 @@ def load_assistant(name: str | None, base: PreTrainedModel, stop_at_eos: bool) -
 
 def prompts_for(model: SelfSpeculativeModel, args: argparse.Namespace) -> list[Prompt]:
     """The prompts, with room in the model for what is decoded."""
-    if model.tokenizer is None:
-        raise ValueError("base: expected a tokenizer beside the model, found none")
     limit = model.target.max_positions
     room = MAX_PROMPT_TOKENS if limit is None else min(MAX_PROMPT_TOKENS, limit - args.max_new_tokens)
     if room < 1:
@@ -182,14 +181,6 @@ def batches_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
     """Full batches, without the prompts that would not fill one; the longest first, as static caches only grow."""
     batches = [list(prompts[start : start + size]) for start in range(0, len(prompts) - size + 1, size)]
     return sorted(batches, key=lambda batch: -max(len(prompt.token_ids) for prompt in batch))
-
-
-def greedy_references(
-    base: PreTrainedModel, prompts: Sequence[Prompt], greedy: Setting
-) -> dict[tuple[int, ...], list[int]]:
-    """By ids of the prompt, what `model.generate` gives for it alone."""
-    alone = generate_way(base, greedy, name="generate")
-    return {tuple(prompt.token_ids): alone.decode([prompt.token_ids], 0).token_ids[0] for prompt in prompts}
 
 
 def facts(args: argparse.Namespace, model: SelfSpeculativeModel, prompts: Sequence[Prompt], sizes: list[int]) -> dict:

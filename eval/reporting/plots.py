@@ -1,4 +1,4 @@
-"""Pictures of results; each function takes plain numbers and writes one PNG."""
+"""Pictures of results: each function takes plain numbers, a title that says what was measured, and the PNG's path."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +10,6 @@ def plot_acceptance_by_position(rates: Mapping[str, Sequence[float]], title: str
 
     Args:
         rates: by adapter, the unconditional rate of each position.
-        title: what was measured.
-        path: of the PNG.
     """
     figure, (axes,) = _figure((7, 4), 1, layout="tight")
     width = 0.8 / len(rates)
@@ -32,7 +30,6 @@ def plot_fused_step(num_speculative_tokens: int, path: Path) -> None:
 
     Args:
         num_speculative_tokens: K.
-        path: of the PNG.
     """
     import numpy as np
     from matplotlib import colormaps
@@ -75,8 +72,6 @@ def plot_speed_ratios(
 
     Args:
         panels: by setting, way and batch size: lower quartile, median and upper quartile of the ratio.
-        title: what was measured.
-        path: of the PNG.
     """
     num_ways = max(map(len, panels.values()))
     size = (6 * len(panels) + 1, 0.5 * num_ways + 2)
@@ -113,8 +108,6 @@ def plot_step_latency(
 
     Args:
         panels: by setting and label of the line: rows, milliseconds, and milliseconds of the bound.
-        title: what was measured.
-        path: of the PNG.
     """
     size = (6 * len(panels) + 1, 4.5)
     figure, grid = _figure(size, len(panels), sharey=True)
@@ -140,8 +133,6 @@ def plot_study(
     Args:
         panels: by figure and row: lower end of the interval, value, upper end.
         baseline: the row that a vertical line marks, where it is among them.
-        title: what was measured.
-        path: of the PNG.
     """
     names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
     size = (5 * len(panels) + 2, 0.32 * len(names) + 1.6)

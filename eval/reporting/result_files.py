@@ -1,16 +1,14 @@
 """Where the scripts of this folder leave their results, each file whole or not at all: JSON, Markdown, a picture."""
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pardec.run import command_line, device_name, git_commit, library_versions
+from pardec.run import command_line, device_name, git_commit, library_versions, written_aside
 
 
 def output_stem(kind: str, output: str | None, quick: bool, device: torch.device) -> Path:
@@ -43,20 +41,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def write_files(result: dict, stem: Path, markdown: str, draw: Callable[[Path], None]) -> None:
     """Writes `stem`.json, .md and .png; `draw` makes the picture at the path that it is given."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(stem.with_name(stem.name + ".json")) as aside:
-        aside.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(result, stem.with_name(stem.name + ".json"))
     with written_aside(stem.with_name(stem.name + ".md")) as aside:
         aside.write_text(markdown)
     with written_aside(stem.with_name(stem.name + ".png")) as aside:
         draw(aside)
 
 
-@contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which is renamed to `path` when all went well and removed otherwise."""
-    aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+def write_json(values: dict[str, Any], path: Path) -> None:
+    """Replaces the file as a whole."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(values, indent=1) + "\n")

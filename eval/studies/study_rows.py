@@ -67,7 +67,7 @@ def rows_of(
         device: that views were measured on.
         failures: by name of the variant, why it could not be evaluated.
     """
-    rows, found, reasons = [], [], dict(failures)
+    rows, first, reasons = [], None, dict(failures)
     for variant in study.variants:
         record = read_record(variant, work)
         of_training = training_columns(variant, record, study.budget)
@@ -79,10 +79,10 @@ def rows_of(
                     figures = measured(record, asked)
                 except (ValueError, OSError) as error:  # an adapter that cannot be read
                     reasons.setdefault(variant.name, f"error: {error}")
-            found.append(figures)
-            rows.append(of_training | _status(variant, view, record, figures, reasons))
-    for index, (row, figures) in enumerate(zip(rows, found, strict=True)):
-        row |= compared(figures, found[0] if index else None)
+            status = _status(variant, view, record, figures, reasons)
+            rows.append(of_training | status | compared(figures, first))
+            if len(rows) == 1:
+                first = figures
     mark(rows)
     return rows
 

@@ -5,7 +5,6 @@ settings of everything in it; what was made with other settings is made again. K
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -22,14 +21,13 @@ from typing import Any
 import psutil
 import torch
 from accelerate.utils.memory import clear_device_cache
-from reporting.result_files import written_aside
+from reporting.result_files import write_json
 from studies.study import Evaluation, Variant, View, settings_of
 
 import pardec
 from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import METADATA_FILE, load_adapter
-from pardec.decoding.stats import SequenceCounts, acceptance_outside_repetition
-from pardec.measures.acceptance import Acceptance, measure_acceptance
+from pardec.measures.acceptance import digest, measure_acceptance
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, git_commit, library_versions
 
@@ -48,8 +46,7 @@ def read_record(variant: Variant, work: Path) -> dict[str, Any]:
 
 def write_record(record: dict[str, Any], variant: Variant, work: Path) -> None:
     """Replaces the record as a whole."""
-    with written_aside(work / f"{variant.key}.json") as aside:
-        aside.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(record, work / f"{variant.key}.json")
 
 
 @contextmanager
@@ -188,7 +185,7 @@ def view_settings(
     return {
         "evaluation": evaluation.model_dump(),
         "view": asked,
-        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "prompts": digest(prompts),
         "weights": load_adapter(variant.directory(work)).metadata.files,
         "device": device.type,
     }
@@ -212,16 +209,13 @@ def evaluate(
     Raises:
         ValueError: for an adapter that cannot be decoded with.
     """
-    record = read_record(variant, work)
-    asked = {
-        view.label(): (view, view_settings(variant, view, work, evaluation, prompts, device)) for view in variant.views
-    }
-    missing = {label: one for label, one in asked.items() if measured(record, one[1]) is None}
-    if not missing:
-        return
-    model = pardec.load(variant.directory(work), device=device)
-    for label, (view, settings) in missing.items():
-        show(f"decoding {len(prompts)} prompts {label}")
+    record, model = read_record(variant, work), None
+    for view in variant.views:
+        settings = view_settings(variant, view, work, evaluation, prompts, device)
+        if measured(record, settings) is not None:
+            continue
+        model = model or pardec.load(variant.directory(work), device=device)
+        show(f"decoding {len(prompts)} prompts {view.label()}")
         figures = measure(model, prompts, evaluation, view)
         made_by = {"device": device_name(device), "versions": library_versions(), "git_commit": git_commit()}
         record["views"].append({"settings": settings, **figures, **made_by})
@@ -238,9 +232,7 @@ def measure(
     # given always: without it, `generate` would go by what was tuned for some of the adapters
     K = view.num_speculative_tokens or model.adapter.metadata.num_speculative_tokens
     options: dict[str, Any] = {"max_new_tokens": evaluation.max_new_tokens, "seed": evaluation.seed}
-    options["num_speculative_tokens"] = K
-    if view.use_head is not None:
-        options["use_head"] = view.use_head
+    options |= {"num_speculative_tokens": K, "use_head": view.use_head}
     if view.shortlist is not None:
         adapter = with_shortlist(model.adapter, view.shortlist)
         model = SelfSpeculativeModel(model.base_model, model.tokenizer, adapter)
@@ -248,8 +240,8 @@ def measure(
     greedy = measure_acceptance(model, prompts, **options)
     return {
         "num_speculative_tokens": K,
-        "sampled": {**sampled.to_dict(), "pairs": pairs_of(sampled)},
-        "greedy": {**greedy.to_dict(), "pairs": pairs_of(greedy), "outside_pairs": outside_pairs(greedy, prompts, K)},
+        "sampled": {**sampled.to_dict(), "pairs": sampled.pairs},
+        "greedy": {**greedy.to_dict(), "pairs": greedy.pairs, "outside_pairs": greedy.outside_pairs},
     }
 
 
@@ -259,19 +251,3 @@ def with_shortlist(adapter: Adapter, shortlist: int) -> Adapter:
     assert head is not None
     metadata = adapter.metadata.model_copy(update={"head": head.model_copy(update={"shortlist": shortlist})})
     return replace(adapter, metadata=metadata)
-
-
-def pairs_of(found: Acceptance) -> list[tuple[int, int]]:
-    """(accepted tokens, drafts) of each prompt."""
-    return [(one.num_accepted_tokens, one.num_drafts) for one in found.stats.sequences]
-
-
-def outside_pairs(found: Acceptance, prompts: Sequence[list[int]], K: int) -> list[tuple[int, int]]:
-    """(accepted tokens, drafts) of each prompt outside exact repetition, where every round verified K drafts."""
-    pairs = []
-    for prompt, output, one in zip(prompts, found.token_ids, found.stats.sequences, strict=True):
-        assert one.num_draft_tokens == K * one.num_steps
-        drafted = [K] * one.num_steps
-        counts = SequenceCounts(one.accepted_per_step, drafted, one.num_new_tokens)
-        pairs.append(acceptance_outside_repetition(prompt, output, counts))
-    return pairs

@@ -67,19 +67,20 @@ class StepBound:
 
     Attributes:
         bytes_per_second: that memory moves.
-        weight_bytes: read by every step.
-        lora_bytes: read by every step whose mask rows have a LoRA.
+        weight_bytes_per_step: read by every step.
+        lora_bytes_per_step: read by every step whose mask rows have a LoRA.
         bytes_per_slot: keys and values of one committed token.
     """
 
     bytes_per_second: float
-    weight_bytes: int
-    lora_bytes: int
+    weight_bytes_per_step: int
+    lora_bytes_per_step: int
     bytes_per_slot: int
 
     def ms(self, committed_tokens: float, *, with_lora: bool) -> float:
         """Milliseconds to read the weights and the keys and values of the used context."""
-        read = self.weight_bytes + self.bytes_per_slot * committed_tokens + (self.lora_bytes if with_lora else 0)
+        lora = self.lora_bytes_per_step if with_lora else 0
+        read = self.weight_bytes_per_step + lora + self.bytes_per_slot * committed_tokens
         return 1000 * read / self.bytes_per_second
 
 

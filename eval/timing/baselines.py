@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
+from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import eos_token_ids, pad_token_id
 
@@ -147,19 +149,17 @@ def pardec_way(
     num_speculative_tokens: int | None = None,
     block_lengths: tuple[int, ...] | None = None,
 ) -> Way:
-    """One of pardec's modes.
+    """One of pardec's modes; other arguments as in `Way`.
 
     Args:
         model: with the adapter; plain mode uses none.
-        setting: see `Setting`.
-        name: see `Way`.
+        setting: how tokens are chosen.
         mode: `plain`, `two_pass` or `fused`.
-        adapter: see `Way`.
         num_speculative_tokens: K; None in plain mode, or with block_lengths.
         block_lengths: of the tuned choice, which fused mode makes by itself where no K is asked for.
     """
-    K = len(block_lengths) - 1 if block_lengths is not None else num_speculative_tokens or 0
-    blocks = block_lengths if block_lengths is not None else (K,) * (K + 1)
+    blocks = block_lengths or full_blocks(num_speculative_tokens or 0)
+    K = len(blocks) - 1
     # a round of two_pass is a drafting and a verifying forward
     rows_per_step = 2 * (K + 1) if mode == "two_pass" else K + 1 + sum(blocks)
 
@@ -203,6 +203,12 @@ def generate_way(base: PreTrainedModel, setting: Setting, *, name: str, static_c
     return Way(name, decode, model_bytes(base))
 
 
+def generated_alone(base: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """Greedy new tokens of `model.generate` for each prompt by itself: what every way must give."""
+    way = generate_way(base, Setting("greedy", max_new_tokens), name="generate")
+    return [way.decode([prompt], 0).token_ids[0] for prompt in prompts]
+
+
 def assisted_way(
     base: PreTrainedModel, setting: Setting, *, name: str, assistant: PreTrainedModel | None = None
 ) -> Way:
@@ -243,10 +249,9 @@ def model_bytes(model: PreTrainedModel) -> int:
 
 def left_padded(prompts: Sequence[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, both [B, P]: `generate` continues the last column."""
-    P = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (P - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (P - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in rows]
+    return pad_sequence(rows, True, pad_id, "left"), pad_sequence(ones, True, 0, "left")
 
 
 def _generate(

@@ -3,14 +3,14 @@
 Knows no command line and no files. Legend: K num_speculative_tokens.
 """
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from timing.bandwidth import StepBound, flops_per_step
 from timing.clock import quartiles
 from timing.step_profile import profile_steps
@@ -70,21 +70,6 @@ class Plan:
         return self.profile and context == min(self.contexts, key=lambda one: abs(one - PROFILED_CONTEXT))
 
 
-@dataclass
-class Group:
-    """Figures, ready for JSON.
-
-    Attributes:
-        rows: one for every row count.
-        profiles: the same, where steps were profiled.
-        left_out: row counts that could not be measured, with the reason.
-    """
-
-    rows: list[dict]
-    profiles: list[dict]
-    left_out: list[dict]
-
-
 def measure_group(
     subject: Subject,
     variant: Variant,
@@ -92,7 +77,7 @@ def measure_group(
     plan: Plan,
     bound: StepBound,
     on_block: Callable[[], object] = lambda: None,
-) -> Group:
+) -> dict[str, list[dict]]:
     """Runs plain steps and every chain of the plan in turn behind one random prompt.
 
     Args:
@@ -102,14 +87,18 @@ def measure_group(
         plan: the rest.
         bound: of the device and the base.
         on_block: called after every prefill and every block.
+
+    Returns:
+        ready for JSON: `rows`, one for every row count; `profiles`, the same, where steps were profiled; `left_out`,
+            row counts that could not be measured, with the reason.
     """
     place = {"context": context, "compile": variant.compile, "lora": variant.lora, "attention": variant.attention}
     reason = _why_not(subject, variant)
     if reason is not None:
-        return Group([], [], [place | {"reason": reason}])
+        return {"left_out": [place | {"reason": reason}]}
     generator = torch.Generator().manual_seed(plan.seed)
     prompt = torch.randint(subject.target.vocab_size, (context,), generator=generator).tolist()
-    _free_caches()
+    clear_device_cache(garbage_collection=True)  # engines of the group before stand in cycles of references
     subject.prepare(variant)
     make = _runner_maker(subject, variant, prompt, plan)
     with ExitStack() as stack:
@@ -117,13 +106,15 @@ def measure_group(
         left_out = []
         for K in plan.drafted:
             try:
-                runners[K] = stack.enter_context(_begun(make, K))
+                runner = make(K)
+                runner.begin()
+                runners[K] = stack.enter_context(closing(runner))
             except (ValueError, torch.OutOfMemoryError) as error:
                 reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error)
                 left_out.append(place | {"rows": (K + 1) ** 2, "reason": reason})
             on_block()
         if 0 not in runners:  # there is nothing to compare with
-            return Group([], [], left_out)
+            return {"left_out": left_out}
         timed = time_blocks(
             list(runners.values()), num_steps=plan.steps_per_block, repetitions=plan.repetitions, on_block=on_block
         )
@@ -133,24 +124,7 @@ def measure_group(
         profiles = []
         if plan.profiles(context):
             profiles = [place | _names(K, subject) | _profile(runner) for K, runner in runners.items()]
-    return Group(rows, profiles, left_out)
-
-
-@contextmanager
-def _begun(make: Callable[[int], Runner], K: int) -> Iterator[Runner]:
-    runner = make(K)
-    try:
-        runner.begin()
-        yield runner
-    finally:
-        runner.close()
-
-
-def _free_caches() -> None:
-    """Those of the group before: its engines stand in cycles of references."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return {"rows": rows, "profiles": profiles, "left_out": left_out}
 
 
 def _why_not(subject: Subject, variant: Variant) -> str | None:

@@ -1,6 +1,6 @@
-"""Reads the prompts that an evaluation runs on, from held-out source code, a text file or the files of benchmarks.
+"""Prompts to measure on, as token ids with a category and a name: a benchmark's file, a text, or held-out source code.
 
-Knows files and tokenizers, no model. Every error names the file, and the line where there is one.
+Knows files and tokenizers, no model. Every error about a file names it, and the line where there is one.
 """
 
 import json
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import STDLIB, source_folder
+from pardec.data.reading import check_unicode
 
 ACCEPTED = "'prompt', 'task_id' with 'prompt', or 'question_id' with 'category' and 'turns'"
 
@@ -33,7 +34,7 @@ class Prompt:
 
 def read_prompts(
     source: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     split: str,
     num_prompts: int | None,
@@ -47,7 +48,7 @@ def read_prompts(
 
     Args:
         source: `python-stdlib`, `python-packages`, a `.jsonl` file, or any other file, which is one prompt as a whole.
-        tokenizer: of the base.
+        tokenizer: of the base; None is refused.
         split: of the first two, `validation` or `test`; files have none.
         num_prompts: so many are taken, evenly over the source, so that every category of a benchmark is met;
             None for all.
@@ -57,6 +58,8 @@ def read_prompts(
     Raises:
         ValueError: for input that cannot be used: `path:line: expected ..., found ...`.
     """
+    if tokenizer is None:
+        raise ValueError("base: expected a tokenizer beside the model, found none")
     for option, value in (("num_prompts", num_prompts), ("max_prompt_tokens", max_prompt_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{option}: expected an integer >= 1, found {value}")
@@ -110,10 +113,7 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected one JSON object, found {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected one JSON object, found {type(row).__name__}")
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: expected Unicode text, found half of a surrogate pair") from None
+    check_unicode(json.dumps(row, ensure_ascii=False), where)
     return row
 
 

@@ -180,11 +180,16 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
             f"{where}: expected non-empty 'text', 'conversations' or 'input_ids' with 'loss_mask', found {keys}"
         )
     else:
-        _check_unicode(row["text"], where)
+        check_unicode(row["text"], where)
     return row
 
 
-def _check_unicode(text: str, where: str) -> None:
+def check_unicode(text: str, where: str) -> None:
+    """Refuses text that cannot be written as UTF-8.
+
+    Raises:
+        DataError: beginning with `where`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -213,7 +218,7 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, str]]:
         content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
-        _check_unicode(content, where)
+        check_unicode(content, where)
         checked.append({"role": roles.get(role, role), "content": content})
     if not any(turn["role"] == "assistant" for turn in checked):
         raise DataError(f"{where}: expected at least one assistant turn, found none")

@@ -6,7 +6,7 @@ Knows a model and prompts of token ids.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -35,12 +35,8 @@ class CategoryAcceptance:
 
     def to_dict(self) -> dict[str, object]:
         """Rounded figures for tables and JSON."""
-        return {
-            "mean_acceptance_length": round(self.mean_acceptance_length, 4),
-            "interval": [round(x, 4) for x in self.interval],
-            "num_prompts": self.num_prompts,
-            "num_drafts": self.num_drafts,
-        }
+        length, interval = round(self.mean_acceptance_length, 4), [round(x, 4) for x in self.interval]
+        return asdict(self) | {"mean_acceptance_length": length, "interval": interval}
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,8 @@ class Acceptance:
         outside_repetition: the same counting only rounds outside exact repetition; None where there are none.
         outside_interval: its interval.
         token_ids: continuations.
+        pairs: (accepted tokens, drafts) of each prompt.
+        outside_pairs: the same outside exact repetition.
         by_category: the prompts of each category alone, in the order in which categories are met; empty without any.
     """
 
@@ -63,6 +61,8 @@ class Acceptance:
     outside_repetition: float | None
     outside_interval: tuple[float, float] | None
     token_ids: list[list[int]]
+    pairs: list[tuple[int, int]]
+    outside_pairs: list[tuple[int, int]]
     by_category: dict[str, CategoryAcceptance] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
@@ -170,6 +170,8 @@ def summarise(
         outside_repetition=_mean_length(np.array(outside)) if has_outside else None,
         outside_interval=bootstrap_interval(outside) if has_outside else None,
         token_ids=outputs,
+        pairs=everywhere,
+        outside_pairs=outside,
         by_category=_by_category(everywhere, categories or []),
     )
 

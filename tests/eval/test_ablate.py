@@ -454,8 +454,7 @@ def test_pairs_of_prompts_add_up_to_what_the_decoder_reports(model):
     texts = ["x = 1\n" * 20, *(f"class Shape{n}:\n    def area(self, width):\n" for n in range(5))]
     prompts = model.tokenizer(texts).input_ids
     found = measure_acceptance(model, prompts, max_new_tokens=24)
-    pairs = variant_runs.pairs_of(found)
-    outside = variant_runs.outside_pairs(found, prompts, 4)
+    pairs, outside = found.pairs, found.outside_pairs
     assert len(pairs) == len(outside) == 6
     assert mean_length(pairs) == pytest.approx(found.mean_acceptance_length)
     assert mean_length(outside) == pytest.approx(found.outside_repetition)

@@ -62,7 +62,9 @@ def test_bytes_of_a_step_equal_a_count_by_hand(tied):
 
 
 def test_the_bound_is_bytes_over_bandwidth():
-    bound = bandwidth.StepBound(bytes_per_second=1e6, weight_bytes=2000, lora_bytes=300, bytes_per_slot=10)
+    bound = bandwidth.StepBound(
+        bytes_per_second=1e6, weight_bytes_per_step=2000, lora_bytes_per_step=300, bytes_per_slot=10
+    )
     assert bound.ms(50, with_lora=False) == pytest.approx(2.5)
     assert bound.ms(50, with_lora=True) == pytest.approx(2.8)
 
@@ -177,16 +179,16 @@ def test_row_counts_take_turns_and_plain_is_compared_with_itself(subject):
 def test_groups_say_why_rows_are_left_out(subject):
     plan, bound = plan_for(subject, drafted=[0, 1, 5]), bound_for(subject)
     group = step_groups.measure_group(subject, WITH_LORA, 16, plan, bound)
-    assert [row["rows"] for row in group.rows] == [1, 4]
-    assert [(one["rows"], one["reason"]) for one in group.left_out] == [
+    assert [row["rows"] for row in group["rows"]] == [1, 4]
+    assert [(one["rows"], one["reason"]) for one in group["left_out"]] == [
         (36, "the adapter has 3 mask tokens, and these rows take 5")
     ]
     group = step_groups.measure_group(subject, WITH_LORA, 131070, plan, bound)
-    assert "131072 positions" in group.left_out[0]["reason"]
-    assert not group.rows
+    assert "131072 positions" in group["left_out"][0]["reason"]
+    assert "rows" not in group
     without = Subject(subject.target, subject.mask_embeddings, None)
     group = step_groups.measure_group(without, WITH_LORA, 16, plan, bound)
-    assert group.left_out == [
+    assert group["left_out"] == [
         {"context": 16, "compile": False, "lora": True, "attention": GROUPED, "reason": "the adapter has no LoRA"}
     ]
 
@@ -194,7 +196,7 @@ def test_groups_say_why_rows_are_left_out(subject):
 def test_weights_are_packed_before_any_engine_runs(subject):
     fresh = Subject(subject.target, subject.mask_embeddings, subject.lora)
     group = step_groups.measure_group(fresh, WITH_LORA, 16, plan_for(subject), bound_for(subject))
-    assert len(group.rows) == 3
+    assert len(group["rows"]) == 3
     assert len(fresh._packed[True].modules) == len(fresh._packed[False].modules)
     if torch.backends.mkldnn.is_available():
         assert len(fresh._packed[True].modules) == 2 * 7 + 1  # linear layers of two decoder layers, and the head
@@ -204,7 +206,7 @@ def test_a_cache_that_does_not_fit_is_left_out(subject, monkeypatch):
     monkeypatch.setattr("pardec.decoding.engine.psutil.virtual_memory", lambda: type("Memory", (), {"available": 100}))
     fresh = Subject(subject.target, subject.mask_embeddings, subject.lora)
     group = step_groups.measure_group(fresh, WITH_LORA, 16, plan_for(subject), bound_for(subject))
-    assert group.left_out[0]["reason"].startswith("cache: expected at most 0.00 GiB")
+    assert group["left_out"][0]["reason"].startswith("cache: expected at most 0.00 GiB")
 
 
 # ---------------------------------------------------------------------- attention

@@ -8,7 +8,6 @@ import pytest
 import speed
 import torch
 from programs import Ended, run, run_in_own_process
-from reporting import result_files
 from reporting import speed_tables as tables
 from timing import baselines
 from timing import calls as timing
@@ -20,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.data.benchmarks import Prompt
 from pardec.model import SelfSpeculativeModel
-from pardec.run import device_name
+from pardec.run import device_name, written_aside
 from pardec.target.base import eos_token_ids
 
 GREEDY = Setting("greedy", 12)
@@ -314,7 +313,7 @@ def test_a_file_is_replaced_only_when_it_is_whole(tmp_path):
     path.write_text("old")
 
     def killed() -> None:
-        with result_files.written_aside(path) as aside:
+        with written_aside(path) as aside:
             aside.write_text("half")
             raise KeyboardInterrupt
 
