@@ -92,13 +92,12 @@ def _describe(error: ValidationError, model: type[Section]) -> str:
     # an unknown key first: a mistyped required key is also a missing one
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"]]
-    if first["type"] != "extra_forbidden":  # pydantic appends the type that it tried
-        location = [part for part in location if part not in ("float", "str") and not part.startswith("list[")]
-    key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(model, location[:-1])
-        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        return f"unknown key {key!r}; the nearest known one is {'.'.join([*location[:-1], *nearest])!r}"
+        *sections, last = location
+        nearest = difflib.get_close_matches(last, _known_keys(model, sections), n=1, cutoff=0.0)
+        return f"unknown key {'.'.join(location)!r}; the nearest known one is {'.'.join([*sections, *nearest])!r}"
+    # pydantic appends the type that it tried
+    key = ".".join(part for part in location if part not in ("float", "str") and not part.startswith("list["))
     if first["type"] == "missing":
         return f"expected key {key!r}, found none"
     if first["type"] == "value_error" and "ctx" in first:

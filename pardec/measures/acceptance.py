@@ -6,7 +6,7 @@ Knows a model and prompts of token ids.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -35,12 +35,8 @@ class CategoryAcceptance:
 
     def to_dict(self) -> dict[str, object]:
         """Rounded figures for tables and JSON."""
-        return {
-            "mean_acceptance_length": round(self.mean_acceptance_length, 4),
-            "interval": [round(x, 4) for x in self.interval],
-            "num_prompts": self.num_prompts,
-            "num_drafts": self.num_drafts,
-        }
+        length, interval = round(self.mean_acceptance_length, 4), [round(x, 4) for x in self.interval]
+        return asdict(self) | {"mean_acceptance_length": length, "interval": interval}
 
 
 @dataclass(frozen=True)

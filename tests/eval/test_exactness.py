@@ -215,9 +215,9 @@ def test_a_decoder_that_stops_too_early_is_found_out(adapter, monkeypatch, tmp_p
         (["--device", "abacus"], "device: expected a torch device of this machine, found 'abacus'"),
         (["--num-speculative-tokens", "0"], "num_speculative_tokens: expected an integer >= 1, found 0"),
         (["--num-prompts", "0"], "num_prompts: expected an integer >= 1, found 0"),
-        (["--max-new-tokens", "0", "--prompts", TEXT], "max_new_tokens: expected an integer >= 1, found 0"),
+        (["--max-new-tokens", "0"], "max_new_tokens: expected an integer >= 1, found 0"),
         (
-            ["--max-new-tokens", "4000", "--prompts", TEXT],
+            ["--max-new-tokens", "4000"],
             "prompt and new tokens: expected at most 2048 positions of the model, found",
         ),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: expected python-stdlib or a file of prompts, found nothing"),
@@ -225,7 +225,7 @@ def test_a_decoder_that_stops_too_early_is_found_out(adapter, monkeypatch, tmp_p
     ],
 )
 def test_unusable_input_is_one_line_and_exit_code_2(adapter, arguments, message):
-    ended = check(adapter, *arguments)
+    ended = check(adapter, "--prompts", TEXT, *arguments)
     assert ended.error.startswith(f"error: {message}")
     assert ended.err.strip() == ended.error
     assert ended.out == ""

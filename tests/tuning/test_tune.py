@@ -127,8 +127,8 @@ def test_without_matplotlib_there_is_a_line_instead_of_a_picture(saved, tmp_path
         (["--dtype", "float31"], "dtype: expected a torch dtype"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(saved, arguments, words):
-    result = run(str(saved), "--quick", *arguments)
+def test_bad_input_is_one_line_and_exit_code_2(saved, prompts, arguments, words):
+    result = run(str(saved), "--quick", "--prompt-file", prompts, *arguments)
     assert result.exit_code == 2
     assert words in result.stderr
     assert "Traceback" not in result.stderr
@@ -141,7 +141,7 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
     assert "expected an adapter directory with pardec.json" in result.stderr
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused_before_measuring(saved, monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_refused_before_measuring(saved, prompts, monkeypatch):
     from pardec.tuning import tune as story
 
     def refuse(directory):
@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_measuring(saved, m
 
     monkeypatch.setattr(story, "check_writable", refuse)
     monkeypatch.setattr(story, "measure", lambda *args: pytest.fail("measured"))
-    result = run(str(saved), "--quick", "--num-prompts", "1")
+    result = run(str(saved), "--quick", "--prompt-file", prompts)
     assert result.exit_code == 2
     assert "Read-only file system" in result.stderr
 
