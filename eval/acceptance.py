@@ -53,18 +53,18 @@ def main() -> None:
     args = parser.parse_args()
     with exit_on_unusable_input():
         if args.verify:
-            given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
-            refuse_beside_verify([name for name in given if name not in ("directory", "verify")])
+            refuse_beside_verify(parser, args)
         logging.disable_progress_bar()
         model = pardec.load(args.directory)
         sys.exit(verify(args.directory, model) if args.verify else report(args, model))
 
 
-def refuse_beside_verify(names: list[str]) -> None:
+def refuse_beside_verify(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Options would be ignored."""
-    if names:
-        option = "--" + names[0].replace("_", "-")
-        raise ValueError(f"--verify: expected no options beside it, as it takes what is stored, found {option}")
+    for name, value in vars(args).items():
+        if name not in ("directory", "verify") and value != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"--verify: expected no options beside it, as it takes what is stored, found {option}")
 
 
 def report(args: argparse.Namespace, model: SelfSpeculativeModel) -> int:

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,7 +32,6 @@ from pardec.decoding.output import GenerationOutput
 from pardec.measures.acceptance import Acceptance, measure_acceptance, summarise
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, exit_on_unusable_input, library_versions
-from pardec.target.base import load_base
 from pardec.training.module import mean_embedding
 
 TEMPERATURE, TOP_K = 0.8, 10
@@ -47,31 +47,36 @@ class Run:
     mode: str
     num_speculative_tokens: int
     model: SelfSpeculativeModel
+    prompts: list[list[int]]
     outputs: list[GenerationOutput] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
+    identical: bool | None = None  # to what `generate` gives
 
     @property
     def ratio(self) -> float:
         """Median ratio to plain."""
         return statistics.median(self.ratios)
 
-    def measured(self, prompts: list[list[int]]) -> Acceptance:
+    @cached_property
+    def measured(self) -> Acceptance:
         """What was accepted behind the prompts, and how fast."""
         counts = [one for out in self.outputs for one in out.counts]
         tokens = [ids for out in self.outputs for ids in out.token_ids]
-        return summarise(prompts, tokens, counts, sum(out.stats.seconds for out in self.outputs))
+        return summarise(self.prompts, tokens, counts, sum(out.stats.seconds for out in self.outputs))
 
-    def row(self, measured: Acceptance) -> dict:
+    @property
+    def row(self) -> dict:
         """The figures of the JSON line."""
-        return {
+        figures = {
             "adapter": self.adapter,
             "mode": self.mode,
             "num_speculative_tokens": self.num_speculative_tokens,
-            "mean_acceptance_length": round(measured.mean_acceptance_length, 4),
-            "tokens_per_forward": round(measured.stats.tokens_per_forward, 4),
-            "tokens_per_second": round(measured.stats.tokens_per_second, 2),
+            "mean_acceptance_length": round(self.measured.mean_acceptance_length, 4),
+            "tokens_per_forward": round(self.measured.stats.tokens_per_forward, 4),
+            "tokens_per_second": round(self.measured.stats.tokens_per_second, 2),
             "ratio_to_plain": round(self.ratio, 4),
         }
+        return figures if self.identical is None else figures | {"identical": self.identical}
 
 
 def main() -> None:
@@ -90,13 +95,12 @@ def main() -> None:
 def report(args: argparse.Namespace) -> None:
     """The whole measurement."""
     logging.disable_progress_bar()
-    name = pardec.load(args.lora).adapter.metadata.base.name  # type: ignore[union-attr]
-    base = load_base(name)
-    models = {"embeddings": pardec.load(args.embeddings, base=base), "lora": pardec.load(args.lora, base=base)}
-    tokenizer = models["lora"].tokenizer
-    assert tokenizer is not None
-    prompts = held_out_prompts(tokenizer, TEST, num_prompts=args.num_prompts)
-    K = models["lora"].adapter.metadata.num_speculative_tokens  # type: ignore[union-attr]
+    lora = pardec.load(args.lora)
+    models = {"embeddings": pardec.load(args.embeddings, base=lora.base_model), "lora": lora}
+    assert lora.tokenizer is not None
+    assert lora.adapter is not None
+    prompts = held_out_prompts(lora.tokenizer, TEST, num_prompts=args.num_prompts)
+    K = lora.adapter.metadata.num_speculative_tokens
     console = Console(width=120)
     console.print(f"{len(prompts)} prompts of the test split, {args.max_new_tokens} new tokens, batch 1")
 
@@ -107,50 +111,46 @@ def report(args: argparse.Namespace) -> None:
     fused = {"embeddings": [K], "lora": sorted({best.num_speculative_tokens, K})}
     sampled = timed_runs(models, prompts, args.max_new_tokens, fused, K, temperature=TEMPERATURE)
 
-    references = generated_alone(base, prompts, args.max_new_tokens)
-    found, sampled_found = ([run.measured(prompts) for run in runs] for runs in (greedy, sampled))
-    rows = [
-        run.row(one) | {"identical": same_as(references, run, prompts)} for run, one in zip(greedy, found, strict=True)
-    ]
-    sampled_rows = [run.row(one) for run, one in zip(sampled, sampled_found, strict=True)]
+    references = generated_alone(lora.base_model, prompts, args.max_new_tokens)
+    for run in greedy:
+        run.identical = is_same(run, references)
     setting = f"temperature {TEMPERATURE}, top-k {TOP_K}"
-    print_table(console, "greedy", rows, found)
-    print_table(console, setting, sampled_rows, sampled_found)
+    print_table(console, "greedy", greedy)
+    print_table(console, setting, sampled)
     console.print(
-        f"untrained mask embeddings (mean input embedding), {setting}: mean acceptance length {untrained[0]:.3f}\n"
+        f"untrained mask embeddings (mean input embedding), {setting}: mean acceptance length "
+        f"{untrained.mean_acceptance_length:.3f}\n"
         f"best K for speed on this device: {best.num_speculative_tokens} ({best.ratio:.2f} x plain, greedy, gated LoRA)"
     )
-    per_position = {"untrained": untrained[1]}
-    for run, one in zip(sampled, sampled_found, strict=True):
-        if run.mode == "fused" and run.num_speculative_tokens == K:
-            per_position[run.adapter] = one.stats.acceptance_rate_per_position["unconditional"]
+    accepted = {"untrained": untrained}
+    accepted |= {run.adapter: run.measured for run in sampled if (run.mode, run.num_speculative_tokens) == ("fused", K)}
+    rates = {name: one.stats.acceptance_rate_per_position["unconditional"] for name, one in accepted.items()}
     picture = Path(args.output) / "acceptance_by_position.png"
-    plot_acceptance_by_position(per_position, f"acceptance by position, {setting}, test split", picture)
+    plot_acceptance_by_position(rates, f"acceptance by position, {setting}, test split", picture)
     console.print(f"picture: {picture}\n")
-    show_sample(console, models["lora"], prompts[len(prompts) // 2])
+    show_sample(console, lora, prompts[len(prompts) // 2])
     result = {
-        "rows": rows,
-        "sampled_rows": sampled_rows,
-        "untrained_sampled_mean_acceptance_length": round(untrained[0], 4),
+        "rows": [run.row for run in greedy],
+        "sampled_rows": [run.row for run in sampled],
+        "untrained_sampled_mean_acceptance_length": round(untrained.mean_acceptance_length, 4),
         "num_prompts": len(prompts),
         "max_new_tokens": args.max_new_tokens,
-        "device": device_name(models["lora"].target.device),
+        "device": device_name(lora.target.device),
         "versions": library_versions(),
     }
     write_json(result, Path(args.output) / "demo.json")
     print(json.dumps(result))
 
 
-def measure_untrained(model: SelfSpeculativeModel, prompts: list[list[int]], max_new_tokens: int):
-    """Sampled mean acceptance length of mask tokens that learned nothing, and its rates per position."""
+def measure_untrained(model: SelfSpeculativeModel, prompts: list[list[int]], max_new_tokens: int) -> Acceptance:
+    """What is accepted of mask tokens that learned nothing, sampled."""
     assert model.adapter is not None
     facts = model.adapter.metadata
-    K = facts.num_speculative_tokens
-    masks = mean_embedding(model.target).cpu().repeat(1 if facts.mask_sharing == "shared" else K, 1)
+    num_masks = 1 if facts.mask_sharing == "shared" else facts.num_speculative_tokens
+    masks = mean_embedding(model.target).cpu().repeat(num_masks, 1)
     adapter = Adapter(masks, facts.model_copy(update={"head": None}))
     untrained = SelfSpeculativeModel(model.base_model, model.tokenizer, adapter)
-    found = measure_acceptance(untrained, prompts, max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_k=TOP_K)
-    return found.mean_acceptance_length, found.stats.acceptance_rate_per_position["unconditional"][:K]
+    return measure_acceptance(untrained, prompts, max_new_tokens=max_new_tokens, temperature=TEMPERATURE, top_k=TOP_K)
 
 
 def timed_runs(
@@ -162,11 +162,11 @@ def timed_runs(
     temperature: float,
 ) -> list[Run]:
     """Every way of decoding on every prompt, in turn; the first prompt warms up and is decoded again."""
-    plain = Run("", "plain", 0, models["lora"])
+    plain = Run("", "plain", 0, models["lora"], prompts)
     runs = []
     for name, model in models.items():
-        runs.append(Run(name, "two_pass", K, model))
-        runs += [Run(name, "fused", k, model) for k in fused[name]]
+        runs.append(Run(name, "two_pass", K, model, prompts))
+        runs += [Run(name, "fused", k, model, prompts) for k in fused[name]]
     top_k = TOP_K if temperature else None
     bar = tqdm(total=len(prompts), unit="prompt", desc="sampled" if temperature else "greedy")
     for index, prompt in enumerate([prompts[0], *prompts]):
@@ -187,14 +187,14 @@ def timed_runs(
     bar.close()
     by_adapter = []
     for name in models:
-        by_adapter.append(Run(name, "plain", 0, plain.model, plain.outputs, plain.ratios))
+        by_adapter.append(Run(name, "plain", 0, plain.model, prompts, plain.outputs, plain.ratios))
         by_adapter += [run for run in runs if run.adapter == name]
     return by_adapter
 
 
-def same_as(references: list[list[int]], run: Run, prompts: list[list[int]]) -> bool:
+def is_same(run: Run, references: list[list[int]]) -> bool:
     """Whether the greedy tokens are those of `model.generate` of the untouched base, ties of float32 aside."""
-    for prompt, out, reference in zip(prompts, run.outputs, references, strict=True):
+    for prompt, out, reference in zip(run.prompts, run.outputs, references, strict=True):
         one = divergence_from(run.model.base_model, run.mode, prompt, out.token_ids[0], reference)
         if one is not None:
             print(f"{run.mode}: differs at token {one.index}, where the two best logits are {one.top2_gap:.1e} apart")
@@ -203,27 +203,27 @@ def same_as(references: list[list[int]], run: Run, prompts: list[list[int]]) -> 
     return True
 
 
-def print_table(console: Console, title: str, rows: list[dict], found: list[Acceptance]) -> None:
+def print_table(console: Console, title: str, runs: list[Run]) -> None:
     """One line per way of decoding."""
     table = Table(
         "adapter", "mode", "K", "mean acceptance length (95 % interval)", "outside repetition",
         "tokens per forward", "tokens/s", "ratio to plain", title=title,
     )  # fmt: skip
-    if "identical" in rows[0]:
+    if runs[0].identical is not None:
         table.add_column("identical to generate")
-    for row, one in zip(rows, found, strict=True):
-        drafted = row["mode"] != "plain"
-        interval = f" ({one.interval[0]:.2f} to {one.interval[1]:.2f})" if drafted else ""
+    for run in runs:
+        row, drafted, outside = run.row, run.mode != "plain", run.measured.outside_repetition
+        low, high = run.measured.interval
         table.add_row(
-            row["adapter"],
-            row["mode"],
-            str(row["num_speculative_tokens"]) if drafted else "-",
-            f"{row['mean_acceptance_length']:.2f}{interval}",
-            f"{one.outside_repetition:.2f}" if one.outside_repetition else "-",
+            run.adapter,
+            run.mode,
+            str(run.num_speculative_tokens) if drafted else "-",
+            f"{row['mean_acceptance_length']:.2f}" + (f" ({low:.2f} to {high:.2f})" if drafted else ""),
+            f"{outside:.2f}" if outside else "-",
             f"{row['tokens_per_forward']:.2f}",
             f"{row['tokens_per_second']:.0f}",
             f"{row['ratio_to_plain']:.2f} x",
-            *(["yes" if row["identical"] else "NO"] if "identical" in row else []),
+            *([] if run.identical is None else ["yes" if run.identical else "NO"]),
         )
     console.print(table)
 

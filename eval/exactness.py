@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from reporting.result_files import write_json
+from reporting.text_tables import listed
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -145,10 +146,9 @@ def report(args: argparse.Namespace) -> bool:
 def print_tables(result: dict) -> str:
     """Prints the Markdown report and returns it: a line for each comparison, and one for each divergence."""
     console = Console(width=1000, record=True, markup=False, highlight=False)  # no cell is broken into lines
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     asked = f"{result['num_prompts']} prompts of {result['prompts']}, at most {result['max_new_tokens']} new tokens"
     console.print(f"# Exactness of {result['adapter']}", f"`{result['command']}`", sep="\n\n", end="\n\n")
-    console.print(f"{asked}, K = {result['num_speculative_tokens']}; {result['device']}; {versions}")
+    console.print(f"{asked}, K = {result['num_speculative_tokens']}; {result['device']}; {listed(result['versions'])}")
     names = ("dtype", "mode", "batch", "against")
     table = Table(*names, "tokens compared", "identical", "divergences", "unexplained", box=box.MARKDOWN)
     gaps = ("top-2 gap", "/ largest logit", "gap of the ids", "below the best", "tolerance")

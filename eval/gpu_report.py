@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from reporting.result_files import write_json
+from reporting.text_tables import listed
 from studies.study import QUICK
 
 from pardec.run import device_name, exit_on_unusable_input, git_commit, library_versions
@@ -253,8 +254,7 @@ COMMON_NAMES = ("README.md", "metrics.jsonl", "pardec.json", "tuned.json")
 def write_report(output: Path, planned: Sequence[Step]) -> None:
     """REPORT.md: the machine, the steps, and every table in one place."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items())
-    lines = [f"# {device_name(device)}", "", f"{versions}; commit {git_commit() or 'unknown'}.", ""]
+    lines = [f"# {device_name(device)}", "", f"{listed(library_versions())}; commit {git_commit() or 'unknown'}.", ""]
     lines += ["| step | seconds | ended | command |", "|---|---:|---|---|"]
     tables: dict[Path, str] = {}
     for step in planned:

@@ -143,7 +143,10 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    num_prompts: Annotated[int | None, typer.Option(help="default 16, with --quick 4", show_default=False)] = None,
+    num_prompts: Annotated[
+        int | None,
+        typer.Option(help="default 16 standard prompts, with --quick 4, or all of --prompt-file", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="for each prompt; default 128, with --quick 32", show_default=False)
     ] = None,

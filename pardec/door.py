@@ -25,6 +25,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from pardec.decoding.engine import Engine
 from pardec.decoding.engines import Engines
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
@@ -71,39 +72,13 @@ def generate_for_transformers(
     _refuse(generation_config, past_key_values, streamer, input_ids)
     prompts = _unpadded(input_ids, attention_mask)
     _refuse_positions(input_ids, attention_mask, position_ids)
-    _refuse_processors(processors, len(prompts))
-    padded = any(len(prompt) < input_ids.shape[1] for prompt in prompts)
-    counting = [type(p).__name__ for p in processors if isinstance(p, _LENGTH_COUNTING)]
-    if padded and counting:
-        raise ValueError(
-            f"custom_generate: expected prompts of one length with {counting[0]}, which counts padding, "
-            f"found lengths {min(map(len, prompts))} to {max(map(len, prompts))}"
-        )
+    _refuse_processors(processors, [len(prompt) for prompt in prompts], input_ids.shape[1])
     max_new_tokens, eos, others = _limits(stopping_criteria, input_ids.shape[1])
     generator = engines.generator() if generation_config.do_sample else None
     law = TokenLaw(not generation_config.do_sample, tuple(_without_padding(p) for p in processors), generator)
     drafting = engines.drafting(mode, num_speculative_tokens, None, use_head)
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
-    checked = [0] * len(prompts)
     with engines.lend(prompts, law, max_new_tokens, drafting, eos=eos) as engine:
-        with closing(engine.run(prompts, between="writes" if others else "reads")) as steps:
-            for step in steps:
-                num_new = step.num_new
-                assert engine.state is not None
-                if others:
-                    _apply_criteria(engine.state, others, input_ids, checked)
-                    num_new = engine.state.num_new.tolist()[: len(prompts)]
-                if streamer is not None:
-                    for token in step.tokens[0][: num_new[0] - checked[0]]:
-                        streamer.put(torch.tensor([token]))
-                checked = num_new
-                if others and bool(engine.state.done[: len(prompts)].all()):
-                    break
-        assert engine.state is not None
-        new, num_new = engine.state.output[: len(prompts)].cpu(), engine.state.num_new[: len(prompts)].cpu()
-    if streamer is not None:
-        streamer.end()
+        new, num_new = _decode(engine, prompts, input_ids, others, streamer)
     width = int(num_new.max())
     pad = generation_config._pad_token_tensor  # type: ignore[attr-defined]
     fill = pad_token_id(engines.target.base) if pad is None else int(pad)
@@ -112,6 +87,32 @@ def generate_for_transformers(
     if generation_config.return_dict_in_generate:
         return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
     return sequences
+
+
+def _decode(
+    engine: Engine, prompts: list[list[int]], input_ids: Tensor, criteria: StoppingCriteriaList, streamer
+) -> tuple[Tensor, Tensor]:
+    """New ids, shape [B, n], and how many of each row count, shape [B]; `criteria` may end rows at any of them."""
+    B, checked = len(prompts), [0] * len(prompts)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    with closing(engine.run(prompts, between="writes" if criteria else "reads")) as steps:
+        for step in steps:
+            num_new = step.num_new
+            assert engine.state is not None
+            if criteria:
+                _apply_criteria(engine.state, criteria, input_ids, checked)
+                num_new = engine.state.num_new.tolist()[:B]
+            if streamer is not None:
+                for token in step.tokens[0][: num_new[0] - checked[0]]:
+                    streamer.put(torch.tensor([token]))
+            checked = num_new
+            if criteria and bool(engine.state.done[:B].all()):
+                break
+    assert engine.state is not None
+    if streamer is not None:
+        streamer.end()
+    return engine.state.output[:B].cpu(), engine.state.num_new[:B].cpu()
 
 
 def _refuse(generation_config: GenerationConfig, past_key_values, streamer, input_ids: Tensor) -> None:
@@ -137,14 +138,23 @@ def _refuse_positions(input_ids: Tensor, attention_mask: Tensor | None, position
         raise ValueError("custom_generate: expected position_ids that count each row's tokens from 0, found others")
 
 
-def _refuse_processors(processors: list[LogitsProcessor], batch_size: int) -> None:
-    """Processors that must see every step once and in order, or that know rows by their index in the batch."""
+def _refuse_processors(processors: list[LogitsProcessor], lengths: list[int], width: int) -> None:
+    """Processors that must see every step once and in order, that know rows by their index, or count padding.
+
+    `lengths` are of the prompts without the padding that brings them to `width`.
+    """
     for processor in processors:
         name = type(processor).__name__
         if isinstance(processor, _ORDERED):
             raise ValueError(f"custom_generate: expected processors without state, found {name}")
-        if isinstance(processor, _BY_INDEX) and batch_size > 1:
-            raise ValueError(f"custom_generate: expected one row with {name}, found {batch_size}")
+        if isinstance(processor, _BY_INDEX) and len(lengths) > 1:
+            raise ValueError(f"custom_generate: expected one row with {name}, found {len(lengths)}")
+    counting = [type(p).__name__ for p in processors if isinstance(p, _LENGTH_COUNTING)]
+    if counting and min(lengths) < width:
+        raise ValueError(
+            f"custom_generate: expected prompts of one length with {counting[0]}, which counts padding, "
+            f"found lengths {min(lengths)} to {max(lengths)}"
+        )
 
 
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -1,5 +1,6 @@
 """`pardec.load`: an adapter and the base it belongs to."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -44,28 +45,17 @@ def load(
     """
     adapter = load_adapter(directory)
     reference = adapter.metadata.base
+    options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     if base is None or isinstance(base, str):
         name = base or reference.name
-        revision = reference.revision if base is None else None
-        loaded = load_base(
-            name,
-            device=device,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-        tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+        source = {
+            "revision": reference.revision if base is None else None,
+            "trust_remote_code": trust_remote_code,
+        }
+        loaded, tokenizer = load_base(name, **options, **source), load_tokenizer(name, **source)
     else:
-        given = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-        for option, value in given.items():
-            if value is not None:
-                raise ValueError(f"{option}: expected None for a base that is already loaded, found {value}")
-        if base.training:
-            raise ValueError("base: expected a model in eval mode (base.eval()), found it in training mode")
-        loaded = base
-        refuse_by_config(loaded.config)
-        tokenizer = load_tokenizer(loaded.config._name_or_path or reference.name)
+        _check_loaded(base, options)
+        loaded, tokenizer = base, load_tokenizer(base.config._name_or_path or reference.name)
     found = fingerprint(loaded, tokenizer)
     wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
     if wrong:
@@ -81,3 +71,12 @@ def load(
     if model.engines.head is not None:
         probe_head(model.target, model.engines.head.tap)
     return model
+
+
+def _check_loaded(base: PreTrainedModel, options: Mapping[str, object]) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(f"{option}: expected None for a base that is already loaded, found {value}")
+    if base.training:
+        raise ValueError("base: expected a model in eval mode (base.eval()), found it in training mode")
+    refuse_by_config(base.config)

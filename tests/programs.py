@@ -33,7 +33,7 @@ class Ended:
 
     @property
     def error(self) -> str:
-        """The only line of standard error that says what was wrong with the input; there must be no other output."""
+        """What was wrong with the input; asserts exit code 2 and a single line of standard error that says so."""
         # a progress bar that is being cleared may leave codes of the terminal in front of it
         lines = [line[line.index("error: ") :] for line in self.err.splitlines() if "error: " in line]
         assert self.code == 2, self.err
@@ -43,11 +43,12 @@ class Ended:
 
 
 def run(main: Callable[[], None], *arguments: object) -> Ended:
-    """Calls a program's `main` with a command line, and leaves this process as it was."""
+    """Calls a program's `main` with a command line, as on a machine without a GPU; leaves this process as it was."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     command = [file_of(main), *map(str, arguments)]
     with pytest.MonkeyPatch.context() as patch, global_state_kept(), redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", command)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
         try:
             main()
         except SystemExit as stop:

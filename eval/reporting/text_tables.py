@@ -65,14 +65,14 @@ def print_tables(
         console.print(escape(note), style="dim")
 
 
-def versions_of(result: Mapping[str, Any]) -> str:
-    """The versions that a result was made with, as text."""
-    return ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+def listed(versions: Mapping[str, str]) -> str:
+    """Versions by name, as text."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def markdown_page(
     result: Mapping[str, Any], heading: str, facts: str, parts: Sequence[str], notes: Sequence[str]
 ) -> str:
     """The page of a result: heading, command, facts with versions, its parts, and the notes as a list."""
-    top = [f"# {heading}\n\n`python eval/{result['command']}`\n", f"{facts}; {versions_of(result)}\n"]
+    top = [f"# {heading}\n\n`python eval/{result['command']}`\n", f"{facts}; {listed(result['versions'])}\n"]
     return "\n".join([*top, *parts, "\n".join(f"- {note}" for note in notes) + "\n"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from studies.study import Budget, Study, Variant, View
+from studies.study import Budget, Study, Variant
 from studies.variant_runs import base_of, is_trained, measured, read_record, view_settings
 
 from pardec.measures.acceptance import BOOTSTRAP_SAMPLES
@@ -79,8 +79,10 @@ def rows_of(
                     figures = measured(record, asked)
                 except (ValueError, OSError) as error:  # an adapter that cannot be read
                     reasons.setdefault(variant.name, f"error: {error}")
-            status = _status(variant, view, record, figures, reasons)
-            rows.append(of_training | status | compared(figures, first))
+            reason = None if figures else record.get("training", {}).get("reason") or reasons.get(variant.name)
+            status = DONE if figures else FAILED if reason else NOT_RUN
+            row = of_training | {"view": view.label(), "status": status, "reason": reason}
+            rows.append(row | compared(figures, first))
             if len(rows) == 1:
                 first = figures
     mark(rows)
@@ -101,22 +103,6 @@ def training_columns(variant: Variant, record: Mapping[str, Any], budget: Budget
         **{name: round(spent[name], 2) if name in spent else None for name in _SPENT},
         "within_budget": within,
         **facts,
-    }
-
-
-def _status(
-    variant: Variant,
-    view: View,
-    record: Mapping[str, Any],
-    figures: Mapping[str, Any] | None,
-    failures: Mapping[str, str],
-) -> dict[str, Any]:
-    of_training = record.get("training", {}).get("reason")
-    reason = None if figures else of_training or failures.get(variant.name)
-    return {
-        "view": view.label(),
-        "status": DONE if figures else FAILED if reason else NOT_RUN,
-        "reason": reason,
     }
 
 

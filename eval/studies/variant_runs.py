@@ -44,11 +44,6 @@ def read_record(variant: Variant, work: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def write_record(record: dict[str, Any], variant: Variant, work: Path) -> None:
-    """Replaces the record as a whole."""
-    write_json(record, work / f"{variant.key}.json")
-
-
 @contextmanager
 def alone(variant: Variant, work: Path) -> Iterator[int]:
     """Keeps others from the variant's files; gives the lock, to be handed on to what works there.
@@ -99,7 +94,7 @@ def train(variant: Variant, work: Path, lock: int, show: Callable[[str], None]) 
         # attempts that were cut off count too
         spent = {name: round(before[name] + value, 3) for name, value in spent.items()}
         record["training"] = {"command": command, "reason": reason, **spent, **facts}
-        write_record(record, variant, work)
+        write_json(record, work / f"{variant.key}.json")
 
     start, children = time.monotonic(), _children_cpu_seconds()
     with log.open("a") as file:
@@ -219,7 +214,7 @@ def evaluate(
         figures = measure(model, prompts, evaluation, view)
         made_by = {"device": device_name(device), "versions": library_versions(), "git_commit": git_commit()}
         record["views"].append({"settings": settings, **figures, **made_by})
-        write_record(record, variant, work)
+        write_json(record, work / f"{variant.key}.json")
     del model
     clear_device_cache(garbage_collection=True)  # what it holds on the device is for the next trainer to use
 
