@@ -113,10 +113,10 @@ class LoraGate:
                     f"lora: {name}: expected {_linear_shape(module)} features, found {(b.shape[0], a.shape[1])}"
                 )
             dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-            a_t = a.to(weight.device, dtype).T.contiguous()  # [in, r]
-            b_t = (b.to(weight.device, torch.float32) * weights.scaling).to(dtype).T.contiguous()  # [r, out]
-            if not bool(torch.isfinite(a_t).all() and torch.isfinite(b_t).all()):
+            halves = (a.to(dtype), (b.to(torch.float32) * weights.scaling).to(dtype))
+            if not all(bool(torch.isfinite(half).all()) for half in halves):
                 raise ValueError(f"lora: {name}: expected numbers that are finite in {dtype}, found some that are not")
+            a_t, b_t = (half.to(weight.device).T.contiguous() for half in halves)  # [in, r], [r, out]
             self._targets[module] = (a_t, b_t)
 
     @contextmanager
