@@ -94,7 +94,7 @@ def print_check(model: SelfSpeculativeModel) -> bool:
     if isinstance(sampled, dict):
         shown = ("mean_acceptance_length", "interval", "temperature", "top_k")
         table.add_row("measured when trained", ", ".join(f"{key} {sampled.get(key)}" for key in shown))
-    deviation = probe(model.target)
+    deviation = probe(model.target).deviation
     table.add_row("real rows against a plain forward", f"{deviation:.1e} standard deviations of the logits")
     prompt = [int(i) for i in range(1, 13)]
     plain = model.generate([prompt], mode="plain", max_new_tokens=32).token_ids

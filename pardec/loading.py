@@ -1,5 +1,6 @@
 """`pardec.load`: an adapter and the base it belongs to."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pardec.run import device_name
 from pardec.target.base import load_base, load_tokenizer, refuse_by_config
 from pardec.target.fingerprint import differences, fingerprint
 from pardec.target.forward import embedding_weight
+from pardec.target.placement import is_offloaded, refuse_by_placement
 
 
 def load(
@@ -56,6 +58,9 @@ def load(
     else:
         _check_loaded(base, options)
         loaded, tokenizer = base, load_tokenizer(base.config._name_or_path or reference.name)
+    refuse_by_placement(loaded)
+    if compile and is_offloaded(loaded):
+        raise ValueError("compile: expected a base in memory, found offloaded layers (device_map)")
     found = fingerprint(loaded, tokenizer)
     wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
     if wrong:
@@ -67,7 +72,14 @@ def load(
     masks, D = adapter.mask_embeddings, model.target.embedding_dim
     if masks is not None and masks.shape[1] != D:
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
-    probe(model.target)
+    lengths = probe(model.target).lengths
+    model.engines.shared_limit = lengths.shared_limit
+    if lengths.skipped:
+        warnings.warn(
+            f"{loaded.config.model_type}: not compared with the base's own decoding behind "
+            f"{', '.join(map(str, lengths.skipped))} tokens, for want of memory or of a cache that can be filled",
+            stacklevel=2,
+        )
     if model.engines.head is not None:
         probe_head(model.target, model.engines.head.tap)
     return model

@@ -151,7 +151,7 @@ class SelfSpeculativeModel:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
         drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head)
-        self.engines.check(ids, max_new_tokens)
+        self.engines.check(ids, max_new_tokens, num_sequences=1)
         return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids)
 
     def _stream(self, made: AbstractContextManager[Engine], ids: list[list[int]]) -> Iterator[StreamChunk]:

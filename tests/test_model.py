@@ -247,7 +247,7 @@ def test_the_probe_notices_rows_that_leak(llama, monkeypatch):
         return layout
 
     monkeypatch.setattr(decode, "chain_layout", leaking)
-    with pytest.raises(UnsupportedModelError, match="mask rows reach real rows"):
+    with pytest.raises(UnsupportedModelError, match="whatever stands at mask rows"):
         probe(TargetModel.wrap(llama))
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pardec.target.placement import execution_devices
+
 _PREFIX = "base_model.model."
 _UNSUPPORTED = {"use_dora": False, "lora_bias": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 
@@ -105,6 +107,7 @@ class LoraGate:
         self._num_attached: Counter[nn.Module] = Counter()
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._targets: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        devices = execution_devices(base)
         for name, (a, b) in weights.pairs().items():
             module = _base_module(base, name)
             weight = cast(Tensor, module.weight)
@@ -116,7 +119,9 @@ class LoraGate:
             halves = (a.to(dtype), (b.to(torch.float32) * weights.scaling).to(dtype))
             if not all(bool(torch.isfinite(half).all()) for half in halves):
                 raise ValueError(f"lora: {name}: expected numbers that are finite in {dtype}, found some that are not")
-            a_t, b_t = (half.to(weight.device).T.contiguous() for half in halves)  # [in, r], [r, out]
+            a_t, b_t = (
+                half.to(devices.get(module, weight.device)).T.contiguous() for half in halves
+            )  # [in, r], [r, out]
             self._targets[module] = (a_t, b_t)
 
     @contextmanager

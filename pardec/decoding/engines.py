@@ -28,6 +28,7 @@ from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled
 from pardec.target.forward import TargetModel
+from pardec.target.placement import is_offloaded
 from pardec.target.survey import Survey, survey
 
 MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
@@ -59,6 +60,7 @@ class Engines:
         compile: steps run under torch.compile.
         capture: steps run as CUDA graphs.
         tuned: used where neither num_speculative_tokens nor block_lengths are asked for.
+        shared_limit: tokens up to which several sequences may share a batch; None for any number.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter | None, *, compile: bool):
@@ -72,8 +74,10 @@ class Engines:
             for name, parameter in self.head.head.named_parameters():
                 _check_finite(f"head: {name}", parameter)
         self.compile = compile
-        self.capture = self.target.device.type == "cuda"
+        # a captured step would replay the copies of weights that are brought in for it, from wherever they lay then
+        self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
         self.tuned: TunedChoice | None = None
+        self.shared_limit: int | None = None
         self._survey: Survey | None = None
         self._linears: dict[bool, PackedLinears] = {}
         self._pool = EnginePool()
@@ -169,8 +173,8 @@ class Engines:
         compile_step = compiled if self.compile else None
         return RowForward(target, masks, gate, linears, query_group, compile_step, noise, tap)
 
-    def check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
-        """Refuses what the model has no positions for.
+    def check(self, prompts: list[list[int]], max_new_tokens: int, num_sequences: int) -> None:
+        """Refuses what the model has no positions for, or cannot do for several sequences at once.
 
         Raises:
             ValueError: naming what was expected and found.
@@ -182,6 +186,13 @@ class Engines:
             raise ValueError(
                 f"prompt and new tokens: expected at most {limit} positions of the model, found "
                 f"{longest} + {max_new_tokens} = {longest + max_new_tokens}"
+            )
+        shared = self.shared_limit
+        if num_sequences > 1 and shared is not None and longest + max_new_tokens > shared:
+            raise ValueError(
+                f"prompt and new tokens: expected at most {shared} for several sequences at once, as this base "
+                f"computes with the length of one, found {longest + max_new_tokens} for {num_sequences} sequences; "
+                "give them one by one"
             )
 
     # ------------------------------------------------------------------ engines
@@ -207,7 +218,7 @@ class Engines:
             num_sequences: that continue the prompts; default one for each.
             eos: ids that end a text; default the base's own.
         """
-        self.check(prompts, max_new_tokens)
+        self.check(prompts, max_new_tokens, num_sequences or len(prompts))
         target = self.target
         eos_ids = eos_token_ids(target.base) if eos is None else eos
         if self._survey is None:

@@ -64,8 +64,9 @@ class _SlotLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (query_length if self.owner.slots is None else self.owner.num_used), 0
 
-    def get_seq_length(self) -> int:
-        return 0
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+        # as of transformers' own static caches a tensor; of the first sequence, where the others have other lengths
+        return 0 if self.owner.slots is None else self.owner.slots[0, 0]
 
     def get_max_length(self) -> int:
         return self.owner.num_slots

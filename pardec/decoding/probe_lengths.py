@@ -1,0 +1,180 @@
+"""What depends on length, seen on the loaded model: windows, scalings and caches' answers behind many tokens.
+
+Caches are filled without running the tokens: slots of ours repeat the keys and values of a short text, and so does a
+cache of the model's own. A step of ours behind them is compared with the model's own cached forward.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from pardec.decoding.probe_step import (
+    FAILURES,
+    SHORT,
+    TIMES_OWN,
+    K,
+    deviation,
+    jittered_embeddings,
+    probe_decoder,
+    state_behind,
+    text_of,
+    tolerance_of,
+)
+from pardec.errors import first_line
+from pardec.target.cache import SlotCache
+from pardec.target.forward import TargetModel, UnsupportedModelError
+
+# committed tokens behind which models change: windows of 128 to 8,192, temperatures from 8,192 on
+QUICK, THOROUGH = (300, 2_500), (300, 2_500, 9_000)
+_SPARE_SLOTS = 64  # that a step sees beyond its own, as decoding rounds them up
+_SHARE_OF_MEMORY = 4  # of what is free, one part in so many may go into the probe's two caches
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """What was seen.
+
+    Attributes:
+        deviations: of real rows from the model's own cached forward by committed tokens, in standard deviations.
+        skipped: committed tokens for which there was no memory, or no cache of the model's own to compare with.
+        shared_limit: tokens up to which several sequences may share a batch; None for any number.
+    """
+
+    deviations: dict[int, float]
+    skipped: tuple[int, ...]
+    shared_limit: int | None
+
+
+@torch.no_grad()
+def probe_lengths(target: TargetModel, lengths: tuple[int, ...] = QUICK) -> LengthReport:
+    """Compares a step behind each number of committed tokens that the model has positions for.
+
+    Raises:
+        UnsupportedModelError: naming the number behind which the model's own cached forward is another.
+    """
+    limit, name = target.max_positions, target.base.config.model_type
+    if limit is not None:
+        lengths = tuple(sorted({min(length, limit - K - 2) for length in lengths}))
+    length, deviations, skipped = SHORT, {}, []
+    try:
+        probe = _LengthProbe(target)
+        for length in lengths:
+            if length <= SHORT:
+                continue
+            found = probe.step_behind(length)
+            if found is None:
+                skipped.append(length)
+                continue
+            deviations[length], tolerance = found
+            if not deviations[length] <= tolerance:
+                raise UnsupportedModelError(
+                    f"{name}: expected real rows equal to the model's own cached forward within {tolerance:.3g} "
+                    f"standard deviations of the logits, found {deviations[length]:.3g} behind {length} tokens: "
+                    "a window or a scaling that follows the order of keys"
+                )
+        return LengthReport(deviations, tuple(skipped), probe.shared_limit())
+    except UnsupportedModelError:
+        raise
+    except FAILURES as error:
+        raise UnsupportedModelError(
+            f"{name}: expected a step behind {length} tokens, found: {first_line(error)}"
+        ) from error
+
+
+class _LengthProbe:
+    """A short text in a cache of ours, and its first token in one of the model's own."""
+
+    def __init__(self, target: TargetModel):
+        self.target, self.decoder, self.ids = target, probe_decoder(target), text_of(target, SHORT)
+        self.state = state_behind(self.decoder, self.ids)
+        self.short = self.state.cache
+        self.own = target.base(self.ids[None, :1], use_cache=True).past_key_values
+        self.tolerance = tolerance_of(target, self.ids)
+
+    def step_behind(self, num_committed: int) -> tuple[float, float] | None:
+        """(deviation, tolerance) of a step behind so many tokens; None where it cannot be compared."""
+        num_slots = num_committed + self.decoder.num_slots_per_step + _SPARE_SLOTS
+        bytes_needed = 2 * sum(buffer.nbytes for buffer in self.short.buffers) // self.short.num_slots * num_slots
+        if not isinstance(self.own, DynamicCache) or bytes_needed > _free_memory(self.target) // _SHARE_OF_MEMORY:
+            return None
+        # a staircase: whatever range of slots a window cuts off, what is left is another mixture
+        source = torch.arange(num_committed, device=self.target.device) * (SHORT - K - 1) // num_committed
+        long, own = _stretched(self.short, source, num_slots), copy.deepcopy(self.own)
+        _fill(own, long, num_committed)
+        self.state.cache, self.state.lengths = long, torch.full_like(self.state.lengths, num_committed)
+        found = self._real_logits()
+        expected = self.target.base(self.ids[None, -K - 1 :], past_key_values=own, use_cache=True).logits[0]
+        worst, tolerance = deviation(found, expected, expected), self.tolerance
+        if not worst <= tolerance:  # long contexts may round more
+            with jittered_embeddings(self.target):
+                jittered = self._real_logits()
+            tolerance = max(tolerance, TIMES_OWN * deviation(jittered, found, expected))
+        return worst, tolerance
+
+    def shared_limit(self) -> int | None:
+        """The largest length that a cache may name for another sequence without changing what this one computes.
+
+        A cache has one answer to how long it is; models that compute with it are right for one sequence only.
+        """
+        same, differs = SHORT - K - 1, self.target.max_positions or 2**16
+        self.state.cache, self.state.lengths = self.short, torch.full_like(self.state.lengths, same)
+        expected, was_asked = self._logits_if_length_is(same)
+        if not was_asked or expected is None or self._is_same(expected, differs):
+            return None
+        while differs - same > 1:
+            middle = (same + differs) // 2
+            same, differs = (middle, differs) if self._is_same(expected, middle) else (same, middle)
+        return same
+
+    def _is_same(self, expected: Tensor, length: int) -> bool:
+        found, _ = self._logits_if_length_is(length)
+        return found is not None and torch.equal(expected, found)
+
+    def _logits_if_length_is(self, length: int) -> tuple[Tensor | None, bool]:
+        """Logits, None if the model cannot run so, and whether it asked."""
+        asked = []
+
+        def answer(layer_idx: int = 0) -> int:
+            asked.append(layer_idx)
+            return length
+
+        self.state.cache.get_seq_length = answer
+        try:
+            return self._real_logits(), bool(asked)
+        except FAILURES:
+            return None, bool(asked)
+
+    def _real_logits(self) -> Tensor:
+        return self.decoder.step_logits(self.state)[0, : K + 1]
+
+
+def _stretched(cache: SlotCache, source: Tensor, num_slots: int) -> SlotCache:
+    """A cache of `num_slots` whose slot s holds what `cache` holds in slot `source[s]`."""
+    long = SlotCache(len(cache.layers), num_slots, 1)
+    for layer, short in zip(long.layers, cache.layers, strict=True):
+        if short.keys is None or short.values is None:
+            continue  # a layer that shares the keys and values of another
+        layer.lazy_initialization(short.keys, short.values)
+        for buffer, states in ((layer.keys, short.keys), (layer.values, short.values)):
+            assert buffer is not None
+            buffer[:, :, : source.shape[0]] = states[:, :, source]
+    return long
+
+
+def _fill(own: Cache, long: SlotCache, num_committed: int) -> None:
+    """Writes the slots behind the first into the model's own cache, which keeps of them what it would."""
+    for index, (layer, source) in enumerate(zip(own.layers, long.layers, strict=False)):
+        if layer.is_initialized:
+            assert source.keys is not None
+            assert source.values is not None
+            own.update(source.keys[:, :, 1:num_committed], source.values[:, :, 1:num_committed], index)
+
+
+def _free_memory(target: TargetModel) -> int:
+    if target.device.type == "cuda":
+        return torch.cuda.mem_get_info(target.device)[0]
+    return psutil.virtual_memory().available

@@ -1,0 +1,159 @@
+"""A step on a short text, run on the loaded model to see that what decoding relies on holds.
+
+Mask rows cannot disturb real rows: a fused step is run with two very different inputs at the mask rows, and the real
+rows' logits must be the same numbers. Positions and masks are honoured: those logits are the plain forward's, and a
+block of mask rows computes the same wherever it stands among the rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pardec.decoding.rows import RowForward
+from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.state import DecodeState
+from pardec.decoding.step import Decoder
+from pardec.errors import first_line
+from pardec.layout import block_layout
+from pardec.target.cache import SlotCache
+from pardec.target.forward import SLIDING, TargetModel, UnsupportedModelError
+
+K = 2  # of the probe's steps
+SHORT = 12  # tokens of its short text
+# largest difference between logits, in units of the spread of the logits, of dtypes that round little
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
+TIMES_OWN = 4  # what rounding does depends on the model: so many times what its own forwards deviate by
+# what models raise that cannot run the rows
+FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+
+
+def probe_step(target: TargetModel) -> float:
+    """Largest deviation of real rows from a plain forward, in standard deviations of the logits.
+
+    Raises:
+        UnsupportedModelError: if real rows depend on mask rows, if the deviation is beyond the tolerance of the
+            model's dtype, if mask rows depend on the order of rows, or if the model cannot run the rows.
+    """
+    ids = text_of(target, _prompt_tokens(target))
+    try:
+        with torch.no_grad():
+            return _worst_deviation(target, ids)
+    except UnsupportedModelError:
+        raise
+    except FAILURES as error:
+        raise UnsupportedModelError(
+            f"{target.base.config.model_type}: expected a model that runs input embeddings at given positions under "
+            f"a 4-D attention mask, found: {first_line(error)}"
+        ) from error
+
+
+def _worst_deviation(target: TargetModel, ids: Tensor) -> float:
+    name = target.base.config.model_type
+    plain = target.base(ids[None], use_cache=False).logits[0]
+    # inputs as large as real embeddings, and a hundred times as large
+    decoders = [probe_decoder(target, seed, 100.0**seed) for seed in (0, 1)]
+    states = [state_behind(decoder, ids) for decoder in decoders]
+    logits = [decoder.step_logits(state)[0] for decoder, state in zip(decoders, states, strict=True)]
+    worst = max(deviation(one[: K + 1], plain[-K - 1 :], plain) for one in logits)
+    tolerance = tolerance_of(target, ids)
+    leaked = deviation(logits[1][: K + 1], logits[0][: K + 1], plain)
+    if leaked > 0 and not leaked <= min(tolerance, TIMES_OWN * _neighbours_effect(target, ids, plain)):
+        raise UnsupportedModelError(
+            f"{name}: expected real rows that are the same whatever stands at mask rows, found a difference of "
+            f"{leaked:.3g} standard deviations of the logits"
+        )
+    if not worst <= tolerance:
+        raise UnsupportedModelError(
+            f"{name}: expected real rows equal to a plain forward within {tolerance:.3g} standard deviations of the "
+            f"logits ({target.dtype}), found {worst:.3g}: positions or masks are not honoured"
+        )
+    alone = _block_alone(decoders[0], ids)
+    moved = deviation(logits[0][K + 1 : 2 * K + 1], alone, plain)
+    if not moved <= tolerance:
+        raise UnsupportedModelError(
+            f"{name}: expected rows that follow their positions, found rows that follow their order (alibi and the "
+            f"like): moved, they deviate by {moved:.3g} standard deviations of the logits, expected {tolerance:.3g}"
+        )
+    return worst
+
+
+# ---------------------------------------------------------------------- what the probes share
+
+
+def text_of(target: TargetModel, length: int) -> Tensor:
+    """Token ids that differ, shape [length]."""
+    return torch.arange(length, device=target.device) * 7 % target.vocab_size
+
+
+def probe_decoder(target: TargetModel, seed: int = 0, scale: float = 1.0) -> Decoder:
+    """A fused greedy decoder with random mask tokens, `scale` times as large as real embeddings."""
+    masks = torch.randn(K, target.embedding_dim, generator=torch.Generator().manual_seed(seed)) * scale
+    size = target.embed(text_of(target, SHORT)).float().std()
+    masks = (masks.to(target.device) * size).to(target.dtype)
+    no_eos = torch.empty(0, dtype=torch.long, device=target.device)
+    return Decoder(RowForward(target, masks), "fused", K, TokenLaw(greedy=True), K + 2, no_eos)
+
+
+def state_behind(decoder: Decoder, ids: Tensor, cache: SlotCache | None = None) -> DecodeState:
+    """A state whose next step verifies the last K + 1 of `ids`, bonus token and drafts, behind the others."""
+    state = decoder.prefill([ids[: -K - 1].tolist()], cache=cache)
+    state.bonus, state.drafts = ids[-K - 1 : -K], ids[None, -K:]
+    return state
+
+
+def tolerance_of(target: TargetModel, ids: Tensor) -> float:
+    """What equal logits of the text `ids`, shape [n], may differ by for the dtype; measured where it rounds much."""
+    if target.dtype in _TOLERANCE:
+        return _TOLERANCE[target.dtype]
+    plain = target.base(ids[None], use_cache=False).logits[0]
+    begun = target.base(ids[None, : -K - 1], use_cache=True).past_key_values
+    cached = target.base(ids[None, -K - 1 :], past_key_values=begun, use_cache=True).logits[0]
+    with jittered_embeddings(target):
+        jittered = target.base(ids[None], use_cache=False).logits[0]
+    return TIMES_OWN * max(deviation(cached, plain[-K - 1 :], plain), deviation(jittered, plain, plain))
+
+
+@contextmanager
+def jittered_embeddings(target: TargetModel) -> Iterator[None]:
+    """Input embeddings off by their dtype's rounding, in this context: what it does is no more than rounding may do."""
+    eps, generator = torch.finfo(target.dtype).eps, torch.Generator().manual_seed(0)
+
+    def jitter(module: nn.Module, args: object, output: Tensor) -> Tensor:
+        signs = torch.randint(-1, 2, output.shape, generator=generator).to(output.device)
+        return output * (1 + eps * signs).to(output.dtype)
+
+    handle = target.base.get_input_embeddings().register_forward_hook(jitter)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def deviation(found: Tensor, expected: Tensor, plain: Tensor) -> float:
+    """Largest difference of logits, in units of the spread of those of the plain forward."""
+    worst = (found.double() - expected.double()).abs().max()
+    return float(worst / plain.double().std().clamp_min(1e-6))
+
+
+def _neighbours_effect(target: TargetModel, ids: Tensor, plain: Tensor) -> float:
+    """What another text beside it in the batch changes in a text's logits: 0 but for experts that batch their rows."""
+    pairs = [torch.stack([ids, other]) for other in (ids, ids.roll(1))]
+    first, second = (target.base(pair, use_cache=False).logits[0] for pair in pairs)
+    return deviation(first, second, plain)
+
+
+def _block_alone(decoder: Decoder, ids: Tensor) -> Tensor:
+    """Logits of the first block of the step, with no drafts between the bonus token and it: shape [K, V]."""
+    state = state_behind(decoder, ids)
+    plan = decoder.forward.plan(block_layout(K))
+    return decoder.forward.run(plan, state.cache, state.lengths, state.bonus[:, None])[0, 1:]
+
+
+def _prompt_tokens(target: TargetModel) -> int:
+    """Long enough to leave a small sliding window, which a mask without windows would get wrong."""
+    window = target.attention.window if SLIDING in target.attention.layer_types else None
+    length = SHORT if not window or window > 256 else max(SHORT, window + 4)
+    limit = target.max_positions
+    return length if limit is None else min(length, limit - K - 2)

@@ -1,0 +1,70 @@
+"""Where a base's layers run, which with offloading is not where their weights lie.
+
+accelerate keeps the weights of offloaded layers on the device `meta` and brings them in for the time of their forward.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from pardec.target.forward import UnsupportedModelError
+
+META = torch.device("meta")
+
+
+def execution_devices(base: nn.Module) -> dict[nn.Module, torch.device]:
+    """The device on which each module with parameters of its own runs.
+
+    Raises:
+        UnsupportedModelError: if parameters are nowhere and nothing brings them in.
+    """
+    found = {}
+    for module, brought_to in _with_offloading(base, None):
+        own = next(module.parameters(recurse=False), None)
+        if own is None:
+            continue
+        if own.device == META and brought_to is None:
+            raise UnsupportedModelError(
+                f"base: expected loaded weights, found those of a {type(module).__name__} on the device meta, with "
+                "nothing that brings them in"
+            )
+        found[module] = brought_to if own.device == META and brought_to is not None else own.device
+    return found
+
+
+def refuse_by_placement(base: nn.Module) -> None:
+    """Refuses bases whose layers do not all run on one device, or whose input embeddings are offloaded.
+
+    Raises:
+        UnsupportedModelError: naming them.
+    """
+    devices = sorted(set(map(str, execution_devices(base).values())))
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"base: expected all layers on one device, found them on {', '.join(devices)} (device_map); a step keeps "
+            "its positions, masks and cache on one"
+        )
+    if base.get_input_embeddings().weight.device == META:  # type: ignore[operator]
+        raise UnsupportedModelError(
+            "base: expected input embeddings in memory, found them offloaded (device_map); offload layers only"
+        )
+
+
+def is_offloaded(base: nn.Module) -> bool:
+    """Whether some weights are away between the forwards of their layers."""
+    return any(parameter.device == META for parameter in base.parameters())
+
+
+def _with_offloading(
+    module: nn.Module, brought_to: torch.device | None
+) -> Iterator[tuple[nn.Module, torch.device | None]]:
+    """Every module, and the device to which a hook on it or around it brings offloaded weights."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):  # several hooks on a module are one that holds them
+        device = getattr(one, "execution_device", None)
+        if device is not None and getattr(one, "offload", False):
+            brought_to = torch.device(device)
+    yield module, brought_to
+    for child in module.children():
+        yield from _with_offloading(child, brought_to)

@@ -1,0 +1,166 @@
+"""What loading looks at: models that are right are accepted in every dtype, and what breaks a promise is found."""
+
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from greedy_oracle import plain_generate, prompts
+from tiny_models import FAMILIES, make_adapter, tiny_model
+from transformers import AutoModelForCausalLM
+from transformers.models.auto import CONFIG_MAPPING
+
+import pardec
+from pardec.adapters.files import save_adapter
+from pardec.decoding.probe import probe
+from pardec.decoding.probe_lengths import probe_lengths
+from pardec.decoding.probe_step import jittered_embeddings, probe_step
+from pardec.model import SelfSpeculativeModel
+from pardec.target.forward import FULL, AttentionForm, TargetModel, UnsupportedModelError
+
+V, K = 61, 3
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SMALL = {"vocab_size": V, "hidden_size": 32, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+LLAMA4 = {
+    **SMALL, **HEADS, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_hidden_layers": 2,
+    "max_position_embeddings": 4096, "no_rope_layers": [1, 0], "layer_types": ["chunked_attention", "full_attention"],
+    "attention_chunk_size": 4096, "moe_layers": [], "attn_temperature_tuning": True, "floor_scale": 64,
+    "attn_scale": 0.5,
+}  # fmt: skip
+GPT_NEO = {
+    "vocab_size": V, "hidden_size": 32, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
+    "num_heads": 4, "window_size": 256, "max_position_embeddings": 1024, "intermediate_size": 48,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+MPT = {"vocab_size": V, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}
+MOE = {
+    **SMALL, **HEADS, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def model_of(model_type: str, config: dict, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter *= 8
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval().requires_grad_(False)
+
+
+def target_of(*args, **options) -> TargetModel:
+    return TargetModel.wrap(model_of(*args, **options))
+
+
+# ---------------------------------------------------------------------- right models
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_models_are_accepted_in_every_dtype(family, dtype):
+    positions = {} if family in ("gpt2", "opt") else {"max_position_embeddings": 4096}
+    report = probe(TargetModel.wrap(tiny_model(family, dtype=dtype, **positions)))
+    assert list(report.lengths.deviations) == ([300, 2500] if positions else [252])
+    assert report.lengths.skipped == ()
+    assert report.lengths.shared_limit is None
+    if dtype == torch.float64:
+        assert max(report.deviation, *report.lengths.deviations.values()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_experts_that_batch_their_rows_round_otherwise_and_are_accepted(dtype):
+    probe(target_of("qwen3_moe", MOE, dtype=dtype))
+
+
+def test_the_probes_leave_the_model_as_it_was():
+    model = tiny_model("llama")
+    target = TargetModel.wrap(model)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    probe(target)
+    with jittered_embeddings(target):
+        pass
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+# ---------------------------------------------------------------------- what a short step shows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_real_rows_that_depend_on_other_rows_ever_so_little_are_refused(dtype):
+    """Within any tolerance of numbers, but no promise; rounding of the model's own does not explain it."""
+    model = tiny_model("llama", dtype=dtype)
+    layer, least = model.get_submodule("model.layers.0.mlp.down_proj"), 8 * torch.finfo(dtype).eps
+    layer.register_forward_hook(lambda module, args, output: output + least * output.mean(dim=1, keepdim=True))
+    with pytest.raises(UnsupportedModelError, match="the same whatever stands at mask rows"):
+        probe_step(TargetModel.wrap(model))
+
+
+def test_biases_that_follow_the_order_of_keys_are_refused_under_any_name():
+    with pytest.raises(UnsupportedModelError, match="follow their order"):
+        probe_step(target_of("mpt", MPT))
+
+
+# ---------------------------------------------------------------------- what only length shows
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_window_that_the_configuration_does_not_name_is_found(dtype):
+    target = target_of("gpt_neo", GPT_NEO, dtype=dtype)
+    probe_step(target)  # a short text shows nothing
+    with pytest.raises(UnsupportedModelError, match="behind 300 tokens: a window or a scaling"):
+        probe_lengths(target)
+
+
+@pytest.mark.parametrize(("window", "length"), [(200, 300), (1000, 2500)])
+def test_a_window_that_the_masks_leave_out_is_found(window, length):
+    model = tiny_model("mistral-window", sliding_window=window, max_position_embeddings=4096)
+    assert probe_lengths(TargetModel.wrap(model)).deviations.keys() == {300, 2500}
+    forgetful = TargetModel(model, AttentionForm((FULL,), None, None, additive=False))
+    with pytest.raises(UnsupportedModelError, match=f"behind {length} tokens"):
+        probe_lengths(forgetful)
+
+
+def test_lengths_for_which_there_is_no_memory_are_left_out_and_named(monkeypatch, tmp_path):
+    model = tiny_model("llama", max_position_embeddings=4096)
+    needed = 2 * 768 * (2500 + 100)  # the tiny Llama takes 768 bytes for a token
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * needed // 2))
+    report = probe_lengths(TargetModel.wrap(model))
+    assert (list(report.deviations), report.skipped) == ([300], (2500,))
+    save_adapter(make_adapter(model, K), tmp_path / "a")
+    with pytest.warns(UserWarning, match="not compared with the base's own decoding behind 2500 tokens"):
+        pardec.load(tmp_path / "a", base=model)
+
+
+# ---------------------------------------------------------------------- a model that computes with the cache's length
+
+
+@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
+@pytest.mark.parametrize("length", [20, 63, 150])
+def test_one_sequence_is_exact_where_the_model_computes_with_its_length(length, mode):
+    model = model_of("llama4_text", LLAMA4)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
+    (row,) = prompts(V, (length,))
+    assert ours.generate([row], max_new_tokens=40, mode=mode).token_ids == [plain_generate(model, row, 40)]
+
+
+def test_several_sequences_are_decoded_up_to_where_their_lengths_matter_and_refused_beyond(tmp_path):
+    model = model_of("llama4_text", LLAMA4)
+    save_adapter(make_adapter(model, K), tmp_path / "a")
+    ours = pardec.load(tmp_path / "a", base=model)
+    limit = ours.engines.shared_limit
+    assert 58 <= limit < 64
+    rows = prompts(V, (limit - 20, 9))
+    expected = [plain_generate(model, row, 20) for row in rows]
+    assert ours.generate(rows, max_new_tokens=20).token_ids == expected
+    words = f"expected at most {limit} for several sequences at once, .* found {limit + 1} for 2 sequences"
+    with pytest.raises(ValueError, match=words):
+        ours.generate(rows, max_new_tokens=21)
+    with pytest.raises(ValueError, match="for 3 sequences"):
+        ours.generate(rows[:1], max_new_tokens=21, num_return_sequences=3)
+    (long,) = prompts(V, (100,))
+    assert ours.generate([long], max_new_tokens=20).token_ids == [plain_generate(model, long, 20)]
