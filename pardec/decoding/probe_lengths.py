@@ -103,7 +103,7 @@ class _LengthProbe:
             return None
         # a staircase: whatever range of slots a window cuts off, what is left is another mixture
         source = torch.arange(num_committed, device=self.target.device) * (SHORT - K - 1) // num_committed
-        long, own = _stretched(self.short, source, num_slots), copy.deepcopy(self.own)
+        long, own = self.short.stretched(source, num_slots), copy.deepcopy(self.own)
         _fill(own, long, num_committed)
         self.state.cache, self.state.lengths = long, torch.full_like(self.state.lengths, num_committed)
         found = self._real_logits()
@@ -152,26 +152,12 @@ class _LengthProbe:
         return self.decoder.step_logits(self.state)[0, : K + 1]
 
 
-def _stretched(cache: SlotCache, source: Tensor, num_slots: int) -> SlotCache:
-    """A cache of `num_slots` whose slot s holds what `cache` holds in slot `source[s]`."""
-    long = SlotCache(len(cache.layers), num_slots, 1)
-    for layer, short in zip(long.layers, cache.layers, strict=True):
-        if short.keys is None or short.values is None:
-            continue  # a layer that shares the keys and values of another
-        layer.lazy_initialization(short.keys, short.values)
-        for buffer, states in ((layer.keys, short.keys), (layer.values, short.values)):
-            assert buffer is not None
-            buffer[:, :, : source.shape[0]] = states[:, :, source]
-    return long
-
-
 def _fill(own: Cache, long: SlotCache, num_committed: int) -> None:
     """Writes the slots behind the first into the model's own cache, which keeps of them what it would."""
-    for index, (layer, source) in enumerate(zip(own.layers, long.layers, strict=False)):
-        if layer.is_initialized:
-            assert source.keys is not None
-            assert source.values is not None
-            own.update(source.keys[:, :, 1:num_committed], source.values[:, :, 1:num_committed], index)
+    for index, layer in enumerate(own.layers):
+        if getattr(layer, "is_initialized", False):
+            keys, values = long.states(index, num_committed)
+            own.update(keys[:, :, 1:], values[:, :, 1:], index)
 
 
 def _free_memory(target: TargetModel) -> int:
