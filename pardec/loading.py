@@ -15,8 +15,8 @@ from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import load_base, load_tokenizer, refuse_by_config
 from pardec.target.fingerprint import differences, fingerprint
-from pardec.target.forward import embedding_weight
-from pardec.target.placement import is_offloaded, refuse_by_placement
+from pardec.target.forward import UnsupportedModelError, embedding_weight
+from pardec.target.placement import META, is_offloaded, refuse_by_placement
 
 
 def load(
@@ -66,6 +66,8 @@ def load(
     if wrong:
         raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
+    if model.engines.head is not None and model.engines.head.tap.output_embeddings.device == META:
+        raise UnsupportedModelError("base: expected the output head in memory for a sampler head, found it offloaded")
     model.tuned = read_tuned(
         directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files
     )
