@@ -79,7 +79,7 @@ def load(
     if lengths.skipped:
         warnings.warn(
             f"{loaded.config.model_type}: not compared with the base's own decoding behind "
-            f"{', '.join(map(str, lengths.skipped))} tokens, for want of memory or of a cache that can be filled",
+            f"{', '.join(map(str, lengths.skipped))} tokens, for want of memory or as it cannot be run there",
             stacklevel=2,
         )
     if model.engines.head is not None:

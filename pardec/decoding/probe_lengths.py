@@ -39,7 +39,7 @@ class LengthReport:
 
     Attributes:
         deviations: of real rows from the model's own cached forward by committed tokens, in standard deviations.
-        skipped: committed tokens for which there was no memory, or no cache of the model's own to compare with.
+        skipped: committed tokens for which there was no memory, or behind which the model itself could not be run.
         shared_limit: tokens up to which several sequences may share a batch; None for any number.
     """
 
@@ -105,8 +105,14 @@ class _LengthProbe:
         long, own = self.short.stretched(source, num_slots), copy.deepcopy(self.own)
         _fill(own, long, num_committed)
         self.state.cache, self.state.lengths = long, torch.full_like(self.state.lengths, num_committed)
+        positions = torch.arange(num_committed, num_committed + K + 1, device=self.target.device)[None]
+        try:
+            expected = self.target.base(
+                self.ids[None, -K - 1 :], position_ids=positions, past_key_values=own, use_cache=True
+            ).logits[0]
+        except Exception:  # more positions than it has, which its configuration does not tell
+            return None
         found = self._real_logits()
-        expected = self.target.base(self.ids[None, -K - 1 :], past_key_values=own, use_cache=True).logits[0]
         worst, tolerance = deviation(found, expected, expected), self.tolerance
         if not worst <= tolerance:  # long contexts may round more
             with jittered_embeddings(self.target):
@@ -154,7 +160,7 @@ class _LengthProbe:
 def _fill(own: Cache, long: SlotCache, num_committed: int) -> None:
     """Writes the slots behind the first into the model's own cache, which keeps of them what it would."""
     for index, layer in enumerate(own.layers):
-        if getattr(layer, "is_initialized", False):
+        if getattr(layer, "keys", None) is not None:  # some layers attend to another's
             keys, values = long.states(index, num_committed)
             own.update(keys[:, :, 1:], values[:, :, 1:], index)
 
