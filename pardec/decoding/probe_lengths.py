@@ -21,7 +21,7 @@ from pardec.decoding.probe_step import (
     probe_decoder,
     state_behind,
     text_of,
-    tolerance_of,
+    tolerance_for,
 )
 from pardec.errors import first_line
 from pardec.target.cache import SlotCache
@@ -92,7 +92,6 @@ class _LengthProbe:
         self.state = state_behind(self.decoder, self.ids)
         self.short = self.state.cache
         self.own = target.base(self.ids[None, :1], use_cache=True).past_key_values
-        self.tolerance = tolerance_of(target, self.ids)
 
     def step_behind(self, num_committed: int) -> tuple[float, float] | None:
         """(deviation, tolerance) of a step behind so many tokens; None where it cannot be compared."""
@@ -113,7 +112,8 @@ class _LengthProbe:
         except Exception:  # more positions than it has, which its configuration does not tell
             return None
         found = self._real_logits()
-        worst, tolerance = deviation(found, expected, expected), self.tolerance
+        worst = deviation(found, expected, expected)
+        tolerance = tolerance_for(self.target, self.ids, (worst,))
         if not worst <= tolerance:  # long contexts may round more
             with jittered_embeddings(self.target):
                 jittered = self._real_logits()
