@@ -94,6 +94,25 @@ def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, re
     return progress["step"]
 
 
+def check_same(output: Path, now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other values than those that the newest state was saved with, by name.
+
+    Args:
+        output: of the run.
+        now: values by the names under which they were saved; what an older state does not have is not compared.
+
+    Raises:
+        ValueError: with the value of then and that of now.
+    """
+    then = read_progress(output / "checkpoints") or {}
+    for name, value in now.items():
+        if then.get(name, value) != value:
+            raise ValueError(
+                f"output_dir {output}: expected {name} {str(then[name])[:16]}, as where this run was cut off, found "
+                f"{str(value)[:16]}; go on with the same, or choose another output_dir or remove it"
+            )
+
+
 def load_state(
     folder: Path, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
 ) -> dict[str, Any] | None:
