@@ -57,9 +57,12 @@ class Conversation:
         if not turns:
             return ""
         try:
-            return self.tokenizer.apply_chat_template(
-                list(turns), tools=self.tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )  # type: ignore[return-value]
+            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+                list(turns),
+                tools=self.tools,  # type: ignore[arg-type]
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
         except Exception as error:  # a template is a program of its own, which may raise anything
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(

@@ -111,8 +111,8 @@ def load_corpus(
         )
     counts.check(min_kept_share, max_length, path)
     where = validation_path or path
-    held_out = [[one for row in rows[name] for one in tokenise(row, tokenizer, where)] for name in (VALIDATION, TEST)]
-    return Corpus(train, *held_out, counts)
+    validation, test = ([one for row in rows[s] for one in tokenise(row, tokenizer, where)] for s in (VALIDATION, TEST))
+    return Corpus(train, validation, test, counts)
 
 
 def tokenise_until(

@@ -228,14 +228,16 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
         own = {key: value for key, value in turn.items() if value is not None or key == "content"}
         if "role" not in own and "from" in own:
-            own = {"role": own.pop("from"), "content": own.pop("value", own.get("content")), **own}
-        if not isinstance(own.get("role"), str) or not _has_content(own):
+            said = own.pop("value", own.pop("content", None))
+            own = {"role": own.pop("from"), "content": said, **own}
+        role = own.get("role")
+        if not isinstance(role, str) or not _has_content(own):
             raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
-        unseen = [part["type"] for part in own["content"] if part["type"] in _UNSEEN_PARTS] if _has_parts(own) else []
+        unseen = [part["type"] for part in _parts(own) if part["type"] in _UNSEEN_PARTS]
         if unseen:
             raise DataError(f"{where}: expected turns of text, found a part of type {unseen[0]}")
         check_unicode(json.dumps(own, ensure_ascii=False, default=str), where)
-        checked.append({**own, "role": roles.get(own["role"], own["role"])})
+        checked.append({**own, "role": roles.get(role, role)})
     if not any(turn["role"] == "assistant" for turn in checked):
         raise DataError(f"{where}: expected at least one assistant turn, found none")
     return checked
@@ -245,16 +247,15 @@ def _has_content(turn: dict[str, Any]) -> bool:
     """Text, parts, or where there is neither something else, such as tool_calls."""
     if turn.get("content") is None:
         return any(bool(value) for key, value in turn.items() if key not in ("role", "name", "id"))
-    return isinstance(turn["content"], str) or _has_parts(turn)
+    return isinstance(turn["content"], str) or bool(_parts(turn))
 
 
-def _has_parts(turn: dict[str, Any]) -> bool:
+def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a content that is a list of them; empty for any other."""
     parts = turn.get("content")
-    return (
-        isinstance(parts, list)
-        and bool(parts)
-        and all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in parts)
-    )
+    if not isinstance(parts, list):
+        return []
+    return parts if all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in parts) else []
 
 
 def _checked_tools(tools: Any, where: str) -> list[dict[str, Any]]:

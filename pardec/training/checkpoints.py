@@ -19,6 +19,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 STATE_FILE = "state.json"
+# what values that a run must go on with are called
+_CALLED = {
+    "num_processes": "number of processes",
+    "data_sha256": "data (sha256)",
+    "digest": "text, tokenizer and number of processes (sha256)",
+}
 
 
 def save_state(
@@ -108,8 +114,8 @@ def check_same(output: Path, now: Mapping[str, Any]) -> None:
     for name, value in now.items():
         if then.get(name, value) != value:
             raise ValueError(
-                f"output_dir {output}: expected {name} {str(then[name])[:16]}, as where this run was cut off, found "
-                f"{str(value)[:16]}; go on with the same, or choose another output_dir or remove it"
+                f"output_dir {output}: expected the {_CALLED.get(name, name)} that it was begun with, "
+                f"{str(then[name])[:16]}, found {str(value)[:16]}; choose another output_dir or remove it"
             )
 
 

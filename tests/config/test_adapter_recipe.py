@@ -61,8 +61,7 @@ def test_every_key_of_the_file_arrives(write):
     )
     assert recipe.data.model_dump() == {
         "path": "p", "format": "jsonl", "subset": "s", "split": "t", "max_length": 64, "min_kept_share": 0.25,
-            "validation_path": "v",
-        "test_path": "w",
+        "validation_path": "v", "test_path": "w",
     }  # fmt: skip
     assert recipe.adapter.mask_sharing == "shared"
     assert recipe.adapter.lora is not None

@@ -140,6 +140,10 @@ MALFORMED = {
 TURNS_BY_TURN = {
     "keys": ({"role": "assistant", "content": "x", "reasoning_content": "y", "name": "z"}, None),
     "older keys": ({"from": "gpt", "value": "x", "weight": 1}, {"role": "assistant", "content": "x", "weight": 1}),
+    "older keys of a table": (
+        {"from": "gpt", "value": "x", "role": None, "content": None},
+        {"role": "assistant", "content": "x"},
+    ),
     "older role": ({"role": "gpt", "content": "x"}, {"role": "assistant", "content": "x"}),
     "null beside calls": ({"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}, None),
     "calls alone": ({"role": "assistant", "tool_calls": [{"id": "c"}]}, None),
