@@ -33,6 +33,30 @@ SKIPS_THOUGHTS = (
     "{% if add_generation_prompt %}<|assistant|>\n<think>\n\n</think>\n\n{% endif %}"
 )
 
+# empty thoughts of an answer are closed where decoding begins a line
+CLOSES_THOUGHTS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>"
+    "{% if m.reasoning_content %}\n{{ m.reasoning_content }}\n{% endif %}</think>{% endif %}{{ m.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+
+# thoughts are shown where there are some, but decoding skips them
+SHOWS_AND_SKIPS_THOUGHTS = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n<think>\n\n</think>\n\n{% endif %}"
+)
+
+# thoughts are messages in front of an answer, and go when there is a later one
+HARMONY_LIKE = (
+    "{% set ns = namespace(last=0) %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.reasoning_content and loop.index0 == ns.last %}"
+    "<|start|>assistant<|channel|>analysis<|message|>{{ m.reasoning_content }}<|end|>{% endif %}<|start|>{{ m.role }}"
+    "{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
 # calls of tools from a field of their own; null contents and names are shown as they are
 HERMES_LIKE = (
     "{% for t in tools or [] %}<tool>{{ t.function.name }}</tool>\n{% endfor %}"

@@ -3,6 +3,7 @@
 Knows chat templates by what they render alone, no tokens.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from pardec.data.reading import DataError
 from pardec.errors import first_line
 
+# keys of a turn for what a model thinks before it answers
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 Turns = Sequence[dict[str, Any]]
 # two answers that templates leave as they are
 _ANSWERS = ("yes", "no")
@@ -151,24 +154,52 @@ def _answer(conversation: Conversation, index: int) -> Rendered:
 
 def _behind(conversation: Conversation, index: int, before: str, through: str) -> str:
     """Turn `index` as text behind `before`, its generation prompt, which is not what `through` renders in front."""
-    turn, start, end = conversation.turns[index], before.rstrip(), before[len(before.rstrip()) :]
-    header, tail = _around(conversation, index)
-    leads = header.rstrip()
-    if through.startswith(header) and before.startswith(header):
-        # the generation prompt goes further: it opens thoughts, or skips them
-        opened, said = before[len(header) :], turn.get("content")
-        if isinstance(said, str) and opened.strip() and said.lstrip().startswith(opened.strip()):
-            # thoughts that are left out of the past are not left out while decoding, which has begun them
-            thoughts = said.lstrip()[len(opened.strip()) :]
-            return (thoughts.lstrip() if end else thoughts) + tail
-        return through[len(header) :]
-    if through.startswith(header) and leads.endswith(start[-_SAME_END:]):
-        # what stands before is rendered otherwise once it is answered, as a system prompt that goes to the last turn
-        return through[len(leads) :].removeprefix(end)
+    earlier = conversation.turns[:index]
+    header, _ = _around(conversation, earlier, {"role": "assistant"})
+    end = before[len(before.rstrip()) :]
+    if through.startswith(before.rstrip()):
+        return through[len(_common_beginning([before, through])) :]
+    if before.startswith(header) and through.startswith(header):
+        # decoding begins further on: with opened thoughts, or behind empty ones
+        thoughts = _left_out(conversation, index, opened=before[len(header) :], answer=through[len(header) :])
+        return thoughts or through[len(header) :]
+    same = len(_common_beginning([before, through]))
+    if before.startswith(header) and before[same:].strip() in through[same:]:
+        # decoding begins behind empty thoughts, and this turn has some
+        return through[same:].partition(before[same:].strip())[2].removeprefix(end)
+    # what stands before is rendered otherwise once it is answered, as a system prompt that goes to the last turn
+    leads, asked = _common_beginning([header, through]), conversation.render(earlier)
+    prompt = before.removeprefix(asked).strip() if before.startswith(asked) else ""
+    place = leads.rfind(prompt, len(asked) if through.startswith(asked) else 0)
+    if prompt and place >= 0:
+        return through[place + len(prompt) :].removeprefix(end)
+    if leads.rstrip().endswith(before.rstrip()[-_SAME_END:]):
+        return through[len(leads.rstrip()) :].removeprefix(end)
     raise DataError(
         f"{conversation.where}: expected a chat template that renders answers behind its generation prompt, "
         f"found {before[-200:]!r} before and {through[-200:]!r} with an answer"
     )
+
+
+def _left_out(conversation: Conversation, index: int, opened: str, answer: str) -> str | None:
+    """The answer with the thoughts that the template leaves out of the past, but that decoding has `opened`.
+
+    None if the turn has none, in its content or under a key of their own, or more is rendered than the end of it.
+    """
+    turn = conversation.turns[index]
+    said, begins = turn.get("content"), opened.strip()
+    if not isinstance(said, str):
+        return None
+    tag, own = re.fullmatch(r"<(\w+)>", begins), next((turn[key] for key in _THOUGHTS if turn.get(key)), None)
+    if tag and isinstance(own, str):
+        said = f"{begins}\n{own}\n</{tag[1]}>\n\n{said}"
+    if not begins or not said.lstrip().startswith(begins):
+        return None
+    _, tail = _around(conversation, conversation.turns[:index], turn)
+    if not answer.endswith(tail) or not said.rstrip().endswith(answer.removesuffix(tail).strip()):
+        return None
+    thoughts = said.lstrip()[len(begins) :]
+    return (thoughts.lstrip() if opened[-1].isspace() else thoughts) + tail
 
 
 def _check_is_said(
@@ -178,20 +209,21 @@ def _check_is_said(
     said = turn.get("content")
     if isinstance(said, str) and said.strip() and said.strip() in rendered:
         return
-    try:
-        silent = conversation.render([*earlier, {"role": "assistant", "content": ""}])
-    except DataError:
+    for nothing in ("", *_ANSWERS[:1]):  # some templates refuse an empty answer
+        try:
+            silent = conversation.render([*earlier, {"role": "assistant", "content": nothing}])
+        except DataError:
+            continue
+        if through == silent:
+            raise DataError(
+                f"{conversation.where}: expected an assistant turn with something to learn, found none of it rendered: "
+                f"{through[-400:]!r}"
+            )
         return
-    if through == silent:
-        raise DataError(
-            f"{conversation.where}: expected an assistant turn with something to learn, found none of it rendered: "
-            f"{through[-400:]!r}"
-        )
 
 
-def _around(conversation: Conversation, index: int) -> tuple[str, str]:
+def _around(conversation: Conversation, earlier: Turns, turn: dict[str, Any]) -> tuple[str, str]:
     """What is rendered in front of a turn's content, and behind it."""
-    earlier, turn = conversation.turns[:index], conversation.turns[index]
     texts = [conversation.render([*earlier, {**turn, "content": answer}]) for answer in _ANSWERS]
     return _common_beginning(texts), _common_beginning([text[::-1] for text in texts])[::-1]
 

@@ -1,7 +1,17 @@
 """What is learned of conversations under templates that think, call tools, or render the past otherwise."""
 
 import pytest
-from chat_templates import HERMES_LIKE, MISTRAL_LIKE, QWEN3_LIKE, R1_LIKE, SKIPS_THOUGHTS, TAKES_PARTS
+from chat_templates import (
+    CLOSES_THOUGHTS,
+    HARMONY_LIKE,
+    HERMES_LIKE,
+    MISTRAL_LIKE,
+    QWEN3_LIKE,
+    R1_LIKE,
+    SHOWS_AND_SKIPS_THOUGHTS,
+    SKIPS_THOUGHTS,
+    TAKES_PARTS,
+)
 from data_samples import CHAT, CHAT_TEMPLATE
 
 from pardec.data.conversations import conversation_of, rendered_answers
@@ -72,6 +82,39 @@ def test_thoughts_that_decoding_has_opened_are_learned_though_the_past_shows_non
     assert first[0].endswith("<Assistant><think>\n")
     assert second == (prompt(turns[:3], chat_tokenizer), ["3<end>"])
     assert "hm" not in second[0]
+
+
+def test_thoughts_of_their_own_key_go_into_the_block_that_decoding_has_opened(chat_tokenizer):
+    turns = [user("sum?"), said("3", reasoning_content="1 + 2 = 3")]
+    [(front, [text])] = learned({"messages": turns}, chat_tokenizer, R1_LIKE)
+    assert front.endswith("<Assistant><think>\n")
+    assert text == "1 + 2 = 3\n</think>\n\n3<end>"
+
+
+def test_an_opened_block_that_the_template_closes_at_once_is_closed(chat_tokenizer):
+    turns = [*CHAT[:2], user("sum?"), said("3", reasoning_content="1 + 2")]
+    answers = learned({"messages": turns}, chat_tokenizer, CLOSES_THOUGHTS)
+    assert [texts for _, texts in answers] == [["</think>hi there!<|end|>\n"], ["1 + 2\n</think>3<|end|>\n"]]
+    assert [front for front, _ in answers] == [prompt(turns[:end], chat_tokenizer) for end in (1, 3)]
+
+
+def test_thoughts_that_decoding_skips_are_not_learned(chat_tokenizer):
+    turns = [*CHAT[:2], user("sum?"), said("3", reasoning_content="1 + 2")]
+    answers = learned({"messages": turns}, chat_tokenizer, SHOWS_AND_SKIPS_THOUGHTS)
+    assert [texts for _, texts in answers] == [["hi there!<|end|>\n"], ["3<|end|>\n"]]
+    assert [front for front, _ in answers] == [prompt(turns[:end], chat_tokenizer) for end in (1, 3)]
+
+
+def test_an_answer_stands_behind_thoughts_of_the_past_that_go_only_with_it(chat_tokenizer):
+    turns = [user("hi"), said("hello", reasoning_content="hm"), user("sum?"), said("3", reasoning_content="1 + 2")]
+    answers = learned({"messages": turns}, chat_tokenizer, HARMONY_LIKE)
+    thought, final = "<|channel|>analysis<|message|>{}<|end|>", "<|start|>assistant<|channel|>final<|message|>{}<|end|>"
+    assert [texts for _, texts in answers] == [
+        [thought.format("hm") + final.format("hello")],
+        [thought.format("1 + 2") + final.format("3")],
+    ]
+    assert [front for front, _ in answers] == [prompt(turns[:end], chat_tokenizer) for end in (1, 3)]
+    assert "hm" in answers[1][0]
 
 
 def test_an_answer_stands_behind_the_thoughts_that_decoding_skips(chat_tokenizer):
@@ -155,6 +198,16 @@ def test_tools_are_in_prompts_for_responses_too(chat_tokenizer):
 def test_a_call_that_the_template_leaves_out_is_no_empty_answer(chat_tokenizer):
     with pytest.raises(DataError, match=r"talk\.jsonl:1: expected an assistant turn with something .*<\|assistant\|>"):
         learned({"messages": [user("weather?"), said("", tool_calls=[CALL])]}, chat_tokenizer, CHAT_TEMPLATE)
+
+
+def test_contents_that_the_template_leaves_out_are_no_empty_answers(chat_tokenizer):
+    """As one for parts alone does with text, where it fails on empty text."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.content[0].type == 'text' %}{% endif %}"
+        "{% for p in m.content %}{{ p.text }}{% endfor %}<|end|>{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"expected an assistant turn with something to learn, found none of it rend"):
+        learned({"messages": [user("hi"), said("hello")]}, chat_tokenizer, template)
 
 
 PARTS = [{"type": "text", "text": "Say "}, {"type": "text", "text": "hi"}]
