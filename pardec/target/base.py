@@ -75,7 +75,7 @@ def load_base(
         ) from None
     refuse_by_config(config)
     try:
-        base, info = AutoModelForCausalLM.from_pretrained(
+        base, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             path,
             revision=revision,
             dtype=dtype,

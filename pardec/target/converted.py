@@ -126,7 +126,7 @@ def _read(file: Path) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     try:
-        base, info = AutoModelForCausalLM.from_pretrained(
+        base, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # whatever the readers of many architectures raise
