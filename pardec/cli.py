@@ -14,8 +14,6 @@ import typer
 from pardec.data.prompt_files import read_prompts
 
 if TYPE_CHECKING:
-    import torch
-
     from pardec.model import SelfSpeculativeModel
 
 app = typer.Typer(
@@ -199,32 +197,11 @@ def _load(
     trust_remote_code: bool,
     compile: bool = False,
 ) -> "SelfSpeculativeModel":
-    import torch
     from transformers.utils import logging
 
     import pardec
 
     logging.disable_progress_bar()
-    if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype: expected a torch dtype, float64, float32, float16 or bfloat16, found {dtype!r}")
-    where = None if device is None else _usable_device(device)
     return pardec.load(
-        directory,
-        base=base,
-        device=where,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        compile=compile,
-        trust_remote_code=trust_remote_code,
+        directory, base=base, device=device, dtype=dtype, compile=compile, trust_remote_code=trust_remote_code
     )
-
-
-def _usable_device(name: str) -> "torch.device":
-    """The device, if it is one that can hold a tensor here."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise ValueError(f"device: expected a torch device of this machine, such as cpu, found {name!r}") from None
-    return device

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import load_adapter
 from pardec.adapters.tuned import read_tuned
+from pardec.arguments import flag
 from pardec.decoding.probe import probe, probe_head
+from pardec.errors import shown
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import load_base, load_tokenizer, refuse_by_config
@@ -42,9 +44,14 @@ def load(
         trust_remote_code: run code that comes with the base.
 
     Raises:
+        ValueError: for arguments of another kind, and a device or dtype that is none here.
         AdapterError: for an unusable adapter or another base than it was trained for, naming what differs.
         UnsupportedModelError: for a base that cannot be decoded exactly.
     """
+    for name, value in (("compile", compile), ("trust_remote_code", trust_remote_code)):
+        flag(name, value)
+    if base is not None and not isinstance(base, str | PreTrainedModel):
+        raise ValueError(f"base: expected a folder, a hub name or a loaded model, found {shown(base)}")
     adapter = load_adapter(directory)
     reference = adapter.metadata.base
     options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import Adapter
 from pardec.adapters.tuned import TunedChoice
+from pardec.arguments import integer
 from pardec.decoding.engine import Engine
 from pardec.decoding.engines import Engines
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
@@ -114,8 +115,7 @@ class SelfSpeculativeModel:
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
         """
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences: expected an integer >= 1, found {num_return_sequences}")
+        num_return_sequences = integer("num_return_sequences", num_return_sequences, 1)
         ids = self._ids_of(prompts)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
         drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head)

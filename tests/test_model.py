@@ -118,7 +118,7 @@ def test_zero_drafts_is_plain_decoding(ours):
         ({"temperature": 1.0, "min_p": 2.0}, "min_p: expected .* found 2"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1, found 0"),
         ({"num_speculative_tokens": K + 1}, f"expected at most {K}.*found {K + 1}"),
-        ({"num_speculative_tokens": -1}, "num_speculative_tokens: expected an integer >= 0, found -1"),
+        ({"num_speculative_tokens": -1}, "num_speculative_tokens: expected an integer from 0 to 64, found -1"),
         ({"mode": "tree"}, "mode: expected one of plain, two_pass, fused, found 'tree'"),
         ({"max_new_tokens": 300}, r"expected at most 256 positions of the model, found 6 \+ 300 = 306"),
         ({"num_return_sequences": 0}, "num_return_sequences: expected .* found 0"),

@@ -4,17 +4,18 @@ Legend: K num_speculative_tokens, D width of an input embedding, H of a hidden s
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from pardec.adapters.gated_lora import LoraWeights
+from pardec.adapters.gated_lora import LoraWeights, check_numbers
+from pardec.layout import MAX_SPECULATIVE_TOKENS
 from pardec.target.fingerprint import Fingerprint
 
 FORMAT_VERSION = 1
 HEAD_TENSORS = ("inner.bias", "inner.weight", "outer.weight")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MASK_EMBEDDINGS, UNIFORM_NOISE = "mask_embeddings", "uniform_noise"  # what may stand at mask rows
 
 
@@ -63,7 +64,7 @@ class AdapterMetadata(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    num_speculative_tokens: int = Field(ge=1)
+    num_speculative_tokens: int = Field(ge=1, le=MAX_SPECULATIVE_TOKENS)
     mask_sharing: Literal["distinct", "shared"] = "distinct"
     draft_input: Literal["mask_embeddings", "uniform_noise"] = MASK_EMBEDDINGS
     head: HeadShape | None = None
@@ -71,7 +72,7 @@ class AdapterMetadata(BaseModel):
     fingerprint: Fingerprint
     training: dict[str, Any] = {}
     measured: dict[str, Any] = {}
-    files: dict[str, str] = {}
+    files: dict[str, Sha256] = {}
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ def _check_mask_embeddings(mask_embeddings: Tensor | None, metadata: AdapterMeta
             f"num_speculative_tokens {metadata.num_speculative_tokens}, "
             f"found {'none' if mask_embeddings is None else list(mask_embeddings.shape)}"
         )
-    if not bool(torch.isfinite(mask_embeddings).all()):
-        raise AdapterError("mask embeddings: expected finite numbers, found NaN or infinity")
+    _check_numbers("mask embeddings", mask_embeddings)
 
 
 def _check_head(head: dict[str, Tensor] | None, shape: HeadShape | None) -> None:
@@ -154,5 +154,12 @@ def _check_head(head: dict[str, Tensor] | None, shape: HeadShape | None) -> None
         raise AdapterError(
             f"head: expected inner.bias [{W}], inner.weight [{W}, H + D], outer.weight [H, {W}], found {shapes}"
         )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in head.values()):
-        raise AdapterError("head: expected finite numbers, found NaN or infinity")
+    for name in HEAD_TENSORS:
+        _check_numbers(f"head: {name}", head[name])
+
+
+def _check_numbers(what: str, tensor: Tensor) -> None:
+    try:
+        check_numbers(what, tensor)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None

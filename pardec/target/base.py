@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pardec.arguments import known_dtype, usable_device
 from pardec.errors import first_line
 from pardec.target.forward import SUPPORTED_ATTENTION, UnsupportedModelError
 
@@ -43,7 +44,7 @@ def load_base(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: if nothing loadable is found under the name.
+        ValueError: if nothing loadable is found under the name, and for a device or dtype that is none here.
         UnsupportedModelError: for a model that cannot be decoded exactly.
     """
     if attn_implementation not in (None, *SUPPORTED_ATTENTION):
@@ -51,9 +52,11 @@ def load_base(
             f"attn_implementation: expected one of {', '.join(SUPPORTED_ATTENTION)}, found {attn_implementation!r}"
         )
     path = resolve_base(name)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else "auto"
+    elif dtype != "auto":
+        dtype = known_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
