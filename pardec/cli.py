@@ -85,7 +85,7 @@ def generate(
         chosen = [flag for flag, on in (("--json", as_json), ("--show-drafts", show_drafts)) if on]
         if len(chosen) > 1:
             raise ValueError(f"options: expected one of {' and '.join(chosen)}, found both")
-        prompts = read_prompts(source, prompt, prompt_file)
+        prompts = _prompts(source, prompt, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code)
 
         from pardec.console import as_object, print_comparison, print_stream
@@ -166,7 +166,7 @@ def tune(
     from pardec.run import exit_on_unusable_input
 
     with exit_on_unusable_input():
-        texts = None if prompt_file is None else read_prompts(None, None, prompt_file)
+        texts = None if prompt_file is None else _prompts(None, None, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
 
         from pardec.tuning.measuring import QUICK, Effort
@@ -187,6 +187,12 @@ def tune(
             effort=QUICK if quick else Effort(),
         )
         show_report(report, as_json=as_json, picture=None if picture is None else Path(picture))
+
+
+def _prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
+    if sys.stdin is None and "-" in (source, prompt, prompt_file):
+        raise ValueError("prompt: expected text on standard input, found it closed")
+    return read_prompts(source, prompt, prompt_file)
 
 
 def _load(

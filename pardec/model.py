@@ -181,7 +181,10 @@ class SelfSpeculativeModel:
     # ------------------------------------------------------------------ the transformers door
 
     def with_streamer(self, streamer) -> "SelfSpeculativeModel":
-        """The same model for `custom_generate=`, which hands no streamer on: emitted ids go to `streamer`."""
+        """The same model for `custom_generate=`: emitted ids go to `streamer`.
+
+        A `streamer=` beside `custom_generate=` gets the prompt and nothing else: transformers keeps it to itself.
+        """
         door = copy.copy(self)
         door._streamer = streamer
         return door
@@ -206,10 +209,7 @@ class SelfSpeculativeModel:
         if model is not self.base_model:
             raise ValueError("custom_generate: expected to be called by this model's base_model, found another model")
         # `generate` hands over as its own only what is not named in this signature
-        if model_inputs.get("token_type_ids") is not None:
-            raise ValueError("custom_generate: expected no token_type_ids, found some")
-        if model_inputs.get("inputs_embeds") is not None:
-            raise ValueError("custom_generate: expected input_ids, found inputs_embeds")
+        named = ("attention_mask", "position_ids", "past_key_values")
         return generate_for_transformers(
             self.engines,
             input_ids,
@@ -219,6 +219,7 @@ class SelfSpeculativeModel:
             attention_mask=model_inputs.get("attention_mask"),
             position_ids=model_inputs.get("position_ids"),
             past_key_values=model_inputs.get("past_key_values"),
+            other_inputs={name: value for name, value in model_inputs.items() if name not in named},
             num_speculative_tokens=num_speculative_tokens,
             mode=mode,
             use_head=use_head,

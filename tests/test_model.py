@@ -391,7 +391,7 @@ def test_door_streams_and_returns_dicts(llama, ours):
 
 def test_door_refuses_what_it_cannot_do(llama, ours):
     ids = torch.tensor([ROWS[0]])
-    with pytest.raises(ValueError, match="num_beams 1, found 3"):
+    with pytest.raises(ValueError, match="greedy search or sampling, found beam_search by num_beams=3"):
         llama.generate(ids, max_new_tokens=4, num_beams=3, custom_generate=ours)
     with pytest.raises(ValueError, match="output_scores=False"):
         llama.generate(ids, max_new_tokens=4, output_scores=True, return_dict_in_generate=True, custom_generate=ours)

@@ -73,6 +73,7 @@ class Acceptance:
             "interval": [round(x, 4) for x in self.interval],
             "outside_repetition": None if self.outside_repetition is None else round(self.outside_repetition, 4),
             "outside_interval": self.outside_interval and [round(x, 4) for x in self.outside_interval],
+            "tokens_per_step": round(self.stats.tokens_per_step, 4),
             "num_drafts": self.stats.num_drafts,
             "acceptance_rate_per_position": {k: [round(x, 4) for x in v] for k, v in rates.items()},
             "tokens_sha256": digest(self.token_ids),

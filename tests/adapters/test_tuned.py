@@ -96,7 +96,7 @@ def broken(folder, **changes) -> str:
         ("[" * 100_000, "expected JSON, found some that is nested too deep"),
         ('{"format_version": 2, "choices": []}', "expected format_version 1, found 2"),
         ('{"format_version": 1}', "choices: expected a valid list, found None"),
-        ('{"format_version": 1, "choices": [{}]}', "expected key \'choices.0.device\', found none"),
+        ('{"format_version": 1, "choices": [{}]}', "expected key 'choices.0.device', found none"),
         ({"block_lengths": [2, 2]}, "block_lengths: expected K . 1 numbers"),
         ({"ms_per_step": "slow"}, r"choices\.0\.ms_per_step: expected a valid number"),
     ],
