@@ -21,10 +21,15 @@ def first_line(error: Exception) -> str:
 def shown(value: object) -> str:
     """A value as code would write it, in one line and shortened to 60 characters; never raises."""
     try:
-        text = " ".join(_SHORT.repr(value).split())
+        return short(_SHORT.repr(value))
     except Exception:  # a `__repr__` of somebody else's, an integer of thousands of digits, nesting without end
-        text = f"some {type(value).__name__}"
-    return text if len(text) <= _WIDTH + 2 else text[: _WIDTH - 3] + "..."
+        return f"some {type(value).__name__}"
+
+
+def short(text: str, width: int = _WIDTH + 2) -> str:
+    """A text in one line of at most `width` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 3] + "..."
 
 
 def problem(details: "ErrorDetails", key: str | None = None) -> str:

@@ -12,7 +12,7 @@ from pardec.adapters.files import load_adapter
 from pardec.adapters.tuned import read_tuned
 from pardec.arguments import flag
 from pardec.decoding.probe import probe, probe_head
-from pardec.errors import shown
+from pardec.errors import short, shown
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import load_base, load_tokenizer, refuse_by_config
@@ -71,7 +71,9 @@ def load(
     found = fingerprint(loaded, tokenizer)
     wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
     if wrong:
-        raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
+        more = [f"and {len(wrong) - 2} more"] if len(wrong) > 2 else []
+        told = "; ".join([*wrong[:2], *more])
+        raise AdapterError(f"{directory}: the adapter belongs to another base ({short(reference.name)}): {told}")
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
     model.tuned = read_tuned(
         directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files

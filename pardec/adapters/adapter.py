@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from pardec.adapters.gated_lora import LoraWeights, check_numbers
+from pardec.errors import short
 from pardec.layout import MAX_SPECULATIVE_TOKENS
 from pardec.target.fingerprint import Fingerprint
 
 FORMAT_VERSION = 1
 HEAD_TENSORS = ("inner.bias", "inner.weight", "outer.weight")
+_PATH = "^[^/]{0,255}(/[^/]{0,255})*$"  # what a file system can be asked for
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MASK_EMBEDDINGS, UNIFORM_NOISE = "mask_embeddings", "uniform_noise"  # what may stand at mask rows
 
@@ -28,7 +30,7 @@ class BaseReference(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str
+    name: str = Field(min_length=1, max_length=4095, pattern=_PATH)
     revision: str | None = None
 
 
@@ -42,8 +44,8 @@ class HeadShape(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    width: int = Field(ge=1)
-    shortlist: int = Field(ge=1)
+    width: int = Field(ge=1, lt=2**31)
+    shortlist: int = Field(ge=1, lt=2**31)
 
 
 class AdapterMetadata(BaseModel):
@@ -146,7 +148,8 @@ def _check_head(head: dict[str, Tensor] | None, shape: HeadShape | None) -> None
             raise AdapterError(f"head: expected weights and the key head in pardec.json, or neither, found {found}")
         return
     if sorted(head) != sorted(HEAD_TENSORS):
-        raise AdapterError(f"head: expected {', '.join(HEAD_TENSORS)}, found {', '.join(sorted(head)) or 'nothing'}")
+        found = short(", ".join(sorted(head)) or "nothing", 150)
+        raise AdapterError(f"head: expected {', '.join(HEAD_TENSORS)}, found {found}")
     shapes, W = {name: list(head[name].shape) for name in HEAD_TENSORS}, shape.width
     H, both = shapes["outer.weight"][:1], shapes["inner.weight"][1:]
     expected = {"inner.bias": [W], "inner.weight": [W, *both], "outer.weight": [*H, W]}

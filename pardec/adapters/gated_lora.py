@@ -50,7 +50,7 @@ class LoraWeights:
     def __post_init__(self) -> None:
         if self.config.get("peft_type") != "LORA":
             raise ValueError(f"lora: expected peft_type LORA, found {shown(self.config.get('peft_type'))}")
-        integer("lora: r", self.config.get("r"), 1)
+        integer("lora: r", self.config.get("r"), 1, 2**31 - 1)
         if not 0 < real(self.config.get("lora_alpha")) < math.inf:
             found = shown(self.config.get("lora_alpha"))
             raise ValueError(f"lora: expected lora_alpha as a finite number above 0, found {found}")
