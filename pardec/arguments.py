@@ -6,6 +6,7 @@ Knows numbers, flags, devices and dtypes, not what they are for.
 import math
 import numbers
 import operator
+from collections.abc import Collection
 
 import torch
 
@@ -53,6 +54,17 @@ def flag(name: str, value: object) -> bool:
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name}: expected True or False, found {shown(value)}")
+    return value
+
+
+def one_of(name: str, value: object, names: Collection[str]) -> str:
+    """One of these names.
+
+    Raises:
+        ValueError: beginning with `name`.
+    """
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name}: expected one of {', '.join(names)}, found {shown(value)}")
     return value
 
 

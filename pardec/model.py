@@ -26,6 +26,8 @@ from pardec.door import generate_for_transformers
 from pardec.target.base import pad_token_id
 from pardec.target.forward import embedding_weight
 
+MAX_SEQUENCES = 2**16  # of one prompt; far more than any device decodes together
+
 
 class SelfSpeculativeModel:
     """A frozen causal language model that drafts for itself with learned mask tokens.
@@ -115,7 +117,7 @@ class SelfSpeculativeModel:
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
         """
-        num_return_sequences = integer("num_return_sequences", num_return_sequences, 1)
+        num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
         ids = self._ids_of(prompts)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
         drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head)

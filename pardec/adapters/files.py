@@ -19,7 +19,7 @@ from torch import Tensor
 from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, AdapterError, AdapterMetadata
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.adapters.json_files import read_object
-from pardec.errors import first_line, problem, shown
+from pardec.errors import first_line, problem, short, shown
 from pardec.run import save_tensors
 
 METADATA_FILE = "pardec.json"
@@ -126,8 +126,12 @@ def load_adapter(directory: str | Path) -> Adapter:
     if not isinstance(directory, str | os.PathLike):
         raise AdapterError(f"directory: expected the path of an adapter, found {shown(directory)}")
     directory = Path(directory)
-    if not directory.is_dir():
-        raise AdapterError(f"{directory}: expected an adapter directory, found {_what(directory)}")
+    try:
+        found = None if directory.is_dir() else _what(directory)
+    except OSError as error:  # of a name that no file system takes
+        found = error.strerror
+    if found is not None:
+        raise AdapterError(f"{short(str(directory), 200)}: expected an adapter directory, found {found}")
     root = directory / _INCOMING if (directory / _INCOMING).is_dir() else directory
     metadata = _read_metadata(root)
     for name, expected in metadata.files.items():

@@ -16,7 +16,7 @@ from pardec.adapters.adapter import UNIFORM_NOISE, Adapter, AdapterError
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice
-from pardec.arguments import flag, integer, real
+from pardec.arguments import flag, integer, one_of, real
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
@@ -105,8 +105,7 @@ class Engines:
         Raises:
             ValueError: for what does not exist, or not together.
         """
-        if not isinstance(mode, str) or mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, found {shown(mode)}")
+        one_of("mode", mode, MODES)
         blocks = self._blocks_for(mode, asked) if block_lengths is None else self._checked(mode, asked, block_lengths)
         head = self.chosen_head(use_head)
         return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head)
@@ -178,7 +177,7 @@ class Engines:
         Raises:
             ValueError: naming what was expected and found.
         """
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1)
+        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
         limit, longest = self.target.max_positions, max(map(len, prompts))
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(

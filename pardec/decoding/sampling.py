@@ -60,7 +60,7 @@ def make_warpers(
     if temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(temperature)))
     if top_k is not None:
-        warpers.append(TopKLogitsWarper(top_k))
+        warpers.append(TopKLogitsWarper(min(top_k, 2**31 - 1)))  # above every vocabulary
     if top_p is not None and top_p < 1:
         warpers.append(TopPLogitsWarper(float(top_p)))
     if min_p is not None and min_p > 0:

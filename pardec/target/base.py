@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pardec.arguments import known_dtype, usable_device
-from pardec.errors import first_line
+from pardec.arguments import known_dtype, one_of, usable_device
+from pardec.errors import first_line, short
 from pardec.target.forward import SUPPORTED_ATTENTION, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -47,21 +47,20 @@ def load_base(
         ValueError: if nothing loadable is found under the name, and for a device or dtype that is none here.
         UnsupportedModelError: for a model that cannot be decoded exactly.
     """
-    if attn_implementation not in (None, *SUPPORTED_ATTENTION):
-        raise ValueError(
-            f"attn_implementation: expected one of {', '.join(SUPPORTED_ATTENTION)}, found {attn_implementation!r}"
-        )
+    if attn_implementation is not None:
+        one_of("attn_implementation", attn_implementation, SUPPORTED_ATTENTION)
     path = resolve_base(name)
     where = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else "auto"
-    elif dtype != "auto":
+    elif not isinstance(dtype, str) or dtype != "auto":
         dtype = known_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"base {name!r}: expected a folder or hub name of a causal language model, found {first_line(error)}"
+            f"base {short(repr(name), 120)}: expected a folder or hub name of a causal language model, "
+            f"found {short(first_line(error), 200)}"
         ) from None
     refuse_by_config(config)
     try:

@@ -75,9 +75,8 @@ def differences(expected: Fingerprint, found: Fingerprint, found_dtype: torch.dt
         # float16 keeps 11 significant bits, and steps of 2^-24 near zero
         rounding = want.abs() * 2**-11 + 2**-24
         if found_dtype != torch.float16 or bool(((want - have).abs() > rounding).any()):
-            lines.append(
-                f"input embeddings: expected sha256 {short(expected.embedding_rows[:12])}, found {found.embedding_rows[:12]}"
-            )
+            wanted = short(expected.embedding_rows[:12])
+            lines.append(f"input embeddings: expected sha256 {wanted}, found {found.embedding_rows[:12]}")
     if expected.tokenizer and found.tokenizer and expected.tokenizer != found.tokenizer:
         lines.append(
             f"tokenizer vocabulary: expected sha256 {short(expected.tokenizer[:12])}, found {found.tokenizer[:12]}"
