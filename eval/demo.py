@@ -20,7 +20,6 @@ from reporting.result_files import write_json
 from rich.console import Console
 from rich.table import Table
 from timing.baselines import generated_alone
-from timing.divergence import TOLERANCE, divergence_from
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -30,6 +29,7 @@ from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import TEST
 from pardec.decoding.output import GenerationOutput
 from pardec.measures.acceptance import Acceptance, measure_acceptance, summarise
+from pardec.measures.divergence import TOLERANCE, divergence_from
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, exit_on_unusable_input, library_versions
 from pardec.training.module import mean_embedding

@@ -23,13 +23,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from timing.baselines import generated_alone, neutral_generation_config
-from timing.divergence import Divergence, divergence_from
 from timing.options import add_prompt_options, check_device, full_or_quick
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import pardec
 from pardec.data.benchmarks import Prompt, read_prompts
+from pardec.measures.divergence import Divergence, divergence_from
 from pardec.model import SelfSpeculativeModel
 from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
 

@@ -19,7 +19,6 @@ from reporting.result_files import output_stem, provenance
 from reporting.speed_tables import print_results, write_results
 from timing.baselines import Setting, check_assistant, generated_alone, model_bytes, neutral_generation_config, ways_for
 from timing.calls import rows_of, time_ways
-from timing.divergence import Divergence, divergence_from
 from timing.options import add_prompt_options, check_device, full_or_quick, integers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -29,6 +28,7 @@ import pardec
 from pardec.adapters.files import load_adapter
 from pardec.data.benchmarks import Prompt, read_prompts
 from pardec.decoding.sampling import make_warpers
+from pardec.measures.divergence import Divergence, divergence_from
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base

@@ -114,6 +114,9 @@ def generate(
 @app.command()
 def check(
     directory: Directory,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="minutes: long contexts, tokens of generate, the sampled law")
+    ] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -125,9 +128,11 @@ def check(
     with exit_on_unusable_input():
         model = _load(directory, base, device, dtype, trust_remote_code)
 
-        from pardec.console import print_check
+        from pardec.console import print_check, print_thorough_check
 
         identical = print_check(model)
+        if thorough:
+            identical = print_thorough_check(model) and identical
     sys.exit(0 if identical else 1)
 
 

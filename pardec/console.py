@@ -6,10 +6,15 @@ from typing import cast
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm.auto import tqdm
 
 from pardec.adapters.adapter import MASK_EMBEDDINGS
+from pardec.data.python_sources import VALIDATION, python_sources, stdlib_folder
 from pardec.decoding.output import GenerationOutput
 from pardec.decoding.probe import probe
+from pardec.decoding.probe_step import text_of
+from pardec.decoding.step import MODES
+from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly
 from pardec.model import SelfSpeculativeModel
 
 
@@ -80,6 +85,36 @@ def print_comparison(model: SelfSpeculativeModel, prompt: str, mode: str, option
     )
     console.print(f"same tokens as plain: {same}")
     return identical
+
+
+def print_thorough_check(model: SelfSpeculativeModel) -> bool:
+    """The long check, in a table; whether everything was as it must be."""
+    sources = python_sources(stdlib_folder(), VALIDATION)
+    text = text_of(model.target, 4096).tolist()
+    if model.tokenizer is not None:
+        text = model.tokenizer(next(sources), verbose=False).input_ids
+    with tqdm(total=1 + len(CONTEXTS) + len(MODES), unit="part", leave=False) as bar:
+
+        def begin(part: str) -> None:
+            bar.update(bool(bar.desc))
+            bar.set_description(part)
+
+        report = check_thoroughly(model, text, begin)
+    table = Table("what", "where", "found", "")
+    for length, deviation in report.probe.lengths.deviations.items():
+        table.add_row("real rows", f"behind {length} tokens", f"{deviation:.1e} standard deviations", "ok")
+    for length in report.probe.lengths.skipped:
+        table.add_row("real rows", f"behind {length} tokens", "no memory, or no positions", "not checked")
+    for greedy in report.greedy:
+        found = f"first difference at token {greedy.divergence.index}" if greedy.divergence else "generate's tokens"
+        verdict = "DIFFERENT" if not greedy.passed else "a tie" if greedy.divergence else "ok"
+        table.add_row(f"{NEW_TOKENS} greedy tokens, {greedy.mode}", f"behind {greedy.context} tokens", found, verdict)
+    for law in report.law:
+        found = f"p = {law.p_value:.3g} of {law.num_cells} cells"
+        verdict = "ok" if law.passed else "ANOTHER LAW"
+        table.add_row(f"{law.num_samples:,} samples, {law.mode}", f"{NUM_SAMPLED_TOKENS} tokens", found, verdict)
+    Console(highlight=False).print(table)
+    return report.passed
 
 
 def print_check(model: SelfSpeculativeModel) -> bool:

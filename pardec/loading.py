@@ -17,8 +17,8 @@ from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import load_base, load_tokenizer, refuse_by_config
 from pardec.target.fingerprint import differences, fingerprint
-from pardec.target.forward import embedding_weight
-from pardec.target.placement import is_offloaded, refuse_by_placement
+from pardec.target.forward import UnsupportedModelError, embedding_weight
+from pardec.target.placement import META, is_offloaded, refuse_by_placement
 
 
 def load(
@@ -75,6 +75,8 @@ def load(
         told = "; ".join([*wrong[:2], *more])
         raise AdapterError(f"{directory}: the adapter belongs to another base ({short(reference.name)}): {told}")
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
+    if model.engines.head is not None and model.engines.head.tap.output_embeddings.device == META:
+        raise UnsupportedModelError("base: expected the output head in memory for a sampler head, found it offloaded")
     model.tuned = read_tuned(
         directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files
     )
@@ -86,7 +88,7 @@ def load(
     if lengths.skipped:
         warnings.warn(
             f"{loaded.config.model_type}: not compared with the base's own decoding behind "
-            f"{', '.join(map(str, lengths.skipped))} tokens, for want of memory or of a cache that can be filled",
+            f"{', '.join(map(str, lengths.skipped))} tokens, for want of memory or as it cannot be run there",
             stacklevel=2,
         )
     if model.engines.head is not None:

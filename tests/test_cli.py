@@ -147,6 +147,22 @@ def test_check_shows_the_adapter_and_that_it_is_exact(saved):
         assert words in shown(result)
 
 
+def test_a_thorough_check_says_what_it_compared_and_fails_where_something_differs(saved, monkeypatch):
+    from pardec.measures import thorough
+
+    monkeypatch.setattr(thorough, "CONTEXTS", (8,))
+    monkeypatch.setattr(thorough, "NEW_TOKENS", 8)
+    monkeypatch.setattr(thorough, "NUM_SAMPLES", 200)
+    result = run("check", saved, "--thorough")
+    assert result.exit_code == 0, result.output
+    for words in ("behind 2044 tokens", "greedy tokens, fused", "200 samples, two_pass", "generate's tokens"):
+        assert words in shown(result)
+    monkeypatch.setattr(thorough, "_SIGNIFICANCE", 1.1)
+    result = run("check", saved, "--thorough")
+    assert result.exit_code == 1
+    assert "ANOTHER LAW" in shown(result)
+
+
 def test_check_says_what_stands_at_draft_rows_and_names_the_head(save):
     assert "sampler head width 8, shortlist 5" in shown(run("check", save(head_width=8, shortlist=5)))
     noise = shown(run("check", save(lora_rank=2, draft_input="uniform_noise")))

@@ -12,9 +12,9 @@ from itertools import cycle
 import torch
 from timing.baselines import Decoded, Way
 from timing.clock import quartiles
-from timing.divergence import Divergence
 
 from pardec.data.benchmarks import Prompt
+from pardec.measures.divergence import Divergence
 
 BYTES_PER_MIB = 2**20
 

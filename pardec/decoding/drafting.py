@@ -16,7 +16,6 @@ from pardec.adapters.head import SamplerHead
 from pardec.decoding.sampling import TokenLaw
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
-from pardec.target.placement import META
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,6 @@ class HeadDrafter:
         if adapter.head is None or adapter.metadata.head is None:
             return None
         tap = HiddenTap(target.base)
-        if tap.output_embeddings.device == META:
-            raise AdapterError("head: expected an output head in memory, found its weights offloaded (device_map)")
         D, H = target.embedding_dim, tap.output_embeddings.shape[1]
         found_h = adapter.head["outer.weight"].shape[0]
         found_d = adapter.head["inner.weight"].shape[1] - found_h

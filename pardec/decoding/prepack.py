@@ -201,6 +201,8 @@ def _can_be_packed(module: nn.Linear) -> bool:
     replaced = "forward" in vars(module) and module not in _num_open
     if type(module) is not nn.Linear or replaced:  # a subclass computes something else
         return False
+    if type(module.weight) not in (nn.Parameter, Tensor):  # as do quantised weights
+        return False
     on_cpu = module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
     return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from pardec.decoding.probe_step import (
-    FAILURES,
     SHORT,
     TIMES_OWN,
     K,
@@ -22,7 +21,7 @@ from pardec.decoding.probe_step import (
     probe_decoder,
     state_behind,
     text_of,
-    tolerance_of,
+    tolerance_for,
 )
 from pardec.errors import first_line
 from pardec.target.cache import SlotCache
@@ -40,7 +39,7 @@ class LengthReport:
 
     Attributes:
         deviations: of real rows from the model's own cached forward by committed tokens, in standard deviations.
-        skipped: committed tokens for which there was no memory, or no cache of the model's own to compare with.
+        skipped: committed tokens for which there was no memory, or behind which the model itself could not be run.
         shared_limit: tokens up to which several sequences may share a batch; None for any number.
     """
 
@@ -79,7 +78,7 @@ def probe_lengths(target: TargetModel, lengths: tuple[int, ...] = QUICK) -> Leng
         return LengthReport(deviations, tuple(skipped), probe.shared_limit())
     except UnsupportedModelError:
         raise
-    except FAILURES as error:
+    except Exception as error:  # a model's own code may raise anything
         raise UnsupportedModelError(
             f"{name}: expected a step behind {length} tokens, found: {first_line(error)}"
         ) from error
@@ -93,7 +92,6 @@ class _LengthProbe:
         self.state = state_behind(self.decoder, self.ids)
         self.short = self.state.cache
         self.own = target.base(self.ids[None, :1], use_cache=True).past_key_values
-        self.tolerance = tolerance_of(target, self.ids)
 
     def step_behind(self, num_committed: int) -> tuple[float, float] | None:
         """(deviation, tolerance) of a step behind so many tokens; None where it cannot be compared."""
@@ -103,12 +101,19 @@ class _LengthProbe:
             return None
         # a staircase: whatever range of slots a window cuts off, what is left is another mixture
         source = torch.arange(num_committed, device=self.target.device) * (SHORT - K - 1) // num_committed
-        long, own = _stretched(self.short, source, num_slots), copy.deepcopy(self.own)
+        long, own = self.short.stretched(source, num_slots), copy.deepcopy(self.own)
         _fill(own, long, num_committed)
         self.state.cache, self.state.lengths = long, torch.full_like(self.state.lengths, num_committed)
+        positions = torch.arange(num_committed, num_committed + K + 1, device=self.target.device)[None]
+        try:
+            expected = self.target.base(
+                self.ids[None, -K - 1 :], position_ids=positions, past_key_values=own, use_cache=True
+            ).logits[0]
+        except Exception:  # more positions than it has, which its configuration does not tell
+            return None
         found = self._real_logits()
-        expected = self.target.base(self.ids[None, -K - 1 :], past_key_values=own, use_cache=True).logits[0]
-        worst, tolerance = deviation(found, expected, expected), self.tolerance
+        worst = deviation(found, expected, expected)
+        tolerance = tolerance_for(self.target, self.ids, (worst,))
         if not worst <= tolerance:  # long contexts may round more
             with jittered_embeddings(self.target):
                 jittered = self._real_logits()
@@ -145,33 +150,19 @@ class _LengthProbe:
         self.state.cache.get_seq_length = answer
         try:
             return self._real_logits(), bool(asked)
-        except FAILURES:
+        except Exception:
             return None, bool(asked)
 
     def _real_logits(self) -> Tensor:
         return self.decoder.step_logits(self.state)[0, : K + 1]
 
 
-def _stretched(cache: SlotCache, source: Tensor, num_slots: int) -> SlotCache:
-    """A cache of `num_slots` whose slot s holds what `cache` holds in slot `source[s]`."""
-    long = SlotCache(len(cache.layers), num_slots, 1)
-    for layer, short in zip(long.layers, cache.layers, strict=True):
-        if short.keys is None or short.values is None:
-            continue  # a layer that shares the keys and values of another
-        layer.lazy_initialization(short.keys, short.values)
-        for buffer, states in ((layer.keys, short.keys), (layer.values, short.values)):
-            assert buffer is not None
-            buffer[:, :, : source.shape[0]] = states[:, :, source]
-    return long
-
-
 def _fill(own: Cache, long: SlotCache, num_committed: int) -> None:
     """Writes the slots behind the first into the model's own cache, which keeps of them what it would."""
-    for index, (layer, source) in enumerate(zip(own.layers, long.layers, strict=False)):
-        if layer.is_initialized:
-            assert source.keys is not None
-            assert source.values is not None
-            own.update(source.keys[:, :, 1:num_committed], source.values[:, :, 1:num_committed], index)
+    for index, layer in enumerate(own.layers):
+        if getattr(layer, "keys", None) is not None:  # some layers attend to another's
+            keys, values = long.states(index, num_committed)
+            own.update(keys[:, :, 1:], values[:, :, 1:], index)
 
 
 def _free_memory(target: TargetModel) -> int:

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from pardec.target.forward import config_value
+
 ROUTE = "pardec_grouped"
 STOCK = "sdpa"
 _FIELD = "_attn_implementation_internal"  # behind `config._attn_implementation`
@@ -138,7 +140,7 @@ class AttentionRoute:
 def query_group(base: PreTrainedModel) -> int:
     """G of a model whose configuration names its head counts; 1 where they differ between layers or are not named."""
     config = base.config.get_text_config(decoder=True)
-    heads, kv_heads = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    heads, kv_heads = config_value(config, "num_attention_heads"), config_value(config, "num_key_value_heads")
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
         return 1
     return heads // kv_heads

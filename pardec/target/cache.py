@@ -151,6 +151,29 @@ class SlotCache(Cache):
             # the selection is a copy, so rows may be read and overwritten in any order
             buffer[: source.shape[0], :, :num_slots] = buffer[source, :, :num_slots]
 
+    def stretched(self, source: Tensor, num_slots: int) -> "SlotCache":
+        """A cache of `num_slots` whose slot s holds what slot `source[s]` holds here; `source` of shape [n], int64."""
+        long = SlotCache(len(self.layers), num_slots, self.num_sequences)
+        for layer, short in zip(long.layers, self.layers, strict=True):
+            assert isinstance(layer, _SlotLayer)
+            assert isinstance(short, _SlotLayer)
+            if short.keys is None or short.values is None:
+                continue  # a layer that shares the keys and values of another
+            layer.lazy_initialization(short.keys, short.values)
+            assert layer.keys is not None
+            assert layer.values is not None
+            layer.keys[:, :, : source.shape[0]] = short.keys[:, :, source]
+            layer.values[:, :, : source.shape[0]] = short.values[:, :, source]
+        return long
+
+    def states(self, layer_idx: int, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Keys and values that a layer has in its first slots, each of shape [B, H, num_slots, D]."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, _SlotLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        return layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots]
+
 
 class _PrefixLayer(CacheLayerMixin):
     is_sliding = False

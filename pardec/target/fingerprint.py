@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.errors import short, shown
-from pardec.target.forward import embedding_weight, text_config
+from pardec.target.forward import config_value, embedding_weight, text_config
 
 NUM_ROWS = 64
 _SIZES = (
@@ -97,11 +97,11 @@ def _sample(rows: Tensor) -> Tensor:
 
 def _architecture(base: PreTrainedModel) -> dict[str, Any]:
     config = text_config(base)
-    values: dict[str, Any] = {key: getattr(config, key, None) for key in _SIZES}
-    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    values: dict[str, Any] = {key: config_value(config, key) for key in _SIZES}
+    kinds = sorted(set(config_value(config, "layer_types") or []))
     windowed = "sliding_attention" in kinds or not kinds
-    values["sliding_window"] = getattr(config, "sliding_window", None) if windowed else None
-    rope = getattr(config, "rope_parameters", None) or {}
+    values["sliding_window"] = config_value(config, "sliding_window") if windowed else None
+    rope = config_value(config, "rope_parameters") or {}
     # models with several kinds of layers nest one set of parameters under each kind
     nested = {k: v for k, v in rope.items() if isinstance(v, dict)} or {"all": rope}
     values["rope"] = {

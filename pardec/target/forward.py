@@ -82,6 +82,14 @@ def text_config(base: PreTrainedModel):
     return base.config.get_text_config(decoder=True)
 
 
+def config_value(config, name: str):
+    """A value of a configuration, None where it has none, or another one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' AmbiguousGlobalPerLayerAttributeError, which newer versions have
+        return None
+
+
 def attention_form(base: PreTrainedModel) -> AttentionForm:
     """Reads from the configuration how `base` takes attention masks.
 
@@ -90,8 +98,8 @@ def attention_form(base: PreTrainedModel) -> AttentionForm:
             implementations other than sdpa and eager.
     """
     config = text_config(base)
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
+    window = config_value(config, "sliding_window")
+    kinds = config_value(config, "layer_types")
     # without layer_types a configured window holds for every layer
     layer_types = tuple(sorted(set(kinds))) if kinds else (SLIDING if window else FULL,)
     unknown = [kind for kind in layer_types if kind not in SUPPORTED_LAYER_TYPES]
@@ -106,7 +114,7 @@ def attention_form(base: PreTrainedModel) -> AttentionForm:
             f"attention implementation {implementation!r} takes no explicit mask; expected one of "
             f"{', '.join(SUPPORTED_ATTENTION)} (attn_implementation=)"
         )
-    chunk = getattr(config, "attention_chunk_size", None)
+    chunk = config_value(config, "attention_chunk_size")
     return AttentionForm(layer_types, window, chunk, additive=implementation == "eager")
 
 
@@ -208,11 +216,17 @@ class TargetModel:
         A `tap` that is attached keeps the hidden states of the same rows.
         """
         if rows.shape[0] > 1 and _TAKES_ROWS_OF_EACH:
-            return self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=rows)
-        # one set of rows for all sequences, out of which each takes its own
-        columns = rows.unique()
-        logits = self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=columns)
-        where = torch.searchsorted(columns, rows)
+            where = None
+            logits = self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=rows)
+            asked = rows.shape[1]
+        else:  # one set of rows for all sequences, out of which each takes its own
+            columns = rows.unique()
+            logits = self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=columns)
+            where, asked = torch.searchsorted(columns, rows), columns.shape[0]
+        if logits.shape[1] != asked:  # models that know no logits_to_keep give the logits of all rows
+            where = rows
+        if where is None:
+            return logits
         if tap is not None:
             tap.keep(where)
         return rows_of_each(logits, where)
@@ -224,8 +238,8 @@ def position_limit(base: PreTrainedModel) -> int | None:
     Rope types whose frequencies depend on the largest position of a call are held below the point of change.
     """
     config = text_config(base)
-    limit = getattr(config, "max_position_embeddings", None)
-    rope = getattr(config, "rope_parameters", None) or {}
+    limit = config_value(config, "max_position_embeddings")
+    rope = config_value(config, "rope_parameters") or {}
     nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
     for parameters in nested:
         if parameters.get("rope_type") in _SWITCHING_ROPE:
@@ -233,7 +247,7 @@ def position_limit(base: PreTrainedModel) -> int | None:
                 config, "original_max_position_embeddings", None
             )
             limit = min(filter(None, (limit, original)), default=None)
-    return limit
+    return limit if limit is None or limit > 0 else None  # some say -1 where there is none
 
 
 def embedding_weight(base: PreTrainedModel) -> Tensor:

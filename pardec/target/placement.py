@@ -7,45 +7,43 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from pardec.target.forward import UnsupportedModelError
+from pardec.target.forward import UnsupportedModelError, embedding_weight
 
 META = torch.device("meta")
 
 
 def execution_devices(base: nn.Module) -> dict[nn.Module, torch.device]:
-    """The device on which each module with parameters of its own runs.
-
-    Raises:
-        UnsupportedModelError: if parameters are nowhere and nothing brings them in.
-    """
+    """The device on which each module with parameters of its own runs."""
     found = {}
     for module, brought_to in _with_offloading(base, None):
         own = next(module.parameters(recurse=False), None)
-        if own is None:
-            continue
-        if own.device == META and brought_to is None:
-            raise UnsupportedModelError(
-                f"base: expected loaded weights, found those of a {type(module).__name__} on the device meta, with "
-                "nothing that brings them in"
-            )
-        found[module] = brought_to if own.device == META and brought_to is not None else own.device
+        if own is not None:
+            found[module] = own.device if own.device != META or brought_to is None else brought_to
     return found
 
 
-def refuse_by_placement(base: nn.Module) -> None:
-    """Refuses bases whose layers do not all run on one device, or whose input embeddings are offloaded.
+def refuse_by_placement(base: PreTrainedModel) -> None:
+    """Refuses bases with weights that are nowhere, layers on several devices, or offloaded input embeddings.
 
     Raises:
         UnsupportedModelError: naming them.
     """
-    devices = sorted(set(map(str, execution_devices(base).values())))
+    found = execution_devices(base)
+    for module, device in found.items():
+        if device == META:
+            raise UnsupportedModelError(
+                f"base: expected loaded weights, found those of a {type(module).__name__} on the device meta, with "
+                "nothing that brings them in"
+            )
+    devices = sorted(set(map(str, found.values())))
     if len(devices) > 1:
         raise UnsupportedModelError(
             f"base: expected all layers on one device, found them on {', '.join(devices)} (device_map); a step keeps "
             "its positions, masks and cache on one"
         )
-    if base.get_input_embeddings().weight.device == META:  # type: ignore[operator]
+    if embedding_weight(base).device == META:
         raise UnsupportedModelError(
             "base: expected input embeddings in memory, found them offloaded (device_map); offload layers only"
         )

@@ -271,7 +271,8 @@ class MaskTokenTrainer(nn.Module):
         if self.mask_embeddings is None:
             return target.embed(torch.randint(target.vocab_size, (B, M), device=layout.positions.device)).detach()
         embeddings = self.mask_embeddings.to(target.dtype).expand(self.drafter.num_speculative_tokens, -1)
-        return embeddings[layout.depths].expand(B, -1, -1)
+        # a tensor of its own: there are models that scale their input embeddings in place
+        return embeddings[layout.depths].expand(B, -1, -1).contiguous()
 
 
 def part_of(name: str) -> str:

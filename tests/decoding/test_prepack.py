@@ -124,6 +124,19 @@ def test_other_dtypes_are_not_packed():
     assert packed.modules == []
 
 
+def test_quantised_weights_in_a_plain_layer_are_not_packed():
+    """Such tensors say that they are float32, and have no bits to sum up or to reorder."""
+
+    class Quantised(torch.nn.Parameter):
+        pass
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[0].weight = Quantised(torch.randn(8, 8))
+    packed = packed_linears(model)
+    packed.refresh()
+    assert packed.modules == [model[1]]
+
+
 def test_nothing_is_packed_where_memory_is_short(monkeypatch):
     import psutil
 

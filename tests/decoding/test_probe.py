@@ -76,6 +76,15 @@ def test_experts_that_batch_their_rows_round_otherwise_and_are_accepted(dtype):
     probe(target_of("qwen3_moe", MOE, dtype=dtype))
 
 
+def test_models_that_make_much_of_rounding_are_measured_by_their_own():
+    """As layers do that quantise their inputs: a small difference moves some of them by a step."""
+    model = tiny_model("llama", dtype=torch.float32)
+    sawtooth = lambda x: x + 3e4 * (x - x.half().float())  # noqa: E731
+    model.get_submodule("model.norm").register_forward_hook(lambda module, args, output: sawtooth(output))
+    report = probe(TargetModel.wrap(model))
+    assert max(report.deviation, *report.lengths.deviations.values()) > 2e-3
+
+
 def test_the_probes_leave_the_model_as_it_was():
     model = tiny_model("llama")
     target = TargetModel.wrap(model)

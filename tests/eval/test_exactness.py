@@ -8,9 +8,9 @@ import exactness
 import pytest
 import torch
 from programs import Ended, run, run_in_own_process
-from timing.divergence import examine
 
 import pardec
+from pardec.measures.divergence import examine
 from pardec.model import SelfSpeculativeModel
 
 ROOT = Path(__file__).parents[2]

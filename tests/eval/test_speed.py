@@ -13,11 +13,11 @@ from timing import baselines
 from timing import calls as timing
 from timing.baselines import Decoded, Setting, Way
 from timing.calls import Call, Timed
-from timing.divergence import Divergence
 from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.data.benchmarks import Prompt
+from pardec.measures.divergence import Divergence
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, written_aside
 from pardec.target.base import eos_token_ids

@@ -17,10 +17,10 @@ from pardec.target.placement import META, execution_devices, is_offloaded, refus
 K = 3
 
 
-def offloaded_base(folder, *, where: str = "disk"):
+def offloaded_base(folder):
     """The packaged model, its last layers on the disk."""
-    device_map = dict.fromkeys(("model.embed_tokens", "lm_head", "model.norm", "model.rotary_emb"), "cpu")
-    device_map |= {f"model.layers.{i}": "cpu" if i < 2 else where for i in range(6)}
+    here = ("lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0", "model.layers.1")
+    device_map = {**dict.fromkeys(here, "cpu"), **{f"model.layers.{i}": "disk" for i in range(2, 6)}}
     return AutoModelForCausalLM.from_pretrained(
         resolve_base("tiny-python"), device_map=device_map, offload_folder=str(folder), dtype=torch.float32
     ).eval()
@@ -67,6 +67,17 @@ def test_offloaded_embeddings_are_refused(tmp_path):
     base = disk_offload(base, tmp_path / "weights", execution_device=torch.device("cpu"))
     with pytest.raises(UnsupportedModelError, match="expected input embeddings in memory, found them offloaded"):
         pardec.load(tmp_path / "adapter", base=base)
+
+
+def test_a_sampler_head_needs_the_output_head_in_memory(tmp_path):
+    base = tiny_model("llama", dtype=torch.float32)
+    for width in (0, 6):
+        save_adapter(make_adapter(base, K, head_width=width), tmp_path / str(width))
+    add_hook_to_module(base.get_output_embeddings(), AlignDevicesHook(execution_device="cpu", offload=True))
+    assert is_offloaded(base)
+    pardec.load(tmp_path / "0", base=base)
+    with pytest.raises(UnsupportedModelError, match="expected the output head in memory for a sampler head"):
+        pardec.load(tmp_path / "6", base=base)
 
 
 def test_weights_that_are_nowhere_are_refused(tmp_path):

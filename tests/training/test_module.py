@@ -314,6 +314,32 @@ def test_shared_mask_embeddings_are_one_vector():
     assert trainer.mask_embeddings.grad.shape == (1, 32)
 
 
+def test_models_that_scale_their_input_embeddings_in_place_can_be_trained():
+    from transformers import CTRLConfig, CTRLLMHeadModel
+
+    torch.manual_seed(0)
+    config = CTRLConfig(vocab_size=61, n_positions=64, n_embd=32, dff=48, n_layer=2, n_head=4)
+    trainer = MaskTokenTrainer(CTRLLMHeadModel(config).eval().requires_grad_(False), Drafter(K), Objective())
+    before = trainer.mask_embeddings.detach().clone()
+    loss, count, _ = trainer(**make_batch())
+    (loss / count).backward()
+    assert torch.equal(trainer.mask_embeddings, before)
+    assert float(trainer.mask_embeddings.grad.abs().sum()) > 0
+
+
+def test_mask_rows_that_overflow_leave_the_law_that_is_followed_as_it_is():
+    """Real tokens are run without them: whatever they hold, the loss is not finite and nothing else is touched."""
+    trainer, batch = make_trainer("llama"), make_batch()
+    trainer(**batch)
+    law = trainer._prefix.probs
+    with torch.no_grad():
+        trainer.mask_embeddings.fill_(float("nan"))
+    loss, _, _ = trainer(**batch)
+    assert not bool(loss.isfinite())
+    assert torch.equal(trainer._prefix.probs, law)
+    assert all(bool(layer.keys.isfinite().all()) for layer in trainer._prefix.cache.layers)
+
+
 def test_gradient_checkpointing_is_refused():
     model = tiny_model("llama")
     model.model.gradient_checkpointing = True
