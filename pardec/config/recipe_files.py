@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from pardec.errors import problem, shown
 
@@ -16,10 +17,24 @@ class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the key, what was expected and what was found."""
 
 
-class Section(BaseModel):
-    """A part of a recipe; a key that it does not know is an error."""
+_TOO_LARGE = 2**53  # beyond it floats are no longer exact, and nothing is counted that far
 
-    model_config = ConfigDict(extra="forbid")
+
+class Section(BaseModel):
+    """A part of a recipe; a key that it does not know is an error, as are true, infinity and NaN for a number."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if {int, float} & {kind, *(one for one in get_args(kind) if isinstance(one, type))}:
+            if isinstance(value, bool):
+                raise PydanticCustomError("number", "Input should be a number")
+            if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+                raise PydanticCustomError("number", "Input should be a number below 2^53")
+        return value
 
 
 # YAML reads a bare `no` as false
