@@ -63,9 +63,8 @@ def print_comparison(model: SelfSpeculativeModel, prompt: str, mode: str, option
         return identical
     console = Console(highlight=False)
     console.print(drafted.text[0], markup=False)
-    table = Table(
-        "mode", "new tokens", "forwards", "mean acceptance length", "tokens/step", "tokens/s", "ratio to plain"
-    )
+    lengths = ("mean acceptance\nlength", "tokens\nper step")
+    table = Table("mode", "new\ntokens", "forwards", *lengths, "tokens/s", "ratio to\nplain")
     for name, out, factor in (("plain", plain, 1.0), (mode, drafted, ratio)):
         stats = out.stats
         table.add_row(

@@ -47,12 +47,14 @@ def exit_on_unusable_input() -> Iterator[None]:
 
 def _drop_output() -> None:
     """Lets what standard output cannot take go, so that the interpreter does not try again when it ends."""
+    out = sys.stdout
+    if out is None:
+        return
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        out.flush()
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
+        os.dup2(nowhere, out.fileno())
         os.close(nowhere)
 
 
