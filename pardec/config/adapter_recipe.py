@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pardec.config.recipe_files import MixedPrecision, Section
 from pardec.errors import shown
-from pardec.layout import nested_block_lengths
+from pardec.layout import MAX_SPECULATIVE_TOKENS, nested_block_lengths
 from pardec.training.loss import WEIGHT_RULES
 from pardec.training.module import Drafter, Objective
 
@@ -103,7 +103,7 @@ class AdapterConfig(Section):
         start_from: folder of an adapter of the same base and shape whose parts this one starts with; default none.
     """
 
-    num_speculative_tokens: int = Field(default=4, ge=1, le=64)
+    num_speculative_tokens: int = Field(default=4, ge=1, le=MAX_SPECULATIVE_TOKENS)
     mask_sharing: Literal["distinct", "shared"] = "distinct"
     mask_initialisation: Literal["mean", "random_token"] = "mean"
     draft_input: Literal["mask_embeddings", "uniform_noise"] = "mask_embeddings"

@@ -251,6 +251,13 @@ def test_metadata_with_an_unknown_key_or_value_names_it(saved, changes, key):
     assert refusal(saved).startswith(f"{saved / 'pardec.json'}: {key}: ")
 
 
+@pytest.mark.parametrize("too_many", [65, 300, 10**6])
+def test_more_mask_tokens_than_any_step_drafts_are_refused(saved, too_many):
+    edit_metadata(saved, num_speculative_tokens=too_many)
+    place = f"{saved / 'pardec.json'}: num_speculative_tokens"
+    assert refusal(saved) == f"{place}: expected less than or equal to 64, found {too_many}"
+
+
 def test_metadata_without_a_key_names_it(saved):
     edit_metadata(saved, base={})
     assert refusal(saved) == f"{saved / 'pardec.json'}: expected key 'base.name', found none"
