@@ -51,7 +51,8 @@ def problem(details: "ErrorDetails", key: str | None = None) -> str:
     expected = re.fullmatch(r".*? should (?:be|have|match) (.*)", message)
     if expected is None:
         return f"{key}: expected a value of another kind, found {found}: {message[:80]}"
-    return f"{key}: expected {expected[1]}, found {found}"
+    bound = "a number " if kind.startswith(("greater_than", "less_than")) else ""
+    return f"{key}: expected {bound}{expected[1]}, found {found}"
 
 
 _SHORT = reprlib.Repr()

@@ -255,7 +255,7 @@ def test_metadata_with_an_unknown_key_or_value_names_it(saved, changes, key):
 def test_more_mask_tokens_than_any_step_drafts_are_refused(saved, too_many):
     edit_metadata(saved, num_speculative_tokens=too_many)
     place = f"{saved / 'pardec.json'}: num_speculative_tokens"
-    assert refusal(saved) == f"{place}: expected less than or equal to 64, found {too_many}"
+    assert refusal(saved) == f"{place}: expected a number less than or equal to 64, found {too_many}"
 
 
 def test_metadata_without_a_key_names_it(saved):

@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(sources, tmp_path):
     [
         ("train.stesp=3", "unknown key: expected one such as 'train.steps', found 'train.stesp'"),
         ("outptu_dir=x", "unknown key: expected one such as 'output_dir', found 'outptu_dir'"),
-        ("tokenizer.vocab_size=256", "tokenizer.vocab_size: expected greater than or equal to 257"),
+        ("tokenizer.vocab_size=256", "tokenizer.vocab_size: expected a number greater than or equal to 257"),
         ("tokenizer.vocab_size=9000", "tokenizer.vocab_size: expected at most"),
         ("model.num_attention_heads=5", "model.hidden_size: expected a multiple of 2 x 5"),
         ("model.num_key_value_heads=3", "model.num_attention_heads: expected a multiple of 3"),
