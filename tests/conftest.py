@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_samples import CHAT_TEMPLATE, source_names
 from tiny_models import make_adapter
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.adapters.adapter import Adapter
@@ -90,6 +91,15 @@ def chat_tokenizer(tokenizer):
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = CHAT_TEMPLATE
     return chat
+
+
+@pytest.fixture
+def bos_tokenizer(chat_tokenizer):
+    """One that puts BOS in front of every text itself, as those of many families do; changing it is safe."""
+    bos = chat_tokenizer.bos_token
+    front = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, chat_tokenizer.bos_token_id)])
+    chat_tokenizer.backend_tokenizer.post_processor = front
+    return chat_tokenizer
 
 
 @pytest.fixture

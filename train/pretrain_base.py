@@ -9,16 +9,17 @@ several processes each holds the whole model. Legend: T tokens of a sequence.
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -37,7 +38,7 @@ from pardec.data.pretrain_data import (
 from pardec.data.python_sources import TEST, TRAIN, VALIDATION
 from pardec.data.reading import DataError
 from pardec.run import exit_on_unusable_input
-from pardec.training.checkpoints import load_state, save_state, steps_done_before
+from pardec.training.checkpoints import check_same, load_state, save_state, steps_done_before
 from pardec.training.memory import pretraining_bytes
 from pardec.training.model_folder import CARD_FILE, MODEL_FILE, export, model_card, round_to_bfloat16, without_folder
 from pardec.training.pretraining import build_optimizers, held_out_loss, optimiser_step, set_rates
@@ -64,6 +65,9 @@ def pretrain(recipe: PretrainRecipe) -> None:
     shape = (train.steps, train.gradient_accumulation_steps, accelerator.num_processes, train.batch_size)
     num_tokens = math.prod(shape) * T
     tokenizer, corpus, num_files, num_characters = read_corpus(recipe, accelerator, num_tokens)
+    kept: dict[str, Any] = {"recipe": trained_by(recipe), "num_processes": accelerator.num_processes}
+    kept["digest"] = digest_of(corpus, tokenizer, accelerator)
+    check_same(output, kept)
     held_out = {VALIDATION: corpus.validation, TEST: corpus.test}
     windows = {split: held_out_windows(texts, T, recipe.eval.max_tokens) for split, texts in held_out.items()}
 
@@ -71,8 +75,7 @@ def pretrain(recipe: PretrainRecipe) -> None:
     model = build_model(recipe).to(accelerator.device)  # type: ignore[arg-type]
     optimizers = build_optimizers(model, train.muon_learning_rate, train.learning_rate, train.weight_decay)
     parameters = dict(model.named_parameters())
-    continued = {"recipe": trained_by(recipe), "digest": digest_of(corpus, tokenizer, accelerator)}
-    restore(output, parameters, optimizers, continued["digest"])
+    load_state(output / "checkpoints", parameters, optimizers)
     wrapped = accelerator.prepare(model)
 
     sizes = sizes_of(recipe, model, len(corpus.train), num_files, num_tokens)
@@ -87,7 +90,7 @@ def pretrain(recipe: PretrainRecipe) -> None:
         example_order(len(corpus.train), shape, train.seed),
         first_step,
         measure=lambda: loss_on(model, windows[VALIDATION]),
-        save=lambda step: save_state(output / "checkpoints", step, parameters, optimizers, continued),
+        save=lambda step: save_state(output / "checkpoints", step, parameters, optimizers, kept),
     )
 
     # the weights that are measured are the ones that are saved
@@ -163,16 +166,6 @@ def build_model(recipe: PretrainRecipe) -> PreTrainedModel:
     )
     torch.manual_seed(recipe.train.seed)
     return LlamaForCausalLM(config).train()
-
-
-def restore(output: Path, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], digest: str) -> None:
-    """Weights and optimisers of the newest checkpoint, if there is one; refused if it was trained on other data."""
-    state = load_state(output / "checkpoints", parameters, optimizers)
-    if state is not None and state["digest"] != digest:
-        raise ValueError(
-            f"output_dir {output}: expected the text and number of processes that its checkpoint was trained "
-            "with, found others; choose another output_dir or remove it"
-        )
 
 
 def sizes_of(

@@ -23,7 +23,8 @@ from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, Hea
 from pardec.adapters.files import METADATA_FILE, load_adapter, save_adapter
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import recipe_of_command_line
-from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, standard_prompts
+from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, prompts_with_room
+from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probe import probe
 from pardec.measures.held_out import measure_held_out
@@ -32,7 +33,7 @@ from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, fingerprint
 from pardec.target.forward import TargetModel, embedding_weight
-from pardec.training.checkpoints import load_state, read_progress, save_state, steps_done_before
+from pardec.training.checkpoints import check_same, load_state, read_progress, save_state, steps_done_before
 from pardec.training.curve import redraw_curve
 from pardec.training.memory import adapter_bytes
 from pardec.training.module import MaskTokenTrainer
@@ -51,7 +52,7 @@ def main() -> None:
 def train(recipe: Recipe) -> None:
     """The run, from recipe to the best adapter in output_dir."""
     output, train = Path(recipe.output_dir), recipe.train
-    depends_on = recipe.model_dump(include={"base", "data", "adapter", "train"})  # what a checkpoint does
+    depends_on = recipe.of_checkpoints()
     first_step = steps_done_before(output, depends_on, METADATA_FILE, "an adapter")
     log = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
     accelerator = make_accelerator(train.mixed_precision, [log, *train.trackers], output)
@@ -59,21 +60,24 @@ def train(recipe: Recipe) -> None:
         accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {train.steps} steps")
         return
 
+    data: dict[str, Any] = {"num_processes": accelerator.num_processes}  # a step's examples depend on it
+    check_same(output, data)
+
     # the frozen base, the proof on it that mask rows cannot disturb real ones, and the data:
     # everything that can be wrong with them is said before output_dir exists
     target, tokenizer = load_target(recipe, accelerator)
     identity = fingerprint(target.base, tokenizer)
     global_batch = train.batch_size * train.gradient_accumulation_steps * accelerator.num_processes
-    corpus = read_corpus(recipe, tokenizer, accelerator, max_sequences=train.steps * global_batch)
-    prompts = standard_prompts(corpus.validation, num_prompts=recipe.eval.num_prompts)
-    check_sizes(recipe, target, corpus, prompts)
+    corpus, prompts = read_data(recipe, target, tokenizer, accelerator, max_sequences=train.steps * global_batch)
+    data["data_sha256"] = corpus.digest()
+    check_same(output, data)
 
     # what is learned, and what was learned before this run was cut off
     module, peft_model, source = begin_module(recipe, target.base, identity)
     learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
     rates = {"mask_embeddings": train.learning_rate, "lora": train.lora_learning_rate, "head": train.head_learning_rate}
     optimizer = build_optimizer(learned, rates)
-    checkpoints, kept = output / "checkpoints", {"recipe": depends_on, "started_from": source}
+    checkpoints, kept = output / "checkpoints", {"recipe": depends_on, "started_from": source, **data}
     state = load_state(checkpoints, learned, [optimizer]) or {"best": 0.0, **kept}
     check_source(recipe.adapter.start_from, state.get("started_from"), source)
     schedule = make_schedule(optimizer, train.warmup_steps, train.steps, first_step)
@@ -117,29 +121,36 @@ def load_target(recipe: Recipe, accelerator: Accelerator):
     return target, tokenizer
 
 
-def read_corpus(recipe: Recipe, tokenizer, accelerator: Accelerator, max_sequences: int) -> Corpus:
-    """The data, read by the main process first, so that a cache is written once."""
-    accelerator.print(f"reading {recipe.data.path}")
+def read_data(
+    recipe: Recipe, target: TargetModel, tokenizer, accelerator: Accelerator, max_sequences: int
+) -> tuple[Corpus, list[list[int]]]:
+    """The data, read by the main process first, so that a cache is written once, and the validation prompts.
+
+    Refused if the base has no embeddings or no positions for them.
+    """
+    data = recipe.data
+    accelerator.print(f"reading {data.path}")
     with accelerator.main_process_first():
-        return load_corpus(
-            **recipe.data.model_dump(),  # the section's keys are named as the arguments
+        corpus = load_corpus(
+            **data.model_dump(),  # the section's keys are named as the arguments
             tokenizer=tokenizer,
-            max_tokens=max_sequences * recipe.data.max_length,
+            max_tokens=max_sequences * data.max_length,
             seed=recipe.train.seed,
             show_progress=accelerator.is_main_process,
         )
-
-
-def check_sizes(recipe: Recipe, target: TargetModel, corpus: Corpus, prompts: list[list[int]]) -> None:
-    """Refuses data that the base has no embeddings or no positions for."""
+    accelerator.print(corpus.counts.told(data.max_length))
+    prompts, too_long = prompts_with_room(
+        corpus.validation,
+        recipe.eval.num_prompts,
+        max_new_tokens=recipe.eval.max_new_tokens,
+        max_positions=target.max_positions,
+        where=data.validation_path or data.path,
+    )
+    if too_long:
+        accelerator.print(told_long(too_long))
     largest = max(int(document.input_ids.max()) for document in (*corpus.train, *corpus.validation))
-    check_token_ids(largest, embedding_weight(target.base).shape[0], "the base", recipe.data.path)
-    limit, longest = target.max_positions, max(map(len, prompts))
-    if limit is not None and longest + recipe.eval.max_new_tokens > limit:
-        raise ValueError(
-            f"eval.max_new_tokens: expected at most {limit - longest} behind validation prompts of up to {longest} "
-            f"tokens, as the base has {limit} positions, found {recipe.eval.max_new_tokens}"
-        )
+    check_token_ids(largest, embedding_weight(target.base).shape[0], "the base", data.path)
+    return corpus, prompts
 
 
 def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: int) -> DataLoader:

@@ -50,12 +50,15 @@ class DataConfig(RowsConfig):
 
     Attributes:
         max_length: tokens of a training sequence.
+        min_kept_share: data are refused if something is learned of a smaller share of the rows, as where prompts are
+            longer than max_length.
         validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
             above; default a held-out part of `path`.
         test_path: likewise, of data that is reported.
     """
 
     max_length: int = Field(default=512, ge=8)
+    min_kept_share: float = Field(default=0.5, ge=0, le=1)
     validation_path: str | None = None
     test_path: str | None = None
 
@@ -261,6 +264,12 @@ class Recipe(Section):
         if not {part for part, is_there in parts.items() if is_there} - frozen:
             raise ValueError(f"train.frozen: expected a part that is learned, found all frozen: {sorted(frozen)}")
         return self
+
+    def of_checkpoints(self) -> dict[str, Any]:
+        """The parts that a checkpoint depends on; a smallest share decides only whether there is a run."""
+        parts = self.model_dump(include={"base", "data", "adapter", "train"})
+        del parts["data"]["min_kept_share"]
+        return parts
 
     def position_weights(self) -> list[float] | str:
         """One weight per position, K numbers, or the name of a rule."""

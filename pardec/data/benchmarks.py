@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import STDLIB, source_folder
-from pardec.data.reading import check_unicode
+from pardec.data.reading import BYTE_ORDER_MARK, check_unicode
+from pardec.decoding.prompts import text_ids
 
 ACCEPTED = "'prompt', 'task_id' with 'prompt', or 'question_id' with 'category' and 'turns'"
 
@@ -101,7 +102,7 @@ def _prompts_of_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Pro
 
 def _decoded(content: bytes, where: str) -> str:
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
 
@@ -155,7 +156,7 @@ def _token_ids(text: object, tokenizer: PreTrainedTokenizerBase, where: str, as_
         # the template has written its own special tokens
         ids = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids  # type: ignore[arg-type]
     else:
-        ids = tokenizer(text, verbose=False).input_ids
+        ids = text_ids(text, tokenizer)
     if not ids:
         raise ValueError(f"{where}: expected at least one token, found a text that the tokenizer makes none of")
     return ids

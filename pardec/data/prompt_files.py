@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from pardec.data.reading import read_utf8
+from pardec.data.reading import BYTE_ORDER_MARK, read_utf8
 
 
 def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
@@ -19,7 +19,7 @@ def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None
     if len(given) != 1:
         raise ValueError(f"prompt: expected exactly one of --prompt, --prompt-file and -, found {len(given)}")
     if given[0] == "-":
-        texts = [sys.stdin.read()]
+        texts = [sys.stdin.read().removeprefix(BYTE_ORDER_MARK)]
     elif prompt is not None:
         texts = [prompt]
     else:
@@ -42,7 +42,7 @@ def _prompts_of_file(path: Path) -> list[str]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, found {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
             raise ValueError(f"{path}:{number}: expected an object with a non-empty text 'prompt', found {line[:60]}")

@@ -12,8 +12,12 @@ from pardec.errors import first_line
 
 _TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 _JSONL_SUFFIXES = (".jsonl", ".json")
+# some editors write it in front of UTF-8; it is no text
+BYTE_ORDER_MARK = "\ufeff"
 # without a validation file, one document in this many is held out
 _HELD_OUT_ONE_IN = 20
+# parts of a turn that a model of text alone cannot be shown
+_UNSEEN_PARTS = ("image", "image_url", "audio", "input_audio", "video", "video_url")
 
 
 class DataError(ValueError):
@@ -120,13 +124,13 @@ def _text_rows(where: Path) -> list[dict[str, Any]]:
 
 
 def read_utf8(file: Path) -> str:
-    """The text of a file.
+    """The text of a file, without a byte order mark.
 
     Raises:
         DataError: if it is not UTF-8, naming the place.
     """
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
 
@@ -137,11 +141,12 @@ def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
     rows = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            content = line.removeprefix(BYTE_ORDER_MARK.encode())
+            if not content.strip():
                 continue
             try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                row = json.loads(content)
+            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise DataError(f"{file}:{number}: expected one JSON object, found {error}") from None
             rows.append(check_row(row, f"{file}:{number}"))
     return rows
@@ -174,6 +179,8 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
         row = {**row, "where": where}
     elif row.get("conversations") is not None:
         row = {**row, "conversations": _checked_turns(row["conversations"], where), "where": where}
+        if row.get("tools") is not None:
+            row["tools"] = _checked_tools(row["tools"], where)
     elif not isinstance(row.get("text"), str) or not row["text"].strip():
         keys = ", ".join(map(str, row)) or "no keys"
         raise DataError(
@@ -209,17 +216,55 @@ def _check_ids(row: dict[str, Any], where: str) -> None:
         raise DataError(f"{where}: expected a loss_mask with at least one token to learn, found all 0")
 
 
-def _checked_turns(turns: Any, where: str) -> list[dict[str, str]]:
-    """Turns as {role, content}; {from, value} of older datasets is understood."""
+def _checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:
+    """Turns with role and content and whatever else they have; {from, value} of older datasets is understood.
+
+    Keys without a value go, as tables have every key in every turn; a content that is null stays.
+    """
     roles = {"human": "user", "gpt": "assistant"}
     checked = []
     for turn in turns if isinstance(turns, list) else [turns]:
-        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-        if not isinstance(role, str) or not isinstance(content, str):
+        if not isinstance(turn, dict):
             raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
-        check_unicode(content, where)
-        checked.append({"role": roles.get(role, role), "content": content})
+        own = {key: value for key, value in turn.items() if value is not None or key == "content"}
+        if "role" not in own and "from" in own:
+            said = own.pop("value", own.pop("content", None))
+            own = {"role": own.pop("from"), "content": said, **own}
+        role = own.get("role")
+        if not isinstance(role, str) or not _has_content(own):
+            raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
+        unseen = [part["type"] for part in _parts(own) if part["type"] in _UNSEEN_PARTS]
+        if unseen:
+            raise DataError(f"{where}: expected turns of text, found a part of type {unseen[0]}")
+        check_unicode(json.dumps(own, ensure_ascii=False, default=str), where)
+        checked.append({**own, "role": roles.get(role, role)})
     if not any(turn["role"] == "assistant" for turn in checked):
         raise DataError(f"{where}: expected at least one assistant turn, found none")
     return checked
+
+
+def _has_content(turn: dict[str, Any]) -> bool:
+    """Text, parts, or where there is neither something else, such as tool_calls."""
+    if turn.get("content") is None:
+        return any(bool(value) for key, value in turn.items() if key not in ("role", "name", "id"))
+    return isinstance(turn["content"], str) or bool(_parts(turn))
+
+
+def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a content that is a list of them; empty for any other."""
+    parts = turn.get("content")
+    if not isinstance(parts, list):
+        return []
+    return parts if all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in parts) else []
+
+
+def _checked_tools(tools: Any, where: str) -> list[dict[str, Any]]:
+    """Tools that the assistant may call, as a list or, as tables have it, the JSON of one."""
+    try:
+        found = json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        found = tools
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise DataError(f"{where}: expected tools as a list of JSON objects, found {str(tools)[:60]}")
+    check_unicode(json.dumps(found, ensure_ascii=False, default=str), where)
+    return found

@@ -11,8 +11,9 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pardec.data.conversations import conversation_of
 from pardec.data.reading import DataError
-from pardec.data.tokenising import render_conversation, tokenise
+from pardec.data.tokenising import tokenise
 
 # tokenising stops when there are this many times as many places for prompts as prompts are wanted
 _PLACES_PER_PROMPT = 8
@@ -86,21 +87,22 @@ def _places(ids: np.ndarray, is_prompt: bool, prompt_tokens: int, draw: random.R
 def _source(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[np.ndarray, bool]:
     """Token ids, and whether they are a prompt as they stand."""
     if row.get("input_ids") is None and row.get("conversations") is not None:
-        return _conversation_prompt(row["conversations"], tokenizer, row.get("where", where)), True
-    document = tokenise(row, tokenizer, where)
+        return _conversation_prompt(row, tokenizer, row.get("where", where)), True
+    (document,) = tokenise(row, tokenizer, where)
     if document.loss_mask is None:
         return document.input_ids, False
     return document.input_ids[: max(1, int(document.loss_mask.argmax()))], True
 
 
-def _conversation_prompt(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> np.ndarray:
+def _conversation_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> np.ndarray:
     """The conversation up to the first turn of the user's that is answered, and the beginning of the answer."""
-    roles = [turn["role"] for turn in turns]
+    conversation = conversation_of(row, tokenizer, where)
+    roles = [turn["role"] for turn in conversation.turns]
     if "user" not in roles:
         raise DataError(f"{where}: expected a user turn to answer, found {', '.join(roles)}")
     asked = roles.index("user")
     end = roles.index("assistant", asked) if "assistant" in roles[asked:] else len(roles)
-    text = render_conversation(tokenizer, turns[:end], where, add_generation_prompt=True)
+    text = conversation.render(conversation.turns[:end], add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not ids:
         raise DataError(f"{where}: expected a chat template that renders a prompt, found {text!r}")

@@ -1,6 +1,7 @@
 """Prompts of any accepted form as lists of token ids."""
 
 import operator
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from pardec.errors import shown
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
+# what a tokenizer puts in front of a text is one token, in some families two
+_MAX_TOKENS_IN_FRONT = 4
 
 
 def token_ids(prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, num_embeddings: int) -> list[list[int]]:
@@ -47,7 +50,7 @@ def _checked_ids(row: object, index: int, tokenizer: PreTrainedTokenizerBase | N
             row.encode()
         except UnicodeEncodeError:
             raise ValueError(f"prompt {index}: expected Unicode text, found half of a surrogate pair") from None
-        row = tokenizer(row).input_ids if row else []
+        row = text_ids(row, tokenizer) if row else []
     try:
         if isinstance(row, bytes | bytearray | Mapping):
             raise TypeError
@@ -62,4 +65,21 @@ def _checked_ids(row: object, index: int, tokenizer: PreTrainedTokenizerBase | N
     found = f"{shown(min(ids))}..{shown(max(ids))}"
     if min(ids) < 0 or max(ids) >= num_embeddings:
         raise ValueError(f"prompt {index}: expected token ids in 0..{num_embeddings - 1}, found {found}")
+    return ids
+
+
+def text_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text; a BOS that the text begins with, as a chat template writes it, is not put in front again.
+
+    Said once, as a warning. What a text repeats itself stays.
+    """
+    ids = tokenizer(text, verbose=False).input_ids
+    if not any(ids[:n] == ids[n : 2 * n] for n in range(1, _MAX_TOKENS_IN_FRONT + 1)):
+        return ids
+    own = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    for added in range(len(ids) - len(own), 0, -1):
+        if ids[added : added + len(own)] == own and ids[:added] == own[:added]:
+            front = tokenizer.decode(ids[:added])
+            warnings.warn(f"text that begins with {front!r} already: none is put in front of it", stacklevel=2)
+            return ids[added:]
     return ids

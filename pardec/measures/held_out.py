@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pardec.config.adapter_recipe import DataConfig
-from pardec.data.corpus import standard_prompts
+from pardec.data.corpus import prompts_with_room
 from pardec.data.python_sources import VALIDATION, source_folder
 from pardec.data.reading import held_out_rows, hold_out, read_rows
 from pardec.data.tokenising import tokenise
@@ -203,7 +203,13 @@ def measure_again(model: SelfSpeculativeModel) -> tuple[HeldOut, list[Comparison
             f"{', '.join(missing) or 'recipe'}"
         )
     recipe = training["recipe"]
-    prompts = validation_prompts(recipe["data"], model.tokenizer, recipe["eval"]["num_prompts"])
+    prompts = validation_prompts(
+        recipe["data"],
+        model.tokenizer,
+        recipe["eval"]["num_prompts"],
+        max_new_tokens=stored["max_new_tokens"],
+        max_positions=model.target.max_positions,
+    )
     expected = (stored["num_prompts"], stored.get("prompts_sha256", digest(prompts)))
     if (len(prompts), digest(prompts)) != expected:
         raise ValueError(
@@ -246,7 +252,12 @@ def _same(stored: str | None, found: str) -> bool | None:
 
 
 def validation_prompts(
-    data: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, num_prompts: int
+    data: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    num_prompts: int,
+    *,
+    max_new_tokens: int,
+    max_positions: int | None,
 ) -> list[list[int]]:
     """The prompts that a training run measures on, without tokenising what it trains on.
 
@@ -254,6 +265,8 @@ def validation_prompts(
         data: the section of the recipe.
         tokenizer: of the base.
         num_prompts: as asked for in the recipe.
+        max_new_tokens: likewise.
+        max_positions: of the base.
 
     Raises:
         ValueError: for data that cannot be used.
@@ -266,4 +279,7 @@ def validation_prompts(
     else:
         rows = hold_out(read_rows(section.path, section.format, section.split, section.subset))[1]
     where = section.validation_path or section.path
-    return standard_prompts([tokenise(row, tokenizer, where) for row in rows], num_prompts=num_prompts)
+    documents = [one for row in rows for one in tokenise(row, tokenizer, where)]
+    return prompts_with_room(
+        documents, num_prompts, max_new_tokens=max_new_tokens, max_positions=max_positions, where=where
+    )[0]

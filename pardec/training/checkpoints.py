@@ -21,6 +21,12 @@ from torch.optim import Optimizer
 from pardec.run import save_tensors
 
 STATE_FILE = "state.json"
+# what values that a run must go on with are called
+_CALLED = {
+    "num_processes": "number of processes",
+    "data_sha256": "data (sha256)",
+    "digest": "text, tokenizer and number of processes (sha256)",
+}
 
 
 def save_state(
@@ -95,6 +101,25 @@ def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, re
                 f"{then.get(section)}; choose another output_dir or remove it"
             )
     return progress["step"]
+
+
+def check_same(output: Path, now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other values than those that the newest state was saved with, by name.
+
+    Args:
+        output: of the run.
+        now: values by the names under which they were saved; what an older state does not have is not compared.
+
+    Raises:
+        ValueError: with the value of then and that of now.
+    """
+    then = read_progress(output / "checkpoints") or {}
+    for name, value in now.items():
+        if then.get(name, value) != value:
+            raise ValueError(
+                f"output_dir {output}: expected the {_CALLED.get(name, name)} that it was begun with, "
+                f"{str(then[name])[:16]}, found {str(value)[:16]}; choose another output_dir or remove it"
+            )
 
 
 def load_state(

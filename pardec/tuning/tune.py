@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from pardec.adapters.tuned import TunedChoice, check_writable, weights_of, write_tuned
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import VALIDATION
+from pardec.decoding.prompts import text_ids
 from pardec.layout import PLAIN, BlockLengths, full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, library_versions
@@ -184,7 +185,7 @@ def prompts_to_tune_on(
         raise ValueError(f"num_prompts: expected an integer >= 1, found {num_prompts}")
     if texts is None:
         return held_out_prompts(model.tokenizer, VALIDATION, num_prompts=num_prompts)
-    return [model.tokenizer(text).input_ids for text in texts[:num_prompts]]
+    return [text_ids(text, model.tokenizer) for text in texts[:num_prompts]]
 
 
 # ---------------------------------------------------------------------- for people

@@ -44,6 +44,12 @@ def test_any_other_file_is_one_prompt_as_a_whole(read, tokenizer, tmp_path):
     assert tokenizer.decode(found.token_ids) == path.read_text()
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "x = 1"), ("a.jsonl", '{"prompt": "x = 1"}')])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(read, tokenizer, tmp_path, name, content):
+    (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
+    assert [one.token_ids for one in read(tmp_path / name)] == [tokenizer("x = 1").input_ids]
+
+
 def test_rows_of_jsonl_are_told_apart_by_their_keys(read, tokenizer, tmp_path):
     path = write_lines(
         tmp_path / "mixed.jsonl",

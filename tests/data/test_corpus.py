@@ -17,16 +17,26 @@ from pardec.data.corpus import (
     standard_prompts,
     tokenise_until,
 )
+from pardec.data.fitting import RowCounts
 from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources
 from pardec.data.reading import DataError
 from pardec.data.tokenising import Document
 
 
-def test_tokenising_stops_with_the_document_that_completes_the_budget(tokenizer):
+def test_tokenising_stops_with_the_row_that_completes_the_budget(tokenizer):
     rows = [{"input_ids": [1] * 10, "loss_mask": [1] * 10} for _ in range(5)]
-    assert len(list(tokenise_until(iter(rows), tokenizer, 20, "here"))) == 2
-    assert len(list(tokenise_until(iter(rows), tokenizer, 21, "here"))) == 3
-    assert len(list(tokenise_until(iter(rows), tokenizer, None, "here"))) == 5
+    for budget, expected in ((20, 2), (21, 3), (None, 5)):
+        assert len(list(tokenise_until(iter(rows), tokenizer, 16, budget, "here", RowCounts()))) == expected
+
+
+def test_the_budget_counts_what_is_kept(tokenizer):
+    """Of rows of 100 tokens 8 are kept, and of one whose prompt alone is longer none."""
+    long = {"input_ids": [1] * 100, "loss_mask": [0] * 4 + [1] * 96}
+    lost = {"input_ids": [1] * 100, "loss_mask": [0] * 90 + [1] * 10}
+    counts = RowCounts()
+    kept = list(tokenise_until(iter([long, lost, lost, long, long, long]), tokenizer, 8, 24, "here", counts))
+    assert [len(one.input_ids) for one in kept] == [8, 8, 8]
+    assert (counts.read, counts.kept, counts.cut, counts.without_room, counts.too_short) == (5, 3, 3, 2, 0)
 
 
 def text(ids):

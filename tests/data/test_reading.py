@@ -20,6 +20,13 @@ def test_a_text_file_is_one_row(tmp_path, name):
     assert read_rows(str(tmp_path / name), "auto") == [{"text": "grüße\nzwei\n"}]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "empty line.jsonl"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    content = {"a.txt": "hello", "a.jsonl": '{"text": "hello"}', "empty line.jsonl": '\n{"text": "hello"}'}[name]
+    (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
+    assert read_rows(str(tmp_path / name), "auto") == [{"text": "hello"}]
+
+
 def test_any_suffix_is_text_if_the_format_says_so(tmp_path):
     (tmp_path / "a.log").write_text("hello")
     assert read_rows(str(tmp_path / "a.log"), "text") == [{"text": "hello"}]
@@ -115,9 +122,51 @@ MALFORMED = {
     "turn without role": ('{"messages": [{"content": "hi"}]}', "expected turns with role and content"),
     "turn without content": ('{"messages": [{"role": "user"}]}', "expected turns with role and content"),
     "content in parts": ('{"messages": [{"role": "user", "content": [{}]}]}', "expected turns with role and"),
+    "an image": (
+        '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "expected turns of text, found a part"
+    ),
+    "null content": ('{"messages": [{"role": "user", "content": null, "name": "n"}]}', "expected turns with role"),
+    "tools of text": ('{"messages": [{"role": "gpt", "content": "a"}], "tools": "x"}', "expected tools as a list"),
+    "a tool of text": ('{"messages": [{"role": "gpt", "content": "a"}], "tools": ["x"]}', "expected tools as a list"),
+    "half a character": (
+        '{"messages": [{"role": "gpt", "content": "", "reasoning": "\\ud800"}]}', "expected Unicode text, found half"
+    ),
+    "too deep": ("[" * 200_000, "expected one JSON object"),
     "no assistant": ('{"messages": [{"role": "user", "content": "hi"}]}', "expected at least one assistant"),
     "no turns": ('{"conversations": []}', "expected at least one assistant turn"),
 }  # fmt: skip
+
+
+TURNS_BY_TURN = {
+    "keys": ({"role": "assistant", "content": "x", "reasoning_content": "y", "name": "z"}, None),
+    "older keys": ({"from": "gpt", "value": "x", "weight": 1}, {"role": "assistant", "content": "x", "weight": 1}),
+    "older keys of a table": (
+        {"from": "gpt", "value": "x", "role": None, "content": None},
+        {"role": "assistant", "content": "x"},
+    ),
+    "older role": ({"role": "gpt", "content": "x"}, {"role": "assistant", "content": "x"}),
+    "null beside calls": ({"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}, None),
+    "calls alone": ({"role": "assistant", "tool_calls": [{"id": "c"}]}, None),
+    "parts": ({"role": "assistant", "content": [{"type": "text", "text": "x"}]}, None),
+    "keys of a table": (
+        {"role": "assistant", "content": "x", "tool_calls": None, "name": None, "from": None},
+        {"role": "assistant", "content": "x"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TURNS_BY_TURN)
+def test_turns_keep_what_they_have(case):
+    turn, expected = TURNS_BY_TURN[case]
+    question = {"role": "user", "content": "q"}
+    row = check_row({"messages": [question, turn]}, "here")
+    assert row["conversations"] == [question, expected or turn]
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'], ids=["list", "JSON of a list"])
+def test_tools_of_a_row_are_kept(tools):
+    assert check_row({"messages": CHAT, "tools": tools}, "here")["tools"] == [{"name": "f"}]
+    assert check_row({"messages": CHAT, "tools": None}, "here")["tools"] is None
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -180,7 +229,7 @@ def test_conversations_and_token_ids_survive_parquet(tmp_path, chat_tokenizer):
     talk = [{"conversations": [{"from": "human", "value": "Say hi"}, {"from": "gpt", "value": "hi there!"}]}]
     rows = read_rows(write_parquet(tmp_path / "talk", talk), "auto")
     assert rows[0]["conversations"] == CHAT[:2]
-    assert tokenise(rows[0], chat_tokenizer).loss_mask is not None
+    assert tokenise(rows[0], chat_tokenizer)[0].loss_mask is not None
     ids = [{"input_ids": [1, 2, 3], "loss_mask": [False, True, True]}]
     path = write_parquet(tmp_path / "ids", ids)
     assert read_rows(path, "auto") == [{**ids[0], "where": f"{path}:train:1"}]

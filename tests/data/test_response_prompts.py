@@ -24,7 +24,7 @@ def talk(*turns: str) -> dict:
 
 def places_of(prompts, rows, tokenizer):
     """(row, position) of each prompt, found by looking through the tokens of all rows."""
-    streams = [tokenise(row, tokenizer).input_ids.tolist() for row in rows]
+    streams = [tokenise(row, tokenizer)[0].input_ids.tolist() for row in rows]
     places = []
     for prompt in prompts:
         found = [
@@ -40,7 +40,7 @@ def places_of(prompts, rows, tokenizer):
 
 def test_all_pieces_of_all_texts_come_up_before_one_does_again(tokenizer):
     rows = [text_row(n, lines) for n, lines in enumerate((3, 9, 14, 1))]
-    lengths = [len(tokenise(row, tokenizer).input_ids) for row in rows]
+    lengths = [len(tokenise(row, tokenizer)[0].input_ids) for row in rows]
     num_places = sum(n // 16 for n in lengths)
     assert num_places > 10
     prompts = draw_prompts(rows, tokenizer, num_prompts=2 * num_places, prompt_tokens=16)
@@ -75,7 +75,7 @@ def test_a_large_corpus_is_not_tokenised_to_its_end(tokenizer):
 
 def test_texts_that_are_all_too_short_are_refused_with_the_longest(tokenizer):
     rows = [text_row(0, 1), text_row(1, 2)]
-    longest = max(len(tokenise(row, tokenizer).input_ids) for row in rows)
+    longest = max(len(tokenise(row, tokenizer)[0].input_ids) for row in rows)
     with pytest.raises(
         DataError, match=rf"^notes: expected a text of at least 64 tokens \(prompt_tokens\), found {longest}$"
     ):

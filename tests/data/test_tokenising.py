@@ -11,7 +11,7 @@ from pardec.data.tokenising import tokenise
 
 
 def test_text_is_tokenised_behind_one_separator(tokenizer):
-    document = tokenise({"text": "def f():\n    return 1\n"}, tokenizer)
+    (document,) = tokenise({"text": "def f():\n    return 1\n"}, tokenizer)
     assert document.loss_mask is None
     assert document.input_ids.dtype == np.int32
     assert document.input_ids[0] == tokenizer.bos_token_id
@@ -19,13 +19,22 @@ def test_text_is_tokenised_behind_one_separator(tokenizer):
 
 
 def test_a_separator_that_the_tokenizer_writes_itself_is_not_doubled(tokenizer):
-    ids = tokenise({"text": "<|endoftext|>x = 1"}, tokenizer).input_ids.tolist()
+    ids = tokenise({"text": "<|endoftext|>x = 1"}, tokenizer)[0].input_ids.tolist()
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == "x = 1"
 
 
+def test_a_bos_that_a_template_has_written_is_not_put_in_front_again(bos_tokenizer):
+    rendered = bos_tokenizer.bos_token + "<|user|>hi"
+    with pytest.warns(UserWarning, match="begins with '<|endoftext|>' already"):
+        (document,) = tokenise({"text": rendered}, bos_tokenizer)
+    assert bos_tokenizer.decode(document.input_ids) == rendered
+    (other,) = tokenise({"text": "<|user|>hi"}, bos_tokenizer)
+    assert other.input_ids.tolist() == document.input_ids.tolist()
+
+
 def test_token_ids_and_their_mask_are_taken_as_they_are(tokenizer):
-    document = tokenise({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}, tokenizer)
+    (document,) = tokenise({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1]}, tokenizer)
     assert document.input_ids.tolist() == [5, 6, 7]
     assert document.loss_mask is not None
     assert document.loss_mask.tolist() == [False, True, True]
@@ -42,7 +51,7 @@ UNUSABLE = {
     "roles": ({"messages": [{"role": "tool", "content": "x"}, *CHAT]}, "found tool, user, .*: no tools$"),
     "nothing to learn": (
         {"messages": [{"role": "assistant", "content": ""}, CHAT[0]]},
-        "expected some of the rendered tokens to be the assistant's, found 0 % of '<|user|>Say hi",
+        "expected an assistant turn with something to learn, found none of it rendered: ''",
     ),
     "everything": (
         {"messages": [{"role": "assistant", "content": "hi"}]},
@@ -60,7 +69,7 @@ def test_a_row_that_cannot_be_tokenised_is_named_by_file_and_line(case, chat_tok
     )
     path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "fine"}, row])
     fine, unusable = read_rows(path, "auto")
-    assert tokenise(fine, chat_tokenizer, path).loss_mask is None
+    assert tokenise(fine, chat_tokenizer, path)[0].loss_mask is None
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: .*{message}"):
         tokenise(unusable, chat_tokenizer, path)
     write_jsonl(tmp_path / "rows.jsonl", [row, {"text": "fine"}, row])
@@ -74,7 +83,7 @@ def learned(document, tokenizer):
 
 
 def test_only_what_the_assistant_says_is_learned(chat_tokenizer):
-    document = tokenise({"conversations": CHAT}, chat_tokenizer)
+    (document,) = tokenise({"conversations": CHAT}, chat_tokenizer)
     assert document.loss_mask is not None
     said = "<|user|>Say hi\n<|assistant|>hi there!\n<|user|>And bye\n<|assistant|>bye\n"
     assert chat_tokenizer.decode(document.input_ids) == said
@@ -93,9 +102,9 @@ def test_only_what_the_assistant_says_is_learned(chat_tokenizer):
 
 def test_a_conversation_may_begin_with_the_assistant_or_the_system(chat_tokenizer):
     greeting = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "Say hi"}]
-    assert learned(tokenise({"conversations": greeting}, chat_tokenizer), chat_tokenizer) == "<|assistant|>hello\n"
+    assert learned(*tokenise({"conversations": greeting}, chat_tokenizer), chat_tokenizer) == "<|assistant|>hello\n"
     system = [{"role": "system", "content": "Be short"}, *CHAT[:2]]
-    assert learned(tokenise({"conversations": system}, chat_tokenizer), chat_tokenizer) == "hi there!\n"
+    assert learned(*tokenise({"conversations": system}, chat_tokenizer), chat_tokenizer) == "hi there!\n"
 
 
 def test_a_token_that_only_begins_before_the_answer_is_learned(chat_tokenizer):
@@ -103,30 +112,9 @@ def test_a_token_that_only_begins_before_the_answer_is_learned(chat_tokenizer):
         "<|{{ message.role }}|>", "<|{{ message.role }}|>{% if message.role == 'assistant' %}={% endif %}"
     )
     turns = [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "= 1"}]
-    document = tokenise({"conversations": turns}, chat_tokenizer)
+    (document,) = tokenise({"conversations": turns}, chat_tokenizer)
     assert chat_tokenizer.decode(document.input_ids) == "<|user|>Say hi\n<|assistant|>== 1\n"
     assert learned(document, chat_tokenizer) == "== 1\n"  # the token == stands on both sides
-
-
-@pytest.mark.parametrize("reasons", ["loop.last", "loop.last and message.role == 'assistant'"])
-def test_a_template_without_the_prefix_property_is_refused_with_what_it_renders(chat_tokenizer, reasons):
-    """Some templates drop the reasoning of earlier turns: what was rendered is no beginning any more."""
-    chat_tokenizer.chat_template = (
-        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
-        f"{{% if {reasons} %}} (reasoning){{% endif %}}"
-        "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    with pytest.raises(DataError) as caught:
-        tokenise({"conversations": CHAT}, chat_tokenizer, "talk.jsonl")
-    message = str(caught.value)
-    assert message.startswith("talk.jsonl: expected a chat template that renders a conversation's beginning")
-    assert repr("<|user|>Say hi\n<|assistant|>hi there!\n<|user|>And bye\n<|assistant|>bye (reasoning)\n") in message
-
-
-def test_a_template_whose_generation_prompt_is_not_what_it_renders_is_refused(chat_tokenizer):
-    chat_tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>", "<|bot|>")
-    with pytest.raises(DataError, match="expected a chat template that renders a conversation's beginning"):
-        tokenise({"conversations": CHAT}, chat_tokenizer)
 
 
 def test_a_rendering_that_is_all_or_nothing_the_assistants_is_refused(chat_tokenizer):
@@ -136,7 +124,7 @@ def test_a_rendering_that_is_all_or_nothing_the_assistants_is_refused(chat_token
     ):
         tokenise({"conversations": CHAT}, chat_tokenizer, "talk.jsonl")
     chat_tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
-    with pytest.raises(DataError, match="found 0 % of 'Say hi"):
+    with pytest.raises(DataError, match="with something to learn, found none of it rendered: 'Say hi"):
         tokenise({"conversations": CHAT}, chat_tokenizer)
 
 

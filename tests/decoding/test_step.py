@@ -132,7 +132,7 @@ def test_float32_packaged_model_gives_generates_tokens(tiny_base, tokenizer):
     from pardec.data.tokenising import tokenise
 
     texts = list(python_sources(stdlib_folder(), "validation"))[:6]
-    rows = standard_prompts([tokenise({"text": text}, tokenizer) for text in texts], num_prompts=4)
+    rows = standard_prompts([one for text in texts for one in tokenise({"text": text}, tokenizer)], num_prompts=4)
     rows = [row[: 128 - 9 * i] for i, row in enumerate(rows)]
     ours = SelfSpeculativeModel(tiny_base, tokenizer, make_adapter(tiny_base, K, lora_rank=4))
     references = [plain_generate(tiny_base, row, 48) for row in rows]

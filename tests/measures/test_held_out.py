@@ -23,6 +23,7 @@ from pardec.model import SelfSpeculativeModel
 
 K = 2
 PROMPTS = [[5, 9, 2, 4, 7], [3], [11, 12, 10, 1, 2, 3]]
+ROOM = {"max_new_tokens": 16, "max_positions": 2048}
 SETTINGS = {"max_new_tokens": 16, "temperature": 0.8, "top_k": 10, "seed": 4}
 
 
@@ -154,7 +155,7 @@ def test_prompts_are_those_that_training_takes(kind, num_prompts, tmp_path, toke
         data.path, tokenizer, format=data.format, validation_path=data.validation_path, max_length=16, max_tokens=100
     )
     expected = standard_prompts(corpus.validation, num_prompts=num_prompts)
-    assert validation_prompts(data.model_dump(), tokenizer, num_prompts) == expected
+    assert validation_prompts(data.model_dump(), tokenizer, num_prompts, **ROOM) == expected
 
 
 # ---------------------------------------------------------------------- the same again
@@ -171,7 +172,7 @@ def recorded(tiny_base, tokenizer, packaged_adapter, tmp_path_factory):
     recipe["eval"]["num_prompts"] = 3
     adapter.metadata.training.update(recipe=recipe)
     model = SelfSpeculativeModel(tiny_base, tokenizer, adapter)
-    prompts = validation_prompts(recipe["data"], tokenizer, 3)
+    prompts = validation_prompts(recipe["data"], tokenizer, 3, **ROOM)
     adapter.metadata.measured.update(split="validation", **measure_held_out(model, prompts, **SETTINGS).to_dict())
     save_adapter(adapter, folder / "run")
     return folder / "run"

@@ -191,7 +191,16 @@ def test_a_checkpoint_is_not_continued_on_other_text(sources, tmp_path):
     (tmp_path / "run" / "README.md").unlink()
     ended = run(other, tmp_path / "run", "train.steps=2")
     assert ended.code == 2
-    assert "expected the text" in ended.err.splitlines()[-1]
+    assert "expected the text, tokenizer and number of processes (sha256) that it was begun with" in ended.error
+
+
+def test_a_checkpoint_is_not_continued_by_another_number_of_processes(sources, tmp_path):
+    assert run(sources, tmp_path / "run", "train.steps=2").code == 0
+    (tmp_path / "run" / "README.md").unlink()
+    (file,) = (tmp_path / "run").glob("checkpoints/step-*/state.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_processes": 2}))
+    ended = run(sources, tmp_path / "run", "train.steps=2")
+    assert "expected the number of processes that it was begun with, 2, found 1" in ended.error
 
 
 def test_a_loss_that_is_not_finite_ends_with_one_line(sources, tmp_path):

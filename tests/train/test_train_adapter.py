@@ -1,13 +1,15 @@
 """train/train_adapter.py: what a run leaves behind, what it can be continued from, and what it refuses."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import train_adapter
 from accelerate import Accelerator
-from data_samples import code_text
+from data_samples import code_text, write_jsonl
 from programs import Ended, run, run_in_own_process
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -15,6 +17,7 @@ from tiny_models import tiny_model
 import pardec
 from pardec.data.corpus import load_corpus, standard_prompts
 from pardec.measures.acceptance import measure_acceptance
+from pardec.measures.held_out import measure_again
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
 from pardec.training.steps import Learner, make_schedule
@@ -161,6 +164,79 @@ def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, 
     other = train(cut, text_file, *WHOLE, "train.objective=cross_entropy")
     assert other.code == 2
     assert "expected a run of the same recipe" in other.err
+
+
+@pytest.fixture(scope="module")
+def begun(text_file, tmp_path_factory) -> Path:
+    """The folder of a run that was killed behind its first checkpoint; shared, so for copying only."""
+    output, save_state = tmp_path_factory.mktemp("runs") / "begun", train_adapter.save_state
+
+    def save_and_die(*arguments):
+        save_state(*arguments)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_adapter, "save_state", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(output, text_file, "train.steps=1")
+    return output
+
+
+def change_state(output: Path, change: Callable[[dict], object]) -> None:
+    """Changes what a checkpoint tells of its run."""
+    (file,) = output.glob("checkpoints/step-*/state.json")
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+
+
+def test_a_run_is_not_continued_on_other_data(begun, text_file, tmp_path, monkeypatch):
+    output, text = shutil.copytree(begun, tmp_path / "run"), text_file.read_text()
+    try:
+        text_file.write_text(text.replace("x + 7\n", "x + 8\n"))
+        error = train(output, text_file, "train.steps=1").error
+    finally:
+        text_file.write_text(text)
+    assert f"output_dir {output}: expected the data (sha256) that it was begun with, " in error
+
+
+def test_a_run_is_not_continued_by_another_number_of_processes(begun, text_file, tmp_path):
+    """Its steps would have other examples."""
+    output = shutil.copytree(begun, tmp_path / "run")
+    change_state(output, lambda state: state.update(num_processes=2))
+    error = train(output, text_file, "train.steps=1").error
+    assert f"output_dir {output}: expected the number of processes that it was begun with, 2, found 1; choose" in error
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
+def test_a_run_that_an_older_version_began_is_continued(begun, text_file, tmp_path):
+    output = shutil.copytree(begun, tmp_path / "run")
+    change_state(output, lambda state: [state.pop(key) for key in ("num_processes", "data_sha256")])
+    ended = train(output, text_file, "train.steps=1", "data.min_kept_share=0.25")  # which no checkpoint depends on
+    assert ended.code == 0, ended.err[-2000:]
+    change_state(output, lambda state: state["data_sha256"][63])  # is there from now on
+
+
+def test_rows_and_prompts_that_are_not_used_are_told(tmp_path):
+    """One held-out prompt without room in the base stops no run, and what is measured can be measured again."""
+    learned = [{"input_ids": [n + 1] * 80, "loss_mask": [0] * 10 + [1] * 70} for n in range(60)]
+    learned[7] = {"input_ids": [8] * 80, "loss_mask": [0] * 70 + [1] * 10}
+    learned[20] = {"input_ids": [21] * 2100, "loss_mask": [0] * 2050 + [1] * 50}
+    rows = Path(write_jsonl(tmp_path / "rows.jsonl", learned))
+    ended = train(tmp_path / "run", rows, "train.steps=1", "train.batch_size=60")
+    assert ended.code == 0, ended.err[-2000:]
+    assert (
+        "57 rows read, 56 of them used; 56 examples cut at 64 tokens (data.max_length); "
+        "1 dropped, as their prompts leave no room for an answer\n"
+        f"held-out prompts too long for the base are left out: {rows}:21 (2,050 tokens)\n"
+    ) in ended.out
+    found, _ = measure_again(pardec.load(tmp_path / "run"))
+    assert found.num_prompts == 2
+    refused = train(tmp_path / "other", rows, "train.batch_size=60", "data.min_kept_share=1").error
+    assert (
+        f"{rows}: expected something to learn in at least 100% of the rows (data.min_kept_share), found 57" in refused
+    )
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_logged_acceptance_is_what_the_saved_adapter_gives(whole, text_file):

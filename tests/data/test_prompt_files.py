@@ -1,0 +1,22 @@
+"""Prompts of the command line's files."""
+
+import io
+import json
+
+import pytest
+
+from pardec.data.prompt_files import read_prompts
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "-"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(name, tmp_path, monkeypatch):
+    text = json.dumps({"prompt": "def f():"}) if name.endswith("jsonl") else "def f():"
+    (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff" + text))
+    assert read_prompts(None, None, "-" if name == "-" else str(tmp_path / name)) == ["def f():"]
+
+
+def test_json_that_is_too_deep_names_its_line(tmp_path):
+    (tmp_path / "a.jsonl").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected a JSON object, found "):
+        read_prompts(None, None, str(tmp_path / "a.jsonl"))
