@@ -23,6 +23,7 @@ from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, co
 from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.door import generate_for_transformers
+from pardec.errors import shown
 from pardec.target.base import pad_token_id
 from pardec.target.forward import embedding_weight
 
@@ -186,7 +187,12 @@ class SelfSpeculativeModel:
         """The same model for `custom_generate=`: emitted ids go to `streamer`.
 
         A `streamer=` beside `custom_generate=` gets the prompt and nothing else: transformers keeps it to itself.
+
+        Raises:
+            ValueError: for what has no `put` and no `end`.
         """
+        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise ValueError(f"streamer: expected an object with put and end, found {shown(streamer)}")
         door = copy.copy(self)
         door._streamer = streamer
         return door

@@ -147,6 +147,10 @@ def test_arguments_of_the_door(base, model, name):
     assert UNFIT.keys() - refused(call, name) == FIT[name]
 
 
+def test_what_no_streamer_is(model):
+    assert refused(model.with_streamer, "streamer") == UNFIT.keys()
+
+
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     """An adapter whose own base is nowhere."""
