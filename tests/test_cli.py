@@ -219,7 +219,7 @@ def test_the_head_can_be_left_out(save, monkeypatch):
         (["--prompt", "x", "--temperature", "1", "--top-p", "0"], "top_p: expected a number in (0, 1], found 0"),
         (
             ["--prompt", "x", "--max-new-tokens", "0"],
-            "max_new_tokens: expected an integer from 1 to 2147483647, found 0",
+            "max_new_tokens: expected an integer >= 1, found 0",
         ),
         (["--prompt", "x", "--max-new-tokens", "2048"], "expected at most 2048 positions"),
         (["--prompt", "x", "--num-speculative-tokens", "3"], "expected at most 2, the number of distinct mask tokens"),

@@ -119,7 +119,7 @@ def generate(model, *, rows=1, **options):
 def test_every_field_of_a_generation_config_is_thought_of():
     """A later version's new field is to be tried, and put where it belongs."""
     known = HONOURED.keys() | REFUSED.keys() | OF_NO_MATTER.keys() | OF_THE_FILE
-    assert set(vars(GenerationConfig())) == known
+    assert not set(vars(GenerationConfig())) - known
 
 
 @pytest.mark.parametrize("field", HONOURED)

@@ -177,7 +177,8 @@ class Engines:
         Raises:
             ValueError: naming what was expected and found.
         """
-        max_new_tokens = integer("max_new_tokens", max_new_tokens, 1, 2**31 - 1)
+        if integer("max_new_tokens", max_new_tokens, 1) >= 2**31:
+            raise ValueError(f"max_new_tokens: expected less than 2^31, found {shown(max_new_tokens)}")
         limit, longest = self.target.max_positions, max(map(len, prompts))
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(
