@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PACKAGED_BASE = "tiny-python"
+_TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
 
 
 def resolve_base(name: str) -> str:
@@ -88,8 +89,10 @@ def load_tokenizer(
     """The tokenizer that goes with a base, None if there is none."""
     try:
         return AutoTokenizer.from_pretrained(resolve_base(name), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        if any(Path(resolve_base(name)).glob("tokenizer*")):
+    except Exception as error:  # tokenizers of old, which few of its readers' checks cover, raise anything
+        folder = Path(resolve_base(name))
+        files = [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
+        if files or (isinstance(error, ImportError) and not folder.is_dir()):
             raise ValueError(f"base {name!r}: its tokenizer cannot be read: {first_line(error)}") from None
         return None
 
