@@ -1,0 +1,161 @@
+"""A tiny random model of any causal language model that transformers knows, so that all of them can be tried.
+
+Sizes are set by the names that configurations share; what only one family names stands in `EXTRA`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import CONFIG_MAPPING
+
+VOCAB, WINDOW, LAYERS, POSITIONS = 61, 8, 4, 256
+_DEPTHS = (
+    "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
+    "num_encoder_layers num_blocks"
+)
+# several names, one meaning
+_NAMES: tuple[tuple[int, str], ...] = (
+    (VOCAB, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
+    (64, "hidden_size d_model n_embd emb_dim dim embed_dim attention_hidden_size backbone_hidden_size"),
+    (32, "embedding_size word_embed_proj_dim"),
+    (
+        48,
+        "intermediate_size intermediate_size_mlp moe_intermediate_size dense_intermediate_size ffn_dim ffn_hidden_size "
+        "encoder_ffn_dim decoder_ffn_dim dff dim_ff d_inner shared_expert_intermediate_size shared_intermediate_size "
+        "expert_ffn_hidden_size moe_shared_expert_intermediate_size shared_experts_intermediate_size",
+    ),
+    (LAYERS, _DEPTHS),
+    (
+        4,
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
+        "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads index_n_heads",
+    ),
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads linear_num_value_heads"),
+    (2, "num_key_value_heads swa_num_key_value_heads num_kv_heads kv_n_heads linear_num_key_heads"),
+    (2, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k"),
+    (16, "head_dim swa_head_dim global_head_dim dim_head kv_channels kv_lora_rank q_lora_rank qk_nope_head_dim"),
+    (16, "v_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim o_lora_rank"),
+    (8, "qk_rope_head_dim hidden_size_per_layer_input laurel_rank rotary_dim d_rel"),
+    (24, "qk_head_dim"),
+    (1, "n_group topk_group num_expert_group first_k_dense_replace"),
+    (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len model_max_length"),
+    (WINDOW, "sliding_window sliding_window_size window_size local_attention attention_chunk_size index_topk"),
+    (0, "pad_token_id"),
+    (1, "bos_token_id"),
+    (2, "eos_token_id num_kv_shared_layers"),
+)
+SIZES = {name: value for value, names in _NAMES for name in names.split()}
+# configurations that leave them out derive the same
+_DERIVED = ("head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id")
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# a latent projection of keys and values leaves no heads to group
+_LATENT = {"num_key_value_heads": 4, "head_dim": 8}
+# what a family needs besides
+EXTRA: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note": {"text_config": {"per_layer_config": None}},
+    "dots3_note_text": {"per_layer_config": None},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 16},
+    "got_ocr2": {"vision_config": {"mlp_dim": 48, "output_channels": 16, "window_size": 4, "hidden_size": 32}},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 16},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 2,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 100,
+    },
+    "reformer": {
+        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": [16, 16],
+        "attention_head_size": 16,
+        "feed_forward_size": 48,
+        "attn_layers": ["local", "lsh"] * 2,
+        "num_hidden_layers": None,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+    },
+    "roc_bert": {
+        "shape_vocab_size": 61,
+        "pronunciation_vocab_size": 61,
+        "pronunciation_embed_dim": 16,
+        "shape_embed_dim": 16,
+    },
+    "xlstm": {"embedding_dim": 64, "qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+}
+
+
+def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
+    """A configuration of four small layers with windows of eight tokens; every kind of layer that it mixes is there.
+
+    Raises:
+        ValueError: or what else the configuration itself raises for sizes that it does not take.
+    """
+    kind = CONFIG_MAPPING[model_type]
+    return kind(**_merged(_merged(_small(kind().to_dict()), EXTRA.get(model_type, {})), changes))
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {k: _merged(values.get(k, {}), v) for k, v in changes.items() if k.endswith("_config") and v is not None}
+    return {**values, **changes, **nested}
+
+
+def _small(default: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    depth = next((default[n] for n in _DEPTHS.split() if isinstance(default.get(n), int)), None)
+    for name, value in default.items():
+        if name.endswith("_config") and isinstance(value, Mapping):
+            values |= {name: nested} if (nested := _small(value)) else {}
+        elif name in SIZES and not isinstance(value, list | Mapping) and (value is not None or name in _DERIVED):
+            values[name] = SIZES[name]
+        elif isinstance(value, list) and value and len(value) == depth:
+            values[name] = _few(value)
+        elif name == "is_decoder":
+            values[name] = True
+    return values | (_LATENT if "kv_lora_rank" in default else {})
+
+
+def _few(of_layers: list) -> list:
+    """Entries for four layers out of those for all: every kind there is, in turn."""
+    if not all(isinstance(one, str) for one in of_layers):
+        return of_layers[:LAYERS]
+    kinds = list(dict.fromkeys(of_layers))
+    return [kinds[i % len(kinds)] for i in range(LAYERS)]
+
+
+def tiny_model(
+    model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, attention: str | None = None, **changes: Any
+) -> PreTrainedModel:
+    """A random model, in eval mode, without gradients, in which every token and position makes a difference."""
+    config = tiny_config(model_type, **changes)
+    config._experts_implementation = "eager"  # the fused kernels know no float64
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = model.to(dtype)
+    embeddings = model.get_input_embeddings()
+    table = None if embeddings is None else getattr(embeddings, "weight", None)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
+            elif float(parameter.std()) > 0:
+                spread = 0.5 if parameter is table else 1.4 / min(parameter.shape[-2:]) ** 0.5
+                parameter *= spread / float(parameter.std())
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval().requires_grad_(False)
