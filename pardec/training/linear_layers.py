@@ -1,4 +1,4 @@
-"""Which layers of a base can hold a LoRA that acts on chosen rows: linear ones that read each row of a forward once.
+"""Which layers of a base can hold a LoRA that acts on chosen rows: linear ones that read every row of a forward.
 
 Experts read the rows that are routed to them, heads the rows whose logits are kept, layers behind a cache of latent
 keys and values all that is cached. Names tell none of this, so it is observed. Legend: B sequences, R rows.
@@ -21,7 +21,7 @@ _B, _R, _PREFIX = 2, 29, 3
 
 
 def linear_layers(base: PreTrainedModel) -> dict[str, bool]:
-    """By name, for every linear layer but the output head: whether it reads the rows of a forward, each of them once.
+    """By name, for every linear layer but the output head: whether it reads every row of a forward, and no other.
 
     One that does not run, as in the tower for images of a model that is given text, is taken for one that does unless
     others in its place, say other experts, show that it does not.
@@ -48,14 +48,14 @@ def _place(name: str) -> str:
 
 @contextmanager
 def _observed(layers: dict[str, nn.Module]) -> Iterator[dict[str, bool]]:
-    """By name of the layers that run inside, whether each run of one reads B sequences of R rows."""
+    """By name of the layers that run inside, whether all its runs read B sequences of R rows."""
     found: dict[str, bool] = {}
 
     def observe(name: str):
         def hook(module: nn.Module, args: tuple, output: object) -> None:
             x = args[0] if args else None
             reads_rows = isinstance(x, Tensor) and isinstance(output, Tensor) and x.shape[:-1] in ((_B, _R), (_B * _R,))
-            found[name] = reads_rows and name not in found
+            found[name] = reads_rows and found.get(name, True)
 
         return hook
 

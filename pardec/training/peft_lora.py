@@ -24,7 +24,7 @@ def inject_lora(base: PreTrainedModel, *, r: int, alpha: float, target_modules: 
         base: the frozen model.
         r: rank.
         alpha: of the scaling alpha / r.
-        target_modules: names as PEFT takes them, or `all-linear`: all linear layers that read each row of a forward,
+        target_modules: names as PEFT takes them, or `all-linear`: all linear layers that read every row of a forward,
             see `pardec.training.linear_layers`, but for the output head.
 
     Raises:
@@ -77,7 +77,7 @@ def _targets(base: PreTrainedModel, asked: str | list[str]) -> tuple[str | list[
         wrong += [one for one in unmatched if _means_experts(base, [one])]
         if wrong or (not chosen and _means_experts(base, asked)):
             raise ValueError(
-                "adapter.lora.target_modules: expected linear layers that read each row once, such as "
+                "adapter.lora.target_modules: expected linear layers that read every row, such as "
                 f"{', '.join(sorted({_last(name) for name in usable}))}, found {wrong[0] if wrong else asked}"
             )
     if not _means_experts(base, asked) and (asked != ALL_LINEAR or len(usable) == len(layers)):
