@@ -1,25 +1,26 @@
-"""One family from a configuration to tokens: a tiny model is trained for, served, and held against its own `generate`.
+"""One family from a configuration to tokens: a tiny model is saved, loaded, trained for, served and compared.
 
-Knows nothing of the table that the results stand in.
-Legend: K num_speculative_tokens, R rows.
+What it is compared with is the base alone: its own `generate`, and PEFT's layers in it. Knows nothing of the table that
+the results stand in. Legend: K num_speculative_tokens.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from matrix.planting import decode_planted
+from matrix.tiny_configs import tiny_config, tiny_model
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import pardec
 from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference
 from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.probe import probe
-from pardec.target.base import refuse_by_config
+from pardec.target.base import load_base
 from pardec.target.fingerprint import fingerprint
 from pardec.target.forward import TargetModel
 from pardec.training.module import Drafter, MaskTokenTrainer
@@ -29,72 +30,94 @@ from pardec.training.warm_start import learned_adapter
 
 K, NEW_TOKENS, TRAINING_STEPS = 3, 24, 3
 PROMPT_LENGTHS = (17, 11, 3, 6)  # some within a window of eight tokens, some beyond
+MODES = ("plain", "two_pass", "fused")
+_SHARD = "200KB"  # so that every base comes in several files
 _LEARNING_RATES = {"mask_embeddings": 0.1, "lora": 0.05}
-_SAME_LOGITS = 1e-3  # in units of their spread: PEFT computes in float32
+_SAME_LOGITS = 1e-3  # in units of their spread
 
 
 class WrongResultError(RuntimeError):
     """Something came out otherwise than the base alone would have it."""
 
 
+class RefusedError(RuntimeError):
+    """The base is refused when it is loaded or probed; the message is that of the refusal."""
+
+
 @dataclass(frozen=True)
 class Compared:
-    """What was held against the base, and was the same.
+    """What was held against the base alone, and was the same.
 
     Attributes:
         num_lora_modules: with a LoRA.
-        ways: of decoding, as `mode x batch`.
-        mean_acceptance_length: the least of those with planted drafts.
+        num_tokens: compared, all ways together.
+        mean_acceptance_length: the least of the ways with planted drafts.
     """
 
     num_lora_modules: int
-    ways: tuple[str, ...]
+    num_tokens: int
     mean_acceptance_length: float
 
 
-def check_family(base: PreTrainedModel) -> Compared:
-    """Trains an adapter for `base`, serves it and compares, in every mode, alone and in a ragged batch.
+def save_base(family: str, folder: Path) -> None:
+    """Writes a tiny base of the family in several files; one that transformers cannot make without its weights."""
+    try:
+        model = tiny_model(family, dtype=torch.float32)
+    except Exception:  # whatever a family's own code raises; what loading makes of it is what users see
+        tiny_config(family).save_pretrained(folder)
+        save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    model.save_pretrained(folder, max_shard_size=_SHARD)
+    if type(model.config) not in AutoModelForCausalLM._model_mapping:  # the text part of a configuration that is
+        tiny_config(family).save_pretrained(folder)
+
+
+def check_family(folder: Path) -> Compared:
+    """Trains an adapter for the base in `folder`, serves it and compares, in every mode, alone and in a ragged batch.
 
     Raises:
-        UnsupportedModelError: where `base` is refused.
+        RefusedError: where the base is.
         WrongResultError: for tokens or logits that are not those of the base.
     """
-    refuse_by_config(base.config)
-    probe(TargetModel.wrap(base))
+    try:
+        base = load_base(str(folder), device="cpu", dtype=torch.float32)
+        probe(TargetModel.wrap(base))
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    base.generation_config = GenerationConfig(pad_token_id=0)  # its own may hold penalties
     prompts = _prompts(base)
     references = [generated(base, prompt) for prompt in prompts]
-    with tempfile.TemporaryDirectory() as folder:
-        adapter = _trained(base, folder, torch.tensor([prompts[0] + references[0]]))
-        save_adapter(adapter, Path(folder) / "adapter")
-        model = pardec.load(Path(folder) / "adapter", base=base)
-    assert adapter.lora is not None
-    ways, lengths = [], []
+    lines = [prompt + new for prompt, new in zip(prompts, references, strict=True)][:2]
+    adapter = _trained(base, str(folder), torch.tensor([line[-min(map(len, lines)) :] for line in lines]))
+    save_adapter(adapter, folder / "adapter")
+    model = pardec.load(folder / "adapter", base=base)
+    num_tokens, lengths = 0, []
     for batch in (1, len(prompts)):
         rows, expected = prompts[:batch], references[:batch]
-        for mode in ("plain", "two_pass", "fused"):
-            found = model.generate(rows, mode=mode, max_new_tokens=NEW_TOKENS).token_ids
-            _expect_same(f"{mode}, batch {batch}", found, expected)
-            ways.append(f"{mode} x {batch}")
+        for mode in MODES:
+            found = [model.generate(rows, mode=mode, max_new_tokens=NEW_TOKENS).token_ids]
             if mode != "plain":
-                found, length = decode_planted(model, rows, expected, mode)
-                _expect_same(f"{mode}, batch {batch}, planted drafts", found, expected)
-                lengths.append(length)
-    return Compared(len(adapter.lora.pairs()), tuple(ways), min(lengths))
+                tokens, length = decode_planted(model, rows, expected, mode)
+                found, lengths = [*found, tokens], [*lengths, length]
+            for tokens in found:
+                _expect_same(f"{mode}, batch {batch}", tokens, expected)
+                num_tokens += sum(map(len, tokens))
+    assert adapter.lora is not None
+    return Compared(len(adapter.lora.pairs()), num_tokens, min(lengths))
 
 
 def _prompts(base: PreTrainedModel) -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
-    vocab = TargetModel.wrap(base).vocab_size
-    # the first ids are often special to a model
-    return [torch.randint(3, vocab, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+    # the first and last ids may be special to a model
+    highest = TargetModel.wrap(base).vocab_size - 1
+    return [torch.randint(3, highest, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
 
 
 def generated(base: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
     """What the base's own greedy `generate` continues the prompt with."""
     ids = torch.tensor([list(prompt)])
-    out = base.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-    )
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    out = base.generate(ids, attention_mask=torch.ones_like(ids), **options)  # type: ignore[operator]
     return out[0, len(prompt) :].tolist()
 
 
@@ -106,24 +129,21 @@ def _expect_same(what: str, found: list[list[int]], expected: list[list[int]]) -
 
 
 def _trained(base: PreTrainedModel, name: str, ids: Tensor) -> Adapter:
-    """An adapter with a LoRA after a few steps on `ids`; `base` is as it was."""
+    """An adapter with a LoRA after a few steps on `ids`, shape [B, T]; `base` is as it was."""
     identity = fingerprint(base, None)
     torch.manual_seed(0)
     peft_model = inject_lora(base, r=2, alpha=4.0, target_modules="all-linear")
     try:
         module = MaskTokenTrainer(base, Drafter(K, has_lora=True))
-        learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        learned = {key: p for key, p in module.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(learned, _LEARNING_RATES)
-        anchors = torch.arange(1, ids.shape[1] - 1, 2)[None]
+        anchors = torch.arange(1, ids.shape[1] - 1, 2).expand(ids.shape[0], -1)
         for step in range(TRAINING_STEPS):
             loss, count, _ = module(ids, torch.ones_like(ids, dtype=torch.bool), anchors)
             (loss / count).backward()
             apply_gradients(learned.values(), [optimizer], 1.0, step, float(loss), "the rates")
-        adapter = learned_adapter(
-            module,
-            peft_model,
-            AdapterMetadata(num_speculative_tokens=K, base=BaseReference(name=name), fingerprint=identity),
-        )
+        metadata = AdapterMetadata(num_speculative_tokens=K, base=BaseReference(name=name), fingerprint=identity)
+        adapter = learned_adapter(module, peft_model, metadata)
         _expect_gate_serves(base, adapter, ids)
     finally:
         peft_model.unload()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 VOCAB, WINDOW, LAYERS, POSITIONS = 61, 8, 4, 256
@@ -15,6 +15,15 @@ _DEPTHS = (
     "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
     "num_encoder_layers num_blocks"
 )
+_WINDOWS = (
+    "sliding_window",
+    "sliding_window_size",
+    "window_size",
+    "local_attention",
+    "attention_chunk_size",
+    "index_topk",
+)
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # several names, one meaning
 _NAMES: tuple[tuple[int, str], ...] = (
     (VOCAB, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
@@ -32,7 +41,8 @@ _NAMES: tuple[tuple[int, str], ...] = (
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads attention_heads "
         "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads index_n_heads",
     ),
-    (4, "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_heads linear_num_value_heads"),
+    (4, " ".join(_EXPERTS)),
+    (4, "linear_num_heads linear_num_value_heads"),
     (2, "num_key_value_heads swa_num_key_value_heads num_kv_heads kv_n_heads linear_num_key_heads"),
     (2, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k"),
     (16, "head_dim swa_head_dim global_head_dim dim_head kv_channels kv_lora_rank q_lora_rank qk_nope_head_dim"),
@@ -41,7 +51,7 @@ _NAMES: tuple[tuple[int, str], ...] = (
     (24, "qk_head_dim"),
     (1, "n_group topk_group num_expert_group first_k_dense_replace"),
     (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len model_max_length"),
-    (WINDOW, "sliding_window sliding_window_size window_size local_attention attention_chunk_size index_topk"),
+    (WINDOW, " ".join(_WINDOWS)),
     (0, "pad_token_id"),
     (1, "bos_token_id"),
     (2, "eos_token_id num_kv_shared_layers"),
@@ -50,63 +60,98 @@ SIZES = {name: value for value, names in _NAMES for name in names.split()}
 # configurations that leave them out derive the same
 _DERIVED = ("head_dim", "num_key_value_heads", "pad_token_id", "bos_token_id", "eos_token_id")
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SLIDING_LATENT = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+    "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+}  # fmt: skip
+_INDEXER = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+    "indexer_compress_ratio": 2, "ple_embed_dim": 16, "ngram_vocab_size_base": 100,
+}  # fmt: skip
 # a latent projection of keys and values leaves no heads to group
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8}
 # what a family needs besides
 EXTRA: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "blt": {"encoder_hash_byte_group_vocab": 61, "encoder_hash_byte_group_nb_functions": 1},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note": {"text_config": {"per_layer_config": None}},
-    "dots3_note_text": {"per_layer_config": None},
+    "dots3_note": {"text_config": _SLIDING_LATENT, "audio_config": {"adapter_in_dim": 64}},
+    "dots3_note_text": _SLIDING_LATENT,
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 16},
+    "gemma4_assistant": {
+        "text_config": {
+            "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "num_hidden_layers": LAYERS,
+            "num_kv_shared_layers": LAYERS,
+        }
+    },
     "got_ocr2": {"vision_config": {"mlp_dim": 48, "output_channels": 16, "window_size": 4, "hidden_size": 32}},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16},
+    "granitemoehybrid": {
+        "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "longcat_flash": {"zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 16},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1, "ssm_state_size": 16},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4,
-        "indexer_kv_heads": 2,
-        "indexer_head_dim": 16,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
-        "ple_embed_dim": 16,
-        "ngram_vocab_size_base": 100,
-    },
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "reformer": {
-        "axial_pos_embds_dim": [32, 32],
-        "axial_pos_shape": [16, 16],
-        "attention_head_size": 16,
-        "feed_forward_size": 48,
-        "attn_layers": ["local", "lsh"] * 2,
-        "num_hidden_layers": None,
-        "local_attn_chunk_length": 8,
+        "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 16], "attention_head_size": 16,
+        "feed_forward_size": 48, "attn_layers": ["local", "lsh"] * 2, "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
     },
     "roc_bert": {
-        "shape_vocab_size": 61,
-        "pronunciation_vocab_size": 61,
-        "pronunciation_embed_dim": 16,
-        "shape_embed_dim": 16,
+        "shape_vocab_size": 61, "pronunciation_vocab_size": 61, "pronunciation_embed_dim": 16, "shape_embed_dim": 16,
     },
     "xlstm": {"embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {"attention_hidden_size": 128, "attention_head_dim": 32},
     "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
+# the same family otherwise configured, where another part of it then decides
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon with alibi": ("falcon", {"alibi": True}),
+    "gemma4_text without embeddings per layer": (
+        "gemma4_text",
+        {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    ),
+    "gpt_neo without windows": (
+        "gpt_neo",
+        {"attention_types": [[["global"], LAYERS]], "attention_layers": ["global"] * LAYERS},
+    ),
+    "qwen2 with windows": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
 }
 
 
-def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """A configuration of four small layers with windows of eight tokens; every kind of layer that it mixes is there.
+
+    Args:
+        family: a model type, or one of `VARIANTS`.
+        changes: of single values.
 
     Raises:
         ValueError: or what else the configuration itself raises for sizes that it does not take.
     """
-    kind = CONFIG_MAPPING[model_type]
-    return kind(**_merged(_merged(_small(kind().to_dict()), EXTRA.get(model_type, {})), changes))
+    model_type, variant = VARIANTS.get(family, (family, {}))
+    kind, extra = CONFIG_MAPPING[model_type], EXTRA.get(model_type, {})
+    try:
+        default = kind().to_dict()
+    except Exception:  # its own defaults do not go together
+        default = kind(**extra).to_dict()
+    return kind(**_merged(_merged(_merged(_small(default), extra), variant), changes))
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +171,8 @@ def _small(default: Mapping[str, Any]) -> dict[str, Any]:
             values[name] = _few(value)
         elif name == "is_decoder":
             values[name] = True
+        elif name.endswith(("token_id", "token_index")) and isinstance(value, int):
+            values[name] = VOCAB - 1  # of images and the like
     return values | (_LATENT if "kv_lora_rank" in default else {})
 
 
@@ -137,15 +184,32 @@ def _few(of_layers: list) -> list:
     return [kinds[i % len(kinds)] for i in range(LAYERS)]
 
 
-def tiny_model(
-    model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, attention: str | None = None, **changes: Any
-) -> PreTrainedModel:
-    """A random model, in eval mode, without gradients, in which every token and position makes a difference."""
-    config = tiny_config(model_type, **changes)
-    config._experts_implementation = "eager"  # the fused kernels know no float64
+def layer_kinds(family: str) -> str:
+    """Kinds of the family's layers by its configuration, and its window, as text."""
+    config = tiny_config(family).get_text_config(decoder=True)
+    found = getattr(config, "layer_types", None) or ("full_attention",)
+    kinds = sorted({kind.removesuffix("_attention") for kind in found})
+    values = config.to_dict()
+    windows = {name: values.get(name) for name in _WINDOWS if isinstance(values.get(name), int)}
+    experts = any(isinstance(values.get(name), int) and values[name] > 1 for name in _EXPERTS)
+    notes = [f"{name} {value}" for name, value in windows.items()] + (["experts"] if experts else [])
+    return ", ".join(kinds) + (f" ({', '.join(notes)})" if notes else "")
+
+
+def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model, in eval mode, without gradients, in which every token and position makes a difference.
+
+    Args:
+        family: a model type, or one of `VARIANTS`.
+        dtype: of all weights.
+        seed: of all weights.
+        changes: of values of the configuration.
+    """
+    config = tiny_config(family, **changes)
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # the fused kernels do not know it
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    model = model.to(dtype)
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     embeddings = model.get_input_embeddings()
     table = None if embeddings is None else getattr(embeddings, "weight", None)
     generator = torch.Generator().manual_seed(5)
@@ -156,6 +220,5 @@ def tiny_model(
             elif float(parameter.std()) > 0:
                 spread = 0.5 if parameter is table else 1.4 / min(parameter.shape[-2:]) ** 0.5
                 parameter *= spread / float(parameter.std())
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model.generation_config = GenerationConfig(pad_token_id=0)  # its own may hold penalties
     return model.eval().requires_grad_(False)
