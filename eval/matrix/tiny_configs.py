@@ -28,6 +28,7 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 _NAMES: tuple[tuple[int, str], ...] = (
     (VOCAB, "vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size"),
     (64, "hidden_size d_model n_embd emb_dim dim embed_dim attention_hidden_size backbone_hidden_size"),
+    (64, "adapter_in_dim adapter_out_dim adapter_input_size"),
     (32, "embedding_size word_embed_proj_dim"),
     (
         48,
@@ -78,7 +79,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note": {"text_config": _SLIDING_LATENT, "audio_config": {"adapter_in_dim": 64}},
+    "dots3_note": {"text_config": _SLIDING_LATENT},
     "dots3_note_text": _SLIDING_LATENT,
     "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_d_state": 16},
     "gemma4_assistant": {
