@@ -50,6 +50,7 @@ class Row:
         num_lora_modules: layers with a LoRA; 0 where nothing was compared, as what follows.
         num_tokens: compared with `generate`, in all ways together.
         mean_acceptance_length: the least of the ways with planted drafts.
+        batches: why several sequences at once are refused; empty where they are not.
     """
 
     family: str
@@ -59,6 +60,7 @@ class Row:
     num_lora_modules: int = 0
     num_tokens: int = 0
     mean_acceptance_length: float = 0.0
+    batches: str = ""
 
 
 def check(family: str) -> Row:
@@ -99,7 +101,8 @@ def table_of(rows: Sequence[Row]) -> TextTable:
     header = ("family", "layers", "result", "LoRA on", "tokens compared", "least mean acceptance length")
     lines = []
     for row in rows:
-        result = row.result + (f": {row.reason}" if row.reason else "")
+        note = f", one sequence at a time: {row.batches}" if row.batches else ""
+        result = row.result + (f": {row.reason}" if row.reason else note)
         figures = (str(row.num_lora_modules), str(row.num_tokens), f"{row.mean_acceptance_length:.2f}")
         lines.append([row.family, row.layers, result, *(figures if row.result == "works" else ("-", "-", "-"))])
     return TextTable("Families", header, lines)

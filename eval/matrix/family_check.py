@@ -20,6 +20,7 @@ from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference
 from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.probe import probe
+from pardec.model import SelfSpeculativeModel
 from pardec.target.base import load_base
 from pardec.target.fingerprint import fingerprint
 from pardec.target.forward import TargetModel
@@ -52,11 +53,13 @@ class Compared:
         num_lora_modules: with a LoRA.
         num_tokens: compared, all ways together.
         mean_acceptance_length: the least of the ways with planted drafts.
+        batches: why several sequences at once are refused; empty where they are not.
     """
 
     num_lora_modules: int
     num_tokens: int
     mean_acceptance_length: float
+    batches: str = ""
 
 
 def save_base(family: str, folder: Path) -> None:
@@ -91,8 +94,10 @@ def check_family(folder: Path) -> Compared:
     adapter = _trained(base, str(folder), torch.tensor([line[-min(map(len, lines)) :] for line in lines]))
     save_adapter(adapter, folder / "adapter")
     model = pardec.load(folder / "adapter", base=base)
+    assert adapter.lora is not None
+    refusal = _refusal_of_batches(model, prompts)
     num_tokens, lengths = 0, []
-    for batch in (1, len(prompts)):
+    for batch in (1,) if refusal else (1, len(prompts)):
         rows, expected = prompts[:batch], references[:batch]
         for mode in MODES:
             found = [model.generate(rows, mode=mode, max_new_tokens=NEW_TOKENS).token_ids]
@@ -102,8 +107,15 @@ def check_family(folder: Path) -> Compared:
             for tokens in found:
                 _expect_same(f"{mode}, batch {batch}", tokens, expected)
                 num_tokens += sum(map(len, tokens))
-    assert adapter.lora is not None
-    return Compared(len(adapter.lora.pairs()), num_tokens, min(lengths))
+    return Compared(len(adapter.lora.pairs()), num_tokens, min(lengths), refusal)
+
+
+def _refusal_of_batches(model: SelfSpeculativeModel, prompts: list[list[int]]) -> str:
+    try:
+        model.engines.check(prompts, NEW_TOKENS, num_sequences=len(prompts))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _prompts(base: PreTrainedModel) -> list[list[int]]:

@@ -22,6 +22,8 @@ _WINDOWS = (
     "local_attention",
     "attention_chunk_size",
     "index_topk",
+    "keep_window_size",
+    "floor_scale",
 )
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # several names, one meaning
@@ -45,6 +47,9 @@ _NAMES: tuple[tuple[int, str], ...] = (
     (4, " ".join(_EXPERTS)),
     (4, "linear_num_heads linear_num_value_heads"),
     (2, "num_key_value_heads swa_num_key_value_heads num_kv_heads kv_n_heads linear_num_key_heads"),
+    (4, "index_block_size block_size"),
+    (1, "index_local_blocks num_random_blocks"),
+    (2, "index_topk_blocks"),
     (2, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k"),
     (16, "head_dim swa_head_dim global_head_dim dim_head kv_channels kv_lora_rank q_lora_rank qk_nope_head_dim"),
     (16, "v_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim index_head_dim o_lora_rank"),
@@ -170,6 +175,8 @@ def _small(default: Mapping[str, Any]) -> dict[str, Any]:
             values[name] = SIZES[name]
         elif isinstance(value, list) and value and len(value) == depth:
             values[name] = _few(value)
+        elif name == "rope_parameters" and isinstance(value, Mapping) and value.get("rope_type") == "yarn":
+            values[name] = {**value, "original_max_position_embeddings": WINDOW}  # queries may be scaled behind it
         elif name == "is_decoder":
             values[name] = True
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int):

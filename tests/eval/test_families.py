@@ -9,10 +9,11 @@ from matrix.tiny_configs import VOCAB, tiny_config
 from programs import run
 
 # layers behind a latent cache, rows read by a head, layers that scale, mix, cap or run several times
-WORK = ["bert", "cohere2", "minicpm3", "doge", "gemma4_text without embeddings per layer", "qwen2 with windows"]
+WORK = ["bert", "cohere2", "minicpm3", "ministral3", "gemma4_text without embeddings per layer", "qwen2 with windows"]
 REFUSED = {
     "mamba": "layers of kind linear_attention",
     "gpt_neo": "found",  # its windows stand in a mask of its own
+    "doge": "found",  # keeps its best keys only
     "xlnet": "found",
     "musicgen": "found an encoder-decoder",
     "gemma3n": "timm",  # a package that is not there
@@ -44,6 +45,15 @@ def test_every_family_of_transformers_has_a_tiny_configuration():
     decoders = {name: one.get_text_config(decoder=True) for name, one in configs.items() if not one.is_encoder_decoder}
     assert {getattr(config, "vocab_size", VOCAB) for config in decoders.values()} == {VOCAB}
     assert all(getattr(config, "hidden_size", 64) <= 64 for config in decoders.values())
+
+
+def test_a_family_that_works_for_one_sequence_at_a_time_says_so():
+    """Its queries are scaled by the length of the cache, which sequences share."""
+    row = families.check("llama4_text")
+    assert row.result == "works", row.reason
+    assert row.num_tokens == 5 * family_check.NEW_TOKENS
+    assert "expected at most 12 for several sequences at once" in row.batches
+    assert "| works, one sequence at a time: prompt and new tokens" in families.table_of([row]).markdown()
 
 
 def test_tokens_that_differ_are_a_failure_and_end_with_exit_code_1(monkeypatch, tmp_path):
