@@ -110,7 +110,7 @@ def table_of(rows: Sequence[Row]) -> TextTable:
 
 def report(families: Sequence[str], stem: Path | None) -> bool:
     """Checks the families, prints and writes; whether none fails."""
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # models are tiny
     begin, rows = time.perf_counter(), []

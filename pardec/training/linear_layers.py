@@ -5,7 +5,7 @@ keys and values all that is cached. Names tell none of this, so it is observed. 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -47,7 +47,7 @@ def _place(name: str) -> str:
 
 
 @contextmanager
-def _observed(layers: dict[str, nn.Module]) -> Iterator[dict[str, bool]]:
+def _observed(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, bool]]:
     """By name of the layers that run inside, whether all its runs read B sequences of R rows."""
     found: dict[str, bool] = {}
 

@@ -114,9 +114,7 @@ def test_dense_bases_get_the_modules_of_peft_s_all_linear_byte_for_byte(family):
     ],
 )
 def test_layers_that_a_gate_cannot_serve_are_refused_and_those_to_name_are_told(model_type, target_modules, found):
-    message = (
-        rf"adapter\.lora\.target_modules: expected linear layers that read every row, such as .*, found {found}"
-    )
+    message = rf"adapter\.lora\.target_modules: expected linear layers that read every row, such as .*, found {found}"
     with pytest.raises(ValueError, match=message) as error:
         inject_lora(tiny_family(model_type), r=2, alpha=4.0, target_modules=target_modules)
     assert "\n" not in str(error.value)
