@@ -20,16 +20,17 @@ from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference
 from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.probe import probe
+from pardec.measures.ranks import measure_ranks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import load_base
 from pardec.target.fingerprint import fingerprint
 from pardec.target.forward import TargetModel
-from pardec.training.module import Drafter, MaskTokenTrainer
+from pardec.training.module import METRICS, Drafter, MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora, lora_enabled
 from pardec.training.steps import apply_gradients, build_optimizer
 from pardec.training.warm_start import learned_adapter
 
-K, NEW_TOKENS, TRAINING_STEPS = 3, 24, 3
+K, NEW_TOKENS, TRAINING_STEPS = 3, 24, 8
 PROMPT_LENGTHS = (17, 11, 3, 6)  # some within a window of eight tokens, some beyond
 MODES = ("plain", "two_pass", "fused")
 _SHARD = "200KB"  # so that every base comes in several files
@@ -90,10 +91,14 @@ def check_family(folder: Path) -> Compared:
     base.generation_config = GenerationConfig(pad_token_id=0)  # its own may hold penalties
     prompts = _prompts(base)
     references = [generated(base, prompt) for prompt in prompts]
-    lines = [prompt + new for prompt, new in zip(prompts, references, strict=True)][:2]
-    adapter = _trained(base, str(folder), torch.tensor([line[-min(map(len, lines)) :] for line in lines]))
+    texts = [prompt + new for prompt, new in zip(prompts, references, strict=True)]
+    adapter, agreement = _trained(base, str(folder), texts[:2], first_anchor=len(prompts[0]) - 1)
     save_adapter(adapter, folder / "adapter")
     model = pardec.load(folder / "adapter", base=base)
+    served = measure_ranks(model, prompts[:1], references[:1])
+    found = [share * places for share, places in zip(served.unconditional[1], served.num_places, strict=True)]
+    if [round(count) for count in found] != agreement:
+        raise WrongResultError(f"drafts: expected {agreement} of the target's tokens as in training, found {found}")
     assert adapter.lora is not None
     refusal = _refusal_of_batches(model, prompts)
     num_tokens, lengths = 0, []
@@ -140,8 +145,15 @@ def _expect_same(what: str, found: list[list[int]], expected: list[list[int]]) -
             raise WrongResultError(f"{what}: expected generate's tokens, found others from token {at} of row {row} on")
 
 
-def _trained(base: PreTrainedModel, name: str, ids: Tensor) -> Adapter:
-    """An adapter with a LoRA after a few steps on `ids`, shape [B, T]; `base` is as it was."""
+def _trained(
+    base: PreTrainedModel, name: str, texts: Sequence[Sequence[int]], first_anchor: int
+) -> tuple[Adapter, list[int]]:
+    """Trains for a few steps; `base` is as it was.
+
+    Returns:
+        an adapter with a LoRA, and by position how many of its drafts behind the tokens of the first text, from
+        `first_anchor` on, are the target's likeliest.
+    """
     identity = fingerprint(base, None)
     torch.manual_seed(0)
     peft_model = inject_lora(base, r=2, alpha=4.0, target_modules="all-linear")
@@ -149,6 +161,7 @@ def _trained(base: PreTrainedModel, name: str, ids: Tensor) -> Adapter:
         module = MaskTokenTrainer(base, Drafter(K, has_lora=True))
         learned = {key: p for key, p in module.named_parameters() if p.requires_grad}
         optimizer = build_optimizer(learned, _LEARNING_RATES)
+        ids = torch.tensor([text[-min(map(len, texts)) :] for text in texts])
         anchors = torch.arange(1, ids.shape[1] - 1, 2).expand(ids.shape[0], -1)
         for step in range(TRAINING_STEPS):
             loss, count, _ = module(ids, torch.ones_like(ids, dtype=torch.bool), anchors)
@@ -157,9 +170,13 @@ def _trained(base: PreTrainedModel, name: str, ids: Tensor) -> Adapter:
         metadata = AdapterMetadata(num_speculative_tokens=K, base=BaseReference(name=name), fingerprint=identity)
         adapter = learned_adapter(module, peft_model, metadata)
         _expect_gate_serves(base, adapter, ids)
+        text = torch.tensor([texts[0]])
+        places = torch.arange(first_anchor, text.shape[1])[None]
+        with torch.no_grad():
+            _, _, sums = module(text, torch.ones_like(text, dtype=torch.bool), places, with_metrics=True)
     finally:
         peft_model.unload()
-    return adapter
+    return adapter, sums[METRICS.index("agreement")].int().tolist()
 
 
 @torch.no_grad()

@@ -4,9 +4,11 @@ Sizes are set by the names that configurations share; what only one family names
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
@@ -177,8 +179,8 @@ def _small(default: Mapping[str, Any]) -> dict[str, Any]:
             values[name] = _few(value)
         elif name == "rope_parameters" and isinstance(value, Mapping) and value.get("rope_type") == "yarn":
             values[name] = {**value, "original_max_position_embeddings": WINDOW}  # queries may be scaled behind it
-        elif name == "is_decoder":
-            values[name] = True
+        elif name in ("is_decoder", "tie_word_embeddings"):  # tied ones would say their last token again
+            values[name] = name == "is_decoder"
         elif name.endswith(("token_id", "token_index")) and isinstance(value, int):
             values[name] = VOCAB - 1  # of images and the like
     return values | (_LATENT if "kv_lora_rank" in default else {})
@@ -204,6 +206,7 @@ def layer_kinds(family: str) -> str:
     return ", ".join(kinds) + (f" ({', '.join(notes)})" if notes else "")
 
 
+@torch.no_grad()
 def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model, in eval mode, without gradients, in which every token and position makes a difference.
 
@@ -217,16 +220,32 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0
     if dtype == torch.float64:
         config._experts_implementation = "eager"  # the fused kernels do not know it
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
-    embeddings = model.get_input_embeddings()
-    table = None if embeddings is None else getattr(embeddings, "weight", None)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() < 2:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
-            elif float(parameter.std()) > 0:
-                spread = 0.5 if parameter is table else 1.4 / min(parameter.shape[-2:]) ** 0.5
-                parameter *= spread / float(parameter.std())
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
+        elif float(parameter.std()) > 0:
+            parameter *= 3 / min(parameter.shape[-2:]) ** 0.5 / float(parameter.std())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight *= 0.5 / float(module.weight.std().clamp_min(1e-6))
+    with suppress(Exception):  # a model that does not take this will be refused, or its failure be told, later
+        _spread_logits(model, torch.randint(3, VOCAB - 1, (4, 32), generator=generator))
     model.generation_config = GenerationConfig(pad_token_id=0)  # its own may hold penalties
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def _spread_logits(model: PreTrainedModel, ids: Tensor) -> None:
+    """Takes what all rows share out of the head: else one token may always be the likeliest, and show no error."""
+    head, seen = model.get_output_embeddings(), []
+    assert isinstance(head, nn.Linear)
+    handle = head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(input_ids=ids, use_cache=False)
+    handle.remove()
+    rows = seen[0].flatten(0, -2)
+    mean = rows.mean(dim=0)
+    head.weight -= torch.outer(head.weight @ mean, mean) / (mean @ mean)
+    head.weight *= 3 / (rows @ head.weight.T).std()
+    if head.bias is not None:
+        head.bias.zero_()
