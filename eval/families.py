@@ -146,11 +146,12 @@ def report(families: Sequence[str], stem: Path | None) -> bool:
 NOTES = (
     "Each family is a tiny random model of four layers (fewer where its own code sets their number), saved in shards "
     "and loaded by `load_base`; refusals are its messages and those of the probe.",
-    f"`works`: PEFT's LoRA on all linear layers that read every row was trained for a few steps on two sequences, the "
-    "gate gave PEFT's logits and the drafts that training had, and plain, two_pass and fused decoding gave `generate`'s tokens, one prompt and a ragged "
-    f"batch of {len(PROMPT_LENGTHS)} (prompts of {', '.join(map(str, PROMPT_LENGTHS))} tokens, {NEW_TOKENS} new ones, "
-    f"windows of {WINDOW} where there are any), K = {K}, with the adapter's own drafts and with planted ones; the "
-    "acceptance length is the least of the planted ways.",
+    "`works`: PEFT's LoRA on all linear layers that read every row was trained for a few steps on two sequences; the "
+    "gate gave the logits of PEFT's layers, and the decoder the drafts that training had; plain, two_pass and fused "
+    f"decoding gave `generate`'s tokens for one prompt and a ragged batch of {len(PROMPT_LENGTHS)} (prompts of "
+    f"{', '.join(map(str, PROMPT_LENGTHS))} tokens, {NEW_TOKENS} new ones, windows of {WINDOW} where there are any), "
+    f"K = {K}, with the adapter's own drafts and with planted ones; the acceptance length is the least of the planted "
+    "ways.",
     "A row with a note behind the model type is the same family otherwise configured.",
 )
 

@@ -96,9 +96,11 @@ def check_family(folder: Path) -> Compared:
     save_adapter(adapter, folder / "adapter")
     model = pardec.load(folder / "adapter", base=base)
     served = measure_ranks(model, prompts[:1], references[:1])
-    found = [share * places for share, places in zip(served.unconditional[1], served.num_places, strict=True)]
-    if [round(count) for count in found] != agreement:
-        raise WrongResultError(f"drafts: expected {agreement} of the target's tokens as in training, found {found}")
+    drafts = [round(share * n) for share, n in zip(served.unconditional[1], served.num_places, strict=True)]
+    if drafts != agreement:
+        raise WrongResultError(
+            f"drafts: expected {agreement} of them to be the target's tokens as in training, found {drafts}"
+        )
     assert adapter.lora is not None
     refusal = _refusal_of_batches(model, prompts)
     num_tokens, lengths = 0, []

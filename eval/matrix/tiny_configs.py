@@ -100,6 +100,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
         "layer_types": ["linear_attention", "full_attention"] * 2,
     },
+    "hrm_text": {"num_layers_per_stack": 1, "L_cycles": 1, "L_bp_cycles": [1]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"zero_expert_num": 2},
@@ -226,7 +227,7 @@ def tiny_model(family: str, *, dtype: torch.dtype = torch.float64, seed: int = 0
         if parameter.dim() < 2:
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
         elif float(parameter.std()) > 0:
-            parameter *= 3 / min(parameter.shape[-2:]) ** 0.5 / float(parameter.std())
+            parameter *= 2 / min(parameter.shape[-2:]) ** 0.5 / float(parameter.std())
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight *= 0.5 / float(module.weight.std().clamp_min(1e-6))

@@ -85,6 +85,19 @@ def test_a_gate_that_does_not_serve_what_was_trained_is_a_failure(monkeypatch):
     )
 
 
+def test_drafts_that_are_not_those_of_training_are_a_failure(monkeypatch):
+    real = family_check.measure_ranks
+
+    def of_other_masks(model, *texts):
+        model.adapter.mask_embeddings.mul_(-1)
+        return real(model, *texts)
+
+    monkeypatch.setattr(family_check, "measure_ranks", of_other_masks)
+    row = families.check("gemma2")
+    assert row.result == "fails"
+    assert row.reason.startswith("WrongResultError: drafts: expected [")
+
+
 def test_a_family_that_takes_too_long_is_a_failure(monkeypatch):
     monkeypatch.setattr(families, "SECONDS_FOR_ONE", 1)
     monkeypatch.setattr(families, "check_family", lambda folder: time_passes())
