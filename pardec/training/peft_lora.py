@@ -91,8 +91,11 @@ def _targets(base: PreTrainedModel, asked: str | list[str]) -> tuple[str | list[
 def _means_experts(base: PreTrainedModel, target_modules: str | list[str]) -> bool:
     """Whether PEFT takes these for a mixture's experts, which older checkpoints keep in layers of such names."""
     from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # older versions take every name as it stands
+        return False
     config = LoraConfig(target_modules=target_modules)
     try:
         convert_peft_config_for_transformers(config, base, None)

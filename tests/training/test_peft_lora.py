@@ -1,6 +1,7 @@
 """What `all-linear` means on bases whose layers do not all read every row: mixtures of experts and others."""
 
 import json
+import sys
 import warnings
 
 import peft
@@ -15,7 +16,7 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.target.fingerprint import fingerprint
 from pardec.training.linear_layers import linear_layers
-from pardec.training.peft_lora import inject_lora, load_lora_weights, lora_weights
+from pardec.training.peft_lora import _targets, inject_lora, load_lora_weights, lora_weights
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 LATENT_ATTENTION = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"}
@@ -126,6 +127,11 @@ def test_named_layers_beside_the_experts_are_taken_though_experts_have_their_nam
         "0.mlp.gate_proj",
         *(f"{n}.mlp.shared_experts.gate_proj" for n in (1, 2, 3)),
     ]
+
+
+def test_versions_of_peft_that_take_every_name_as_it_stands_are_left_to_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft.utils.transformers_weight_conversion", None)
+    assert _targets(tiny_family("qwen3_moe"), ["gate_proj", "q_proj"]) == (["gate_proj", "q_proj"], [])
 
 
 @pytest.mark.parametrize(
