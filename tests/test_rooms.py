@@ -21,7 +21,7 @@ FLOORS = (
     ("pardec/tuning",),
     ("pardec/console", "pardec/cli", "pardec/__main__"),
     ("train", "eval/timing", "eval/reporting"),
-    ("eval/studies",),
+    ("eval/studies", "eval/matrix"),
     ("eval",),
 )
 
