@@ -122,7 +122,8 @@ def print_figures(found: HeldOut, title: str) -> None:
     ways = {"greedy": found.greedy, "sampled": found.sampled}
     if found.sampled_without_head is not None:
         ways["sampled, without head"] = found.sampled_without_head
-    heads = ("decoding", "mean acceptance\nlength", "95 % interval", "outside\nrepetition", "95 % interval")
+    measures = ("mean acceptance\nlength", "95 % interval", "outside\nrepetition", "95 % interval", "tokens\nper step")
+    heads = ("decoding", *measures)
     lengths = Table(*heads, title=f"{title}\n{law}; bonus token included", box=SIMPLE_HEAD)
     for name, one in ways.items():
         lengths.add_row(name, *_cells(one))
@@ -205,10 +206,11 @@ def machine(model: SelfSpeculativeModel) -> dict[str, Any]:
 def _cells(measured: Acceptance) -> list[str]:
     low, high = measured.interval
     cells = [f"{measured.mean_acceptance_length:.3f}", f"{low:.3f} to {high:.3f}"]
-    if measured.outside_interval is None:
-        return [*cells, "-", "-"]
-    low, high = measured.outside_interval
-    return [*cells, f"{measured.outside_repetition:.3f}", f"{low:.3f} to {high:.3f}"]
+    outside = ["-", "-"]
+    if measured.outside_interval is not None:
+        low, high = measured.outside_interval
+        outside = [f"{measured.outside_repetition:.3f}", f"{low:.3f} to {high:.3f}"]
+    return [*cells, *outside, f"{measured.stats.tokens_per_step:.3f}"]
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import typer
 from pardec.data.prompt_files import read_prompts
 
 if TYPE_CHECKING:
-    import torch
-
     from pardec.model import SelfSpeculativeModel
 
 app = typer.Typer(
@@ -87,7 +85,7 @@ def generate(
         chosen = [flag for flag, on in (("--json", as_json), ("--show-drafts", show_drafts)) if on]
         if len(chosen) > 1:
             raise ValueError(f"options: expected one of {' and '.join(chosen)}, found both")
-        prompts = read_prompts(source, prompt, prompt_file)
+        prompts = _prompts(source, prompt, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code)
 
         from pardec.console import as_object, print_comparison, print_stream
@@ -173,7 +171,7 @@ def tune(
     from pardec.run import exit_on_unusable_input
 
     with exit_on_unusable_input():
-        texts = None if prompt_file is None else read_prompts(None, None, prompt_file)
+        texts = None if prompt_file is None else _prompts(None, None, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
 
         from pardec.tuning.measuring import QUICK, Effort
@@ -196,6 +194,12 @@ def tune(
         show_report(report, as_json=as_json, picture=None if picture is None else Path(picture))
 
 
+def _prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
+    if sys.stdin is None and "-" in (source, prompt, prompt_file):
+        raise ValueError("prompt: expected text on standard input, found it closed")
+    return read_prompts(source, prompt, prompt_file)
+
+
 def _load(
     directory: str,
     base: str | None,
@@ -204,32 +208,11 @@ def _load(
     trust_remote_code: bool,
     compile: bool = False,
 ) -> "SelfSpeculativeModel":
-    import torch
     from transformers.utils import logging
 
     import pardec
 
     logging.disable_progress_bar()
-    if dtype not in (None, "float64", "float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype: expected a torch dtype, float64, float32, float16 or bfloat16, found {dtype!r}")
-    where = None if device is None else _usable_device(device)
     return pardec.load(
-        directory,
-        base=base,
-        device=where,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        compile=compile,
-        trust_remote_code=trust_remote_code,
+        directory, base=base, device=device, dtype=dtype, compile=compile, trust_remote_code=trust_remote_code
     )
-
-
-def _usable_device(name: str) -> "torch.device":
-    """The device, if it is one that can hold a tensor here."""
-    import torch
-
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
-        raise ValueError(f"device: expected a torch device of this machine, such as cpu, found {name!r}") from None
-    return device

@@ -36,7 +36,7 @@ def print_stream(model: SelfSpeculativeModel, prompt: str, mode: str, options: d
         return
     console = Console(highlight=False, soft_wrap=True, force_terminal=True)
     assert model.tokenizer is not None
-    accepted = steps = 0
+    accepted = steps = emitted = 0
     for number, chunk in enumerate(chunks):
         # two_pass emits its exact token first; accepted drafts stand before the bonus token
         first = 1 if mode == "two_pass" and number else 0
@@ -45,7 +45,9 @@ def print_stream(model: SelfSpeculativeModel, prompt: str, mode: str, options: d
             text = cast(str, model.tokenizer.decode([token], skip_special_tokens=True))
             console.print(Text(text, style="bold green" if drafted else ""), end="")
         accepted, steps = accepted + chunk.num_accepted_tokens, steps + (number > 0)
-    console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green)", style="dim")
+        emitted += len(chunk.token_ids) if number else 0  # prefill's token aside
+    rate = f", {emitted / steps:.2f} tokens a step" if steps else ""
+    console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green){rate}", style="dim")
 
 
 def print_comparison(model: SelfSpeculativeModel, prompt: str, mode: str, options: dict, as_json: bool) -> bool:
@@ -61,7 +63,8 @@ def print_comparison(model: SelfSpeculativeModel, prompt: str, mode: str, option
         return identical
     console = Console(highlight=False)
     console.print(drafted.text[0], markup=False)
-    table = Table("mode", "new tokens", "forwards", "mean acceptance length", "tokens/s", "ratio to plain")
+    lengths = ("mean acceptance\nlength", "tokens\nper step")
+    table = Table("mode", "new\ntokens", "forwards", *lengths, "tokens/s", "ratio to\nplain")
     for name, out, factor in (("plain", plain, 1.0), (mode, drafted, ratio)):
         stats = out.stats
         table.add_row(
@@ -69,6 +72,7 @@ def print_comparison(model: SelfSpeculativeModel, prompt: str, mode: str, option
             str(stats.num_new_tokens),
             str(stats.num_forwards),
             f"{stats.mean_acceptance_length:.2f}",
+            f"{stats.tokens_per_step:.2f}",
             f"{stats.tokens_per_second:.1f}",
             f"{factor:.2f} x",
         )

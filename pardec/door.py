@@ -3,12 +3,14 @@
 Maps processors, stopping criteria and left padding onto the step loop. Legend: B batch, S prompt length.
 """
 
+from collections.abc import Mapping
 from contextlib import closing
 
 import torch
 from torch import Tensor
-from transformers.generation.configuration_utils import GenerationConfig
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     ExponentialDecayLengthPenalty,
     ForcedBOSTokenLogitsProcessor,
@@ -29,6 +31,7 @@ from pardec.decoding.engine import Engine
 from pardec.decoding.engines import Engines
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
+from pardec.errors import shown
 from pardec.target.base import pad_token_id
 
 # these compare the length of a row with one that counts the batch's padding
@@ -43,7 +46,35 @@ _LENGTH_COUNTING = (
 # these keep state from step to step, so they cannot be asked about drafts that may fall
 _ORDERED = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 # these tell rows apart by their index in the batch
-_BY_INDEX = (PrefixConstrainedLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor)
+_BY_INDEX = (
+    PrefixConstrainedLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EncoderNoRepeatNGramLogitsProcessor,
+)
+# these make `generate` decode in another way than the loop does, which knows greedy search and sampling
+_OF_THE_MODE = (
+    "num_beams",
+    "num_beam_groups",
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "dola_layers",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+)
+# with any other value of these `generate` would return more, draw by another law, or keep its cache elsewhere
+_USUAL = {
+    "output_scores": (False,),
+    "output_logits": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "is_assistant": (False,),
+    "assistant_ensemble_weight": (),
+    "cache_implementation": ("dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window"),
+}
+# what `generate` hands on for a forward and the loop makes itself, beside what it is told of
+_OWN_INPUTS = ("use_cache", "logits_to_keep", "cache_position", "return_dict")
 
 
 def generate_for_transformers(
@@ -56,6 +87,7 @@ def generate_for_transformers(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     past_key_values,
+    other_inputs: Mapping[str, object],
     num_speculative_tokens: int | None,
     mode: str,
     use_head: bool | None,
@@ -66,10 +98,11 @@ def generate_for_transformers(
     Processors and stopping criteria are called row by row; processors see a row without its padding.
 
     Raises:
-        ValueError: for beams, a filled cache, padding that is not on the left, a streamer with several rows, or
-            a processor that counts padding in a padded batch.
+        ValueError: for every mode but greedy search and sampling, inputs of another kind, a filled cache, padding
+            that is not on the left, a streamer with several rows, or a processor that counts padding in a padded batch.
     """
-    _refuse(generation_config, past_key_values, streamer, input_ids)
+    _refuse_config(generation_config)
+    _refuse_inputs(input_ids, past_key_values, other_inputs, streamer)
     prompts = _unpadded(input_ids, attention_mask)
     _refuse_positions(input_ids, attention_mask, position_ids)
     _refuse_processors(processors, [len(prompt) for prompt in prompts], input_ids.shape[1])
@@ -115,18 +148,34 @@ def _decode(
     return engine.state.output[:B].cpu(), engine.state.num_new[:B].cpu()
 
 
-def _refuse(generation_config: GenerationConfig, past_key_values, streamer, input_ids: Tensor) -> None:
-    if (generation_config.num_beams or 1) > 1:
-        raise ValueError(f"custom_generate: expected num_beams 1, found {generation_config.num_beams}")
+def _refuse_config(generation_config: GenerationConfig) -> None:
+    """What `generate` would do otherwise than greedily or by sampling, or would return besides the ids."""
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        values = {name: getattr(generation_config, name, None) for name in _OF_THE_MODE}
+        found = ", ".join(
+            f"{name}={shown(value)}" for name, value in values.items() if value is True or (value or 1) != 1
+        )
+        raise ValueError(
+            f"custom_generate: expected greedy search or sampling, found {mode.value} by {found or 'default'}"
+        )
+    for name, usual in _USUAL.items():
+        value = getattr(generation_config, name, None)
+        if value is not None and value not in usual:
+            expected = " or ".join(map(str, usual)) or "None"
+            raise ValueError(f"custom_generate: expected {name}={expected}, found {shown(value)}")
+
+
+def _refuse_inputs(input_ids: Tensor, past_key_values, other_inputs: Mapping[str, object], streamer) -> None:
+    for name, value in other_inputs.items():
+        if value is not None and name not in _OWN_INPUTS:
+            raise ValueError(f"custom_generate: expected input_ids and their attention_mask alone, found {name}")
     if past_key_values is not None and past_key_values.get_seq_length() > 0:
         raise ValueError(
             f"custom_generate: expected an empty cache, found one of {past_key_values.get_seq_length()} tokens"
         )
     if streamer is not None and input_ids.shape[0] != 1:
         raise ValueError(f"streamer: expected one prompt, found {input_ids.shape[0]}")
-    for wanted in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
-        if getattr(generation_config, wanted, None):
-            raise ValueError(f"custom_generate: expected {wanted}=False, found True")
 
 
 def _refuse_positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:

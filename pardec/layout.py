@@ -14,6 +14,7 @@ from torch import Tensor
 
 BlockLengths = tuple[int, ...]
 PLAIN: BlockLengths = (0,)  # plain decoding
+MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,12 @@ def check_block_lengths(block_lengths: Sequence[int]) -> BlockLengths:
     """The same as a tuple.
 
     Raises:
-        ValueError: unless these are K + 1 numbers from 0 to K of which K is the largest.
+        ValueError: unless these are K + 1 numbers from 0 to K of which K is the largest, or if K is above
+            `MAX_SPECULATIVE_TOKENS`.
     """
     blocks = tuple(block_lengths)
+    if len(blocks) > MAX_SPECULATIVE_TOKENS + 1:
+        raise ValueError(f"block_lengths: expected at most {MAX_SPECULATIVE_TOKENS + 1}, found {len(blocks)}")
     if not blocks or min(blocks) < 0 or max(blocks) != len(blocks) - 1:
         raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K of which K is the largest, found {blocks}")
     return blocks

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import load_adapter
 from pardec.adapters.tuned import read_tuned
+from pardec.arguments import flag
 from pardec.decoding.probe import probe, probe_head
+from pardec.errors import short, shown
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import load_base, load_tokenizer, refuse_by_config
@@ -42,9 +44,14 @@ def load(
         trust_remote_code: run code that comes with the base.
 
     Raises:
+        ValueError: for arguments of another kind, and a device or dtype that is none here.
         AdapterError: for an unusable adapter or another base than it was trained for, naming what differs.
         UnsupportedModelError: for a base that cannot be decoded exactly.
     """
+    for name, value in (("compile", compile), ("trust_remote_code", trust_remote_code)):
+        flag(name, value)
+    if base is not None and not isinstance(base, str | PreTrainedModel):
+        raise ValueError(f"base: expected a folder, a hub name or a loaded model, found {shown(base)}")
     adapter = load_adapter(directory)
     reference = adapter.metadata.base
     options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
@@ -64,7 +71,9 @@ def load(
     found = fingerprint(loaded, tokenizer)
     wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
     if wrong:
-        raise AdapterError(f"{directory}: the adapter belongs to another base ({reference.name}): {'; '.join(wrong)}")
+        more = [f"and {len(wrong) - 2} more"] if len(wrong) > 2 else []
+        told = "; ".join([*wrong[:2], *more])
+        raise AdapterError(f"{directory}: the adapter belongs to another base ({short(reference.name)}): {told}")
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
     if model.engines.head is not None and model.engines.head.tap.output_embeddings.device == META:
         raise UnsupportedModelError("base: expected the output head in memory for a sampler head, found it offloaded")

@@ -16,14 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import Adapter
 from pardec.adapters.tuned import TunedChoice
+from pardec.arguments import integer
 from pardec.decoding.engine import Engine
 from pardec.decoding.engines import Engines
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
 from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.door import generate_for_transformers
+from pardec.errors import shown
 from pardec.target.base import pad_token_id
 from pardec.target.forward import embedding_weight
+
+MAX_SEQUENCES = 2**16  # of one prompt; far more than any device decodes together
 
 
 class SelfSpeculativeModel:
@@ -114,8 +118,7 @@ class SelfSpeculativeModel:
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
         """
-        if num_return_sequences < 1:
-            raise ValueError(f"num_return_sequences: expected an integer >= 1, found {num_return_sequences}")
+        num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
         ids = self._ids_of(prompts)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
         drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head)
@@ -181,7 +184,15 @@ class SelfSpeculativeModel:
     # ------------------------------------------------------------------ the transformers door
 
     def with_streamer(self, streamer) -> "SelfSpeculativeModel":
-        """The same model for `custom_generate=`, which hands no streamer on: emitted ids go to `streamer`."""
+        """The same model for `custom_generate=`: emitted ids go to `streamer`.
+
+        A `streamer=` beside `custom_generate=` gets the prompt and nothing else: transformers keeps it to itself.
+
+        Raises:
+            ValueError: for what has no `put` and no `end`.
+        """
+        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise ValueError(f"streamer: expected an object with put and end, found {shown(streamer)}")
         door = copy.copy(self)
         door._streamer = streamer
         return door
@@ -206,10 +217,7 @@ class SelfSpeculativeModel:
         if model is not self.base_model:
             raise ValueError("custom_generate: expected to be called by this model's base_model, found another model")
         # `generate` hands over as its own only what is not named in this signature
-        if model_inputs.get("token_type_ids") is not None:
-            raise ValueError("custom_generate: expected no token_type_ids, found some")
-        if model_inputs.get("inputs_embeds") is not None:
-            raise ValueError("custom_generate: expected input_ids, found inputs_embeds")
+        named = ("attention_mask", "position_ids", "past_key_values")
         return generate_for_transformers(
             self.engines,
             input_ids,
@@ -219,6 +227,7 @@ class SelfSpeculativeModel:
             attention_mask=model_inputs.get("attention_mask"),
             position_ids=model_inputs.get("position_ids"),
             past_key_values=model_inputs.get("past_key_values"),
+            other_inputs={name: value for name, value in model_inputs.items() if name not in named},
             num_speculative_tokens=num_speculative_tokens,
             mode=mode,
             use_head=use_head,

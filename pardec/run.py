@@ -8,26 +8,67 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 from tqdm import tqdm
+
+from pardec.errors import first_line
 
 
 @contextmanager
 def exit_on_unusable_input() -> Iterator[None]:
-    """Turns errors about input into one line on standard error and exit code 2; set PARDEC_TRACEBACK=1 to see all."""
+    """Turns errors about input into one line on standard error and exit code 2; set PARDEC_TRACEBACK=1 to see all.
+
+    Where nobody reads standard output any more, as behind `| head`, the program ends as others do, without a word.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is to be known here, not when the interpreter ends
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(128 + 13)  # what a shell says of those that SIGPIPE ends
+    except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("PARDEC_TRACEBACK") == "1":
             raise
         message = " ".join((str(error) or type(error).__name__).split())
-        tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
+        _drop_output()
+        if sys.stderr is not None:
+            tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
         sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Lets what standard output cannot take go, so that the interpreter does not try again when it ends."""
+    out = sys.stdout
+    if out is None:
+        return
+    try:
+        out.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, out.fileno())
+        os.close(nowhere)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: naming the file, if there is no room for it; safetensors has an error of its own for that.
+    """
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        raise OSError(f"{path}: expected room for {size:,} bytes, found {first_line(error)}") from None
 
 
 def library_versions() -> dict[str, str]:

@@ -10,7 +10,7 @@ from greedy_oracle import plain_generate
 from typer.testing import CliRunner
 
 from pardec.adapters.files import save_adapter
-from pardec.cli import app
+from pardec.cli import app, main
 from pardec.data.prompt_files import read_prompts
 from pardec.model import SelfSpeculativeModel
 
@@ -76,6 +76,24 @@ def test_prompts_come_from_a_file_and_from_standard_input(saved, expected, tmp_p
         assert result.stdout == expected[1] + "\n", arguments
 
 
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("generate", ["-"]),
+        ("generate", ["--prompt", "-"]),
+        ("generate", ["--prompt-file", "-"]),
+        ("tune", ["--prompt-file", "-"]),
+    ],
+)
+def test_a_standard_input_that_is_closed_is_one_line_and_exit_code_2(saved, monkeypatch, command, arguments, capsys):
+    monkeypatch.setattr(sys, "argv", ["pardec", command, saved, *arguments])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: prompt: expected text on standard input, found it closed\n"
+
+
 def test_only_newlines_end_a_prompt_of_a_file(tmp_path):
     texts = ["a\u2028b", "c\x85d", "e\x1cf"]
     prompts = tmp_path / "prompts.jsonl"
@@ -93,6 +111,7 @@ def test_compare_shows_both_and_that_they_agree(saved):
     assert found["ratio_to_plain"] > 0
     table = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--compare").stdout
     assert "same tokens as plain: yes" in table
+    assert "per step" in table
     assert "tokens/s" in table
 
 
@@ -198,7 +217,10 @@ def test_the_head_can_be_left_out(save, monkeypatch):
         (["--prompt-file", "/nowhere"], "/nowhere: expected a prompt file, found nothing"),
         (["--prompt", "x", "--temperature", "-1"], "temperature: expected"),
         (["--prompt", "x", "--temperature", "1", "--top-p", "0"], "top_p: expected a number in (0, 1], found 0"),
-        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens: expected an integer >= 1, found 0"),
+        (
+            ["--prompt", "x", "--max-new-tokens", "0"],
+            "max_new_tokens: expected an integer >= 1, found 0",
+        ),
         (["--prompt", "x", "--max-new-tokens", "2048"], "expected at most 2048 positions"),
         (["--prompt", "x", "--num-speculative-tokens", "3"], "expected at most 2, the number of distinct mask tokens"),
         (["--prompt", "x", "--head"], "use_head: expected an adapter with a sampler head, found none"),
@@ -206,7 +228,10 @@ def test_the_head_can_be_left_out(save, monkeypatch):
         (["--prompt", "x", "--dtype", "float31"], "dtype: expected a torch dtype"),
         (["--prompt", "x", "--device", "toaster"], "device: expected a torch device"),
         (["--prompt", "x", "--device", "meta"], "device: expected a torch device"),
-        (["--prompt", "x", "--seed", str(10**30)], "seed: expected an integer from 0 to 2^63 - 1"),
+        (
+            ["--prompt", "x", "--seed", str(10**30)],
+            "seed: expected an integer from 0 to 9223372036854775807, found 1000",
+        ),
         (["--prompt", "x", "--temperature", "1e-40"], "temperature: expected 0 (greedy) or a finite number"),
         (["--prompt", "x", "--base", "/no/base"], "base '/no/base': expected a folder or hub name"),
         (["--prompt", "x", "--json", "--show-drafts"], "expected one of --json and --show-drafts, found both"),

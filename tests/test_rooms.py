@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # from the ground up; CONTRIBUTING.md shows this map
 FLOORS = (
-    ("pardec/errors", "pardec/layout", "pardec/run"),
+    ("pardec/arguments", "pardec/errors", "pardec/layout", "pardec/run"),
     ("pardec/target",),
     ("pardec/adapters",),
     ("pardec/decoding",),
@@ -21,7 +21,7 @@ FLOORS = (
     ("pardec/tuning",),
     ("pardec/console", "pardec/cli", "pardec/__main__"),
     ("train", "eval/timing", "eval/reporting"),
-    ("eval/studies",),
+    ("eval/studies", "eval/matrix"),
     ("eval",),
 )
 

@@ -4,17 +4,20 @@ Legend: K num_speculative_tokens, D width of an input embedding, H of a hidden s
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from pardec.adapters.gated_lora import LoraWeights
+from pardec.adapters.gated_lora import LoraWeights, check_numbers
+from pardec.errors import short
+from pardec.layout import MAX_SPECULATIVE_TOKENS
 from pardec.target.fingerprint import Fingerprint
 
 FORMAT_VERSION = 1
 HEAD_TENSORS = ("inner.bias", "inner.weight", "outer.weight")
+_PATH = "^[^/]{0,255}(/[^/]{0,255})*$"  # what a file system can be asked for
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 MASK_EMBEDDINGS, UNIFORM_NOISE = "mask_embeddings", "uniform_noise"  # what may stand at mask rows
 
 
@@ -27,7 +30,7 @@ class BaseReference(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str
+    name: str = Field(min_length=1, max_length=4095, pattern=_PATH)
     revision: str | None = None
 
 
@@ -41,8 +44,8 @@ class HeadShape(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    width: int = Field(ge=1)
-    shortlist: int = Field(ge=1)
+    width: int = Field(ge=1, lt=2**31)
+    shortlist: int = Field(ge=1, lt=2**31)
 
 
 class AdapterMetadata(BaseModel):
@@ -63,7 +66,7 @@ class AdapterMetadata(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    num_speculative_tokens: int = Field(ge=1)
+    num_speculative_tokens: int = Field(ge=1, le=MAX_SPECULATIVE_TOKENS)
     mask_sharing: Literal["distinct", "shared"] = "distinct"
     draft_input: Literal["mask_embeddings", "uniform_noise"] = MASK_EMBEDDINGS
     head: HeadShape | None = None
@@ -71,7 +74,7 @@ class AdapterMetadata(BaseModel):
     fingerprint: Fingerprint
     training: dict[str, Any] = {}
     measured: dict[str, Any] = {}
-    files: dict[str, str] = {}
+    files: dict[str, Sha256] = {}
 
 
 @dataclass(frozen=True)
@@ -135,8 +138,7 @@ def _check_mask_embeddings(mask_embeddings: Tensor | None, metadata: AdapterMeta
             f"num_speculative_tokens {metadata.num_speculative_tokens}, "
             f"found {'none' if mask_embeddings is None else list(mask_embeddings.shape)}"
         )
-    if not bool(torch.isfinite(mask_embeddings).all()):
-        raise AdapterError("mask embeddings: expected finite numbers, found NaN or infinity")
+    _check_numbers("mask embeddings", mask_embeddings)
 
 
 def _check_head(head: dict[str, Tensor] | None, shape: HeadShape | None) -> None:
@@ -146,7 +148,8 @@ def _check_head(head: dict[str, Tensor] | None, shape: HeadShape | None) -> None
             raise AdapterError(f"head: expected weights and the key head in pardec.json, or neither, found {found}")
         return
     if sorted(head) != sorted(HEAD_TENSORS):
-        raise AdapterError(f"head: expected {', '.join(HEAD_TENSORS)}, found {', '.join(sorted(head)) or 'nothing'}")
+        found = short(", ".join(sorted(head)) or "nothing", 150)
+        raise AdapterError(f"head: expected {', '.join(HEAD_TENSORS)}, found {found}")
     shapes, W = {name: list(head[name].shape) for name in HEAD_TENSORS}, shape.width
     H, both = shapes["outer.weight"][:1], shapes["inner.weight"][1:]
     expected = {"inner.bias": [W], "inner.weight": [W, *both], "outer.weight": [*H, W]}
@@ -154,5 +157,12 @@ def _check_head(head: dict[str, Tensor] | None, shape: HeadShape | None) -> None
         raise AdapterError(
             f"head: expected inner.bias [{W}], inner.weight [{W}, H + D], outer.weight [H, {W}], found {shapes}"
         )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in head.values()):
-        raise AdapterError("head: expected finite numbers, found NaN or infinity")
+    for name in HEAD_TENSORS:
+        _check_numbers(f"head: {name}", head[name])
+
+
+def _check_numbers(what: str, tensor: Tensor) -> None:
+    try:
+        check_numbers(what, tensor)
+    except ValueError as error:
+        raise AdapterError(str(error)) from None

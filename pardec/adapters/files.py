@@ -13,11 +13,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, AdapterError, AdapterMetadata
 from pardec.adapters.gated_lora import LoraWeights
+from pardec.adapters.json_files import read_object
+from pardec.errors import first_line, problem, short, shown
+from pardec.run import save_tensors
 
 METADATA_FILE = "pardec.json"
 EMBEDDINGS_FILE = "mask_embeddings.safetensors"
@@ -61,14 +64,14 @@ def save_adapter(adapter: Adapter, directory: str | Path) -> None:
 def _write_files(adapter: Adapter, folder: Path) -> None:
     written = []
     if adapter.mask_embeddings is not None:
-        save_file({"mask_embeddings": _plain(adapter.mask_embeddings)}, folder / EMBEDDINGS_FILE)
+        save_tensors({"mask_embeddings": _plain(adapter.mask_embeddings)}, folder / EMBEDDINGS_FILE)
         written.append(EMBEDDINGS_FILE)
     if adapter.head is not None:
-        save_file({name: _plain(tensor) for name, tensor in adapter.head.items()}, folder / HEAD_FILE)
+        save_tensors({name: _plain(tensor) for name, tensor in adapter.head.items()}, folder / HEAD_FILE)
         written.append(HEAD_FILE)
     if adapter.lora is not None:
         (folder / LORA_DIR).mkdir()
-        save_file(adapter.lora.tensors, folder / LORA_WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(adapter.lora.tensors, folder / LORA_WEIGHTS_FILE, metadata={"format": "pt"})
         (folder / LORA_CONFIG_FILE).write_text(json.dumps(adapter.lora.config, indent=2, sort_keys=True))
         (folder / LORA_README_FILE).write_text(_LORA_README)
         written += [LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE]
@@ -120,9 +123,15 @@ def load_adapter(directory: str | Path) -> Adapter:
     Raises:
         AdapterError: if it is missing, incomplete, damaged, foreign or of a later format.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise AdapterError(f"directory: expected the path of an adapter, found {shown(directory)}")
     directory = Path(directory)
-    if not directory.is_dir():
-        raise AdapterError(f"{directory}: expected an adapter directory, found {_what(directory)}")
+    try:
+        found = None if directory.is_dir() else _what(directory)
+    except OSError as error:  # of a name that no file system takes
+        found = error.strerror
+    if found is not None:
+        raise AdapterError(f"{short(str(directory), 200)}: expected an adapter directory, found {found}")
     root = directory / _INCOMING if (directory / _INCOMING).is_dir() else directory
     metadata = _read_metadata(root)
     for name, expected in metadata.files.items():
@@ -137,7 +146,7 @@ def load_adapter(directory: str | Path) -> Adapter:
     if EMBEDDINGS_FILE in metadata.files:
         tensors = _read_tensors(root / EMBEDDINGS_FILE)
         if set(tensors) != {"mask_embeddings"}:
-            raise AdapterError(f"{root / EMBEDDINGS_FILE}: expected mask_embeddings, found {sorted(tensors)}")
+            raise AdapterError(f"{root / EMBEDDINGS_FILE}: expected mask_embeddings, found {shown(sorted(tensors))}")
         masks = tensors["mask_embeddings"]
     if LORA_WEIGHTS_FILE in metadata.files:
         lora = _read_lora(root)
@@ -152,38 +161,44 @@ def _read_metadata(root: Path) -> AdapterMetadata:
         names = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "an empty directory"
         raise AdapterError(f"{root}: expected an adapter directory with {METADATA_FILE}, found {names}")
     try:
-        raw = json.loads(path.read_text())
-        version = raw.get("format_version") if isinstance(raw, dict) else None
+        raw = read_object(path)
+        version = raw.get("format_version")
         if version != FORMAT_VERSION:
-            raise AdapterError(f"{path}: expected format_version {FORMAT_VERSION}, found {version}")
+            raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, found {shown(version)}")
         metadata = AdapterMetadata.model_validate(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"{path}: expected JSON, found {error}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise AdapterError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from None
+        raise AdapterError(f"{path}: {problem(error.errors()[0])}") from None
+    except (OSError, ValueError) as error:
+        raise AdapterError(str(error)) from None
     parts = {EMBEDDINGS_FILE: metadata.draft_input == MASK_EMBEDDINGS, HEAD_FILE: metadata.head is not None}
     for name, needed in parts.items():
         if needed and name not in metadata.files:
-            raise AdapterError(f"{path}: expected {name} among its files, found {sorted(metadata.files)}")
-    outside = [name for name in metadata.files if Path(name).is_absolute() or ".." in Path(name).parts]
+            raise AdapterError(f"{path}: expected {name} among its files, found {shown(sorted(metadata.files))}")
+    outside = [name for name in metadata.files if not _is_inside(name)]
     if outside:
-        raise AdapterError(f"{path}: expected files inside the adapter directory, found {outside[0]!r}")
+        raise AdapterError(f"{path}: expected files inside the adapter directory, found {shown(outside[0])}")
     return metadata
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name, which is shown when something is wrong with its file, is one of a file in the folder."""
+    path = Path(name)
+    return len(name) < 256 and name.isprintable() and not path.is_absolute() and ".." not in path.parts
 
 
 def _read_lora(root: Path) -> LoraWeights:
     path = root / LORA_CONFIG_FILE
+    tensors = _read_tensors(root / LORA_WEIGHTS_FILE)
     try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"expected a JSON object, found {type(config).__name__}")
-        lora = LoraWeights(config, _read_tensors(root / LORA_WEIGHTS_FILE))
+        config = read_object(path)
+    except OSError as error:
+        raise AdapterError(f"{path}: expected the LoRA's configuration, found {error.strerror}") from None
+    except ValueError as error:
+        raise AdapterError(str(error)) from None
+    try:
+        lora = LoraWeights(config, tensors)
         lora.pairs()
-    except AdapterError:
-        raise
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise AdapterError(f"{path}: {error}") from None
     return lora
 
@@ -192,7 +207,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: expected a safetensors file, found {error}") from None
+        raise AdapterError(f"{path}: expected a safetensors file, found {first_line(error)[:120]}") from None
 
 
 def _sha256(path: Path) -> str:

@@ -15,11 +15,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
 
+from pardec.arguments import flag, integer, real
+from pardec.errors import shown
 from pardec.target.placement import execution_devices
 
 _PREFIX = "base_model.model."
-_UNSUPPORTED = {"use_dora": False, "lora_bias": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
+_UNSUPPORTED = {
+    "use_dora": False,
+    "use_qalora": False,
+    "lora_bias": False,
+    "bias": "none",
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+}
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -36,17 +49,18 @@ class LoraWeights:
 
     def __post_init__(self) -> None:
         if self.config.get("peft_type") != "LORA":
-            raise ValueError(f"lora: expected peft_type LORA, found {self.config.get('peft_type')!r}")
-        for key in ("r", "lora_alpha"):
-            if not _is_usable_size(self.config.get(key)):
-                found = str(self.config.get(key))[:60]
-                raise ValueError(f"lora: expected {key} as a finite number above 0, found {found}")
+            raise ValueError(f"lora: expected peft_type LORA, found {shown(self.config.get('peft_type'))}")
+        integer("lora: r", self.config.get("r"), 1, 2**31 - 1)
+        if not 0 < real(self.config.get("lora_alpha")) < math.inf:
+            found = shown(self.config.get("lora_alpha"))
+            raise ValueError(f"lora: expected lora_alpha as a finite number above 0, found {found}")
+        if self.config.get("use_rslora") is not None:
+            flag("lora: use_rslora", self.config["use_rslora"])
         for key, plain in _UNSUPPORTED.items():
             if self.config.get(key, plain) not in (plain, None):
-                raise ValueError(f"lora: expected {key}={plain!r}, found {self.config[key]!r}")
+                raise ValueError(f"lora: expected {key}={plain!r}, found {shown(self.config[key])}")
         for key, tensor in self.tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"lora: {key}: expected finite numbers, found NaN or infinity")
+            check_numbers(f"lora: {_short(key)}", tensor)
 
     @property
     def rank(self) -> int:
@@ -69,24 +83,35 @@ class LoraWeights:
         for key, tensor in self.tensors.items():
             name, _, half = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
             if half not in ("lora_A", "lora_B") or not key.startswith(_PREFIX):
-                raise ValueError(f"lora: expected names {_PREFIX}*.lora_A|lora_B.weight, found {key!r}")
+                raise ValueError(f"lora: expected names {_PREFIX}*.lora_A|lora_B.weight, found {shown(key)}")
             if tensor.dim() != 2:
-                raise ValueError(f"lora: {key}: expected a matrix, found shape {list(tensor.shape)}")
+                raise ValueError(f"lora: {_short(key)}: expected a matrix, found shape {list(tensor.shape)}")
             halves.setdefault(name, {})[half] = tensor
         for name, half in halves.items():
             if len(half) != 2:
-                raise ValueError(f"lora: {name}: expected lora_A and lora_B, found only {next(iter(half))}")
+                raise ValueError(f"lora: {_short(name)}: expected lora_A and lora_B, found only {next(iter(half))}")
             ranks = (half["lora_A"].shape[0], half["lora_B"].shape[1])
             if ranks != (self.rank, self.rank):
-                raise ValueError(f"lora: {name}: expected rank {self.rank}, found {ranks} in lora_A and lora_B")
+                raise ValueError(f"lora: {_short(name)}: expected rank {self.rank}, found {ranks} in lora_A and lora_B")
         return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
 
 
-def _is_usable_size(value: object) -> bool:
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < float(value) < math.inf
-    except OverflowError:  # an integer of hundreds of digits
-        return False
+def check_numbers(what: str, tensor: Tensor) -> None:
+    """Refuses what is learned in a dtype that nothing is computed in, or is not finite.
+
+    Raises:
+        ValueError: beginning with `what`.
+    """
+    if tensor.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(f"{what}: expected one of {names}, found {str(tensor.dtype).removeprefix('torch.')}")
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{what}: expected finite numbers, found NaN or infinity")
+
+
+def _short(name: str) -> str:
+    """A tensor's name in one line, whatever somebody has called it."""
+    return name if len(name) <= 150 and name.isprintable() else shown(name)
 
 
 class _OpenRows(threading.local):
@@ -113,12 +138,14 @@ class LoraGate:
             weight = cast(Tensor, module.weight)
             if (b.shape[0], a.shape[1]) != _linear_shape(module):
                 raise ValueError(
-                    f"lora: {name}: expected {_linear_shape(module)} features, found {(b.shape[0], a.shape[1])}"
+                    f"lora: {_short(name)}: expected {_linear_shape(module)} features, found {(b.shape[0], a.shape[1])}"
                 )
             dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
             halves = (a.to(dtype), (b.to(torch.float32) * weights.scaling).to(dtype))
             if not all(bool(torch.isfinite(half).all()) for half in halves):
-                raise ValueError(f"lora: {name}: expected numbers that are finite in {dtype}, found some that are not")
+                raise ValueError(
+                    f"lora: {_short(name)}: expected numbers that are finite in {dtype}, found some that are not"
+                )
             a_t, b_t = (
                 half.to(devices.get(module, weight.device)).T.contiguous() for half in halves
             )  # [in, r], [r, out]
@@ -239,11 +266,13 @@ def _base_module(base: nn.Module, name: str) -> nn.Module:
     try:
         module = base.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"lora: the base has no module {name!r}; expected those of the trained base") from None
+        raise ValueError(f"lora: expected modules of the base, found {_short(name)!r}, which it has not") from None
     # during training PEFT has wrapped the module
     inner = module.base_layer if hasattr(module, "base_layer") else module
-    if not isinstance(getattr(inner, "weight", None), Tensor):
-        raise ValueError(f"lora: module {name!r} has no weight; expected a linear layer")
+    if not isinstance(getattr(inner, "weight", None), Tensor) or not (
+        hasattr(inner, "out_features") or isinstance(inner, Conv1D)
+    ):
+        raise ValueError(f"lora: module {_short(name)}: expected a linear layer, found {type(inner).__name__}")
     return inner  # type: ignore[return-value]
 
 

@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
+from pardec.adapters.json_files import read_object
+from pardec.errors import problem, shown
 from pardec.layout import BlockLengths, check_block_lengths
 
 TUNED_FILE = "tuned.json"
@@ -150,17 +151,18 @@ def _read_fresh(directory: Path, files: Mapping[str, str] | None = None) -> list
     if not path.exists():
         return []
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-        version = raw.get("format_version") if isinstance(raw, dict) else None
+        raw = read_object(path)
+        version = raw.get("format_version")
         if version != FORMAT_VERSION:
-            raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, found {version}")
+            raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, found {shown(version)}")
         choices = TypeAdapter(list[TunedChoice]).validate_python(raw.get("choices"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, found {error}; remove it and tune again") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, ("choices", *first["loc"])))
-        found = str(first["input"])[:60]
-        raise ValueError(f"{path}: {where}: {first['msg']}, found {found!r}; remove it and tune again") from None
+        raise ValueError(f"{path}: {problem(first, where)}; remove it and tune again") from None
+    except OSError as error:
+        raise ValueError(f"{path}: expected a file that can be read, found {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it and tune again") from None
     weights = weights_of(directory, files)
     return [one for one in choices if one.weights == weights]

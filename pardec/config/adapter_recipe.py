@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from pardec.config.recipe_files import MixedPrecision, Section
-from pardec.layout import nested_block_lengths
+from pardec.errors import shown
+from pardec.layout import MAX_SPECULATIVE_TOKENS, nested_block_lengths
 from pardec.training.loss import WEIGHT_RULES
 from pardec.training.module import Drafter, Objective
 
@@ -16,7 +17,9 @@ def _number_or_rule(value: Any) -> Any:
         return float(value) if isinstance(value, str) and value not in WEIGHT_RULES else value
     except ValueError:
         rules = ", ".join(WEIGHT_RULES)
-        raise ValueError(f"train.position_weights: expected a number, numbers or {rules}, found {value!r}") from None
+        raise ValueError(
+            f"train.position_weights: expected a number, numbers or {rules}, found {shown(value)}"
+        ) from None
 
 
 # YAML leaves 3e-1 a string
@@ -70,7 +73,7 @@ class LoraSection(Section):
     """
 
     r: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0, allow_inf_nan=False)
+    alpha: float = Field(default=32, gt=0)
     target_modules: str | list[str] = "all-linear"
 
 
@@ -103,7 +106,7 @@ class AdapterConfig(Section):
         start_from: folder of an adapter of the same base and shape whose parts this one starts with; default none.
     """
 
-    num_speculative_tokens: int = Field(default=4, ge=1, le=64)
+    num_speculative_tokens: int = Field(default=4, ge=1, le=MAX_SPECULATIVE_TOKENS)
     mask_sharing: Literal["distinct", "shared"] = "distinct"
     mask_initialisation: Literal["mean", "random_token"] = "mean"
     draft_input: Literal["mask_embeddings", "uniform_noise"] = "mask_embeddings"
@@ -170,15 +173,15 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     anchors_per_sequence: int = Field(default=64, ge=1)
     anchors_per_forward: int | None = Field(default=None, ge=1)
-    learning_rate: float = Field(default=1e-2, gt=0, allow_inf_nan=False)
-    lora_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
-    head_learning_rate: float = Field(default=3e-3, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-2, gt=0)
+    lora_learning_rate: float = Field(default=3e-3, gt=0)
+    head_learning_rate: float = Field(default=3e-3, gt=0)
     frozen: list[Literal["mask_embeddings", "lora", "head"]] = Field(default=[])
     warmup_steps: int = Field(default=20, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     objective: Literal["kl", "cross_entropy", "cross_entropy_argmax", "lk", "lk_hybrid"] = "kl"
     position_weights: PositionWeights = 1.0
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, gt=0)
     top_k: int | None = Field(default=None, ge=1)
     keep: KeepSection = KeepSection()
     mixed_precision: MixedPrecision = "auto"
@@ -202,7 +205,7 @@ class EvalConfig(Section):
     every: int = Field(default=100, ge=1)
     num_prompts: int = Field(default=16, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.8, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=0.8, gt=0)
     top_k: int | None = Field(default=10, ge=1)
 
 
@@ -234,7 +237,7 @@ class Recipe(Section):
             return self
         if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
             raise ValueError(
-                f"train.position_weights: expected finite numbers >= 0, one of them above 0, found {weights}"
+                f"train.position_weights: expected finite numbers >= 0, one of them above 0, found {shown(weights)}"
             )
         return self
 

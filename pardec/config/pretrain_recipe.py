@@ -3,6 +3,7 @@
 from pydantic import Field, model_validator
 
 from pardec.config.recipe_files import MixedPrecision, Section
+from pardec.errors import shown
 
 
 class SourcesConfig(Section):
@@ -118,6 +119,6 @@ class PretrainRecipe(Section):
         limit, length = self.model.max_position_embeddings, self.data.max_length
         if length > limit:
             raise ValueError(
-                f"data.max_length: expected at most {limit} (model.max_position_embeddings), found {length}"
+                f"data.max_length: expected at most {limit} (model.max_position_embeddings), found {shown(length)}"
             )
         return self

@@ -7,17 +7,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from pardec.errors import problem, shown
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the key, what was expected and what was found."""
 
 
-class Section(BaseModel):
-    """A part of a recipe; a key that it does not know is an error."""
+_TOO_LARGE = 2**53  # beyond it floats are no longer exact, and nothing is counted that far
 
-    model_config = ConfigDict(extra="forbid")
+
+class Section(BaseModel):
+    """A part of a recipe; a key that it does not know is an error, as are true, infinity and NaN for a number."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if {int, float} & {kind, *(one for one in get_args(kind) if isinstance(one, type))}:
+            if isinstance(value, bool):
+                raise PydanticCustomError("number", "Input should be a number")
+            if isinstance(value, int) and abs(value) >= _TOO_LARGE:
+                raise PydanticCustomError("number", "Input should be a number below 2^53")
+        return value
 
 
 # YAML reads a bare `no` as false
@@ -53,8 +70,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str], model: type[AnyRecip
         raw = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
         raise RecipeError(f"{path}: expected a recipe file, found nothing") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise RecipeError(f"{path}: expected YAML, found {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: expected YAML, found {_what_yaml_says(error)}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: expected a mapping of sections, found {type(raw).__name__}")
     for override in overrides:
@@ -73,19 +90,24 @@ def parse_recipe(raw: dict[str, Any], source: str, model: type[AnyRecipe]) -> An
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise RecipeError(f"override: expected section.key=value, found {override!r}")
+        raise RecipeError(f"override: expected section.key=value, found {shown(override)}")
     *sections, last = key.split(".")
     for section in sections:
         if raw.get(section) is None:
             raw[section] = {}
         raw = raw[section]
         if not isinstance(raw, dict):
-            raise RecipeError(f"override: expected a section before the dot, found {override!r}")
+            raise RecipeError(f"override: expected a section before the dot, found {shown(override)}")
     try:
         raw[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        found = " ".join(str(error).split())
-        raise RecipeError(f"override {override!r}: expected YAML, found {found}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"override {shown(override)}: expected YAML, found {_what_yaml_says(error)}") from None
+
+
+def _what_yaml_says(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "some that is nested too deep"
+    return " ".join(str(error).split())[:200]  # which may quote the file
 
 
 def _describe(error: ValidationError, model: type[Section]) -> str:
@@ -95,14 +117,11 @@ def _describe(error: ValidationError, model: type[Section]) -> str:
     if first["type"] == "extra_forbidden":
         *sections, last = location
         nearest = difflib.get_close_matches(last, _known_keys(model, sections), n=1, cutoff=0.0)
-        return f"unknown key {'.'.join(location)!r}; the nearest known one is {'.'.join([*sections, *nearest])!r}"
+        known, found = ".".join([*sections, *nearest]), ".".join(location)
+        return f"unknown key: expected one such as {known!r}, found {shown(found)}"
     # pydantic appends the type that it tried
     key = ".".join(part for part in location if part not in ("float", "str") and not part.startswith("list["))
-    if first["type"] == "missing":
-        return f"expected key {key!r}, found none"
-    if first["type"] == "value_error" and "ctx" in first:
-        return str(first["ctx"]["error"])
-    return f"{key}: {first['msg'].lower()}, found {first['input']!r}"
+    return problem(first, key)
 
 
 def _known_keys(model: type[Section], sections: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from pardec.config.adapter_recipe import RowsConfig
 from pardec.config.recipe_files import Section
 from pardec.decoding.sampling import make_warpers
+from pardec.errors import shown
 
 
 class ResponsesRecipe(Section):
@@ -58,7 +59,7 @@ class ResponsesRecipe(Section):
     @model_validator(mode="after")
     def _training_reads_it(self) -> "ResponsesRecipe":
         if not self.output.endswith(".jsonl"):
-            raise ValueError(f"output: expected a path that ends in .jsonl, found {self.output!r}")
+            raise ValueError(f"output: expected a path that ends in .jsonl, found {shown(self.output)}")
         return self
 
     @property

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from pardec.data.reading import BYTE_ORDER_MARK, read_utf8
+from pardec.errors import first_line, short
 
 
 def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
@@ -42,10 +43,10 @@ def _prompts_of_file(path: Path) -> list[str]:
             continue
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: expected a JSON object, found {first_line(error)}") from None
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
-            raise ValueError(f"{path}:{number}: expected an object with a non-empty text 'prompt', found {line[:60]}")
+            raise ValueError(f"{path}:{number}: expected an object with a non-empty text 'prompt', found {short(line)}")
         prompts.append(value["prompt"])
     if not prompts:
         raise ValueError(f"{path}: expected at least one prompt, found none")

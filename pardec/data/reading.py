@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pardec.data.python_sources import PACKAGES, STDLIB, TRAIN, python_sources, source_folder
-from pardec.errors import first_line
+from pardec.errors import first_line, short, shown
 
 _TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 _JSONL_SUFFIXES = (".jsonl", ".json")
@@ -146,8 +146,8 @@ def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(content)
-            except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise DataError(f"{file}:{number}: expected one JSON object, found {error}") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}:{number}: expected one JSON object, found {first_line(error)}") from None
             rows.append(check_row(row, f"{file}:{number}"))
     return rows
 
@@ -182,7 +182,7 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
         if row.get("tools") is not None:
             row["tools"] = _checked_tools(row["tools"], where)
     elif not isinstance(row.get("text"), str) or not row["text"].strip():
-        keys = ", ".join(map(str, row)) or "no keys"
+        keys = short(", ".join(map(str, row))) or "no keys"
         raise DataError(
             f"{where}: expected non-empty 'text', 'conversations' or 'input_ids' with 'loss_mask', found {keys}"
         )
@@ -206,12 +206,12 @@ def check_unicode(text: str, where: str) -> None:
 def _check_ids(row: dict[str, Any], where: str) -> None:
     ids, mask = row["input_ids"], row.get("loss_mask")
     if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < 2**31 for t in ids):
-        raise DataError(f"{where}: expected input_ids as a list of token ids, found {str(ids)[:60]}")
+        raise DataError(f"{where}: expected input_ids as a list of token ids, found {shown(ids)}")
     if not isinstance(mask, list) or len(mask) != len(ids):
-        found = len(mask) if isinstance(mask, list) else mask
+        found = len(mask) if isinstance(mask, list) else shown(mask)
         raise DataError(f"{where}: expected a loss_mask of {len(ids)} entries, found {found}")
     if not all(type(entry) in (int, bool) and entry in (0, 1) for entry in mask):
-        raise DataError(f"{where}: expected a loss_mask of 0 and 1, found {str(mask)[:60]}")
+        raise DataError(f"{where}: expected a loss_mask of 0 and 1, found {shown(mask)}")
     if not any(mask):
         raise DataError(f"{where}: expected a loss_mask with at least one token to learn, found all 0")
 
@@ -225,17 +225,17 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:
     checked = []
     for turn in turns if isinstance(turns, list) else [turns]:
         if not isinstance(turn, dict):
-            raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
+            raise DataError(f"{where}: expected turns with role and content, found {shown(turn)}")
         own = {key: value for key, value in turn.items() if value is not None or key == "content"}
         if "role" not in own and "from" in own:
             said = own.pop("value", own.pop("content", None))
             own = {"role": own.pop("from"), "content": said, **own}
         role = own.get("role")
         if not isinstance(role, str) or not _has_content(own):
-            raise DataError(f"{where}: expected turns with role and content, found {str(turn)[:60]}")
+            raise DataError(f"{where}: expected turns with role and content, found {shown(turn)}")
         unseen = [part["type"] for part in _parts(own) if part["type"] in _UNSEEN_PARTS]
         if unseen:
-            raise DataError(f"{where}: expected turns of text, found a part of type {unseen[0]}")
+            raise DataError(f"{where}: expected turns of text, found a part of type {shown(unseen[0])}")
         check_unicode(json.dumps(own, ensure_ascii=False, default=str), where)
         checked.append({**own, "role": roles.get(role, role)})
     if not any(turn["role"] == "assistant" for turn in checked):
@@ -265,6 +265,6 @@ def _checked_tools(tools: Any, where: str) -> list[dict[str, Any]]:
     except (ValueError, RecursionError):
         found = tools
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        raise DataError(f"{where}: expected tools as a list of JSON objects, found {str(tools)[:60]}")
+        raise DataError(f"{where}: expected tools as a list of JSON objects, found {shown(tools)}")
     check_unicode(json.dumps(found, ensure_ascii=False, default=str), where)
     return found

@@ -4,7 +4,6 @@ What the public model and the transformers door stand on. Knows token ids; no te
 Legend: K num_speculative_tokens.
 """
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pardec.adapters.adapter import UNIFORM_NOISE, Adapter, AdapterError
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice
+from pardec.arguments import flag, integer, one_of, real
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
@@ -24,14 +24,13 @@ from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import MODES, Decoder
-from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
+from pardec.errors import shown
+from pardec.layout import MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled
 from pardec.target.forward import TargetModel
 from pardec.target.placement import is_offloaded
 from pardec.target.survey import Survey, survey
-
-MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Engines:
         if self.head is not None:
             for name, parameter in self.head.head.named_parameters():
                 _check_finite(f"head: {name}", parameter)
-        self.compile = compile
+        self.compile = flag("compile", compile)
         # a captured step would replay the copies of weights that are brought in for it, from wherever they lay then
         self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
         self.tuned: TunedChoice | None = None
@@ -89,9 +88,9 @@ class Engines:
     ) -> TokenLaw:
         """The law of a call; arguments and errors as in `generate`."""
         warpers = make_warpers(temperature, top_k, top_p, min_p)
-        if seed is not None and not 0 <= seed < 2**63:
-            raise ValueError(f"seed: expected an integer from 0 to 2^63 - 1, found {seed}")
-        return TokenLaw(temperature == 0, tuple(warpers), self.generator(seed) if temperature else None)
+        seed = None if seed is None else integer("seed", seed, 0, 2**63 - 1)
+        greedy = real(temperature) == 0
+        return TokenLaw(greedy, tuple(warpers), None if greedy else self.generator(seed))
 
     def generator(self, seed: int | None = None) -> torch.Generator:
         """A generator of its own for each call, so that a captured step can hold it; None: seeded by torch's."""
@@ -106,17 +105,14 @@ class Engines:
         Raises:
             ValueError: for what does not exist, or not together.
         """
+        one_of("mode", mode, MODES)
         blocks = self._blocks_for(mode, asked) if block_lengths is None else self._checked(mode, asked, block_lengths)
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
         head = self.chosen_head(use_head)
         return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head)
 
     def _blocks_for(self, mode: str, asked: int | None) -> BlockLengths:
-        if asked is not None and asked < 0:
-            raise ValueError(f"num_speculative_tokens: expected an integer >= 0, found {asked}")
-        if asked is not None and asked > MAX_SPECULATIVE_TOKENS:
-            raise ValueError(f"num_speculative_tokens: expected at most {MAX_SPECULATIVE_TOKENS}, found {asked}")
+        if asked is not None:
+            asked = integer("num_speculative_tokens", asked, 0, MAX_SPECULATIVE_TOKENS)
         if mode == "plain":
             return PLAIN
         if self.adapter is None:
@@ -126,12 +122,14 @@ class Engines:
         return full_blocks(self.adapter.metadata.num_speculative_tokens if asked is None else asked)
 
     def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int]) -> BlockLengths:
-        blocks = tuple(operator.index(length) for length in block_lengths)
+        try:
+            blocks = tuple(integer("block_lengths", length, 0) for length in block_lengths)
+        except TypeError:
+            found = shown(block_lengths)
+            raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K, found {found}") from None
         if mode != "fused" or asked is not None:
             raise ValueError("block_lengths: expected mode fused and no num_speculative_tokens beside it")
         check_block_lengths(blocks)
-        if len(blocks) > MAX_SPECULATIVE_TOKENS + 1:
-            raise ValueError(f"block_lengths: expected at most {MAX_SPECULATIVE_TOKENS + 1}, found {len(blocks)}")
         if blocks != PLAIN and self.adapter is None:
             raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
         return blocks
@@ -142,7 +140,7 @@ class Engines:
         Raises:
             ValueError: if one is asked for and there is none.
         """
-        if use_head and self.head is None:
+        if use_head is not None and flag("use_head", use_head) and self.head is None:
             raise ValueError("use_head: expected an adapter with a sampler head, found none")
         return None if use_head is False else self.head
 
@@ -179,8 +177,8 @@ class Engines:
         Raises:
             ValueError: naming what was expected and found.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected an integer >= 1, found {max_new_tokens}")
+        if integer("max_new_tokens", max_new_tokens, 1) >= 2**31:
+            raise ValueError(f"max_new_tokens: expected less than 2^31, found {shown(max_new_tokens)}")
         limit, longest = self.target.max_positions, max(map(len, prompts))
         if limit is not None and longest + max_new_tokens > limit:
             raise ValueError(

@@ -3,6 +3,7 @@
 Legend: B sequences, S tokens of the longest.
 """
 
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -50,10 +51,15 @@ class StreamChunk:
 
 
 class TextStream:
-    """Turns token ids into text as it becomes final; holds back characters whose bytes are not all there."""
+    """Turns token ids into text as it becomes final.
+
+    Holds back characters whose bytes are not all there and, where the tokenizer takes spaces out again between words
+    and signs, the last word and the space before it.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
         self.tokenizer = tokenizer
+        self.cleans_up = tokenizer is not None and _cleans_up(tokenizer)
         self.ids: list[int] = []
         self.sent = 0
 
@@ -65,9 +71,22 @@ class TextStream:
         text = cast(str, self.tokenizer.decode(self.ids, skip_special_tokens=True))
         if not last:
             text = text.rstrip("�")
+            if self.cleans_up:
+                text = _LAST_WORD.sub("", text)
         new = text[self.sent :]
         self.sent = max(self.sent, len(text))
         return new
+
+
+_LAST_WORD = re.compile(r"\s*\S*\Z")
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether decoding takes out spaces that the tokens have; many tokenizers ask for it, and few of them do it."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    ids = tokenizer("a . b ! c ? d , e ' f n't g 's", add_special_tokens=False).input_ids
+    return tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def counts_of(state: DecodeState, mode: str, num_sequences: int) -> list[SequenceCounts]:

@@ -2,10 +2,12 @@
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from pardec.errors import shown
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 # what a tokenizer puts in front of a text is one token, in some families two
@@ -25,6 +27,9 @@ def token_ids(prompts: Prompts, tokenizer: PreTrainedTokenizerBase | None, num_e
     """
     if isinstance(prompts, Mapping):
         raise ValueError(f"prompts: expected texts or token ids, found {type(prompts).__name__}; pass its input_ids")
+    is_scalar = isinstance(prompts, Tensor) and not prompts.dim()
+    if is_scalar or isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts: expected texts or token ids, found {shown(prompts)}")
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Tensor):
@@ -47,16 +52,19 @@ def _checked_ids(row: object, index: int, tokenizer: PreTrainedTokenizerBase | N
             raise ValueError(f"prompt {index}: expected Unicode text, found half of a surrogate pair") from None
         row = text_ids(row, tokenizer) if row else []
     try:
+        if isinstance(row, bytes | bytearray | Mapping):
+            raise TypeError
         tokens = list(row)  # type: ignore[call-overload]
         ids = [operator.index(token) for token in tokens if not isinstance(token, bool)]
     except TypeError:
         tokens, ids = [], [0]
     if len(ids) != len(tokens):
-        raise ValueError(f"prompt {index}: expected text or a list of token ids, found {str(row)[:60]!r}")
+        raise ValueError(f"prompt {index}: expected text or a list of token ids, found {shown(row)}")
     if not ids:
         raise ValueError(f"prompt {index}: expected at least one token, found an empty prompt")
+    found = f"{shown(min(ids))}..{shown(max(ids))}"
     if min(ids) < 0 or max(ids) >= num_embeddings:
-        raise ValueError(f"prompt {index}: expected token ids in 0..{num_embeddings - 1}, found {min(ids)}..{max(ids)}")
+        raise ValueError(f"prompt {index}: expected token ids in 0..{num_embeddings - 1}, found {found}")
     return ids
 
 

@@ -4,6 +4,7 @@ The processors are transformers' own. Knows nothing of drafts; `draw` serves tar
 Legend: B batch, R rows, V vocabulary.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -21,7 +22,9 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
+from pardec.arguments import integer, real
 from pardec.decoding.verify import sample_from
+from pardec.errors import shown
 
 # These look at the scores of one row alone; every other processor, a subclass too, is given the row's token ids.
 _WARPERS = (
@@ -43,21 +46,21 @@ def make_warpers(
     Raises:
         ValueError: for a value out of range, naming the range and the value.
     """
-    if temperature != 0 and not 1e-4 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected 0 (greedy) or a finite number of at least 0.0001, found {temperature}")
-    if top_k is not None and (top_k < 1 or int(top_k) != top_k):
-        raise ValueError(f"top_k: expected an integer >= 1, found {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected a number in (0, 1], found {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
-        raise ValueError(f"min_p: expected a number in [0, 1], found {min_p}")
+    if real(temperature) != 0 and not 1e-4 <= real(temperature) < math.inf:
+        found = shown(temperature)
+        raise ValueError(f"temperature: expected 0 (greedy) or a finite number of at least 0.0001, found {found}")
+    top_k = None if top_k is None else integer("top_k", top_k, 1)
+    if top_p is not None and not 0 < real(top_p) <= 1:
+        raise ValueError(f"top_p: expected a number in (0, 1], found {shown(top_p)}")
+    if min_p is not None and not 0 <= real(min_p) <= 1:
+        raise ValueError(f"min_p: expected a number in [0, 1], found {shown(min_p)}")
     if temperature == 0:
         return []
     warpers: list[LogitsProcessor] = []
     if temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(temperature)))
     if top_k is not None:
-        warpers.append(TopKLogitsWarper(int(top_k)))
+        warpers.append(TopKLogitsWarper(min(top_k, 2**31 - 1)))  # above every vocabulary
     if top_p is not None and top_p < 1:
         warpers.append(TopPLogitsWarper(float(top_p)))
     if min_p is not None and min_p > 0:

@@ -1,7 +1,7 @@
 """Counts of a generation, and what they say: acceptance, tokens per forward, tokens per second.
 
 Knows lists of integers only. Rates are pooled as sums over sums, never as means of means, and are counted before
-EOS and length cuts.
+EOS and length cuts; tokens per step and per second are counted after them.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,11 @@ class DecodeStats:
         num_drafts: rounds that verified a draft.
         num_draft_tokens: drafted tokens in them.
         num_accepted_tokens: accepted ones.
-        mean_acceptance_length: 1 + num_accepted_tokens / num_drafts; 1 where nothing was drafted.
+        mean_acceptance_length: 1 + num_accepted_tokens / num_drafts; 1 where nothing was drafted. Counted before cuts:
+            drafts behind an EOS or the length limit count, as they do everywhere in the field.
         draft_acceptance_rate: num_accepted_tokens / num_draft_tokens.
+        tokens_per_step: emitted tokens after cuts, those of prefill aside, per round: what drafting really gave, below
+            the mean acceptance length where texts are short against it; 0 without a round.
         tokens_per_forward: tokens emitted by the forwards after prefill, before cuts, per such forward.
         acceptance_rate_per_position: `unconditional`: share of drafts whose token j was accepted; `conditional`:
             share among those whose tokens before j were accepted.
@@ -56,6 +59,7 @@ class DecodeStats:
     num_accepted_tokens: int
     mean_acceptance_length: float
     draft_acceptance_rate: float
+    tokens_per_step: float
     tokens_per_forward: float
     acceptance_rate_per_position: dict[str, list[float]]
     seconds: float
@@ -94,6 +98,7 @@ def _figures(
         num_accepted_tokens=num_accepted,
         mean_acceptance_length=1 + _ratio(num_accepted, len(drafts)),
         draft_acceptance_rate=_ratio(num_accepted, num_drafted),
+        tokens_per_step=_ratio(sum(max(one.num_new_tokens - 1, 0) for one in counts), len(rounds)),
         tokens_per_forward=_ratio(tokens, forwards),
         acceptance_rate_per_position=_rates_per_position(drafts),
         seconds=seconds,

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from pardec.arguments import integer
 from pardec.decoding.output import GenerationOutput
 from pardec.decoding.stats import (
     DecodeStats,
@@ -73,6 +74,7 @@ class Acceptance:
             "interval": [round(x, 4) for x in self.interval],
             "outside_repetition": None if self.outside_repetition is None else round(self.outside_repetition, 4),
             "outside_interval": self.outside_interval and [round(x, 4) for x in self.outside_interval],
+            "tokens_per_step": round(self.stats.tokens_per_step, 4),
             "num_drafts": self.stats.num_drafts,
             "acceptance_rate_per_position": {k: [round(x, 4) for x in v] for k, v in rates.items()},
             "tokens_sha256": digest(self.token_ids),
@@ -122,12 +124,13 @@ def measure_acceptance(
         on_batch: told the number of prompts of each batch when it is done.
 
     Raises:
-        ValueError: if there are no prompts, or not one category for each.
+        ValueError: if there are no prompts, or not one category for each, and for what `generate` refuses.
     """
     if not prompts:
         raise ValueError("prompts: expected at least one prompt, found none")
     if categories is not None and len(categories) != len(prompts):
         raise ValueError(f"categories: expected {len(prompts)}, one for each prompt, found {len(categories)}")
+    batch_size = integer("batch_size", batch_size, 1)
     outputs: list[GenerationOutput] = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])

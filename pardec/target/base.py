@@ -7,7 +7,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pardec.errors import first_line
+from pardec.arguments import known_dtype, one_of, usable_device
+from pardec.errors import first_line, short
 from pardec.target.converted import converted_folder, packaged_gguf, refuse_missing_weights
 from pardec.target.forward import SUPPORTED_ATTENTION, UnsupportedModelError
 
@@ -18,6 +19,7 @@ PACKAGED_BASE = "tiny-python"
 SMOLLM2 = "smollm2-135m-instruct"
 BUILT_IN_BASES = (PACKAGED_BASE, SMOLLM2)
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
 
 
 def resolve_base(name: str) -> str:
@@ -56,22 +58,23 @@ def load_base(
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: if nothing loadable is found under the name.
+        ValueError: if nothing loadable is found under the name, and for a device or dtype that is none here.
         UnsupportedModelError: for a model that cannot be decoded exactly.
     """
-    if attn_implementation not in (None, *SUPPORTED_ATTENTION):
-        raise ValueError(
-            f"attn_implementation: expected one of {', '.join(SUPPORTED_ATTENTION)}, found {attn_implementation!r}"
-        )
+    if attn_implementation is not None:
+        one_of("attn_implementation", attn_implementation, SUPPORTED_ATTENTION)
     path = resolve_base(name)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else "auto"
+    elif not isinstance(dtype, str) or dtype != "auto":
+        dtype = known_dtype(dtype)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"base {name!r}: expected a folder or hub name of a causal language model, found {first_line(error)}"
+            f"base {short(repr(name), 120)}: expected a folder or hub name of a causal language model, "
+            f"found {short(first_line(error), 200)}"
         ) from None
     refuse_by_config(config)
     try:
@@ -101,8 +104,10 @@ def load_tokenizer(
     """The tokenizer that goes with a base, None if there is none."""
     try:
         return AutoTokenizer.from_pretrained(resolve_base(name), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        if any(Path(resolve_base(name)).glob("tokenizer*")):
+    except Exception as error:  # tokenizers of old, which few of its readers' checks cover, raise anything
+        folder = Path(resolve_base(name))
+        files = [path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)]
+        if files or (isinstance(error, ImportError) and not folder.is_dir()):
             raise ValueError(f"base {name!r}: its tokenizer cannot be read: {first_line(error)}") from None
         return None
 

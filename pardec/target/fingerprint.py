@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pardec.errors import short, shown
 from pardec.target.forward import config_value, embedding_weight, text_config
 
 NUM_ROWS = 64
@@ -68,17 +69,18 @@ def differences(expected: Fingerprint, found: Fingerprint, found_dtype: torch.dt
     for key in sorted(expected.architecture.keys() | found.architecture.keys()):
         want, have = expected.architecture.get(key), found.architecture.get(key)
         if want != have:
-            lines.append(f"{key}: expected {want}, found {have}")
+            lines.append(f"{short(key)}: expected {shown(want)}, found {shown(have)}")
     if not lines and expected.embedding_rows != found.embedding_rows:
         want, have = torch.tensor(expected.embedding_sample), torch.tensor(found.embedding_sample)
         # float16 keeps 11 significant bits, and steps of 2^-24 near zero
         rounding = want.abs() * 2**-11 + 2**-24
         if found_dtype != torch.float16 or bool(((want - have).abs() > rounding).any()):
-            lines.append(
-                f"input embeddings: expected sha256 {expected.embedding_rows[:12]}, found {found.embedding_rows[:12]}"
-            )
+            wanted = short(expected.embedding_rows[:12])
+            lines.append(f"input embeddings: expected sha256 {wanted}, found {found.embedding_rows[:12]}")
     if expected.tokenizer and found.tokenizer and expected.tokenizer != found.tokenizer:
-        lines.append(f"tokenizer vocabulary: expected sha256 {expected.tokenizer[:12]}, found {found.tokenizer[:12]}")
+        lines.append(
+            f"tokenizer vocabulary: expected sha256 {short(expected.tokenizer[:12])}, found {found.tokenizer[:12]}"
+        )
     return lines
 
 

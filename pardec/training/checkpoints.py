@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
+
+from pardec.run import save_tensors
 
 STATE_FILE = "state.json"
 # what values that a run must go on with are called
@@ -51,8 +53,9 @@ def save_state(
     with TemporaryDirectory(prefix=".writing-", dir=folder) as outer:
         aside = Path(outer) / target.name
         aside.mkdir()
-        save_file({n: p.detach().cpu().contiguous() for n, p in parameters.items()}, aside / "parameters.safetensors")
-        save_file(moments, aside / "optimizer.safetensors")
+        plain = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
+        save_tensors(plain, aside / "parameters.safetensors")
+        save_tensors(moments, aside / "optimizer.safetensors")
         (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)

@@ -9,22 +9,36 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from pardec.adapters.gated_lora import LoraWeights
+from pardec.training.linear_layers import linear_layers
+
+ALL_LINEAR = "all-linear"
 
 
-def inject_lora(base: nn.Module, *, r: int, alpha: float, target_modules: str | list[str]):
+def inject_lora(base: PreTrainedModel, *, r: int, alpha: float, target_modules: str | list[str]):
     """Wraps the target modules of `base` in PEFT's LoRA layers, switched off, and returns the PeftModel.
 
+    Args:
+        base: the frozen model.
+        r: rank.
+        alpha: of the scaling alpha / r.
+        target_modules: names as PEFT takes them, or `all-linear`: all linear layers that read every row of a forward,
+            see `pardec.training.linear_layers`, but for the output head.
+
     Raises:
-        ValueError: if no module of the base is meant by `target_modules`.
+        ValueError: if no module of the base is meant by `target_modules`, or one that a LoRA for mask rows alone
+            cannot act on.
     """
     from peft import LoraConfig, get_peft_model
 
+    modules, parameters = _targets(base, target_modules)
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=target_modules,
+        target_modules=modules,
+        target_parameters=parameters or None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -36,13 +50,62 @@ def inject_lora(base: nn.Module, *, r: int, alpha: float, target_modules: str | 
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False", category=UserWarning)
         peft_model = get_peft_model(base, config)  # type: ignore[arg-type]
     _set_enabled(base, False)
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    head = base.get_output_embeddings()
     if head is not None and hasattr(head, "base_layer"):
         raise ValueError(
             "adapter.lora.target_modules: expected layers of the transformer's body, found the output head, which "
             "does not run on all rows"
         )
     return peft_model
+
+
+def _targets(base: PreTrainedModel, asked: str | list[str]) -> tuple[str | list[str], list[str]]:
+    """`target_modules` and `target_parameters` for PEFT's configuration."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    layers = linear_layers(base)
+    usable = [name for name, reads_rows in layers.items() if reads_rows]
+    if asked == ALL_LINEAR:
+        chosen = usable
+    else:
+        config = LoraConfig(target_modules=asked)
+        chosen = [name for name in layers if check_target_module_exists(config, name)]
+        names = [] if isinstance(asked, str) else asked
+        unmatched = [one for one in names if not any(name == one or name.endswith(f".{one}") for name in chosen)]
+        wrong = [name for name in chosen if not layers[name]]
+        wrong += [one for one in unmatched if _means_experts(base, [one])]
+        if wrong or (not chosen and _means_experts(base, asked)):
+            raise ValueError(
+                "adapter.lora.target_modules: expected linear layers that read every row, such as "
+                f"{', '.join(sorted({_last(name) for name in usable}))}, found {wrong[0] if wrong else asked}"
+            )
+    if not _means_experts(base, asked) and (asked != ALL_LINEAR or len(usable) == len(layers)):
+        return asked, []
+    of_experts = {last for last in {_last(name) for name in chosen} if _means_experts(base, [last])}
+    modules = [name for name in chosen if _last(name) not in of_experts]
+    # by its weight a layer can be named that shares its name with the experts
+    return modules, [f"{name}.weight" for name in chosen if _last(name) in of_experts]
+
+
+def _means_experts(base: PreTrainedModel, target_modules: str | list[str]) -> bool:
+    """Whether PEFT takes these for a mixture's experts, which older checkpoints keep in layers of such names."""
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # older versions take every name as it stands
+        return False
+    config = LoraConfig(target_modules=target_modules)
+    try:
+        convert_peft_config_for_transformers(config, base, None)
+    except ValueError:  # it wants all layers that a parameter of the experts holds
+        return True
+    return bool(config.target_parameters)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @contextmanager

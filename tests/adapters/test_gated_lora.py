@@ -508,11 +508,11 @@ Q = "model.layers.0.self_attn.q_proj"
         ({"lm_head": (64, 32)}, r"expected names base_model\.model\.\*\.lora_A\|lora_B\.weight, found"),
         (
             {"model.layers.7.mlp.up_proj.lora_A": (2, 32), "model.layers.7.mlp.up_proj.lora_B": (48, 2)},
-            r"the base has no module 'model\.layers\.7\.mlp\.up_proj'",
+            r"expected modules of the base, found 'model\.layers\.7\.mlp\.up_proj'",
         ),
         (
             {"model.layers.0.mlp.lora_A": (2, 32), "model.layers.0.mlp.lora_B": (32, 2)},
-            r"module 'model\.layers\.0\.mlp' has no weight",
+            r"module model\.layers\.0\.mlp: expected a linear layer, found LlamaMLP",
         ),
         (
             {f"{Q}.lora_A": (2, 31), f"{Q}.lora_B": (32, 2)},

@@ -14,11 +14,10 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.decoding import prefill
-from pardec.decoding.engines import MAX_SPECULATIVE_TOKENS
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
-from pardec.layout import chain_layout, full_blocks
+from pardec.layout import MAX_SPECULATIVE_TOKENS, chain_layout, full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey

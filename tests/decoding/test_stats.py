@@ -29,6 +29,7 @@ def test_figures_are_sums_over_sums():
     assert stats.mean_acceptance_length == 1 + 6 / 4
     assert stats.draft_acceptance_rate == 6 / 11
     assert stats.tokens_per_forward == (6 + 5) / 5  # before cuts: accepted and bonus tokens of five forwards
+    assert stats.tokens_per_step == (8 - 1 + 4 - 1) / 5  # after cuts; prefill has emitted one token of each sequence
     assert stats.seconds == 2.0
     assert stats.tokens_per_second == 6.0
 
@@ -81,6 +82,11 @@ def test_two_forwards_and_two_exact_tokens_per_round():
     assert stats.tokens_per_forward == (2 + 2 * 2) / 4
 
 
+def test_drafts_behind_a_cut_count_for_the_acceptance_length_and_not_for_the_tokens_per_step():
+    stats = pool([SequenceCounts([8], [8], num_new_tokens=6)], seconds=1.0)
+    assert (stats.mean_acceptance_length, stats.tokens_per_forward, stats.tokens_per_step) == (9.0, 9.0, 5.0)
+
+
 def test_modes_can_be_pooled_together():
     stats = pool([FIRST, SequenceCounts([2, 0], [3, 3], 6, forwards_per_step=2)], seconds=1.0)
     assert stats.num_forwards == (3 + 1) + (4 + 1)
@@ -100,6 +106,7 @@ def test_a_sequence_that_ends_with_prefill_has_no_rates():
     stats = pool([SequenceCounts([], [], 1)], seconds=0.0)
     assert (stats.num_steps, stats.num_forwards, stats.num_new_tokens) == (0, 1, 1)
     assert (stats.mean_acceptance_length, stats.tokens_per_forward, stats.tokens_per_second) == (1, 0, 0)
+    assert stats.tokens_per_step == 0
 
 
 def test_stats_become_json():

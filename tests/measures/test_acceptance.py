@@ -102,6 +102,18 @@ def test_categories_are_their_prompts_alone():
     assert "by_category" not in summarise(prompts, outputs, counts, 1.0).to_dict()
 
 
+def test_what_was_emitted_per_step_is_told_beside_the_acceptance_length():
+    """Two steps have emitted five tokens of the eight that they would have without the cut."""
+    figures = summarise([[1]], [[1] * 6], [SequenceCounts([3, 3], [3, 3], 6)], 1.0).to_dict()
+    assert (figures["mean_acceptance_length"], figures["tokens_per_step"]) == (4.0, 2.5)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, None, "4"])
+def test_a_batch_is_a_number_of_prompts(model, size):
+    with pytest.raises(ValueError, match=f"batch_size: expected an integer >= 1, found {size!r}"):
+        measure_acceptance(model, PROMPTS, max_new_tokens=4, batch_size=size)
+
+
 def test_the_digest_is_that_of_the_token_ids():
     assert digest([[1, 2], (3,)]) == hashlib.sha256(b"[[1, 2], [3]]").hexdigest()
     assert digest([[1, 2, 3]]) != digest([[1, 2], [3]])

@@ -212,9 +212,9 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(sources, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.stesp=3", "unknown key 'train.stesp'; the nearest known one is 'train.steps'"),
-        ("outptu_dir=x", "unknown key 'outptu_dir'; the nearest known one is 'output_dir'"),
-        ("tokenizer.vocab_size=256", "tokenizer.vocab_size: input should be greater than or equal to 257"),
+        ("train.stesp=3", "unknown key: expected one such as 'train.steps', found 'train.stesp'"),
+        ("outptu_dir=x", "unknown key: expected one such as 'output_dir', found 'outptu_dir'"),
+        ("tokenizer.vocab_size=256", "tokenizer.vocab_size: expected a number greater than or equal to 257"),
         ("tokenizer.vocab_size=9000", "tokenizer.vocab_size: expected at most"),
         ("model.num_attention_heads=5", "model.hidden_size: expected a multiple of 2 x 5"),
         ("model.num_key_value_heads=3", "model.num_attention_heads: expected a multiple of 3"),
@@ -223,7 +223,7 @@ def test_a_loss_that_is_not_finite_ends_with_one_line(sources, tmp_path):
         ("data.path=EMPTY", "expected Python sources of 200 B to 400 kB, found none"),
         ("data.path=NOWHERE", "expected python-stdlib or a folder of Python sources, found nothing"),
         ("data.path=UNSPLIT", "found none of validation among 3"),
-        ("train.mixed_precision=fp16", "train.mixed_precision: input should be 'auto', 'no' or 'bf16'"),
+        ("train.mixed_precision=fp16", "train.mixed_precision: expected 'auto', 'no' or 'bf16'"),
         ("train.steps=[", "expected YAML"),
     ],
 )

@@ -252,7 +252,10 @@ def test_the_logged_acceptance_is_what_the_saved_adapter_gives(whole, text_file)
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["train.lerning_rate=1"], "unknown key 'train.lerning_rate'; the nearest known one is 'train.learning_rate'"),
+        (
+            ["train.lerning_rate=1"],
+            "unknown key: expected one such as 'train.learning_rate', found 'train.lerning_rate'",
+        ),
         (
             ["data.path=/nowhere.jsonl", "data.format=jsonl"],
             "expected a file or folder, found nothing at /nowhere.jsonl",

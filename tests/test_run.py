@@ -1,0 +1,66 @@
+"""What stands around every program: one line for what cannot be used, and none where nobody listens."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from programs import ROOT
+from safetensors import SafetensorError
+
+import pardec.run
+from pardec.run import exit_on_unusable_input, save_tensors
+
+WRITES = "from pardec.run import exit_on_unusable_input\nwith exit_on_unusable_input():\n    {}\n"
+
+
+def start(body: str, **options) -> subprocess.CompletedProcess:
+    """Runs lines inside of `exit_on_unusable_input` in a process of their own."""
+    code = WRITES.format(body.replace("\n", "\n    "))
+    options = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT} | options
+    return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, SafetensorError])
+def test_what_cannot_be_used_is_one_line_and_exit_code_2(error, capsys, monkeypatch):
+    monkeypatch.delenv("PARDEC_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as stopped, exit_on_unusable_input():
+        raise error("x: expected a,\n found b")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip() == "error: x: expected a, found b"
+
+
+@pytest.mark.parametrize("body", ["for n in range(10**5): print(n)", "print(1)"], ids=["long", "short"])
+def test_a_reader_that_goes_away_ends_the_program_without_a_word(body):
+    """As behind `| head -1`, where the last line may be written when nobody reads any more."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    ended = start(body, stdout=writes)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_there_is_no_room_for_is_one_line():
+    with open("/dev/full", "w") as full:
+        ended = start("print(1)", stdout=full)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_program_that_was_started_without_an_output_runs():
+    command = f'{sys.executable} -c "$0" >&-'
+    ended = subprocess.run(["sh", "-c", command, WRITES.format("print(1)")], capture_output=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_its_size(tmp_path, monkeypatch):
+    def save_on_a_full_disk(tensors, path, metadata):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(pardec.run, "save_file", save_on_a_full_disk)
+    with pytest.raises(OSError, match=r"a\.safetensors: expected room for 4,000 bytes, found .*No space left"):
+        save_tensors({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
