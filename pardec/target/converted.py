@@ -47,7 +47,7 @@ def packaged_gguf(package: str, file_name: str, sha256: str, extra: str) -> Path
             f"base: expected the package {package} with {file_name}, found it missing (pip install 'pardec[{extra}]')"
         )
     if not _is_converted(file) and _sha256(file) != sha256:
-        raise ValueError(f"{file}: expected sha256 {sha256[:12]}, found {_sha256(file)[:12]}")
+        raise ValueError(f"base {str(file)!r}: expected sha256 {sha256[:12]}, found {_sha256(file)[:12]}")
     return file
 
 
@@ -59,14 +59,14 @@ def converted_folder(file: Path) -> Path:
             a disk that is too full.
     """
     if not file.is_file():
-        raise ValueError(f"base: expected a GGUF file, found nothing at {file}")
+        raise ValueError(f"base {str(file)!r}: expected a GGUF file, found nothing there")
     folder = _folder_of(file)
     if _is_converted(file):
         return folder
     with file.open("rb") as opened:
         magic = opened.read(len(_MAGIC))
     if magic != _MAGIC:
-        raise ValueError(f"{file}: expected a GGUF file, found one that begins with {magic!r}")
+        raise ValueError(f"base {str(file)!r}: expected a GGUF file, found one that begins with {magic!r}")
     if importlib.util.find_spec("gguf") is None:
         raise ValueError("base: expected the package gguf for GGUF files, found it missing (pip install gguf)")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +76,19 @@ def converted_folder(file: Path) -> Path:
                 shutil.rmtree(left)
             _convert(file, folder)
     return folder
+
+
+def lone_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds one and no `config.json`, None for any other folder.
+
+    Raises:
+        ValueError: for a folder with several, naming them.
+    """
+    found = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"base {str(folder)!r}: expected the path of one GGUF file, found a folder with {names}")
+    return found[0] if found else None
 
 
 def refuse_missing_weights(name: str, loading_info: Mapping[str, Any]) -> None:
@@ -115,7 +128,7 @@ def _convert(file: Path, folder: Path) -> None:
                 os.fsync(opened.fileno())
         os.replace(aside, folder)
     except OSError as error:
-        raise ValueError(f"{file}: cannot be converted into {folder}: {first_line(error)}") from None
+        raise ValueError(f"base {str(file)!r}: cannot be converted into {folder}: {first_line(error)}") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -130,7 +143,9 @@ def _read(file: Path) -> "PreTrainedModel":
             file.parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # whatever the readers of many architectures raise
-        raise ValueError(f"{file}: expected a model that transformers can read, found: {first_line(error)}") from None
+        raise ValueError(
+            f"base {str(file)!r}: expected a model that transformers can read, found: {first_line(error)}"
+        ) from None
     refuse_missing_weights(str(file), info)
     # what is written are plain weights
     base.hf_quantizer = None
@@ -153,7 +168,7 @@ def _save_tokenizer(file: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
     except Exception as error:  # whatever the readers of many tokenizers raise
         raise ValueError(
-            f"{file}: expected a tokenizer that transformers can read, found: {first_line(error)}"
+            f"base {str(file)!r}: expected a tokenizer that transformers can read, found: {first_line(error)}"
         ) from None
 
 

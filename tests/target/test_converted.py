@@ -40,6 +40,16 @@ def test_a_gguf_file_is_the_base_that_was_written_into_it(gguf, tiny_base, token
     assert differences(fingerprint(tiny_base, tokenizer), fingerprint(base, own), torch.float32) == []
 
 
+def test_a_folder_that_holds_one_gguf_file_is_that_file(gguf, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    shutil.copy(gguf, mine / "a.gguf")
+    assert resolve_base(str(mine)) == resolve_base(str(mine / "a.gguf"))
+    shutil.copy(gguf, mine / "b.gguf")
+    with pytest.raises(ValueError, match=r"expected the path of one GGUF file, found a folder with a\.gguf, b\.gguf"):
+        load_base(str(mine))
+
+
 def test_it_is_converted_once(gguf, cache, monkeypatch):
     folder = resolve_base(str(gguf))
     source = json.loads((cache / folder / "source.json").read_text())
@@ -93,7 +103,7 @@ def test_files_that_are_no_models_are_refused(content, words, tmp_path, cache):
 def test_a_file_that_was_cut_off_is_refused(gguf, tmp_path, cache):
     file = tmp_path / "short.gguf"
     file.write_bytes(gguf.read_bytes()[: gguf.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"short\.gguf: expected a model that transformers can read, found: "):
+    with pytest.raises(ValueError, match=r"short\.gguf': expected a model that transformers can read, found: "):
         resolve_base(str(file))
     assert [path for path in cache.glob("*") if path.suffix != ".lock"] == []
 
@@ -118,7 +128,7 @@ def test_a_file_that_lacks_weights_is_refused_naming_them(tiny_base, tmp_path, m
 
 
 def test_a_file_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"base: expected a GGUF file, found nothing at /nowhere/m\.gguf"):
+    with pytest.raises(ValueError, match=r"base '/nowhere/m\.gguf': expected a GGUF file, found nothing there"):
         load_base("/nowhere/m.gguf")
 
 
@@ -158,5 +168,5 @@ def test_a_package_that_holds_another_file_is_refused_and_is_not_imported(monkey
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"GGUF and more")
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    with pytest.raises(ValueError, match=r"SmolLM2-135M-Instruct\.Q4_1\.gguf: expected sha256 [0-9a-f]{12}, found "):
+    with pytest.raises(ValueError, match=r"SmolLM2-135M-Instruct\.Q4_1\.gguf': expected sha256 [0-9a-f]{12}, found "):
         load_base(SMOLLM2)
