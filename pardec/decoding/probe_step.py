@@ -24,6 +24,7 @@ K = 2  # of the probe's steps
 SHORT = 12  # tokens of its short text
 # largest difference between logits, in units of the spread of the logits, of dtypes that round little
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3}
+_ANOTHER_LAW = 0.5  # standard deviations of the logits; no rounding that is worth decoding with reaches it
 _NUM_NEIGHBOURS = 8
 TIMES_OWN = 4  # what rounding does depends on the model: so many times what its own forwards deviate by
 
@@ -116,13 +117,23 @@ def tolerance_for(target: TargetModel, ids: Tensor, deviations: Sequence[float])
 
 
 def own_rounding(target: TargetModel, ids: Tensor) -> float:
-    """What the model's own logits of a text deviate by in its cached decoding, and where its inputs are rounded."""
+    """What the model's own logits of a text deviate by in its cached decoding, and where its inputs are rounded.
+
+    Raises:
+        UnsupportedModelError: if its cached decoding is another law than its forward, and rounding does not explain it.
+    """
     plain = target.base(ids[None], use_cache=False).logits[0]
     begun = target.base(ids[None, : -K - 1], use_cache=True).past_key_values
-    cached = target.base(ids[None, -K - 1 :], past_key_values=begun, use_cache=True).logits[0]
+    logits = target.base(ids[None, -K - 1 :], past_key_values=begun, use_cache=True).logits[0]
+    cached = deviation(logits, plain[-K - 1 :], plain)
     with jittered_embeddings(target):
-        jittered = target.base(ids[None], use_cache=False).logits[0]
-    return max(deviation(cached, plain[-K - 1 :], plain), deviation(jittered, plain, plain))
+        jittered = deviation(target.base(ids[None], use_cache=False).logits[0], plain, plain)
+    if cached > max(_ANOTHER_LAW, TIMES_OWN * jittered):
+        raise UnsupportedModelError(
+            f"{target.base.config.model_type}: expected cached decoding of its own that is its forward's, found "
+            f"logits that differ by {cached:.3g} standard deviations, {jittered:.3g} where inputs are rounded"
+        )
+    return max(cached, jittered)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.arguments import known_dtype, one_of, usable_device
@@ -85,7 +84,7 @@ def load_base(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # damaged files of many kinds, and the model's own code, raise anything
         if attn_implementation == "sdpa" and "scaled_dot_product_attention" in str(error):
             raise ValueError(
                 f"attn_implementation: expected eager, the one that {config.model_type} models take, found 'sdpa'"

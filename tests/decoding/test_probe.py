@@ -109,6 +109,16 @@ def test_real_rows_that_depend_on_other_rows_ever_so_little_are_refused(dtype):
         probe_step(TargetModel.wrap(model))
 
 
+def test_models_whose_own_cached_decoding_is_another_law_are_refused():
+    """What is theirs to be equal to, the forward or the cached one, nobody could tell."""
+    model = tiny_model("llama", dtype=torch.float32)
+    by_row = lambda x: x + torch.arange(x.shape[1])[:, None] * x.std()  # noqa: E731
+    layer = model.get_submodule("model.layers.0.mlp")
+    layer.register_forward_hook(lambda module, args, output: by_row(output))
+    with pytest.raises(UnsupportedModelError, match="expected cached decoding of its own that is its forward's"):
+        probe_step(TargetModel.wrap(model))
+
+
 def test_biases_that_follow_the_order_of_keys_are_refused_under_any_name():
     with pytest.raises(UnsupportedModelError, match="follow their order"):
         probe_step(target_of("mpt", MPT))

@@ -69,6 +69,14 @@ def test_a_shard_that_is_not_whole_is_one_line(harm, tmp_path):
     assert "cannot be loaded" in refusal_of(tmp_path)
 
 
+def test_a_pickle_that_is_none_is_one_line(tmp_path):
+    save_sharded(tmp_path, torch.float32)
+    for file in tmp_path.glob("*.safetensors*"):
+        file.unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    assert "cannot be loaded" in refusal_of(tmp_path)
+
+
 @pytest.mark.parametrize("given", ["folder", "file"])
 def test_gguf_that_is_none_is_one_line(given, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
