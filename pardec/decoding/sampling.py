@@ -164,8 +164,11 @@ class TokenLaw:
         if place is None or logits.device.type != "cpu" or self.needs_prefix:
             return None
         top_k, m = self.processors[place].top_k, self.processors[place].top_k + _MANY_TIES  # type: ignore[union-attr]
-        # before it only what keeps the order of scores
-        if 4 * m > logits.shape[-1] or any(type(p) is not TemperatureLogitsWarper for p in self.processors[:place]):
+        # before it only what keeps the order of scores, behind it nothing that goes by the order of equal ones
+        before, behind = self.processors[:place], self.processors[place + 1 :]
+        if 4 * m > logits.shape[-1] or any(type(p) is not TemperatureLogitsWarper for p in before):
+            return None
+        if any(type(p) not in (MinPLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper) for p in behind):
             return None
         scores, ids = logits.float().topk(m)
         flat = scores.view(-1, m)
