@@ -37,6 +37,8 @@ _WARPERS = (
     EtaLogitsWarper,
 )
 
+_MANY_TIES = 16  # with the last score that top-k keeps
+
 
 def make_warpers(
     temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
@@ -140,6 +142,42 @@ class TokenLaw:
         """Whether the greedy token is the argmax of logits of this dtype as they are."""
         # `generate` compares float32 scores, also for a float64 model
         return self.greedy and not self.processors and dtype != torch.float64
+
+    def sample(self, logits: Tensor, prefix_of: Callable[[int, int], Tensor] | None = None) -> Tensor:
+        """Tokens drawn from the law, shape [B, R]; arguments as in `scores`.
+
+        On a CPU a draw from what top-k keeps looks at the rest of the vocabulary only to find it.
+        """
+        kept = self._kept(logits)
+        if kept is None:
+            return sample_from(self.probs(logits, prefix_of), self.generator)
+        scores, ids = kept
+        return ids.gather(-1, sample_from(scores.softmax(dim=-1), self.generator)[..., None])[..., 0]
+
+    def _kept(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(processed scores, ids), each of shape [B, R, m], of all tokens that the law leaves; None for want of top-k.
+
+        The processors see the m largest scores alone, which to them is the vocabulary: what they would find in the rest
+        has score -inf after top-k.
+        """
+        place = next((i for i, p in enumerate(self.processors) if type(p) is TopKLogitsWarper), None)
+        if place is None or logits.device.type != "cpu" or self.needs_prefix:
+            return None
+        top_k, m = self.processors[place].top_k, self.processors[place].top_k + _MANY_TIES  # type: ignore[union-attr]
+        # before it only what keeps the order of scores, behind it nothing that goes by the order of equal ones
+        before, behind = self.processors[:place], self.processors[place + 1 :]
+        if 4 * m > logits.shape[-1] or any(type(p) is not TemperatureLogitsWarper for p in before):
+            return None
+        if any(type(p) not in (MinPLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper) for p in behind):
+            return None
+        scores, ids = logits.float().topk(m)
+        flat = scores.view(-1, m)
+        no_ids = torch.empty(flat.shape[0], 0, dtype=torch.long)
+        for number, processor in enumerate(self.processors):
+            if number == place and bool((flat[:, top_k - 1] <= flat[:, -1]).any()):
+                return None  # top-k keeps ties with its last score, and there may be more of them
+            flat = processor(no_ids, flat)  # type: ignore[operator, arg-type]
+        return flat.view_as(scores), ids
 
     def draw(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Drafts from the logits of mask rows, shape [B, R]: tokens, and the law q they were drawn from.

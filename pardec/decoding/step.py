@@ -247,6 +247,8 @@ class Decoder:
             prefix_of = self._prefixes(state, ids, first_row=ids.shape[1] - self.num_speculative_tokens)
         if self.law.greedy:
             verdict = verify_greedy(self.law.argmax(real, prefix_of), state.drafts, state.draft_length)
+        elif not self.num_speculative_tokens:
+            return self.law.sample(real, prefix_of), torch.zeros_like(state.draft_length)
         else:
             p = self.law.probs(real, prefix_of)
             q = state.draft_probs if state.draft_probs is not None else p[:, :0]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+_BLOCK = 256  # probabilities that are summed up first where one of many is drawn
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -136,15 +138,30 @@ def _by_inversion(probs: Tensor, generator: Generator | None) -> Tensor:
     """The first index whose cumulative probability exceeds a uniform number.
 
     One random number, where a CPU draws one after another. Sums run in order, so they never fall, and an index of
-    probability 0 is never first.
+    probability 0 is never first. Of a large vocabulary sums of blocks come first: only one block is looked into.
     """
-    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[..., -1:]
-    u = torch.rand(total.shape, dtype=torch.float64, device=probs.device, generator=generator) * total
+    V, flat = probs.shape[-1], probs.reshape(-1, probs.shape[-1])
+    num_whole = V // _BLOCK * _BLOCK
+    parts = [flat[:, :num_whole].unflatten(1, (-1, _BLOCK)).sum(dim=-1)] if num_whole else []
+    if num_whole < V:
+        parts.append(flat[:, num_whole:].sum(dim=-1, keepdim=True))
+    ends = torch.cat(parts, dim=1).cumsum(dim=-1, dtype=torch.float64)
+    u = torch.rand(ends[:, -1:].shape, dtype=torch.float64, device=probs.device, generator=generator) * ends[:, -1:]
+    block = _first_beyond(ends, u)
+    u = u - torch.where(block > 0, ends.gather(1, (block - 1).clamp_min(0)), 0.0)
+    index = block * _BLOCK + torch.arange(min(_BLOCK, V), device=probs.device)
+    inside = torch.where(index < V, flat.gather(1, index.clamp_max(V - 1)), 0.0)
+    chosen = block * _BLOCK + _first_beyond(inside.cumsum(dim=-1, dtype=torch.float64), u)
+    # a law of NaN, as drafts from numbers that overflow have, gives the last index, and is then never accepted
+    return chosen.clamp_max_(V - 1).view(probs.shape[:-1])
+
+
+def _first_beyond(cumulative: Tensor, u: Tensor) -> Tensor:
+    """The first index whose cumulative sum, shape [n, m], exceeds u, shape [n, 1]: shape [n, 1]."""
+    total = cumulative[:, -1:]
     # rounding may have carried u to the total, behind every index
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
-    # a law of NaN, as drafts from numbers that overflow have, gives the last index, and is then never accepted
-    return torch.searchsorted(cumulative, u, right=True).squeeze(-1).clamp_max_(probs.shape[-1] - 1)
+    return torch.searchsorted(cumulative, u, right=True).clamp_max_(cumulative.shape[1] - 1)
 
 
 def _exists(draft_length: Tensor, num_speculative_tokens: int) -> Tensor:
