@@ -112,15 +112,33 @@ def test_real_rows_that_depend_on_other_rows_ever_so_little_are_refused(dtype):
 def test_models_whose_own_cached_decoding_is_another_law_are_refused():
     """What is theirs to be equal to, the forward or the cached one, nobody could tell."""
     model = tiny_model("llama", dtype=torch.float32)
-    by_row = lambda x: x + torch.arange(x.shape[1])[:, None] * x.std()  # noqa: E731
     layer = model.get_submodule("model.layers.0.mlp")
-    layer.register_forward_hook(lambda module, args, output: by_row(output))
-    with pytest.raises(UnsupportedModelError, match="expected cached decoding of its own that is its forward's"):
+    layer.register_forward_hook(lambda module, args, output: output * (2 if output.shape[1] == 1 else 1))
+    with pytest.raises(UnsupportedModelError, match="expected cached decoding of its own"):
+        probe_step(TargetModel.wrap(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_models_whose_texts_depend_on_each_other_in_a_batch_are_refused(dtype):
+    model = tiny_model("llama", dtype=dtype)
+    layer = model.get_submodule("model.layers.0.mlp")
+    layer.register_forward_hook(lambda module, args, output: output + (output - output.mean(dim=0)))
+    with pytest.raises(UnsupportedModelError, match="expected texts that do not depend on what stands beside them"):
+        probe_step(TargetModel.wrap(model))
+
+
+def test_one_scale_for_all_rows_of_a_quantised_layer_is_refused():
+    """It makes every row depend on all others, more than rounding does."""
+    model = tiny_model("llama", dtype=torch.float32)
+    scaled = lambda x: (x / x.abs().max() * 127).round() * x.abs().max() / 127  # noqa: E731
+    for layer in model.get_submodule("model.layers").children():
+        layer.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda module, args: (scaled(args[0]),))
+    with pytest.raises(UnsupportedModelError):
         probe_step(TargetModel.wrap(model))
 
 
 def test_biases_that_follow_the_order_of_keys_are_refused_under_any_name():
-    with pytest.raises(UnsupportedModelError, match="follow their order"):
+    with pytest.raises(UnsupportedModelError, match="follow their positions, not their order"):
         probe_step(target_of("mpt", MPT))
 
 
