@@ -84,7 +84,6 @@ def load(
     if masks is not None and masks.shape[1] != D:
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
     lengths = probe(model.target).lengths
-    model.engines.shared_limit = lengths.shared_limit
     if lengths.skipped:
         warnings.warn(
             f"{loaded.config.model_type}: not compared with the base's own decoding behind "

@@ -25,7 +25,7 @@ SHORT = 12  # tokens of its short text
 # largest difference between logits, in units of the spread of the logits, of dtypes that round little
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3}
 # what is off by more is another model, whatever its own forwards deviate by; float64 has no layers that quantise
-_CEILING = {torch.float64: 1e-4, torch.float32: 0.25, torch.bfloat16: 1.0, torch.float16: 1.0}
+CEILING = {torch.float64: 1e-4, torch.float32: 0.25, torch.bfloat16: 1.0, torch.float16: 1.0}
 _NUM_NEIGHBOURS = 8
 TIMES_OWN = 4  # what rounding does depends on the model: so many times what its own forwards deviate by
 
@@ -127,7 +127,7 @@ def tolerance_for(target: TargetModel, ids: Tensor, deviations: Sequence[float])
     fixed = _TOLERANCE.get(target.dtype, 0.0)
     if all(found <= fixed for found in deviations):
         return fixed
-    return max(fixed, min(TIMES_OWN * own_rounding(target, ids), _CEILING.get(target.dtype, 1.0)))
+    return max(fixed, min(TIMES_OWN * own_rounding(target, ids), CEILING[target.dtype]))
 
 
 def own_rounding(target: TargetModel, ids: Tensor) -> float:

@@ -15,6 +15,7 @@ from pardec.adapters.files import save_adapter
 from pardec.decoding.probe import probe
 from pardec.decoding.probe_lengths import probe_lengths
 from pardec.decoding.probe_step import jittered_embeddings, probe_step
+from pardec.decoding.shared_length import shared_length_limit
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import FULL, AttentionForm, TargetModel, UnsupportedModelError
 
@@ -66,9 +67,13 @@ def test_right_models_are_accepted_in_every_dtype(family, dtype):
     report = probe(TargetModel.wrap(tiny_model(family, dtype=dtype, **positions)))
     assert list(report.lengths.deviations) == ([300, 2500] if positions else [252])
     assert report.lengths.skipped == ()
-    assert report.lengths.shared_limit is None
     if dtype == torch.float64:
         assert max(report.deviation, *report.lengths.deviations.values()) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_of_any_length_may_share_a_batch(family):
+    assert shared_length_limit(TargetModel.wrap(tiny_model(family))) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -185,10 +190,9 @@ def test_one_sequence_is_exact_where_the_model_computes_with_its_length(length, 
     assert ours.generate([row], max_new_tokens=40, mode=mode).token_ids == [plain_generate(model, row, 40)]
 
 
-def test_several_sequences_are_decoded_up_to_where_their_lengths_matter_and_refused_beyond(tmp_path):
+def test_several_sequences_are_decoded_up_to_where_their_lengths_matter_and_refused_beyond():
     model = model_of("llama4_text", LLAMA4)
-    save_adapter(make_adapter(model, K), tmp_path / "a")
-    ours = pardec.load(tmp_path / "a", base=model)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
     limit = ours.engines.shared_limit
     assert 58 <= limit < 64
     rows = prompts(V, (limit - 20, 9))
