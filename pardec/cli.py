@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,13 @@ from pardec.data.prompt_files import read_prompts
 
 if TYPE_CHECKING:
     from pardec.model import SelfSpeculativeModel
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"pardec {version('pardec')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     add_completion=False,
@@ -36,8 +44,27 @@ DtypeOption = Annotated[
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script; what is wrong with a command line is told in one line, too."""
+    try:
+        sys.exit(typer.main.get_command(app).main(standalone_mode=False))
+    except Exception as error:
+        kind, say = type(error).__name__, getattr(error, "format_message", None)  # of click, which typer has its own of
+        if kind == "Abort":  # Ctrl-C
+            sys.exit(130)
+        if say is None:
+            raise
+        if kind != "NoArgsIsHelpError":  # which has shown the help
+            print(f"error: {' '.join(say().split())} (pardec --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version and end")
+    ] = False,
+) -> None:
+    """Decode several exact tokens per forward pass with learned mask tokens."""
 
 
 @app.command()

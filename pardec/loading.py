@@ -56,7 +56,7 @@ def load(
     reference = adapter.metadata.base
     options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     if base is None or isinstance(base, str):
-        name = base or reference.name
+        name = reference.name if base is None else base
         source = {
             "revision": reference.revision if base is None else None,
             "trust_remote_code": trust_remote_code,

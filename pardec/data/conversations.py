@@ -42,12 +42,14 @@ class Conversation:
     Attributes:
         turns: role, content and what else they have.
         tools: that the assistant may call; None without.
+        options: further names that the template knows, as `enable_thinking`.
         tokenizer: whose template it is.
         where: names the row in errors.
     """
 
     turns: Turns
     tools: list[dict[str, Any]] | None
+    options: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     where: str
 
@@ -65,6 +67,7 @@ class Conversation:
                 tools=self.tools,  # type: ignore[arg-type]
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **self.options,
             )
         except Exception as error:  # a template is a program of its own, which may raise anything
             roles = ", ".join(turn["role"] for turn in turns)
@@ -84,7 +87,8 @@ def conversation_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, whe
     """
     if not tokenizer.chat_template:
         raise DataError(f"{where}: expected a tokenizer with a chat template for conversations, found none")
-    given = Conversation(row["conversations"], row.get("tools"), tokenizer, where)
+    options = row.get("chat_template_kwargs") or {}
+    given = Conversation(row["conversations"], row.get("tools"), options, tokenizer, where)
     odd = [turn.get("content") for turn in given.turns if not isinstance(turn.get("content"), str)]
     if not odd:
         return given
@@ -131,12 +135,21 @@ def rendered_answers(conversation: Conversation) -> list[Rendered]:
         DataError: if an answer is empty as rendered, or the template's generation prompt does not lead to answers.
     """
     whole = conversation.render(conversation.turns)
-    indices = [index for index, turn in enumerate(conversation.turns) if turn["role"] == "assistant"]
+    indices = [index for index, turn in enumerate(conversation.turns) if _is_learned(turn)]
+    if not indices:
+        raise DataError(
+            f"{conversation.where}: expected an assistant turn to learn, found only those of weight 0 or train false"
+        )
     answers = [_answer(conversation, index) for index in indices]
     if all(whole.startswith(one.text) for one in answers):
         return [Rendered(whole, [span for one in answers for span in one.spans])]
     # a greeting without anything in front is never drafted
     return [one for one in answers if one.spans[0][0] > 0] or answers
+
+
+def _is_learned(turn: dict[str, Any]) -> bool:
+    """Answers are, but for those that data of fine-tuning services exclude."""
+    return turn["role"] == "assistant" and turn.get("weight", 1) != 0 and turn.get("train", True) is not False
 
 
 def _answer(conversation: Conversation, index: int) -> Rendered:

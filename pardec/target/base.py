@@ -61,6 +61,8 @@ def load_base(
     """
     if attn_implementation is not None:
         one_of("attn_implementation", attn_implementation, SUPPORTED_ATTENTION)
+    if not name:
+        raise ValueError("base: expected a folder or hub name, found ''")
     path = resolve_base(name)
     where = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if dtype is None:
