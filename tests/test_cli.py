@@ -264,6 +264,13 @@ def test_help_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_standard_input_that_is_no_text_is_one_line(saved):
+    command = [sys.executable, "-m", "pardec", "generate", saved, "-"]
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "error: standard input: expected UTF-8 text, found another byte at character 3\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -74,7 +74,8 @@ def load_base(
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"base {short(repr(name), 120)}: expected a folder or hub name of a causal language model, "
-            f"found {short(first_line(error), 200)}"
+            f"found {'' if Path(path).is_dir() else f'no such folder in {Path.cwd()}, and '}"
+            f"{short(first_line(error), 200)}"
         ) from None
     refuse_by_config(config)
     try:
