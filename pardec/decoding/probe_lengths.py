@@ -19,6 +19,7 @@ from pardec.decoding.probe_step import (
     K,
     deviation,
     jittered_embeddings,
+    own_forward,
     probe_decoder,
     state_behind,
     text_of,
@@ -90,7 +91,7 @@ class _LengthProbe:
         self.target, self.decoder, self.ids = target, probe_decoder(target), text_of(target, SHORT)
         self.state = state_behind(self.decoder, self.ids)
         self.short = self.state.cache
-        self.own = target.base(self.ids[None, :1], use_cache=True).past_key_values
+        self.own = own_forward(target, self.ids[None, :1], keep=True).past_key_values
 
     def step_behind(self, num_committed: int) -> tuple[float, float] | None:
         """(deviation, tolerance) of a step behind so many tokens; None where it cannot be compared."""
@@ -103,11 +104,8 @@ class _LengthProbe:
         long, own = self.short.stretched(source, num_slots), copy.deepcopy(self.own)
         _fill(own, long, num_committed)
         self.state.cache, self.state.lengths = long, torch.full_like(self.state.lengths, num_committed)
-        positions = torch.arange(num_committed, num_committed + K + 1, device=self.target.device)[None]
         try:
-            expected = self.target.base(
-                self.ids[None, -K - 1 :], position_ids=positions, past_key_values=own, use_cache=True
-            ).logits[0]
+            expected = own_forward(self.target, self.ids[None, -K - 1 :], num_committed, own).logits[0]
         except Exception:  # more positions than it has, which its configuration does not tell
             return None
         found = self._real_logits()

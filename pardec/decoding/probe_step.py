@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward
@@ -51,7 +52,7 @@ def probe_step(target: TargetModel) -> float:
 
 
 def _worst_deviation(target: TargetModel, ids: Tensor) -> float:
-    plain = target.base(ids[None], use_cache=False).logits[0]
+    plain = own_forward(target, ids[None]).logits[0]
     # inputs as large as real embeddings, and a hundred times as large
     decoders = [probe_decoder(target, seed, 100.0**seed) for seed in (0, 1)]
     states = [state_behind(decoder, ids) for decoder in decoders]
@@ -69,7 +70,7 @@ def _worst_deviation(target: TargetModel, ids: Tensor) -> float:
             _cached(target, ids, num_rows=1), plain[-1:], plain
         ),
         "texts that do not depend on what stands beside them in a batch": deviation(
-            target.base(torch.stack([ids, ids.roll(1)]), use_cache=False).logits[0], plain, plain
+            own_forward(target, torch.stack([ids, ids.roll(1)])).logits[0], plain, plain
         ),
     }
     tolerance = tolerance_for(target, ids, list(found.values()))
@@ -118,6 +119,23 @@ def state_behind(decoder: Decoder, ids: Tensor, cache: SlotCache | None = None) 
     return state
 
 
+def own_forward(
+    target: TargetModel, ids: Tensor, first_position: int = 0, cache: Cache | None = None, *, keep: bool = False
+):
+    """Output of the model's own forward, masks and caches its own, at the positions that `generate` gives it.
+
+    Args:
+        target: the model.
+        ids: shape [B, n].
+        first_position: of the first of them.
+        cache: of the model's own, with what stands before.
+        keep: makes one where there is none.
+    """
+    positions = torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
+    use_cache = keep or cache is not None
+    return target.base(ids, position_ids=positions, past_key_values=cache, use_cache=use_cache)
+
+
 def tolerance_for(target: TargetModel, ids: Tensor, deviations: Sequence[float]) -> float:
     """What equal logits of the text `ids`, shape [n], may differ by.
 
@@ -132,17 +150,18 @@ def tolerance_for(target: TargetModel, ids: Tensor, deviations: Sequence[float])
 
 def own_rounding(target: TargetModel, ids: Tensor) -> float:
     """What the model's own logits of a text deviate by in its cached decoding, and where its inputs are rounded."""
-    plain = target.base(ids[None], use_cache=False).logits[0]
+    plain = own_forward(target, ids[None]).logits[0]
     cached = deviation(_cached(target, ids, num_rows=K + 1), plain[-K - 1 :], plain)
     with jittered_embeddings(target):
-        jittered = target.base(ids[None], use_cache=False).logits[0]
+        jittered = own_forward(target, ids[None]).logits[0]
     return max(cached, deviation(jittered, plain, plain))
 
 
 def _cached(target: TargetModel, ids: Tensor, num_rows: int) -> Tensor:
     """Logits of the last rows of a text by the model's own cached forward, shape [num_rows, V]."""
-    begun = target.base(ids[None, :-num_rows], use_cache=True).past_key_values
-    return target.base(ids[None, -num_rows:], past_key_values=begun, use_cache=True).logits[0]
+    begun = own_forward(target, ids[None, :-num_rows], keep=True).past_key_values
+    first = ids.shape[0] - num_rows
+    return own_forward(target, ids[None, -num_rows:], first, begun).logits[0]
 
 
 @contextmanager
@@ -173,7 +192,7 @@ def _rounds_with_neighbours(target: TargetModel, ids: Tensor) -> bool:
         # a token over and over goes to few experts, so that numbers of rows differ most
         others = [token.expand(length) for token in text_of(target, _NUM_NEIGHBOURS)]
         pairs = [torch.stack([ids[:length], other]) for other in others]
-        logits = [target.base(pair, use_cache=False).logits[0] for pair in pairs]
+        logits = [own_forward(target, pair).logits[0] for pair in pairs]
         if any(not torch.equal(one, logits[0]) for one in logits[1:]):
             return True
     return False
