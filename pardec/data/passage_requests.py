@@ -67,8 +67,10 @@ def passage_requests(
     """
     for text in draw.sample(texts, len(texts)):
         limit = round(characters * draw.uniform(0.25, 1))
-        parts = documentation_of(text) if python else [text]
-        passages = [passage for part in parts for passage in passages_of(part, limit)]
+        if python:  # documentation is lists of arguments further down
+            passages = [passage for part in documentation_of(text) for passage in passages_of(part, limit)[:1]]
+        else:
+            passages = passages_of(text, limit)
         for passage in draw.sample(passages, min(_PER_TEXT, len(passages))):
             yield PassageRequest(draw.choice(_WORDINGS), passage)
 

@@ -45,11 +45,10 @@ def test_requests_depend_on_the_seed_alone_and_are_few_of_one_text():
     assert max(map(len, draw)) <= 6
 
 
-def test_of_sources_the_documentation_is_meant():
+def test_of_sources_the_beginning_of_the_documentation_is_meant():
     source = f'"""{TEXT}"""\nclass A:\n    x = 1\n'
-    (asked, *_) = passage_requests([source], 300, random.Random(0), python=True)
-    assert "class A" not in asked.passage
-    assert "Paragraph" in asked.passage
+    (asked,) = passage_requests([source], 300, random.Random(0), python=True)
+    assert asked.passage.startswith("Paragraph 0")
 
 
 def test_a_passage_is_shortened_to_whole_words():
