@@ -93,12 +93,15 @@ def test_rows_are_numbered_and_the_share_of_greedy_ones_is_the_recipes(rows):
 
 
 def test_greedy_responses_are_those_of_generate(rows, tiny_base):
+    same: dict[bool, list[bool]] = {True: [], False: []}
     for row in rows:
         prompt, response = parts(row)
         ids = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
         expected = tiny_base.generate(ids, **options)[0, len(prompt) :].tolist()
-        assert (response == expected) == row["greedy"]
+        same[row["greedy"]].append(response == expected)
+    assert all(same[True])
+    assert sum(same[False]) < len(same[False]) / 2  # one that was drawn may be the likeliest as well
 
 
 def test_sampled_responses_are_the_models_own_but_not_its_likeliest(rows, tiny_base):
