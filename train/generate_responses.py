@@ -1,4 +1,4 @@
-"""Lets a frozen base model continue prompts, and leaves its own responses as data to train an adapter on.
+"""Lets a frozen base model continue texts or answer chat prompts: its own responses are data to train an adapter on.
 
     accelerate launch train/generate_responses.py recipes/responses_tiny_python.yaml [section.key=value ...]
 

@@ -5,6 +5,7 @@ Knows no model; what it gives is appended to the answer's own tokens, as a chat 
 
 import random
 from collections.abc import Collection
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +49,8 @@ def between_answers(
         thoughts or space.
     """
     end = [token for token in response[-1:] if token in eos_token_ids]
-    said = tokenizer.decode(response[: len(response) - len(end)], clean_up_tokenization_spaces=False)
+    own = response[: len(response) - len(end)]
+    said = cast(str, tokenizer.decode(own, clean_up_tokenization_spaces=False))
     chat = Conversation(prompt.turns, None, tokenizer, "follow-up")
     behind = [{"role": "assistant", "content": said}, {"role": "user", "content": prompt.follow_up}]
     answered = chat.render(chat.turns, add_generation_prompt=True) + said

@@ -87,14 +87,13 @@ def draw_mix(
         )
     prompts: list[Prompt] = []
     given = []
-    bar = tqdm(total=num_prompts, desc="drawing prompts", unit="prompt", disable=not show_progress, leave=False)
     counts = apportioned([source.weight for source in sources], num_prompts)
-    for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
-        draw = random.Random(f"{seed} {number}")
-        found, left_out = _prompts_of(source, tokenizer, count, prompt_tokens, draw, bar)
-        prompts += found
-        given.append({"kind": source.kind, "path": source.path, "prompts": count, "left_out": left_out})
-    bar.close()
+    with tqdm(total=num_prompts, desc="drawing prompts", unit="prompt", disable=not show_progress, leave=False) as bar:
+        for number, (source, count) in enumerate(zip(sources, counts, strict=True)):
+            draw = random.Random(f"{seed} {number}")
+            found, left_out = _prompts_of(source, tokenizer, count, prompt_tokens, draw, bar)
+            prompts += found
+            given.append({"kind": source.kind, "path": source.path, "prompts": count, "left_out": left_out})
     draw = random.Random(seed)
     draw.shuffle(prompts)
     for index in draw.sample(range(num_prompts), round(num_prompts * follow_ups)):

@@ -45,6 +45,6 @@ def _turns(row: Any, key: str | None, where: str) -> list[dict[str, Any]]:
     turns = checked_turns(question, where) if isinstance(question, list) else []
     while turns and turns[-1]["role"] != "user":
         turns.pop()
-    if not turns or not turns[-1]["content"]:
+    if not turns or not turns[-1].get("content"):
         raise DataError(f"{where}: expected {found} as text or turns with one of the user's, found {shown(row[found])}")
     return turns

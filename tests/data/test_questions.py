@@ -45,6 +45,7 @@ def test_the_key_may_be_named(tmp_path):
         ({"question": "\ud800"}, None, "expected Unicode text, found half of a surrogate pair$"),
         ({"messages": CHAT[1:2]}, None, "expected messages as text or turns with one of the user's, found "),
         ({"messages": [{"role": "user"}]}, None, "expected turns with role and content, found "),
+        ({"messages": [{"role": "user", "tool_calls": [1]}]}, None, "expected messages as text or turns with one of"),
         ([1], None, "expected a JSON object, found list$"),
     ],
 )
