@@ -67,6 +67,7 @@ def test_what_is_held_out_is_never_asked_about(sources, chat_tokenizer):
     assert all("f_train" in text or "(a, b)" in text for text in code)
     assert not any("validation" in text or "f_test" in text or "the test" in text for text in (*code, *passages))
     assert any("train split" in text for text in passages)
+    assert not any('"""' in text for text in passages)  # the documentation, not the source
     assert any("Text 01" in text for text in passages)
     assert not any("Text 00" in text for text in passages)
 
