@@ -26,7 +26,8 @@ from pardec.errors import first_line
 def exit_on_unusable_input() -> Iterator[None]:
     """Turns errors about input into one line on standard error and exit code 2; set PARDEC_TRACEBACK=1 to see all.
 
-    Where nobody reads standard output any more, as behind `| head`, the program ends as others do, without a word.
+    Where nobody reads standard output any more, as behind `| head`, the program ends as others do, without a word, and
+    Ctrl-C ends it with one.
     """
     try:
         yield
@@ -35,6 +36,10 @@ def exit_on_unusable_input() -> Iterator[None]:
     except BrokenPipeError:
         _drop_output()
         sys.exit(128 + 13)  # what a shell says of those that SIGPIPE ends
+    except KeyboardInterrupt:
+        if sys.stderr is not None:
+            tqdm.write("stopped", file=sys.stderr)
+        sys.exit(128 + 2)
     except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("PARDEC_TRACEBACK") == "1":
             raise

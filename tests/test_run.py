@@ -32,6 +32,13 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(error, capsys, monkeypa
     assert capsys.readouterr().err.strip() == "error: x: expected a, found b"
 
 
+def test_ctrl_c_is_one_word_and_exit_code_130(capsys):
+    with pytest.raises(SystemExit) as stopped, exit_on_unusable_input():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err.strip() == "stopped"
+
+
 @pytest.mark.parametrize("body", ["for n in range(10**5): print(n)", "print(1)"], ids=["long", "short"])
 def test_a_reader_that_goes_away_ends_the_program_without_a_word(body):
     """As behind `| head -1`, where the last line may be written when nobody reads any more."""
