@@ -1,4 +1,4 @@
-"""The command line: `pardec generate`, `pardec check` and `pardec tune`.
+"""The command line: `pardec generate`, `pardec chat`, `pardec check` and `pardec tune`.
 
 Imports torch and transformers inside the commands only, so that `--help` is quick.
 Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
@@ -73,6 +73,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run plain decoding too, side by side")] = False,
     show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
+    as_chat: Annotated[
+        bool, typer.Option("--chat", help="each prompt is a user's message, rendered by the chat template")
+    ] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -90,6 +93,7 @@ def generate(
 
         from pardec.console import as_object, print_comparison, print_stream
 
+        given = [_user_message(model, text) if as_chat else text for text in prompts]
         options = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -101,14 +105,63 @@ def generate(
             "use_head": use_head,
         }
         if compare:
-            identical = [print_comparison(model, text, mode, options, as_json) for text in prompts]
+            identical = [
+                print_comparison(model, text, prompt, mode, options, as_json)
+                for text, prompt in zip(prompts, given, strict=True)
+            ]
             # sampled texts differ by design: they follow one law, not one stream of random numbers
             sys.exit(0 if temperature > 0 or all(identical) else 1)
-        for text in prompts:
+        for text, prompt in zip(prompts, given, strict=True):
             if as_json:
-                print(json.dumps(as_object(text, model.generate(text, mode=mode, **options))), flush=True)
+                print(json.dumps(as_object(text, model.generate(prompt, mode=mode, **options))), flush=True)
             else:
-                print_stream(model, text, mode, options, show_drafts)
+                print_stream(model, prompt, mode, options, show_drafts)
+
+
+@app.command()
+def chat(
+    directory: Directory,
+    system: Annotated[
+        str | None, typer.Option(help="system prompt; default the chat template's own", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="limit per answer")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)] = None,
+    top_p: Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)] = None,
+    mode: Annotated[str, typer.Option(help="fused, two_pass or plain")] = "fused",
+    num_speculative_tokens: Annotated[
+        int | None,
+        typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")] = False,
+) -> None:
+    """Talk with the base model in its chat template; from a pipe, one message a line."""
+    from pardec.run import exit_on_unusable_input
+
+    with exit_on_unusable_input():
+        model = _load(directory, base, device, dtype, trust_remote_code)
+
+        from pardec.chat import Chat
+        from pardec.chat_terminal import run_chat
+
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+            "num_speculative_tokens": num_speculative_tokens,
+        }
+        run_chat(Chat(model, system, options), mode, as_json=as_json)
 
 
 @app.command()
@@ -198,6 +251,10 @@ def _prompts(source: str | None, prompt: str | None, prompt_file: str | None) ->
     if sys.stdin is None and "-" in (source, prompt, prompt_file):
         raise ValueError("prompt: expected text on standard input, found it closed")
     return read_prompts(source, prompt, prompt_file)
+
+
+def _user_message(model: "SelfSpeculativeModel", text: str) -> list[int]:
+    return model.prompt_ids(messages=[{"role": "user", "content": text}])[0]
 
 
 def _load(
