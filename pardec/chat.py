@@ -1,12 +1,11 @@
 """A conversation with a model, turn by turn: what was said, what still fits, and how fast the last answer came.
 
 Knows messages and the public model; nothing of terminals.
-Legend: K num_speculative_tokens.
 """
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,8 +85,8 @@ class Chat:
         Args:
             model: that answers.
             system: prompt of the system's, first of all messages; None for none, or the template's own.
-            options: of every answer, as of `stream`: max_new_tokens, temperature and so on. With a seed, turn n is
-                drawn with seed + n.
+            options: of every answer, as of `stream`; max_new_tokens is among them. With a seed, turn n is drawn with
+                seed + n.
 
         Raises:
             ValueError: beginning with `messages`, without a chat template, or with one that has no system messages.
@@ -116,7 +115,7 @@ class Chat:
         """That conversation and answer may take together; None without a limit."""
         return self._model.target.max_positions
 
-    def say(self, text: str, mode: str = "fused") -> Iterator[StreamChunk]:
+    def say(self, text: str, mode: str = "fused") -> Generator[StreamChunk, None, None]:
         """The answer, as it is decoded; one that is closed early stays in the conversation as far as it was said.
 
         Where the conversation and a whole answer no longer fit the model's positions, the oldest exchanges leave.
@@ -141,11 +140,11 @@ class Chat:
                 pass
         return measured.tokens_per_second
 
-    def _answered(self, chunks: Iterator[StreamChunk]) -> Iterator[StreamChunk]:
+    def _answered(self, chunks: Generator[StreamChunk, None, None]) -> Generator[StreamChunk, None, None]:
         answer = self.answer
         self._num_turns += 1
         try:
-            with closing(chunks):  # type: ignore[type-var]
+            with closing(chunks):
                 yield from _timed(chunks, answer)
                 answer.is_complete = True
         finally:
@@ -167,14 +166,14 @@ class Chat:
 
     def _stream(
         self, messages: list[Message], mode: str, kept: KeptCache, options: Mapping[str, Any]
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         seed = options.get("seed")
         if seed is not None:
             options = {**options, "seed": integer("seed", seed, 0, 2**63 - 1) + self._num_turns}
         return self._model.stream(messages=messages, mode=mode, kept=kept, **options)
 
 
-def _timed(chunks: Iterator[StreamChunk], answer: Answer) -> Iterator[StreamChunk]:
+def _timed(chunks: Generator[StreamChunk, None, None], answer: Answer) -> Generator[StreamChunk, None, None]:
     """The chunks, counted with the time that each took, what the caller does with them aside."""
     start = time.perf_counter()
     for chunk in chunks:

@@ -6,7 +6,7 @@ Knows lines, colours and Ctrl-C; the conversation itself is `pardec.chat`.
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 
@@ -110,16 +110,18 @@ class _TerminalTalk(_Talk):
             return
         self.tell_of_forgotten()
         text = TextStream(self.chat.tokenizer)
-        with _noted_interrupt() as interrupted, closing(chunks):  # type: ignore[type-var]
-            for chunk in chunks:
-                self._print(_pieces(text, chunk, self.chat.answer))
-                if interrupted():
-                    break
-        self._print([(text.put([], last=True), False)])
-        self.console.print()
-        self.tell(self._status(self.chat.answer))
+        with _noted_interrupt() as interrupted:
+            with closing(chunks):
+                for chunk in chunks:
+                    self._print(_pieces(text, chunk, self.chat.answer))
+                    if interrupted():
+                        break
+            if self.chat.answer.is_complete:
+                self._print([(text.put([], last=True), False)])
+            self.console.print()
+            self.tell(self._status(self.chat.answer))  # which may measure: Ctrl-C must not end the program there either
 
-    def _print(self, pieces) -> None:
+    def _print(self, pieces: Iterable[tuple[str, bool]]) -> None:
         for piece, is_draft in pieces:
             self.console.print(Text(piece, style="green" if is_draft else ""), end="")
 

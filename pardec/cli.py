@@ -106,16 +106,16 @@ def generate(
         }
         if compare:
             identical = [
-                print_comparison(model, text, prompt, mode, options, as_json)
-                for text, prompt in zip(prompts, given, strict=True)
+                print_comparison(model, text, asked, mode, options, as_json)
+                for text, asked in zip(prompts, given, strict=True)
             ]
             # sampled texts differ by design: they follow one law, not one stream of random numbers
             sys.exit(0 if temperature > 0 or all(identical) else 1)
-        for text, prompt in zip(prompts, given, strict=True):
+        for text, asked in zip(prompts, given, strict=True):
             if as_json:
-                print(json.dumps(as_object(text, model.generate(prompt, mode=mode, **options))), flush=True)
+                print(json.dumps(as_object(text, model.generate(asked, mode=mode, **options))), flush=True)
             else:
-                print_stream(model, prompt, mode, options, show_drafts)
+                print_stream(model, asked, mode, options, show_drafts)
 
 
 @app.command()

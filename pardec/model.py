@@ -6,7 +6,7 @@
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from typing import Any, cast
 
@@ -177,7 +177,7 @@ class SelfSpeculativeModel:
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
         kept: KeptCache | None = None,
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
 
         Args:
@@ -196,7 +196,7 @@ class SelfSpeculativeModel:
 
     def _stream(
         self, made: AbstractContextManager[Engine], ids: list[list[int]], kept: KeptCache | None
-    ) -> Iterator[StreamChunk]:
+    ) -> Generator[StreamChunk, None, None]:
         text = TextStream(self.tokenizer)
         made_by, begun, num_kept, has_begun = None, None, 0, False
         if kept is not None:

@@ -260,6 +260,15 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(model, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_an_interrupt_while_plain_decoding_is_measured_does_not_end_the_program(model, monkeypatch):
+    terminal = Terminal(monkeypatch, "x = 1", "y = 2")
+    monkeypatch.setattr(Chat, "plain_tokens_per_second", lambda self: signal.raise_signal(signal.SIGINT) or 1.0)
+    chat = Chat(model, None, {**OPTIONS, "max_new_tokens": 20})
+    run_chat(chat, "fused", as_json=False)
+    assert roles(chat) == ["user", "assistant"] * 2
+    assert "; stopped" not in terminal.text
+
+
 def test_a_second_interrupt_is_not_held_back():
     with chat_terminal._noted_interrupt() as interrupted:
         assert not interrupted()
