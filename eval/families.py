@@ -98,7 +98,7 @@ def time_limit(seconds: int) -> Iterator[None]:
 
 def table_of(rows: Sequence[Row]) -> TextTable:
     """A line for each family."""
-    header = ("family", "layers", "result", "LoRA on", "tokens compared", "least mean acceptance length")
+    header = ("family", "layers", "result", "LoRA on", "tokens compared", "least acceptance, planted drafts")
     lines = []
     for row in rows:
         note = f", one sequence at a time: {row.batches}" if row.batches else ""

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,13 @@ from pardec.data.prompt_files import read_prompts
 
 if TYPE_CHECKING:
     from pardec.model import SelfSpeculativeModel
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"pardec {version('pardec')}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     add_completion=False,
@@ -33,11 +41,40 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="e.g. float32, bfloat16; default float32 on a CPU", show_default=False)
 ]
+TopK = Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)]
+MinP = Annotated[float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)]
+NumSpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+Mode = Annotated[str, typer.Option(help="fused, two_pass or plain")]
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script; what is wrong with a command line is told in one line, too."""
+    try:
+        sys.exit(typer.main.get_command(app).main(standalone_mode=False))
+    except Exception as error:
+        kind, say = type(error).__name__, getattr(error, "format_message", None)  # of click, which typer has its own of
+        if kind == "Abort":  # Ctrl-C
+            sys.exit(130)
+        if say is None:
+            raise
+        if kind != "NoArgsIsHelpError":  # which has shown the help
+            print(f"error: {' '.join(say().split())} (pardec --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="print the version and end")
+    ] = False,
+) -> None:
+    """Decode several exact tokens per forward pass with learned mask tokens."""
 
 
 @app.command()
@@ -52,18 +89,13 @@ def generate(
         typer.Option(help="file with one prompt, or .jsonl with a 'prompt' per line; - reads standard input"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="limit per prompt")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)] = None,
-    mode: Annotated[str, typer.Option(help="fused, two_pass or plain")] = "fused",
-    num_speculative_tokens: Annotated[
-        int | None,
-        typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
-    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    mode: Mode = "fused",
+    num_speculative_tokens: NumSpeculativeTokens = None,
     use_head: Annotated[
         bool | None,
         typer.Option(
@@ -93,7 +125,8 @@ def generate(
 
         from pardec.console import as_object, print_comparison, print_stream
 
-        given = [_user_message(model, text) if as_chat else text for text in prompts]
+        chats = [[{"role": "user", "content": text}] for text in prompts]
+        given = model.prompt_ids(messages=chats) if as_chat else prompts
         options = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -125,18 +158,13 @@ def chat(
         str | None, typer.Option(help="system prompt; default the chat template's own", show_default=False)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="limit per answer")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)] = None,
-    mode: Annotated[str, typer.Option(help="fused, two_pass or plain")] = "fused",
-    num_speculative_tokens: Annotated[
-        int | None,
-        typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
-    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    mode: Mode = "fused",
+    num_speculative_tokens: NumSpeculativeTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -207,8 +235,8 @@ def tune(
         int | None, typer.Option(help="for each prompt; default 128, with --quick 32", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
     compile: Annotated[bool, typer.Option("--compile", help="tune for `pardec.load(..., compile=True)`")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter measurements")] = False,
     picture: Annotated[
@@ -251,10 +279,6 @@ def _prompts(source: str | None, prompt: str | None, prompt_file: str | None) ->
     if sys.stdin is None and "-" in (source, prompt, prompt_file):
         raise ValueError("prompt: expected text on standard input, found it closed")
     return read_prompts(source, prompt, prompt_file)
-
-
-def _user_message(model: "SelfSpeculativeModel", text: str) -> list[int]:
-    return model.prompt_ids(messages=[{"role": "user", "content": text}])[0]
 
 
 def _load(

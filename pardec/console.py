@@ -148,12 +148,14 @@ def print_check(model: SelfSpeculativeModel) -> bool:
         table.add_row("measured when trained", ", ".join(f"{key} {sampled.get(key)}" for key in shown))
     deviation = probe(model.target).deviation
     table.add_row("real rows against a plain forward", f"{deviation:.1e} standard deviations of the logits")
-    prompt = [int(i) for i in range(1, 13)]
-    plain = model.generate([prompt], mode="plain", max_new_tokens=32).token_ids
+    limit = model.target.max_positions or 2**16
+    prompt = text_of(model.target, min(12, limit // 2)).tolist()
+    num_tokens = min(32, limit - len(prompt))
+    plain = model.generate([prompt], mode="plain", max_new_tokens=num_tokens).token_ids
     identical = True
     for mode in ("two_pass", "fused"):
-        same = model.generate([prompt], mode=mode, max_new_tokens=32).token_ids == plain
+        same = model.generate([prompt], mode=mode, max_new_tokens=num_tokens).token_ids == plain
         identical = identical and same
-        table.add_row(f"32 greedy tokens, {mode}", "identical to plain" if same else "DIFFERENT from plain")
+        table.add_row(f"{num_tokens} greedy tokens, {mode}", "identical to plain" if same else "DIFFERENT from plain")
     Console(highlight=False).print(table)
     return identical

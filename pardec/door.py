@@ -209,6 +209,11 @@ def _refuse_processors(processors: list[LogitsProcessor], lengths: list[int], wi
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
     if attention_mask is None:
         return input_ids.tolist()
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected shape {list(input_ids.shape)}, that of input_ids, found "
+            f"{list(attention_mask.shape)}"
+        )
     mask = attention_mask.bool()
     if not bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all()):
         raise ValueError("attention_mask: expected padding on the left only, found zeros behind ones")

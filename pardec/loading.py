@@ -56,7 +56,7 @@ def load(
     reference = adapter.metadata.base
     options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     if base is None or isinstance(base, str):
-        name = base or reference.name
+        name = reference.name if base is None else base
         source = {
             "revision": reference.revision if base is None else None,
             "trust_remote_code": trust_remote_code,
@@ -84,7 +84,6 @@ def load(
     if masks is not None and masks.shape[1] != D:
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
     lengths = probe(model.target).lengths
-    model.engines.shared_limit = lengths.shared_limit
     if lengths.skipped:
         warnings.warn(
             f"{loaded.config.model_type}: not compared with the base's own decoding behind "

@@ -353,7 +353,7 @@ def test_a_base_without_chat_template_is_told(model, run):
     for arguments in (["chat", "x"], ["generate", "x", "--chat", "--prompt", "x"]):
         result = run(*arguments, input="x")
         assert result.exit_code == 2
-        assert "error: messages: expected a tokenizer with a chat template for conversations" in result.stderr
+        assert ": expected a tokenizer with a chat template for conversations, found none" in result.stderr
 
 
 @pytest.mark.parametrize("way", [["--json"], ["--show-drafts"], ["--compare"], []])

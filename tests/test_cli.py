@@ -262,3 +262,37 @@ def test_help_does_not_import_torch():
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_standard_input_that_is_no_text_is_one_line(saved):
+    command = [sys.executable, "-m", "pardec", "generate", saved, "-"]
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "error: standard input: expected UTF-8 text, found another byte at character 3\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check"], "error: Missing"),
+        (["generate", "x", "--temperature", "abc"], "error: Invalid value"),
+        (["--bogus"], "error: No such option"),
+        (["bogus"], "error: No such command"),
+    ],
+)
+def test_command_lines_that_cannot_be_read_end_with_one_line(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pardec", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith(words)
+    assert err.count("\n") == 1
+
+
+def test_the_version_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pardec", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out.startswith("pardec ")

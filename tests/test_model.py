@@ -247,7 +247,7 @@ def test_the_probe_notices_rows_that_leak(llama, monkeypatch):
         return layout
 
     monkeypatch.setattr(decode, "chain_layout", leaking)
-    with pytest.raises(UnsupportedModelError, match="whatever stands at mask rows"):
+    with pytest.raises(UnsupportedModelError, match="expected rows of a step that are those of a plain forward"):
         probe(TargetModel.wrap(llama))
 
 

@@ -99,10 +99,20 @@ def train(recipe: Recipe) -> None:
         lambda step, best: save_state(checkpoints, step, learned, [optimizer], {"best": best, **kept}),
     )
     accelerator.end_training()
-    accelerator.print(
-        f"best mean acceptance length {best:.3f} (validation, sampled); the adapter is in {output}\n"
-        f"try: pardec generate {output} --compare --prompt 'def main():'"
+    accelerator.print(farewell(output, best))
+
+
+def farewell(output: Path, best: float) -> str:
+    """What has come out, and where it is."""
+    kept = load_adapter(output).metadata.training.get("step")
+    found = (
+        f"best mean acceptance length {best:.3f} (validation, sampled), that of step {kept}; the adapter is in {output}"
     )
+    if kept == 0:
+        return (
+            f"{found}\nno step made it better: what is kept has learned nothing; try lower learning rates or other data"
+        )
+    return f"{found}\ntry: pardec generate {output} --compare --prompt 'def main():'"
 
 
 # ---------------------------------------------------------------------- before the first step

@@ -209,6 +209,10 @@ class EvalConfig(Section):
     top_k: int | None = Field(default=10, ge=1)
 
 
+# of train, what says when something is written and to whom
+_ONLY_TOLD = ("checkpoint_every", "log_every", "trackers")
+
+
 class Recipe(Section):
     """Everything that a training run is told.
 
@@ -266,9 +270,10 @@ class Recipe(Section):
         return self
 
     def of_checkpoints(self) -> dict[str, Any]:
-        """The parts that a checkpoint depends on; a smallest share decides only whether there is a run."""
+        """The parts that what is learned depends on."""
         parts = self.model_dump(include={"base", "data", "adapter", "train"})
-        del parts["data"]["min_kept_share"]
+        for section, key in (("data", "min_kept_share"), *(("train", key) for key in _ONLY_TOLD)):
+            del parts[section][key]
         return parts
 
     def position_weights(self) -> list[float] | str:

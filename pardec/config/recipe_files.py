@@ -67,7 +67,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str], model: type[AnyRecip
         RecipeError: for a missing or malformed file, an unknown key (naming the nearest), a value out of range.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.load(Path(path).read_text(), _LoaderWithoutRepetition)
     except FileNotFoundError:
         raise RecipeError(f"{path}: expected a recipe file, found nothing") from None
     except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
@@ -77,6 +77,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str], model: type[AnyRecip
     for override in overrides:
         _apply_override(raw, override)
     return parse_recipe(raw, str(path), model)
+
+
+class _LoaderWithoutRepetition(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping; YAML's own takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"key {shown(twice)} twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(raw: dict[str, Any], source: str, model: type[AnyRecipe]) -> AnyRecipe:

@@ -66,7 +66,7 @@ def conversation_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, whe
         DataError: without a chat template, or for parts that it does not take and that are no text.
     """
     with _told_of(where):
-        template = ChatTemplate(tokenizer, {"tools": row.get("tools")})
+        template = ChatTemplate(tokenizer, {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})})
         return Conversation(template.fitted(row["conversations"]), template, where)
 
 
@@ -92,12 +92,21 @@ def rendered_answers(conversation: Conversation) -> list[Rendered]:
         DataError: if an answer is empty as rendered, or the template's generation prompt does not lead to answers.
     """
     whole = conversation.render(conversation.turns)
-    indices = [index for index, turn in enumerate(conversation.turns) if turn["role"] == "assistant"]
+    indices = [index for index, turn in enumerate(conversation.turns) if _is_learned(turn)]
+    if not indices:
+        raise DataError(
+            f"{conversation.where}: expected an assistant turn to learn, found only those of weight 0 or train false"
+        )
     answers = [_answer(conversation, index) for index in indices]
     if all(whole.startswith(one.text) for one in answers):
         return [Rendered(whole, [span for one in answers for span in one.spans])]
     # a greeting without anything in front is never drafted
     return [one for one in answers if one.spans[0][0] > 0] or answers
+
+
+def _is_learned(turn: dict[str, Any]) -> bool:
+    """Answers are, but for those that data of fine-tuning services exclude."""
+    return turn["role"] == "assistant" and turn.get("weight", 1) != 0 and turn.get("train", True) is not False
 
 
 def _answer(conversation: Conversation, index: int) -> Rendered:

@@ -20,7 +20,7 @@ def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None
     if len(given) != 1:
         raise ValueError(f"prompt: expected exactly one of --prompt, --prompt-file and -, found {len(given)}")
     if given[0] == "-":
-        texts = [sys.stdin.read().removeprefix(BYTE_ORDER_MARK)]
+        texts = [_read_standard_input().removeprefix(BYTE_ORDER_MARK)]
     elif prompt is not None:
         texts = [prompt]
     else:
@@ -29,6 +29,17 @@ def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None
         if not text:
             raise ValueError("prompt: expected some text, found an empty prompt")
     return texts
+
+
+def _read_standard_input() -> str:
+    text = sys.stdin.read()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # Python keeps such bytes as halves of surrogate pairs
+        raise ValueError(
+            f"standard input: expected UTF-8 text, found another byte at character {error.start}"
+        ) from None
+    return text
 
 
 def _prompts_of_file(path: Path) -> list[str]:

@@ -145,11 +145,20 @@ def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
             if not content.strip():
                 continue
             try:
-                row = json.loads(content)
+                row = json.loads(content, object_pairs_hook=_without_repetition)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}:{number}: expected one JSON object, found {first_line(error)}") from None
             rows.append(check_row(row, f"{file}:{number}"))
     return rows
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {shown(twice)} twice")
+    return found
 
 
 def _hub_rows(path: str, split: str, subset: str | None) -> list[dict[str, Any]]:
@@ -181,6 +190,12 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
         row = {**row, "conversations": _checked_turns(row["conversations"], where), "where": where}
         if row.get("tools") is not None:
             row["tools"] = _checked_tools(row["tools"], where)
+        if row.get("system") is not None:
+            row["conversations"] = _with_system(row["system"], row["conversations"], where)
+        if not isinstance(row.get("chat_template_kwargs") or {}, dict):
+            raise DataError(
+                f"{where}: expected chat_template_kwargs as an object, found {shown(row['chat_template_kwargs'])}"
+            )
     elif not isinstance(row.get("text"), str) or not row["text"].strip():
         keys = short(", ".join(map(str, row))) or "no keys"
         raise DataError(
@@ -221,7 +236,7 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:
 
     Keys without a value go, as tables have every key in every turn; a content that is null stays.
     """
-    roles = {"human": "user", "gpt": "assistant"}
+    roles = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
     checked = []
     for turn in turns if isinstance(turns, list) else [turns]:
         if not isinstance(turn, dict):
@@ -241,6 +256,18 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:
     if not any(turn["role"] == "assistant" for turn in checked):
         raise DataError(f"{where}: expected at least one assistant turn, found none")
     return checked
+
+
+def _with_system(system: Any, turns: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
+    """Turns behind the system prompt that older datasets have beside them."""
+    if not isinstance(system, str):
+        raise DataError(f"{where}: expected system as text, found {shown(system)}")
+    check_unicode(system, where)
+    if not system.strip():
+        return turns
+    if turns[0]["role"] == "system":
+        raise DataError(f"{where}: expected one system prompt, found one beside the conversation and one in it")
+    return [{"role": "system", "content": system}, *turns]
 
 
 def _has_content(turn: dict[str, Any]) -> bool:

@@ -72,12 +72,24 @@ def _tokenise_conversation(row: dict[str, Any], tokenizer: PreTrainedTokenizerBa
 def _tokenise_rendered(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, where: str) -> Document:
     """A token is to be learned if some of its characters are."""
     text = rendered.text
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places = encoded["offset_mapping"]
-    mask = [any(start < b and a < end for start, end in rendered.spans) for a, b in places]  # type: ignore[misc]
+    ids, places = _encoded(text, tokenizer)
+    starts = [start for start, _ in rendered.spans]
+    if any(a < start < b for a, b in places for start in starts):
+        # decoding tokenises what stands in front of an answer alone
+        ids, places = [], []
+        for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
+            more, inside = _encoded(text[start:end], tokenizer)
+            ids, places = ids + more, places + [(start + a, start + b) for a, b in inside]
+    mask = [any(start < b and a < end for start, end in rendered.spans) for a, b in places]
     if not any(mask) or all(mask):
         share = "0 %" if not any(mask) else "100 %"
         raise DataError(
             f"{where}: expected some of the rendered tokens to be the assistant's, found {share} of {text[:400]!r}"
         )
-    return Document(np.array(encoded["input_ids"], dtype=np.int32), np.array(mask), where)
+    return Document(np.array(ids, dtype=np.int32), np.array(mask), where)
+
+
+def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids, and the characters of each."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return encoded["input_ids"], encoded["offset_mapping"]  # type: ignore[return-value]

@@ -7,6 +7,7 @@ Legend: K num_speculative_tokens.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
 from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
+from pardec.decoding.shared_length import shared_length_limit
 from pardec.decoding.step import MODES, Decoder
 from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
@@ -59,7 +61,6 @@ class Engines:
         compile: steps run under torch.compile.
         capture: steps run as CUDA graphs.
         tuned: used where neither num_speculative_tokens nor block_lengths are asked for.
-        shared_limit: tokens up to which several sequences may share a batch; None for any number.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter | None, *, compile: bool):
@@ -76,10 +77,14 @@ class Engines:
         # a captured step would replay the copies of weights that are brought in for it, from wherever they lay then
         self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
         self.tuned: TunedChoice | None = None
-        self.shared_limit: int | None = None
         self._survey: Survey | None = None
         self._linears: dict[bool, PackedLinears] = {}
         self._pool = EnginePool()
+
+    @cached_property
+    def shared_limit(self) -> int | None:
+        """Tokens up to which several sequences may share a batch; None for any number."""
+        return shared_length_limit(self.target)
 
     # ------------------------------------------------------------------ what a call asks for
 
@@ -185,8 +190,8 @@ class Engines:
                 f"prompt and new tokens: expected at most {limit} positions of the model, found "
                 f"{longest} + {max_new_tokens} = {longest + max_new_tokens}"
             )
-        shared = self.shared_limit
-        if num_sequences > 1 and shared is not None and longest + max_new_tokens > shared:
+        shared = self.shared_limit if num_sequences > 1 else None
+        if shared is not None and longest + max_new_tokens > shared:
             raise ValueError(
                 f"prompt and new tokens: expected at most {shared} for several sequences at once, as this base "
                 f"computes with the length of one, found {longest + max_new_tokens} for {num_sequences} sequences; "

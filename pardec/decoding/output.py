@@ -61,6 +61,7 @@ class TextStream:
         self.tokenizer = tokenizer
         self.cleans_up = tokenizer is not None and _cleans_up(tokenizer)
         self.ids: list[int] = []
+        self.is_byte: dict[int, bool] = {}
         self.sent = 0
 
     def put(self, ids: list[int], last: bool) -> str:
@@ -68,7 +69,10 @@ class TextStream:
         if self.tokenizer is None:
             return ""
         self.ids += ids
-        text = cast(str, self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        final = len(self.ids)
+        while not last and final and self._is_byte(self.ids[final - 1]):
+            final -= 1  # bytes next to each other are read together, whatever they are by themselves
+        text = cast(str, self.tokenizer.decode(self.ids[:final], skip_special_tokens=True))
         if not last:
             text = text.rstrip("�")
             if self.cleans_up:
@@ -77,7 +81,16 @@ class TextStream:
         self.sent = max(self.sent, len(text))
         return new
 
+    def _is_byte(self, token_id: int) -> bool:
+        """Whether a token is a byte for want of a better one, as tokenizers with byte fallback write it."""
+        if token_id not in self.is_byte:
+            assert self.tokenizer is not None
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            self.is_byte[token_id] = isinstance(token, str) and _BYTE.fullmatch(token) is not None
+        return self.is_byte[token_id]
 
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _LAST_WORD = re.compile(r"\s*\S*\Z")
 
 

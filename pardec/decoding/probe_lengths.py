@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from pardec.decoding.probe_step import (
+    CEILING,
     SHORT,
     TIMES_OWN,
     K,
     deviation,
     jittered_embeddings,
+    own_forward,
     probe_decoder,
     state_behind,
     text_of,
@@ -40,12 +42,10 @@ class LengthReport:
     Attributes:
         deviations: of real rows from the model's own cached forward by committed tokens, in standard deviations.
         skipped: committed tokens for which there was no memory, or behind which the model itself could not be run.
-        shared_limit: tokens up to which several sequences may share a batch; None for any number.
     """
 
     deviations: dict[int, float]
     skipped: tuple[int, ...]
-    shared_limit: int | None
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def probe_lengths(target: TargetModel, lengths: tuple[int, ...] = QUICK) -> Leng
                     f"standard deviations of the logits, found {deviations[length]:.3g} behind {length} tokens: "
                     "a window or a scaling that follows the order of keys"
                 )
-        return LengthReport(deviations, tuple(skipped), probe.shared_limit())
+        return LengthReport(deviations, tuple(skipped))
     except UnsupportedModelError:
         raise
     except Exception as error:  # a model's own code may raise anything
@@ -91,7 +91,7 @@ class _LengthProbe:
         self.target, self.decoder, self.ids = target, probe_decoder(target), text_of(target, SHORT)
         self.state = state_behind(self.decoder, self.ids)
         self.short = self.state.cache
-        self.own = target.base(self.ids[None, :1], use_cache=True).past_key_values
+        self.own = own_forward(target, self.ids[None, :1], keep=True).past_key_values
 
     def step_behind(self, num_committed: int) -> tuple[float, float] | None:
         """(deviation, tolerance) of a step behind so many tokens; None where it cannot be compared."""
@@ -104,11 +104,8 @@ class _LengthProbe:
         long, own = self.short.stretched(source, num_slots), copy.deepcopy(self.own)
         _fill(own, long, num_committed)
         self.state.cache, self.state.lengths = long, torch.full_like(self.state.lengths, num_committed)
-        positions = torch.arange(num_committed, num_committed + K + 1, device=self.target.device)[None]
         try:
-            expected = self.target.base(
-                self.ids[None, -K - 1 :], position_ids=positions, past_key_values=own, use_cache=True
-            ).logits[0]
+            expected = own_forward(self.target, self.ids[None, -K - 1 :], num_committed, own).logits[0]
         except Exception:  # more positions than it has, which its configuration does not tell
             return None
         found = self._real_logits()
@@ -117,41 +114,9 @@ class _LengthProbe:
         if not worst <= tolerance:  # long contexts may round more
             with jittered_embeddings(self.target):
                 jittered = self._real_logits()
-            tolerance = max(tolerance, TIMES_OWN * deviation(jittered, found, expected))
+            own = TIMES_OWN * deviation(jittered, found, expected)
+            tolerance = max(tolerance, min(own, CEILING[self.target.dtype]))
         return worst, tolerance
-
-    def shared_limit(self) -> int | None:
-        """The largest length that a cache may name for another sequence without changing what this one computes.
-
-        A cache has one answer to how long it is; models that compute with it are right for one sequence only.
-        """
-        same, differs = SHORT - K - 1, self.target.max_positions or 2**16
-        self.state.cache, self.state.lengths = self.short, torch.full_like(self.state.lengths, same)
-        expected, was_asked = self._logits_if_length_is(same)
-        if not was_asked or expected is None or self._is_same(expected, differs):
-            return None
-        while differs - same > 1:
-            middle = (same + differs) // 2
-            same, differs = (middle, differs) if self._is_same(expected, middle) else (same, middle)
-        return same
-
-    def _is_same(self, expected: Tensor, length: int) -> bool:
-        found, _ = self._logits_if_length_is(length)
-        return found is not None and torch.equal(expected, found)
-
-    def _logits_if_length_is(self, length: int) -> tuple[Tensor | None, bool]:
-        """Logits, None if the model cannot run so, and whether it asked."""
-        asked = []
-
-        def answer(layer_idx: int = 0) -> int:
-            asked.append(layer_idx)
-            return length
-
-        self.state.cache.get_seq_length = answer
-        try:
-            return self._real_logits(), bool(asked)
-        except Exception:
-            return None, bool(asked)
 
     def _real_logits(self) -> Tensor:
         return self.decoder.step_logits(self.state)[0, : K + 1]

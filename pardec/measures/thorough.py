@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.special import gammaincc
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.logits_process import TopKLogitsWarper
 
 from pardec.decoding.probe import ProbeReport, probe
 from pardec.decoding.probe_lengths import THOROUGH
@@ -100,37 +101,39 @@ def check_thoroughly(
     progress("steps behind many tokens")
     seen = probe(model.target, THOROUGH)
     limit = model.target.max_positions
-    longest = max(CONTEXTS) if limit is None else limit - NEW_TOKENS
+    num_tokens = NEW_TOKENS if limit is None else min(NEW_TOKENS, limit // 2)
+    longest = max(CONTEXTS) if limit is None else limit - num_tokens
     greedy = []
     for context in sorted({min(context, longest) for context in CONTEXTS}):
         prompt = [text[i % len(text)] for i in range(context)]
         progress(f"greedy tokens behind {context}")
-        greedy += greedy_checks(model, prompt)
+        greedy += greedy_checks(model, prompt, num_tokens)
     law = []
     for mode in MODES:
         progress(f"{NUM_SAMPLES:,} samples, {mode}")
-        law.append(law_check(model, [text[i % len(text)] for i in range(min(CONTEXTS))], mode, NUM_SAMPLES))
+        context = min(*CONTEXTS, longest)
+        law.append(law_check(model, [text[i % len(text)] for i in range(context)], mode, NUM_SAMPLES))
     return ThoroughReport(seen, greedy, law)
 
 
 @torch.no_grad()
-def greedy_checks(model: SelfSpeculativeModel, prompt: list[int]) -> list[GreedyCheck]:
-    """Every mode's `NEW_TOKENS` greedy tokens behind one prompt against those of `base_model.generate`."""
-    reference = _generated(model.base_model, prompt)
+def greedy_checks(model: SelfSpeculativeModel, prompt: list[int], num_tokens: int) -> list[GreedyCheck]:
+    """Every mode's greedy tokens behind one prompt against those of `base_model.generate`."""
+    reference = _generated(model.base_model, prompt, num_tokens)
     found = []
     for mode in MODES:
-        tokens = model.generate([prompt], max_new_tokens=NEW_TOKENS, mode=mode).token_ids[0]
+        tokens = model.generate([prompt], max_new_tokens=num_tokens, mode=mode).token_ids[0]
         divergence = divergence_from(model.base_model, "", prompt, tokens, reference)
         found.append(GreedyCheck(mode, len(prompt), divergence))
     return found
 
 
-def _generated(base: PreTrainedModel, prompt: list[int]) -> list[int]:
+def _generated(base: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
     """Greedy tokens of `generate` without what a checkpoint's generation_config adds to them."""
     ids, own = torch.tensor([prompt], device=base.device), base.generation_config
     base.generation_config = GenerationConfig(eos_token_id=eos_token_ids(base) or None, pad_token_id=pad_token_id(base))
     try:
-        out = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)  # type: ignore[operator]
+        out = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)  # type: ignore[operator]
     finally:
         base.generation_config = own
     return out[0, len(prompt) :].tolist()
@@ -165,12 +168,13 @@ def continuations(model: SelfSpeculativeModel, prompt: list[int]) -> dict[tuple[
     laws, ended = {(): 1.0}, {}
     for _ in range(NUM_SAMPLED_TOKENS):
         rows = torch.tensor([[*prompt, *tokens] for tokens in laws], device=model.target.device)
-        logits = model.base_model(rows, use_cache=False).logits[:, -1].double()
-        best = logits.topk(min(_TOP_K, logits.shape[1]))
+        logits = model.base_model(rows, use_cache=False).logits[:, -1].float()
+        # transformers' own top-k, which keeps ties with the last
+        probs = TopKLogitsWarper(_TOP_K)(rows, logits).double().softmax(dim=-1)  # type: ignore[arg-type]
         grown = {}
-        for (tokens, p), values, ids in zip(laws.items(), best.values.softmax(dim=-1), best.indices, strict=True):
-            for token, q in zip(ids.tolist(), values.tolist(), strict=True):
-                (ended if token in eos else grown)[(*tokens, token)] = p * q
+        for (tokens, p), law in zip(laws.items(), probs, strict=True):
+            for token in law.nonzero()[:, 0].tolist():
+                (ended if token in eos else grown)[(*tokens, token)] = p * float(law[token])
         laws = grown
         if not laws:
             break

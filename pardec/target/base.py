@@ -61,6 +61,8 @@ def load_base(
     """
     if attn_implementation is not None:
         one_of("attn_implementation", attn_implementation, SUPPORTED_ATTENTION)
+    if not name:
+        raise ValueError("base: expected a folder or hub name, found ''")
     path = resolve_base(name)
     where = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if dtype is None:
@@ -72,7 +74,8 @@ def load_base(
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"base {short(repr(name), 120)}: expected a folder or hub name of a causal language model, "
-            f"found {short(first_line(error), 200)}"
+            f"found {'' if Path(path).is_dir() else f'no such folder in {Path.cwd()}, and '}"
+            f"{short(first_line(error), 200)}"
         ) from None
     refuse_by_config(config)
     try:

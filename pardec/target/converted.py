@@ -84,7 +84,10 @@ def lone_gguf(folder: Path) -> Path | None:
     Raises:
         ValueError: for a folder with several, naming them.
     """
-    found = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    try:
+        found = [] if (folder / "config.json").exists() else sorted(folder.glob("*.gguf"))
+    except OSError:  # no name that a file may have
+        return None
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
         raise ValueError(f"base {str(folder)!r}: expected the path of one GGUF file, found a folder with {names}")

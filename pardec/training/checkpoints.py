@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pardec.errors import shown
 from pardec.run import save_tensors
 
 STATE_FILE = "state.json"
@@ -94,13 +95,27 @@ def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, re
             raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
         return 0
     then = progress["recipe"]
-    for section in recipe:
-        if then.get(section) != recipe[section]:
-            raise ValueError(
-                f"output_dir {output}: expected a run of the same recipe to continue, found one with {section} = "
-                f"{then.get(section)}; choose another output_dir or remove it"
-            )
+    differs = _first_difference(then, recipe)
+    if differs is not None:
+        key, before, now = differs
+        raise ValueError(
+            f"output_dir {output}: expected {key} = {shown(now)} as in this recipe to continue, found a run with "
+            f"{shown(before)}; choose another output_dir"
+        )
     return progress["step"]
+
+
+def _first_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """(dotted key, value then, value now) of the first that differs of what `now` names."""
+    for key, value in now.items():
+        before = then.get(key)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            inner = _first_difference(before, value)
+            if inner is not None:
+                return f"{key}.{inner[0]}", *inner[1:]
+        elif before != value:
+            return key, before, value
+    return None
 
 
 def check_same(output: Path, now: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Legend: N anchors of a sequence, K num_speculative_tokens.
 
 import math
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -32,8 +33,11 @@ def build_optimizer(parameters: Mapping[str, Tensor], learning_rates: Mapping[st
 def make_schedule(optimizer: Optimizer, warmup_steps: int, steps: int, first_step: int) -> LRScheduler:
     """Linear warm-up and cosine decay, at the step where the run goes on."""
     schedule = get_cosine_schedule_with_warmup(optimizer, min(warmup_steps, steps // 2), steps)
-    for _ in range(first_step):
-        schedule.step()
+    with warnings.catch_warnings():
+        # the steps of the optimizer that torch misses were those of the run that is continued
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for _ in range(first_step):
+            schedule.step()
     return schedule
 
 

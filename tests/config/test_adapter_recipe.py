@@ -352,3 +352,10 @@ def test_something_other_than_a_mapping_is_refused(write, text, found):
 
 def test_recipe_errors_are_value_errors():
     assert issubclass(RecipeError, ValueError)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("base: a\ntrain:\n  steps: 300\n  seed: 1\n  steps: 7\n")
+    with pytest.raises(RecipeError, match=r"twice\.yaml: expected YAML, found key 'steps' twice, line 3"):
+        load_recipe(path)

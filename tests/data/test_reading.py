@@ -292,3 +292,25 @@ def test_held_out_data_cannot_be_a_hub_dataset_whose_split_is_not_known(format):
     """Its default split would be the one that is trained on."""
     with pytest.raises(DataError, match=r"^held-out data: expected a file, a folder, .*found nothing at someone/texts"):
         held_out_rows("someone/texts", VALIDATION, format)
+
+
+def test_a_system_prompt_beside_a_conversation_stands_in_front_of_it(tmp_path):
+    turns = [{"from": "human", "value": "hi"}, {"from": "chatgpt", "value": "ho"}]
+    row = check_row({"system": "You are a pirate.", "conversations": turns}, "here")
+    assert [(turn["role"], turn["content"]) for turn in row["conversations"]] == [
+        ("system", "You are a pirate."),
+        ("user", "hi"),
+        ("assistant", "ho"),
+    ]
+    both = [{"role": "system", "content": "x"}, *turns]
+    with pytest.raises(DataError, match="here: expected one system prompt, found one beside the conversation"):
+        check_row({"system": "y", "conversations": both}, "here")
+    with pytest.raises(DataError, match="here: expected system as text, found 3"):
+        check_row({"system": 3, "conversations": turns}, "here")
+
+
+def test_a_key_that_stands_twice_in_a_row_is_refused(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "first", "text": "second"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: expected one JSON object, found key 'text' twice"):
+        read_rows(str(path), "jsonl")

@@ -107,14 +107,32 @@ def test_a_conversation_may_begin_with_the_assistant_or_the_system(chat_tokenize
     assert learned(*tokenise({"conversations": system}, chat_tokenizer), chat_tokenizer) == "hi there!\n"
 
 
-def test_a_token_that_only_begins_before_the_answer_is_learned(chat_tokenizer):
+def test_answers_are_tokenised_apart_from_what_stands_before_as_decoding_does(chat_tokenizer):
     chat_tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>", "<|assistant|>=").replace(
         "<|{{ message.role }}|>", "<|{{ message.role }}|>{% if message.role == 'assistant' %}={% endif %}"
     )
     turns = [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "= 1"}]
     (document,) = tokenise({"conversations": turns}, chat_tokenizer)
     assert chat_tokenizer.decode(document.input_ids) == "<|user|>Say hi\n<|assistant|>== 1\n"
-    assert learned(document, chat_tokenizer) == "== 1\n"  # the token == stands on both sides
+    assert learned(document, chat_tokenizer) == "= 1\n"
+    before = chat_tokenizer("<|user|>Say hi\n<|assistant|>=").input_ids
+    assert document.input_ids[: len(before)].tolist() == before  # not the token ==, which stands on both sides
+
+
+def test_turns_that_data_exclude_from_learning_are_not_learned(chat_tokenizer):
+    for excluded in ({"weight": 0}, {"train": False}):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad", **excluded}]
+        turns += [{"role": "user", "content": "b"}, {"role": "assistant", "content": "good", "weight": 1}]
+        (document,) = tokenise({"conversations": turns}, chat_tokenizer)
+        assert learned(document, chat_tokenizer) == "good\n"
+        with pytest.raises(DataError, match="expected an assistant turn to learn, found only those of weight 0"):
+            tokenise({"conversations": turns[:2]}, chat_tokenizer)
+
+
+def test_what_a_row_says_to_the_template_reaches_it(chat_tokenizer):
+    chat_tokenizer.chat_template = "{% if loud %}LOUD {% endif %}" + CHAT_TEMPLATE
+    (document,) = tokenise({"conversations": CHAT, "chat_template_kwargs": {"loud": True}}, chat_tokenizer)
+    assert chat_tokenizer.decode(document.input_ids).startswith("LOUD ")
 
 
 def test_a_rendering_that_is_all_or_nothing_the_assistants_is_refused(chat_tokenizer):

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
@@ -45,3 +45,26 @@ def test_a_tokenizer_that_only_says_that_it_cleans_up_holds_nothing_back(tokeniz
     monkeypatch.setattr(tokenizer, "clean_up_tokenization_spaces", True)
     stream = TextStream(tokenizer)
     assert "".join(stream.put([id], last=False) for id in tokenizer("def f(x):").input_ids) == "def f(x):"
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        ["▁hi", "<0x0A>", "<0xF0>", "<0x9F>"],
+        ["▁hi", "<0x0A>", "<0xF0>", "▁a"],
+        ["▁hi", "<0xE2>", "<0x82>", "<0xAC>", "<0xE2>", "▁a"],
+        ["▁hi", "<0x0A>", "<0x0A>", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "▁a"],
+    ],
+    ids=" ".join,
+)
+def test_bytes_that_a_tokenizer_falls_back_to_are_read_together(tokens):
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁hi", "▁a"]
+    bpe = models.BPE(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[], byte_fallback=True, unk_token="<unk>")
+    own = Tokenizer(bpe)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    own.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    ids, stream = [vocabulary.index(token) for token in tokens], TextStream(tokenizer)
+    pieces = [stream.put([token], last=i == len(ids) - 1) for i, token in enumerate(ids)]
+    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert pieces[0] == "hi"

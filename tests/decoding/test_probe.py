@@ -15,6 +15,7 @@ from pardec.adapters.files import save_adapter
 from pardec.decoding.probe import probe
 from pardec.decoding.probe_lengths import probe_lengths
 from pardec.decoding.probe_step import jittered_embeddings, probe_step
+from pardec.decoding.shared_length import shared_length_limit
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import FULL, AttentionForm, TargetModel, UnsupportedModelError
 
@@ -66,9 +67,13 @@ def test_right_models_are_accepted_in_every_dtype(family, dtype):
     report = probe(TargetModel.wrap(tiny_model(family, dtype=dtype, **positions)))
     assert list(report.lengths.deviations) == ([300, 2500] if positions else [252])
     assert report.lengths.skipped == ()
-    assert report.lengths.shared_limit is None
     if dtype == torch.float64:
         assert max(report.deviation, *report.lengths.deviations.values()) < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_of_any_length_may_share_a_batch(family):
+    assert shared_length_limit(TargetModel.wrap(tiny_model(family))) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -112,15 +117,33 @@ def test_real_rows_that_depend_on_other_rows_ever_so_little_are_refused(dtype):
 def test_models_whose_own_cached_decoding_is_another_law_are_refused():
     """What is theirs to be equal to, the forward or the cached one, nobody could tell."""
     model = tiny_model("llama", dtype=torch.float32)
-    by_row = lambda x: x + torch.arange(x.shape[1])[:, None] * x.std()  # noqa: E731
     layer = model.get_submodule("model.layers.0.mlp")
-    layer.register_forward_hook(lambda module, args, output: by_row(output))
-    with pytest.raises(UnsupportedModelError, match="expected cached decoding of its own that is its forward's"):
+    layer.register_forward_hook(lambda module, args, output: output * (2 if output.shape[1] == 1 else 1))
+    with pytest.raises(UnsupportedModelError, match="expected cached decoding of its own"):
+        probe_step(TargetModel.wrap(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_models_whose_texts_depend_on_each_other_in_a_batch_are_refused(dtype):
+    model = tiny_model("llama", dtype=dtype)
+    layer = model.get_submodule("model.layers.0.mlp")
+    layer.register_forward_hook(lambda module, args, output: output + (output - output.mean(dim=0)))
+    with pytest.raises(UnsupportedModelError, match="expected texts that do not depend on what stands beside them"):
+        probe_step(TargetModel.wrap(model))
+
+
+def test_one_scale_for_all_rows_of_a_quantised_layer_is_refused():
+    """It makes every row depend on all others, more than rounding does."""
+    model = tiny_model("llama", dtype=torch.float32)
+    scaled = lambda x: (x / x.abs().max() * 127).round() * x.abs().max() / 127  # noqa: E731
+    for layer in model.get_submodule("model.layers").children():
+        layer.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda module, args: (scaled(args[0]),))
+    with pytest.raises(UnsupportedModelError):
         probe_step(TargetModel.wrap(model))
 
 
 def test_biases_that_follow_the_order_of_keys_are_refused_under_any_name():
-    with pytest.raises(UnsupportedModelError, match="follow their order"):
+    with pytest.raises(UnsupportedModelError, match="follow their positions, not their order"):
         probe_step(target_of("mpt", MPT))
 
 
@@ -167,10 +190,9 @@ def test_one_sequence_is_exact_where_the_model_computes_with_its_length(length, 
     assert ours.generate([row], max_new_tokens=40, mode=mode).token_ids == [plain_generate(model, row, 40)]
 
 
-def test_several_sequences_are_decoded_up_to_where_their_lengths_matter_and_refused_beyond(tmp_path):
+def test_several_sequences_are_decoded_up_to_where_their_lengths_matter_and_refused_beyond():
     model = model_of("llama4_text", LLAMA4)
-    save_adapter(make_adapter(model, K), tmp_path / "a")
-    ours = pardec.load(tmp_path / "a", base=model)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
     limit = ours.engines.shared_limit
     assert 58 <= limit < 64
     rows = prompts(V, (limit - 20, 9))
