@@ -18,9 +18,8 @@ from pardec.adapters.adapter import Adapter
 from pardec.adapters.tuned import TunedChoice
 from pardec.arguments import integer
 from pardec.decoding.engine import Engine
-from pardec.decoding.engine_pool import arithmetic, signature
 from pardec.decoding.engines import Engines
-from pardec.decoding.kept_cache import KeptCache
+from pardec.decoding.kept_cache import KeptCache, circumstances
 from pardec.decoding.messages import Messages, message_ids
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
 from pardec.decoding.prompts import Prompts, token_ids
@@ -200,7 +199,7 @@ class SelfSpeculativeModel:
         text = TextStream(self.tokenizer)
         made_by, begun, num_kept, has_begun = None, None, 0, False
         if kept is not None:
-            made_by = (self.engines, signature(self.base_model), arithmetic(self.target.device))
+            made_by = (self.engines, circumstances(self.base_model))
             begun, num_kept = kept.begin(ids[0], made_by), kept.num_reused
         with made as engine, closing(engine.run(ids, kept=begun, num_kept=num_kept)) as steps:
             try:

@@ -6,16 +6,25 @@ Knows token ids; no messages and no text.
 from collections.abc import Hashable
 
 import torch
+from transformers import PreTrainedModel
 
+from pardec.decoding.engine_pool import arithmetic, signature
 from pardec.decoding.state import DecodeState
 from pardec.target.cache import SlotCache
+
+
+def circumstances(base: PreTrainedModel) -> Hashable:
+    """Changes with what keys and values depend on besides the tokens: weights, modules, hooks, arithmetic."""
+    written = tuple(0 if weight.is_inference() else weight._version for weight in base.parameters())
+    return signature(base), arithmetic(base.device), written
 
 
 class KeptCache:
     """What `stream(..., kept=)` leaves for the next call: the longest common beginning is not run again.
 
     A copy, so that calls with one of these do not disturb each other, nor any other call. It is of no use to another
-    model, or once weights were replaced: then everything is run.
+    model, or once weights were replaced or written to: then everything is run. What is written past torch, through
+    `weight.data`, goes unnoticed; make a new one then.
 
     Attributes:
         token_ids: whose keys and values are kept.

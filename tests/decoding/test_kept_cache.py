@@ -177,11 +177,16 @@ def test_another_model_and_other_weights_run_everything():
         found = streamed(SelfSpeculativeModel(model, None, None), prompt, mode="plain", max_new_tokens=6, kept=kept)
         assert found == plain_generate(model, prompt, 6)
         assert kept.num_reused == 0
-    ours = SelfSpeculativeModel(one, None, None)
-    streamed(ours, prompt, mode="plain", max_new_tokens=6, kept=kept)
-    one.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(one.model.layers[0].mlp.up_proj.weight * 2)
-    assert streamed(ours, prompt, mode="plain", max_new_tokens=6, kept=kept) == plain_generate(one, prompt, 6)
-    assert kept.num_reused == 0
+    ours, layer = SelfSpeculativeModel(one, None, None), one.model.layers[0].mlp.up_proj
+
+    def replace():
+        layer.weight = torch.nn.Parameter(layer.weight * 2, requires_grad=False)
+
+    for change in (replace, lambda: layer.weight.mul_(2)):
+        streamed(ours, prompt, mode="plain", max_new_tokens=6, kept=kept)
+        change()
+        assert streamed(ours, prompt, mode="plain", max_new_tokens=6, kept=kept) == plain_generate(one, prompt, 6)
+        assert kept.num_reused == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
