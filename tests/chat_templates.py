@@ -79,3 +79,39 @@ TAKES_PARTS = (
     "{% for p in m.content %}{% if p.type == 'thinking' %}[{{ p.thinking }}]{% else %}{{ p.text }}+{% endif %}"
     "{% endfor %}{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+# BOS and a system message with dates stand in front of everything; contents lose their space
+LLAMA3_LIKE = (
+    "{{ bos_token }}{% set ns = namespace(first=0) %}<|start|>system<|end_header|>\n\nToday Date: 26 Jul 2024\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set ns.first = 1 %}{% endif %}<|eot|>"
+    "{% for m in messages[ns.first:] %}<|start|>{{ m.role }}<|end_header|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end_header|>\n\n{% endif %}"
+)
+
+# a system message says how to reason, and without thinking every answer stands behind empty thoughts
+SMOLLM3_LIKE = (
+    "{% set mode = '/no_think' if enable_thinking is defined and not enable_thinking else '/think' %}"
+    "<|im_start|>system\n## Metadata\n\nReasoning Mode: {{ mode }}\n\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content.rstrip() }}{% endif %}<|im_end|>\n"
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}<|im_start|>assistant\n"
+    "{% if mode == '/no_think' %}<think>\n\n</think>\n{% endif %}{{ m.content.lstrip('\n') }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if mode == '/no_think' %}<think>\n\n</think>\n{% endif %}{% endif %}"
+)
+
+# the system prompt stands in the first turn of the user's; turns must alternate, the model has another name
+GEMMA3_LIKE = (
+    "{{ bos_token }}{% set ns = namespace(front='', rest=messages) %}{% if messages[0].role == 'system' %}"
+    "{% set ns.front = messages[0].content + '\n\n' %}{% set ns.rest = messages[1:] %}{% endif %}"
+    "{% for m in ns.rest %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ ns.front if loop.first else '' }}"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+# what is not to be continued ends with EOS
+PHI4_LIKE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}"
+)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from chat_templates import MISTRAL_LIKE, QWEN3_LIKE, R1_LIKE
+from chat_templates import GEMMA3_LIKE, MISTRAL_LIKE, QWEN3_LIKE, R1_LIKE, SMOLLM3_LIKE
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -47,8 +47,15 @@ def roles(chat: Chat) -> list[str]:
 
 @pytest.mark.parametrize(
     ("template", "system"),
-    [(None, "Be brief."), (QWEN3_LIKE, "Be brief."), (R1_LIKE, None), (MISTRAL_LIKE, "Be brief.")],
-    ids=["appends", "qwen3", "r1", "mistral"],
+    [
+        (None, "Be brief."),
+        (QWEN3_LIKE, "Be brief."),
+        (R1_LIKE, None),
+        (MISTRAL_LIKE, "Be brief."),
+        (GEMMA3_LIKE, "Be brief."),
+        (SMOLLM3_LIKE, None),
+    ],
+    ids=["appends", "qwen3", "r1", "mistral", "gemma3", "smollm3"],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_every_answer_is_that_of_a_fresh_run_of_the_whole_conversation(model, mode, template, system):

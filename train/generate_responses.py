@@ -1,4 +1,4 @@
-"""Lets a frozen base model continue prompts, and leaves its own responses as data to train an adapter on.
+"""Lets a frozen base model continue texts or answer chat prompts: its own responses are data to train an adapter on.
 
     accelerate launch train/generate_responses.py recipes/responses_tiny_python.yaml [section.key=value ...]
 
@@ -19,19 +19,25 @@ from tqdm.auto import tqdm
 
 from pardec.config.recipe_files import recipe_of_command_line
 from pardec.config.responses_recipe import ResponsesRecipe
+from pardec.data.follow_ups import between_answers
+from pardec.data.prompt_mix import draw_mix
 from pardec.data.python_sources import PACKAGES, STDLIB
 from pardec.data.reading import training_rows
 from pardec.data.response_prompts import draw_prompts
 from pardec.data.responses import (
     SHORT_TOKENS,
     Batch,
+    Prompt,
     about_file,
     append_rows,
     count_rows,
     keep_whole_batches,
+    longest_row,
+    one_turn,
     plan_batches,
     read_about,
     response_row,
+    two_turns,
     write_about,
 )
 from pardec.data.tokenising import check_token_ids
@@ -40,7 +46,7 @@ from pardec.loading import load
 from pardec.measures.acceptance import digest
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
-from pardec.target.base import load_base, load_tokenizer
+from pardec.target.base import eos_token_ids, load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, differences, fingerprint
 from pardec.target.forward import embedding_weight
 from pardec.training.processes import made_by, make_accelerator
@@ -64,23 +70,24 @@ def generate(recipe: ResponsesRecipe) -> None:
     # the frozen base, what it is to continue, and whether an earlier run has continued the same:
     # everything that can be wrong with them is said before anything is written
     model = load_model(recipe, accelerator)
-    prompts = read_prompts(recipe, model, accelerator)
+    prompts, sources = read_prompts(recipe, model, accelerator)
     identity = fingerprint(model.base_model, model.tokenizer)
     made = made_by(accelerator)
     about: dict[str, Any] = {
         "recipe": recipe.model_dump(),
         "fingerprint": identity.model_dump(),
-        "prompts_sha256": digest(prompts),
+        "prompts_sha256": digest([prompt.input_ids for prompt in prompts]),
+        **({"sources": sources} if sources else {}),
         **made,
     }
     if before is not None:
-        check_continues(output, before, about, model)
+        check_continues(output, before, about, model, recipe.data.name)
         about["earlier_runs"] = [*before.get("earlier_runs", []), {key: before[key] for key in made}]
 
     # whole batches that are there already stay
     batches = plan_batches(len(prompts), recipe.batch_size, recipe.share_of_greedy)
     num_done, counts = begin(output, accelerator, about, batches, prompts)
-    announce(recipe, accelerator, prompts, counts["responses"])
+    announce(recipe, accelerator, prompts, sources, counts["responses"])
     progress = tqdm(
         total=len(prompts), initial=counts["responses"], unit="response", disable=not accelerator.is_main_process
     )
@@ -103,7 +110,7 @@ def generate(recipe: ResponsesRecipe) -> None:
     if accelerator.is_main_process:
         num_bytes = output.stat().st_size
         write_about(output, {**about, "counts": counts, "last_run": last_run, "num_bytes": num_bytes})
-    report(recipe, accelerator, counts, max(map(len, prompts)))
+    report(recipe, accelerator, counts, prompts)
     accelerator.end_training()
 
 
@@ -120,45 +127,70 @@ def load_model(recipe: ResponsesRecipe, accelerator: Accelerator) -> SelfSpecula
     return model
 
 
-def read_prompts(recipe: ResponsesRecipe, model: SelfSpeculativeModel, accelerator: Accelerator) -> list[list[int]]:
-    """The prompts, read by the main process first, so that a cache is written once.
+def read_prompts(
+    recipe: ResponsesRecipe, model: SelfSpeculativeModel, accelerator: Accelerator
+) -> tuple[list[Prompt], list[dict[str, Any]]]:
+    """The prompts, read by the main process first, so that a cache is written once, and what each source of a mix gave.
 
     Raises:
         ValueError: for data that cannot be used, or that the base has no embeddings or no positions for.
     """
-    data, limit = recipe.data, model.target.max_positions
-    assert model.tokenizer is not None
-    accelerator.print(f"reading {data.path}")
+    data, tokenizer = recipe.data, model.tokenizer
+    assert tokenizer is not None
+    limit = longest_prompt(recipe, model)
+    accelerator.print(f"reading {data.name}")
     with accelerator.main_process_first():
-        prompts = draw_prompts(
-            training_rows(data.path, data.format, data.split, data.subset),
-            model.tokenizer,
-            num_prompts=recipe.num_responses,
-            prompt_tokens=recipe.prompt_tokens,
-            max_prompt_tokens=None if limit is None else limit - recipe.max_new_tokens,
-            seed=recipe.seed,
-            where=data.path,
-            show_progress=accelerator.is_main_process,
-        )
-    check_token_ids(max(map(max, prompts)), embedding_weight(model.base_model).shape[0], "the base", data.path)
-    return prompts
+        if data.mix is not None:
+            prompts, sources = draw_mix(
+                [section.source() for section in data.mix],
+                tokenizer,
+                num_prompts=recipe.num_responses,
+                prompt_tokens=recipe.prompt_tokens,
+                max_prompt_tokens=limit,
+                follow_ups=data.follow_ups,
+                seed=recipe.seed,
+                show_progress=accelerator.is_main_process,
+            )
+        else:
+            ids = draw_prompts(
+                training_rows(data.name, data.format, data.split, data.subset),
+                tokenizer,
+                num_prompts=recipe.num_responses,
+                prompt_tokens=recipe.prompt_tokens,
+                max_prompt_tokens=limit,
+                seed=recipe.seed,
+                where=data.name,
+                show_progress=accelerator.is_main_process,
+            )
+            prompts, sources = [Prompt(one) for one in ids], []
+    largest = max(max(prompt.input_ids) for prompt in prompts)
+    check_token_ids(largest, embedding_weight(model.base_model).shape[0], "the base", data.name)
+    return prompts, sources
 
 
-def check_continues(output: Path, before: dict[str, Any], about: dict[str, Any], model: SelfSpeculativeModel) -> None:
-    """Refuses to continue another base's responses, or those to other prompts."""
+def longest_prompt(recipe: ResponsesRecipe, model: SelfSpeculativeModel) -> int | None:
+    """How many tokens leave the base positions for an answer; None if there is no end of them."""
+    limit = model.target.max_positions
+    return None if limit is None else limit - recipe.max_new_tokens
+
+
+def check_continues(
+    output: Path, before: dict[str, Any], about: dict[str, Any], model: SelfSpeculativeModel, name: str
+) -> None:
+    """Refuses to continue another base's responses, or those to other prompts than the data of that name give."""
     then, now = (Fingerprint.model_validate(one["fingerprint"]) for one in (before, about))
     wrong = differences(then, now, embedding_weight(model.base_model).dtype)
     if wrong:
         raise ValueError(f"output {output}: its responses are another base's: {'; '.join(wrong)}")
     if before["prompts_sha256"] != about["prompts_sha256"]:
         raise ValueError(
-            f"output {output}: expected responses to the prompts that {about['recipe']['data']['path']} gives now, "
+            f"output {output}: expected responses to the prompts that {name} gives now, "
             "found responses to others; choose another output or remove it"
         )
 
 
 def begin(
-    output: Path, accelerator: Accelerator, about: dict[str, Any], batches: Sequence[Batch], prompts: list[list[int]]
+    output: Path, accelerator: Accelerator, about: dict[str, Any], batches: Sequence[Batch], prompts: list[Prompt]
 ) -> tuple[int, Counter[str]]:
     """Whole batches in the file and their counts; leaves beside the file what it is made by, before its first row."""
     kept: list[Any] = [0, Counter()]
@@ -170,50 +202,90 @@ def begin(
     return kept[0], kept[1]
 
 
-def announce(recipe: ResponsesRecipe, accelerator: Accelerator, prompts: list[list[int]], num_kept: int) -> None:
+def announce(
+    recipe: ResponsesRecipe,
+    accelerator: Accelerator,
+    prompts: list[Prompt],
+    sources: list[dict[str, Any]],
+    num_kept: int,
+) -> None:
     """How much there is to do."""
-    lengths = sorted(map(len, prompts))
+    lengths = sorted(len(prompt.input_ids) for prompt in prompts)
+    different = len({tuple(prompt.input_ids) for prompt in prompts})
     accelerator.print(
-        f"{len(prompts):,} prompts of {lengths[0]} to {lengths[-1]} tokens, {len(set(map(tuple, prompts))):,} of them "
+        f"{len(prompts):,} prompts of {lengths[0]} to {lengths[-1]} tokens, {different:,} of them "
         f"different; up to {recipe.max_new_tokens} new tokens each, {recipe.share_of_greedy:.0%} greedy"
     )
+    for one in sources:
+        too_long = f"; {one['left_out']:,} left out, longer than prompt_tokens" if one["left_out"] else ""
+        accelerator.print(f"{one['prompts']:,} of {one['kind']} from {one['path']}{too_long}")
     if num_kept:
         accelerator.print(f"continuing {recipe.output} at response {num_kept}")
 
 
 def respond(
-    recipe: ResponsesRecipe, model: SelfSpeculativeModel, batch: Batch, prompts: list[list[int]]
+    recipe: ResponsesRecipe, model: SelfSpeculativeModel, batch: Batch, prompts: list[Prompt]
 ) -> list[dict[str, Any]]:
     """Rows of a batch, which depend on the recipe and the batch's place alone."""
-    indices = range(batch.first, batch.first + batch.size)
-    responses = model.generate(
-        [prompts[index] for index in indices],
+    assert model.tokenizer is not None
+    mine = prompts[batch.first : batch.first + batch.size]
+    firsts = continue_all(recipe, model, batch, [prompt.input_ids for prompt in mine], seed=batch.first)
+    answers = [one_turn(first) for first in firsts]
+
+    # where the user says something more, the answer to that too
+    between: dict[int, list[int]] = {}
+    limit, ends = longest_prompt(recipe, model), eos_token_ids(model.base_model)
+    for n, (prompt, first) in enumerate(zip(mine, firsts, strict=True)):
+        leads = None if prompt.follow_up is None else between_answers(prompt, first, model.tokenizer, ends)
+        if leads and (limit is None or len(prompt.input_ids) + len(first) + len(leads) <= limit):
+            between[n] = leads
+    asked = [[*mine[n].input_ids, *firsts[n], *leads] for n, leads in between.items()]
+    seconds = continue_all(recipe, model, batch, asked, seed=2**30 + batch.first) if asked else []
+    for (n, leads), second in zip(between.items(), seconds, strict=True):
+        answers[n] = two_turns(firsts[n], leads, second)
+    rows = enumerate(zip(mine, answers, strict=True), start=batch.first)
+    return [response_row(index, batch.greedy, prompt, answer) for index, (prompt, answer) in rows]
+
+
+def continue_all(
+    recipe: ResponsesRecipe, model: SelfSpeculativeModel, batch: Batch, ids: list[list[int]], *, seed: int
+) -> list[list[int]]:
+    """What the base writes behind each of these token ids; `seed`, below 2^31, beside the recipe's own."""
+    return model.generate(
+        ids,
         max_new_tokens=recipe.max_new_tokens,
         temperature=0.0 if batch.greedy else recipe.temperature,
         top_k=recipe.top_k,
         top_p=recipe.top_p,
         min_p=recipe.min_p,
-        seed=recipe.seed * 2**31 + batch.first,
+        seed=recipe.seed * 2**31 + seed,
         mode="plain" if recipe.adapter is None else "fused",
         # never a tuned choice, which may be another when the run is continued
         num_speculative_tokens=None if model.adapter is None else model.adapter.metadata.num_speculative_tokens,
     ).token_ids
-    rows = zip(indices, responses, strict=True)
-    return [response_row(index, batch.greedy, prompts[index], response) for index, response in rows]
 
 
-def report(recipe: ResponsesRecipe, accelerator: Accelerator, counts: Counter[str], longest_prompt: int) -> None:
+def report(recipe: ResponsesRecipe, accelerator: Accelerator, counts: Counter[str], prompts: list[Prompt]) -> None:
     """What is there now, and how to train on it."""
     held_out = f" data.validation_path={recipe.data.path}" if recipe.data.path in (STDLIB, PACKAGES) else ""
     accelerator.print(
         f"{counts['responses']:,} responses ({counts['greedy']:,} greedy), {counts['response_tokens']:,} tokens of the "
         f"model's own, in {recipe.output}; about them: {about_file(Path(recipe.output))}"
     )
+    kinds = sorted({prompt.kind for prompt in prompts if prompt.kind})
+    if kinds:
+        accelerator.print("responses by kind: " + ", ".join(f"{counts[kind]:,} {kind}" for kind in kinds))
+    wanted = sum(prompt.follow_up is not None for prompt in prompts)
+    if wanted:
+        accelerator.print(f"{counts['follow_ups']:,} of {wanted:,} follow-ups answered")
     if counts["short"]:
         accelerator.print(f"{counts['short']:,} have fewer than {SHORT_TOKENS} tokens: they train next to nothing")
+    max_length = max(len(prompt.input_ids) for prompt in prompts) + recipe.max_new_tokens
+    if counts["follow_ups"]:
+        max_length = longest_row(Path(recipe.output))
     accelerator.print(
         f"try: accelerate launch train/train_adapter.py recipes/quickstart.yaml base={recipe.base} "
-        f"data.path={recipe.output} data.max_length={longest_prompt + recipe.max_new_tokens}{held_out}"
+        f"data.path={recipe.output} data.max_length={max_length}{held_out}"
     )
 
 

@@ -194,7 +194,7 @@ def sizes_of(
     weights = sum(p.numel() * p.element_size() for p in target.base.parameters())
     N, num_learned = recipe.train.anchors_per_sequence, sum(p.numel() for p in learned.values())
     mask_rows = recipe.mask_rows(min(recipe.train.anchors_per_forward or N, N))
-    memory = weights + adapter_bytes(target, recipe.mask_rows(N), mask_rows)
+    memory = weights + adapter_bytes(target, recipe.mask_rows(N), mask_rows, num_learned)
     return (
         f"base {recipe.base}: {weights / 2**20:,.0f} MiB; learned: {num_learned:,} numbers; "
         f"{len(corpus.train):,} sequences; {len(prompts)} validation prompts\n"

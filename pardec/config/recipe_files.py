@@ -98,21 +98,30 @@ def parse_recipe(raw: dict[str, Any], source: str, model: type[AnyRecipe]) -> An
         raise RecipeError(f"{source}: {_describe(error, model)}") from None
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(raw: Any, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override: expected section.key=value, found {shown(override)}")
     *sections, last = key.split(".")
     for section in sections:
-        if raw.get(section) is None:
-            raw[section] = {}
-        raw = raw[section]
-        if not isinstance(raw, dict):
-            raise RecipeError(f"override: expected a section before the dot, found {shown(override)}")
+        raw = _below(raw, section)
+        if not isinstance(raw, dict | list):
+            break
+    if not isinstance(raw, dict):
+        raise RecipeError(f"override: expected a section before the dot, found {shown(override)}")
     try:
         raw[last] = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"override {shown(override)}: expected YAML, found {_what_yaml_says(error)}") from None
+
+
+def _below(raw: Any, key: str) -> Any:
+    """What a section has under a key, made if there is nothing; of a list what stands at a place, counted from 0."""
+    if isinstance(raw, list):
+        return {str(place): value for place, value in enumerate(raw)}.get(key)
+    if raw.get(key) is None:
+        raw[key] = {}
+    return raw[key]
 
 
 def _what_yaml_says(error: Exception) -> str:
@@ -137,7 +146,14 @@ def _describe(error: ValidationError, model: type[Section]) -> str:
 
 def _known_keys(model: type[Section], sections: list[str]) -> list[str]:
     for section in sections:
-        annotation = model.model_fields[section].annotation
-        choices = (annotation, *get_args(annotation))  # a section may be optional
-        model = next(kind for kind in choices if isinstance(kind, type) and issubclass(kind, Section))
+        if not section.isdecimal():  # a place of a list
+            model = _section_in(model.model_fields[section].annotation)
     return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[Section]:
+    """The kind of section that a field is, may be or is a list of."""
+    choices = [annotation]
+    while not (isinstance(choices[0], type) and issubclass(choices[0], Section)):
+        choices += get_args(choices.pop(0))
+    return choices[0]

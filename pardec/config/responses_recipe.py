@@ -1,13 +1,78 @@
 """The recipe of `train/generate_responses.py`: which prompts the base continues, how, and where its responses go."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pardec.config.adapter_recipe import RowsConfig
 from pardec.config.recipe_files import Section
+from pardec.data.prompt_mix import Kind, PromptSource
 from pardec.decoding.sampling import make_warpers
 from pardec.errors import shown
+
+
+class SourceSection(Section):
+    """One source of chat prompts.
+
+    Attributes:
+        kind: `questions` of a JSONL file; `code`, requests about functions of installed Python sources; `passages`,
+            requests about pieces of text.
+        path: the file of questions; `python-packages` or `python-stdlib` for code; these, whose documentation is
+            meant, a text file or a folder of them for passages.
+        weight: its share of the responses, of the sum of all weights.
+        key: of the questions in their rows; default the first of `prompt`, `question`, `instruction`, `text`,
+            `messages` and `conversations` that a row has.
+    """
+
+    kind: Kind
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+    key: str | None = None
+
+    @model_validator(mode="after")
+    def _only_questions_have_a_key(self) -> "SourceSection":
+        if self.key is not None and self.kind != "questions":
+            raise ValueError(f"data.mix: expected a key for questions only, found {shown(self.key)} for {self.kind}")
+        return self
+
+    def source(self) -> PromptSource:
+        """The same as the room of data takes it."""
+        return PromptSource(self.kind, self.path, self.weight, self.key)
+
+
+class PromptsConfig(RowsConfig):
+    """Where prompts come from: `path`, of which pieces are continued, or `mix`, of which chat prompts are drawn.
+
+    Attributes:
+        path: as of other data; with format, subset and split.
+        mix: sources of chat prompts, rendered by the base's chat template.
+        follow_ups: share of the prompts of a mix behind whose answer the user says something more, which is answered
+            too: both answers are in the row, and learned.
+    """
+
+    path: str | None = None  # type: ignore[assignment]
+    mix: list[SourceSection] | None = Field(default=None, min_length=1)
+    follow_ups: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _is_of_one_form(self) -> "PromptsConfig":
+        given = [key for key in ("path", "mix") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"data: expected either path or mix, found {' and '.join(given) or 'neither'}")
+        if self.path is not None and self.follow_ups:
+            raise ValueError(f"data.follow_ups: expected data.mix beside it, found path {shown(self.path)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_the_other_form(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # what was written beside responses before there were mixes still belongs to the same recipe
+        own = RowsConfig.model_fields if self.mix is None else ("mix", "follow_ups")
+        return {key: value for key, value in dump(self).items() if key in own}
+
+    @property
+    def name(self) -> str:
+        """As messages say where prompts come from."""
+        return self.path or "data.mix"
 
 
 class ResponsesRecipe(Section):
@@ -17,12 +82,12 @@ class ResponsesRecipe(Section):
         base: folder or hub name of the model; `tiny-python` is the packaged one.
         output: JSONL file that the responses are appended to; what is known of it goes beside it, into
             `<output>.json`.
-        data: where prompts come from, without what is held out: texts give pieces, conversations what stands before
-            their first answer, rows with a loss_mask what stands before their first token to learn.
+        data: where prompts come from, without what is held out: of a `path`, texts give pieces, conversations what
+            stands before their first answer, rows with a loss_mask what stands before their first token to learn.
         adapter: directory of an adapter of this base that drafts; the law of the responses is the same. Default
             none: plain decoding, which is faster where a batch keeps the device busy, as on a CPU.
         num_responses: rows of the file.
-        prompt_tokens: of a prompt that is a piece of text.
+        prompt_tokens: of a prompt that is a piece of text; of one of a mix at most.
         max_new_tokens: limit of a response; an EOS token ends it earlier, and belongs to it.
         temperature: at which responses are sampled; 0 is greedy for all of them.
         top_k: keep the k likeliest tokens; null keeps all.
@@ -37,7 +102,7 @@ class ResponsesRecipe(Section):
 
     base: str
     output: str
-    data: RowsConfig
+    data: PromptsConfig
     adapter: str | None = None
     num_responses: int = Field(default=8192, ge=1)
     prompt_tokens: int = Field(default=128, ge=1)

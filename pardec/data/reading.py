@@ -4,6 +4,7 @@ A row has `text`, `conversations`, or `input_ids` with a `loss_mask`.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,17 @@ def read_utf8(file: Path) -> str:
 
 
 def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
+    return [check_row(row, where) for where, row in json_lines(file)]
+
+
+def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """(where it stands, value) of every line of a file that is not empty.
+
+    Raises:
+        DataError: if it is no file, or a line is no JSON, naming the line.
+    """
     if not file.is_file():
-        raise DataError(f"{file}: expected a JSONL file, found a folder")
-    rows = []
+        raise DataError(f"{file}: expected a JSONL file, found {'a folder' if file.exists() else 'nothing'}")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             content = line.removeprefix(BYTE_ORDER_MARK.encode())
@@ -148,8 +157,7 @@ def _jsonl_rows(file: Path) -> list[dict[str, Any]]:
                 row = json.loads(content, object_pairs_hook=_without_repetition)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}:{number}: expected one JSON object, found {first_line(error)}") from None
-            rows.append(check_row(row, f"{file}:{number}"))
-    return rows
+            yield f"{file}:{number}", row
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -187,7 +195,10 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
         _check_ids(row, where)
         row = {**row, "where": where}
     elif row.get("conversations") is not None:
-        row = {**row, "conversations": _checked_turns(row["conversations"], where), "where": where}
+        turns = checked_turns(row["conversations"], where)
+        if not any(turn["role"] == "assistant" for turn in turns):
+            raise DataError(f"{where}: expected at least one assistant turn, found none")
+        row = {**row, "conversations": turns, "where": where}
         if row.get("tools") is not None:
             row["tools"] = _checked_tools(row["tools"], where)
         if row.get("system") is not None:
@@ -231,10 +242,13 @@ def _check_ids(row: dict[str, Any], where: str) -> None:
         raise DataError(f"{where}: expected a loss_mask with at least one token to learn, found all 0")
 
 
-def _checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:
+def checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:
     """Turns with role and content and whatever else they have; {from, value} of older datasets is understood.
 
     Keys without a value go, as tables have every key in every turn; a content that is null stays.
+
+    Raises:
+        DataError: for turns of another form, beginning with `where`.
     """
     roles = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
     checked = []
@@ -253,8 +267,6 @@ def _checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(f"{where}: expected turns of text, found a part of type {shown(unseen[0])}")
         check_unicode(json.dumps(own, ensure_ascii=False, default=str), where)
         checked.append({**own, "role": roles.get(role, role)})
-    if not any(turn["role"] == "assistant" for turn in checked):
-        raise DataError(f"{where}: expected at least one assistant turn, found none")
     return checked
 
 

@@ -5,13 +5,14 @@ Knows rows of data and tokenizers, no model.
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pardec.data.conversations import conversation_of
+from pardec.data.conversations import Conversation, conversation_of
 from pardec.data.reading import DataError
 from pardec.data.tokenising import tokenise
 
@@ -102,8 +103,17 @@ def _conversation_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
         raise DataError(f"{where}: expected a user turn to answer, found {', '.join(roles)}")
     asked = roles.index("user")
     end = roles.index("assistant", asked) if "assistant" in roles[asked:] else len(roles)
-    text = conversation.render(conversation.turns[:end], add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return np.array(asked_ids(replace(conversation, turns=conversation.turns[:end])), dtype=np.int32)
+
+
+def asked_ids(conversation: Conversation) -> list[int]:
+    """Token ids of a conversation and of the beginning of its next answer.
+
+    Raises:
+        DataError: if the template refuses the turns or renders nothing.
+    """
+    text = conversation.render(conversation.turns, add_generation_prompt=True)
+    ids = conversation.template.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not ids:
-        raise DataError(f"{where}: expected a chat template that renders a prompt, found {text!r}")
-    return np.array(ids, dtype=np.int32)
+        raise DataError(f"{conversation.where}: expected a chat template that renders a prompt, found {text!r}")
+    return ids

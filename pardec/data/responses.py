@@ -20,6 +20,36 @@ SHORT_TOKENS = 3
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """What a response is written behind.
+
+    Attributes:
+        input_ids: its tokens.
+        kind: of the source that it was drawn from, as the row names it; None in rows of a single source.
+        turns: of the chat that the tokens render; empty for a piece of text.
+        follow_up: what the user says behind the first answer; None ends the chat with it.
+    """
+
+    input_ids: list[int]
+    kind: str | None = None
+    turns: Sequence[dict[str, Any]] = ()
+    follow_up: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's own tokens behind a prompt, and what stands between them where there are two turns of them.
+
+    Attributes:
+        ids: everything behind the prompt.
+        mask: 1 for the model's own tokens, 0 for those between its turns.
+    """
+
+    ids: list[int]
+    mask: list[int]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Responses that are generated together.
 
@@ -48,18 +78,33 @@ def plan_batches(num_responses: int, batch_size: int, greedy_fraction: float) ->
     return batches
 
 
-def response_row(index: int, greedy: bool, prompt: Sequence[int], response: Sequence[int]) -> dict[str, Any]:
+def one_turn(response: list[int]) -> Answer:
+    """The answer that is a response alone."""
+    return Answer(response, [1] * len(response))
+
+
+def two_turns(response: list[int], between: list[int], second: list[int]) -> Answer:
+    """The answer of a response, what the user says then, and the response to it."""
+    mask = [1] * len(response) + [0] * len(between) + [1] * len(second)
+    return Answer([*response, *between, *second], mask)
+
+
+def response_row(index: int, greedy: bool, prompt: Prompt, answer: Answer) -> dict[str, Any]:
     """A row as training reads it: only the model's own tokens are to be learned."""
     return {
         "index": index,
         "greedy": greedy,
-        "input_ids": [*prompt, *response],
-        "loss_mask": [0] * len(prompt) + [1] * len(response),
+        **({} if prompt.kind is None else {"kind": prompt.kind}),
+        "input_ids": [*prompt.input_ids, *answer.ids],
+        "loss_mask": [0] * len(prompt.input_ids) + answer.mask,
     }
 
 
 def count_rows(rows: Iterable[dict[str, Any]]) -> Counter[str]:
-    """Sums over rows: `responses`, those of them `greedy`, those `short`, `prompt_tokens` and `response_tokens`."""
+    """Sums over rows: `responses`, those of them `greedy`, those `short`, `prompt_tokens` and `response_tokens`.
+
+    Where rows name their kinds also how many there are of each, and where some have a second answer, `follow_ups`.
+    """
     counts: Counter[str] = Counter()
     for row in rows:
         own = sum(row["loss_mask"])
@@ -68,7 +113,21 @@ def count_rows(rows: Iterable[dict[str, Any]]) -> Counter[str]:
         counts["short"] += own < SHORT_TOKENS
         counts["prompt_tokens"] += len(row["input_ids"]) - own
         counts["response_tokens"] += own
+        if "kind" in row:
+            counts[row["kind"]] += 1
+        if _has_follow_up(row["loss_mask"]):
+            counts["follow_ups"] += 1
     return counts
+
+
+def _has_follow_up(mask: list[int]) -> bool:
+    return 0 in mask[mask.index(1) :]
+
+
+def longest_row(file: Path) -> int:
+    """Tokens of the longest row of a file of responses."""
+    with file.open() as lines:
+        return max(len(json.loads(line)["input_ids"]) for line in lines)
 
 
 def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -92,9 +151,7 @@ def append_rows(file: Path, rows: Sequence[dict[str, Any]]) -> None:
             ) from None
 
 
-def keep_whole_batches(
-    file: Path, batches: Sequence[Batch], prompts: Sequence[Sequence[int]]
-) -> tuple[int, Counter[str]]:
+def keep_whole_batches(file: Path, batches: Sequence[Batch], prompts: Sequence[Prompt]) -> tuple[int, Counter[str]]:
     """Cuts off what stands behind the last whole batch, if anything does, and tells how many there are.
 
     Args:
@@ -126,20 +183,29 @@ def keep_whole_batches(
     return kept, counts
 
 
-def _own_row(line: bytes, index: int, greedy: bool, prompts: Sequence[Sequence[int]], file: Path) -> dict[str, Any]:
+def _own_row(line: bytes, index: int, greedy: bool, prompts: Sequence[Prompt], file: Path) -> dict[str, Any]:
     prompt = prompts[index]
+    length = len(prompt.input_ids)
     try:
         row = json.loads(line)
-        response = row["input_ids"][len(prompt) :]
+        answer = Answer(row["input_ids"][length:], row["loss_mask"][length:])
+        is_own = row == response_row(index, greedy, prompt, answer) and _is_answer(answer, prompt)
     except (ValueError, KeyError, TypeError):
-        row, response = {}, []
-    if not response or row != response_row(index, greedy, prompt, response):
+        row, is_own = {}, False
+    if not is_own:
         kind = "greedy" if greedy else "sampled"
         raise ValueError(
             f"{file}:{index + 1}: expected the {kind} response {index} to its prompt, found {line[:60]!r}; "
             "choose another output or remove it"
         )
     return row
+
+
+def _is_answer(answer: Answer, prompt: Prompt) -> bool:
+    """Whether it begins and ends with the model's own tokens, and has others only where a follow-up was asked."""
+    if not answer.ids or len(answer.ids) != len(answer.mask) or not answer.mask[0] == answer.mask[-1] == 1:
+        return False
+    return all(one == 1 or (one == 0 and prompt.follow_up is not None) for one in answer.mask)
 
 
 # ---------------------------------------------------------------------- what is known of it

@@ -23,6 +23,7 @@ KINDS = {
     "python_100m_lora.yaml": Recipe,
     "pretrain_tiny_python.yaml": PretrainRecipe,
     "responses_tiny_python.yaml": ResponsesRecipe,
+    "responses_smollm2.yaml": ResponsesRecipe,
 }  # fmt: skip
 # JSON is YAML; those that nobody can read are tried with one key, as they take long
 UNREADABLE = {"tag": "!!python/name:os.system", "alias": "*x", "tab": "\tx", "unclosed": "[1", "date": "2020-99-01"}

@@ -9,23 +9,27 @@ import pytest
 from pardec.data.reading import read_rows
 from pardec.data.responses import (
     Batch,
+    Prompt,
     about_file,
     append_rows,
     count_rows,
     keep_whole_batches,
+    longest_row,
+    one_turn,
     plan_batches,
     read_about,
     response_row,
+    two_turns,
     write_about,
 )
 
-PROMPTS = [[10 + n] * (2 + n % 3) for n in range(7)]
+PROMPTS = [Prompt([10 + n] * (2 + n % 3)) for n in range(7)]
 BATCHES = [Batch(0, 3, False), Batch(3, 2, True), Batch(5, 2, False)]
 
 
 def rows_of(batch):
     return [
-        response_row(n, batch.greedy, PROMPTS[n], [n + 1] * (n + 1))
+        response_row(n, batch.greedy, PROMPTS[n], one_turn([n + 1] * (n + 1)))
         for n in range(batch.first, batch.first + batch.size)
     ]
 
@@ -85,7 +89,7 @@ def test_a_row_is_read_by_training_and_only_the_models_own_tokens_are_learned(wh
     for n, row in enumerate(rows):
         learned = [token for token, own in zip(row["input_ids"], row["loss_mask"], strict=True) if own]
         assert learned == [n + 1] * (n + 1)
-        assert row["input_ids"] == PROMPTS[n] + learned
+        assert row["input_ids"] == PROMPTS[n].input_ids + learned
 
 
 def test_counts_are_those_of_a_loop(whole):
@@ -94,10 +98,52 @@ def test_counts_are_those_of_a_loop(whole):
         "responses": 7,
         "greedy": 2,
         "short": 2,  # of 1 and 2 tokens
-        "prompt_tokens": sum(map(len, PROMPTS)),
+        "prompt_tokens": sum(len(prompt.input_ids) for prompt in PROMPTS),
         "response_tokens": 1 + 2 + 3 + 4 + 5 + 6 + 7,
     }
     assert count_rows([]) == {}
+
+
+CHATS = [
+    Prompt([5, 6], "questions"),
+    Prompt([7], "code", [{"role": "user", "content": "x"}], "Now shorter."),
+    Prompt([8], "code", [{"role": "user", "content": "y"}], "Why?"),
+]
+
+
+def chat_rows():
+    """The last has a follow-up that was not answered."""
+    answers = (one_turn([1]), two_turns([1, 2], [3, 4, 5], [6]), one_turn([1, 2, 3]))
+    return [response_row(n, True, CHATS[n], answer) for n, answer in enumerate(answers)]
+
+
+def test_rows_of_a_mix_name_their_kind_and_are_counted_by_it():
+    rows = chat_rows()
+    assert rows[1] == {
+        "index": 1, "greedy": True, "kind": "code", "input_ids": [7, 1, 2, 3, 4, 5, 6],
+        "loss_mask": [0, 1, 1, 0, 0, 0, 1],
+    }  # fmt: skip
+    assert count_rows(rows) == {
+        "responses": 3, "greedy": 3, "short": 1, "prompt_tokens": 2 + 4 + 1, "response_tokens": 1 + 3 + 3,
+        "questions": 1, "code": 2, "follow_ups": 1,
+    }  # fmt: skip
+
+
+def test_rows_of_a_mix_are_continued_and_measured(tmp_path):
+    file = tmp_path / "mix.jsonl"
+    append_rows(file, chat_rows())
+    assert keep_whole_batches(file, [Batch(0, 3, True)], CHATS) == (1, count_rows(chat_rows()))
+    assert longest_row(file) == 7
+
+
+@pytest.mark.parametrize(
+    "mask", [[0, 1, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 1], [0, 1, 1, 0, 2, 0, 1], [0, 1, 1, 0, 0, 1]]
+)
+def test_a_second_answer_stands_behind_the_first_and_ends_the_row(tmp_path, mask):
+    file, rows = tmp_path / "mix.jsonl", chat_rows()
+    append_rows(file, [rows[0], {**rows[1], "loss_mask": mask}, rows[2]])
+    with pytest.raises(ValueError, match=r"mix\.jsonl:2: expected the greedy response 1 to its prompt"):
+        keep_whole_batches(file, [Batch(0, 3, True)], CHATS)
 
 
 # ---------------------------------------------------------------------- continuing
@@ -130,11 +176,15 @@ FOREIGN = {
     "half a row": '{"index":4,"greedy":true,"inp',
     "a list": "[1, 2]",
     "text": '{"text": "hello"}',
-    "another index": json.dumps(response_row(5, True, PROMPTS[4], [1])),
-    "another kind": json.dumps(response_row(4, False, PROMPTS[4], [1])),
-    "another prompt": json.dumps(response_row(4, True, [99] * len(PROMPTS[4]), [1])),
-    "no response": json.dumps(response_row(4, True, PROMPTS[4], [])),
-    "another mask": json.dumps({**response_row(4, True, PROMPTS[4], [1]), "loss_mask": [1] * (len(PROMPTS[4]) + 1)}),
+    "another index": json.dumps(response_row(5, True, PROMPTS[4], one_turn([1]))),
+    "another kind": json.dumps(response_row(4, False, PROMPTS[4], one_turn([1]))),
+    "another prompt": json.dumps(response_row(4, True, Prompt([99] * len(PROMPTS[4].input_ids)), one_turn([1]))),
+    "a kind": json.dumps({**response_row(4, True, PROMPTS[4], one_turn([1])), "kind": "code"}),
+    "two answers": json.dumps(response_row(4, True, PROMPTS[4], two_turns([1], [2], [3]))),
+    "no response": json.dumps(response_row(4, True, PROMPTS[4], one_turn([]))),
+    "another mask": json.dumps(
+        {**response_row(4, True, PROMPTS[4], one_turn([1])), "loss_mask": [1] * (len(PROMPTS[4].input_ids) + 1)}
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pardec.data.corpus import load_corpus
 from pardec.data.python_sources import split_of
 from pardec.data.responses import about_file, plan_batches
-from pardec.target.base import resolve_base
+from pardec.target.base import load_base, resolve_base
 
 PROMPT_TOKENS, MAX_NEW_TOKENS, TOP_K = 16, 8, 5
 
@@ -93,12 +93,15 @@ def test_rows_are_numbered_and_the_share_of_greedy_ones_is_the_recipes(rows):
 
 
 def test_greedy_responses_are_those_of_generate(rows, tiny_base):
+    same: dict[bool, list[bool]] = {True: [], False: []}
     for row in rows:
         prompt, response = parts(row)
         ids = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
         expected = tiny_base.generate(ids, **options)[0, len(prompt) :].tolist()
-        assert (response == expected) == row["greedy"]
+        same[row["greedy"]].append(response == expected)
+    assert all(same[True])
+    assert sum(same[False]) < len(same[False]) / 2  # one that was drawn may be the likeliest as well
 
 
 def test_sampled_responses_are_the_models_own_but_not_its_likeliest(rows, tiny_base):
@@ -257,7 +260,7 @@ def other_base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "chat"
     shutil.copytree(resolve_base("tiny-python"), folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    template = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}# assistant:"
+    template = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}# assistant: "
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [0, 199]}))
@@ -274,7 +277,7 @@ def test_answers_end_with_their_eos_and_even_very_short_ones_are_read_by_trainin
     data.write_text("".join(json.dumps(row) + "\n" for row in talks))
     run(tmp_path / "recipe", output, f"base={other_base}", f"data.path={data}", "max_new_tokens=24", "temperature=1.5")
     answers = [parts(json.loads(line)) for line in output.read_text().splitlines()]
-    asked = {f"# user: return {n}\n# assistant:" for n in range(30) if n % 20}
+    asked = {f"# user: return {n}\n# assistant: " for n in range(30) if n % 20}
     assert len(answers) == 13
     assert {tokenizer.decode(prompt) for prompt, _ in answers} < asked
     for _, answer in answers:
@@ -301,6 +304,73 @@ def test_an_adapter_drafts_what_the_base_writes_anyway(texts, adapters, tmp_path
     assert [row for row in drafted if not row["greedy"]] != [row for row in rows if not row["greedy"]]
 
 
+# ---------------------------------------------------------------------- mixes of chat prompts
+
+
+@pytest.fixture(scope="module")
+def mix(other_base, texts) -> tuple[str, ...]:
+    """What makes the recipe one of a mix."""
+    questions = texts.parent / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"What is {n} + {n}?"}) + "\n" for n in range(30)))
+    sources = f"[{{kind: questions, path: {questions}, weight: 2}}, {{kind: code, path: python-stdlib}}]"
+    return (f"base={other_base}", f"data={{mix: {sources}, follow_ups: 0.5}}", "prompt_tokens=120", "num_responses=12")
+
+
+@pytest.fixture(scope="module")
+def mixed(mix, texts, tmp_path_factory) -> tuple[Path, str]:
+    """The file that a run of a mix leaves, and what it says."""
+    output = tmp_path_factory.mktemp("mixed") / "responses.jsonl"
+    return output, run(texts, output, *mix)
+
+
+def test_rows_of_a_mix_name_their_kind_and_are_told_by_it(mixed):
+    output, said = mixed
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [sum(row["kind"] == kind for row in rows) for kind in ("questions", "code")] == [8, 4]
+    about = json.loads(about_file(output).read_text())
+    assert (about["counts"]["questions"], about["counts"]["code"]) == (8, 4)
+    assert [(one["kind"], one["prompts"]) for one in about["sources"]] == [("questions", 8), ("code", 4)]
+    assert set(about["recipe"]["data"]) == {"mix", "follow_ups"}
+    assert "responses by kind: 4 code, 8 questions" in said
+    assert f"{about['counts']['follow_ups']} of 6 follow-ups answered" in said
+    assert f"data.max_length={max(len(row['input_ids']) for row in rows)}" in said
+
+
+def test_second_answers_are_what_the_base_writes_behind_the_whole_conversation(mixed, other_base, tokenizer):
+    """Greedy ones token for token; a line break ends an answer, and the template writes that very one behind it."""
+    base, seen = load_base(str(other_base), device="cpu"), 0
+    for row in (json.loads(line) for line in mixed[0].read_text().splitlines()):
+        ids, mask = row["input_ids"], row["loss_mask"]
+        first = mask.index(1)
+        if 0 not in mask[first:]:
+            continue
+        last = len(mask) - mask[::-1].index(0)
+        asked = tokenizer.decode(ids[first + mask[first:].index(0) : last])
+        assert asked.removeprefix("\n").startswith("# user: ")
+        assert asked.endswith("\n# assistant: ")
+        assert tokenizer.decode(ids[:last]).count("# assistant:") == 2
+        seen += 1
+        if row["greedy"]:
+            prompt = torch.tensor([ids[:last]])
+            options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": MAX_NEW_TOKENS}
+            assert base.generate(prompt, **options)[0, last:].tolist() == ids[last:]
+    assert seen >= 3
+
+
+def test_a_mix_that_was_cut_off_continues_to_the_same_bytes(mixed, mix, texts, tmp_path):
+    output = begun(mixed[0], tmp_path / "cut.jsonl", mixed[0].stat().st_size * 2 // 3)
+    assert "continuing" in run(texts, output, *mix)
+    assert output.read_bytes() == mixed[0].read_bytes()
+
+
+def test_training_reads_the_rows_of_a_mix(mixed, tokenizer):
+    corpus = load_corpus(str(mixed[0]), tokenizer, max_length=256)
+    rows = [json.loads(line) for line in mixed[0].read_text().splitlines()]
+    learned = {tuple(row["input_ids"]): [bool(one) for one in row["loss_mask"]] for row in rows}
+    for document in (*corpus.train, *corpus.validation):
+        assert document.loss_mask.tolist() == learned[tuple(document.input_ids.tolist())]
+
+
 # ---------------------------------------------------------------------- refusals
 
 
@@ -325,6 +395,29 @@ def test_an_adapter_drafts_what_the_base_writes_anyway(texts, adapters, tmp_path
         (
             "data.path=talk.jsonl",
             "talk.jsonl:2: expected a tokenizer with a chat template for conversations, found none",
+        ),
+        (
+            "data.mix=[{kind: questions, path: q.jsonl}]",
+            "data: expected either path or mix, found path and mix",
+        ),
+        ("data={}", "data: expected either path or mix, found neither"),
+        ("data.follow_ups=0.5", "data.follow_ups: expected data.mix beside it, found path '"),
+        ("data={mix: []}", "data.mix: expected"),
+        ("data={mix: [{kind: songs, path: x}]}", "data.mix.0.kind: expected 'questions', 'code' or 'passages', found"),
+        ("data={mix: [{kind: code, path: x, weight: 0}]}", "data.mix.0.weight: expected a number greater than 0"),
+        ("data={mix: [{kind: code, pth: x}]}", "unknown key: expected one such as 'data.mix.0.path', found"),
+        (
+            "data={mix: [{kind: code, path: x, key: y}]}",
+            "data.mix: expected a key for questions only, found 'y' for code",
+        ),
+        ("data={mix: [{kind: code, path: x}]}", "code: expected python-packages or python-stdlib as its path, found x"),
+        (
+            "data={mix: [{kind: passages, path: talk.jsonl}]}",
+            "talk.jsonl: expected texts for passages, found rows without a text",
+        ),
+        (
+            "data={mix: [{kind: passages, path: python-stdlib}]}",
+            "python-stdlib: expected a tokenizer with a chat template for conversations, found none",
         ),
         ("prompt_tokens=1000", "expected a text of at least 1000 tokens (prompt_tokens), found"),
         (
@@ -366,6 +459,7 @@ def test_a_file_is_not_continued_with_other_weights_of_the_same_name(texts, tmp_
     shutil.copytree(resolve_base("tiny-python"), base)
     output = tmp_path / "responses.jsonl"
     run(texts, output, f"base={base}", "num_responses=2", "max_new_tokens=1")
+    assert set(json.loads(about_file(output).read_text())["recipe"]["data"]) == {"path", "format", "subset", "split"}
     with output.open("ab") as file:
         file.truncate(10)
     weights = load_file(base / "model.safetensors")

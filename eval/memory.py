@@ -1,0 +1,141 @@
+"""How much memory does training with the recipes for published models take, and does it fit the card?
+
+    python eval/memory.py [recipes/qwen3.yaml ...]
+
+Reads the launch commands at the top of these recipes, builds each model in its published size without weights, and
+recomputes the estimate that `train/train_adapter.py` prints before its first step: weights, what is learned with its
+gradients and moments, logits and activations of mask rows. Estimated, not measured: nothing is run. Prints a table and
+one JSON object as the last line. Exit code 1 if a recipe states another figure or one beyond its card, 0 otherwise.
+"""
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from matrix.published_sizes import published_model
+from reporting.text_tables import TextTable, print_tables
+
+from pardec.config.adapter_recipe import AdapterConfig, Recipe
+from pardec.config.recipe_files import load_recipe
+from pardec.run import exit_on_unusable_input
+from pardec.target.forward import TargetModel
+from pardec.training.memory import adapter_bytes
+from pardec.training.module import MaskTokenTrainer
+from pardec.training.peft_lora import inject_lora
+
+ROOT = Path(__file__).parents[1]
+RECIPES = tuple(
+    ROOT / "recipes" / f"{name}.yaml"
+    for name in ("qwen3", "llama3", "smollm3", "gemma3", "mistral_7b", "phi4_mini", "gpt_oss_20b")
+)
+# share of a card that an estimate may take: the rest is the device's own, fragments, and decoding of held-out prompts
+ROOM = 0.85
+_COMMAND = re.compile(r"^# (\d+) GB, ([\d.]+) GiB: accelerate launch train/train_adapter\.py (\S+)(.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command at the top of a recipe.
+
+    Attributes:
+        recipe: its file's name.
+        base: hub name of the model.
+        card_gb: memory of the card that it is for.
+        stated_gib: memory estimate that stands beside it.
+        overrides: of the recipe.
+    """
+
+    recipe: str
+    base: str
+    card_gb: int
+    stated_gib: float
+    overrides: list[str]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training process holds, in GiB, and how much is learned."""
+
+    weights_gib: float
+    num_learned: int
+    total_gib: float
+
+
+def launches_of(path: Path) -> list[Launch]:
+    """The commands of a recipe.
+
+    Raises:
+        ValueError: if there are none, or one is of another recipe.
+    """
+    found = []
+    for card, stated, name, rest in _COMMAND.findall(path.read_text()):
+        if name != f"recipes/{path.name}":
+            raise ValueError(f"{path.name}: expected commands with recipes/{path.name}, found {name}")
+        recipe = load_recipe(path, rest.split(), Recipe)
+        found.append(Launch(path.name, recipe.base, int(card), float(stated), rest.split()))
+    if not found:
+        raise ValueError(f"{path.name}: expected commands that begin '# 24 GB, 1.0 GiB: accelerate launch', found none")
+    return found
+
+
+def estimate(recipe: Recipe) -> Estimate:
+    """Of a training process with this recipe, whose base is a published one."""
+    target, num_learned = _built(recipe.base, recipe.adapter.model_dump_json())
+    weights = sum(p.numel() * p.element_size() for p in target.base.parameters() if p.dtype == torch.bfloat16)
+    train = recipe.train
+    together = min(train.anchors_per_forward or train.anchors_per_sequence, train.anchors_per_sequence)
+    rows = recipe.mask_rows(train.anchors_per_sequence), recipe.mask_rows(together)
+    total = weights + adapter_bytes(target, *rows, num_learned)
+    return Estimate(weights / 2**30, num_learned, total / 2**30)
+
+
+@lru_cache
+def _built(base_name: str, adapter: str) -> tuple[TargetModel, int]:
+    """The model in bfloat16 with what is learned, in float32, and how many numbers that is; most of the time goes here.
+
+    Args:
+        base_name: of a published model.
+        adapter: section of a recipe, as JSON.
+    """
+    base, what = published_model(base_name), AdapterConfig.model_validate_json(adapter)
+    if what.lora is not None:
+        inject_lora(base, r=what.lora.r, alpha=what.lora.alpha, target_modules=what.lora.target_modules)
+    module = MaskTokenTrainer(base, what.drafter())
+    return TargetModel.wrap(base), sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def report(paths: list[Path]) -> bool:
+    """Prints the table and the line of JSON; whether every recipe states what is estimated, within its card."""
+    lines, results = [], []
+    for path in paths:
+        for launch in launches_of(path):
+            found = estimate(load_recipe(path, launch.overrides, Recipe))
+            is_right = f"{found.total_gib:.1f}" == f"{launch.stated_gib:.1f}"
+            verdict = "ok" if is_right else f"states {launch.stated_gib:.1f}"
+            if found.total_gib > ROOM * launch.card_gb:
+                verdict = f"more than {ROOM:.0%} of the card"
+            figures = (f"{found.weights_gib:.1f}", f"{found.num_learned / 1e6:.1f}", f"{found.total_gib:.1f}")
+            lines.append([launch.recipe, launch.base, f"{launch.card_gb}", *figures, verdict])
+            results.append({**asdict(launch), **asdict(found), "verdict": verdict})
+    header = ("recipe", "base", "card, GB", "weights, GiB", "learned, million numbers", "estimate, GiB", "verdict")
+    print_tables([TextTable("Memory of training, estimated", header, lines)], [], ("recipe", "base", "verdict"))
+    print(json.dumps({"rows": results}))
+    return all(one["verdict"] == "ok" for one in results)
+
+
+def main() -> None:
+    """Reads the command line; bad input ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", type=Path, help="default all recipes for published models")
+    args = parser.parse_args()
+    with exit_on_unusable_input():
+        sys.exit(0 if report(args.recipes or list(RECIPES)) else 1)
+
+
+if __name__ == "__main__":
+    main()
