@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pardec.adapters.adapter import Adapter, AdapterError
+    from pardec.decoding.kept_cache import KeptCache
     from pardec.decoding.output import GenerationOutput, StreamChunk
     from pardec.loading import load
     from pardec.model import SelfSpeculativeModel
@@ -14,6 +15,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "GenerationOutput",
+    "KeptCache",
     "SelfSpeculativeModel",
     "StreamChunk",
     "UnsupportedModelError",
@@ -24,6 +26,7 @@ _HOME = {
     "Adapter": "adapters.adapter",
     "AdapterError": "adapters.adapter",
     "GenerationOutput": "decoding.output",
+    "KeptCache": "decoding.kept_cache",
     "SelfSpeculativeModel": "model",
     "StreamChunk": "decoding.output",
     "UnsupportedModelError": "target.forward",

@@ -1,4 +1,4 @@
-"""The command line: `pardec generate`, `pardec check` and `pardec tune`.
+"""The command line: `pardec generate`, `pardec chat`, `pardec check` and `pardec tune`.
 
 Imports torch and transformers inside the commands only, so that `--help` is quick.
 Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
@@ -41,6 +41,16 @@ DeviceOption = Annotated[
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="e.g. float32, bfloat16; default float32 on a CPU", show_default=False)
 ]
+TopK = Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)]
+MinP = Annotated[float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)]
+NumSpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+Mode = Annotated[str, typer.Option(help="fused, two_pass or plain")]
 
 
 def main() -> None:
@@ -79,18 +89,13 @@ def generate(
         typer.Option(help="file with one prompt, or .jsonl with a 'prompt' per line; - reads standard input"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="limit per prompt")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)] = None,
-    mode: Annotated[str, typer.Option(help="fused, two_pass or plain")] = "fused",
-    num_speculative_tokens: Annotated[
-        int | None,
-        typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
-    ] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    mode: Mode = "fused",
+    num_speculative_tokens: NumSpeculativeTokens = None,
     use_head: Annotated[
         bool | None,
         typer.Option(
@@ -100,6 +105,9 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run plain decoding too, side by side")] = False,
     show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
+    as_chat: Annotated[
+        bool, typer.Option("--chat", help="each prompt is a user's message, rendered by the chat template")
+    ] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -117,6 +125,8 @@ def generate(
 
         from pardec.console import as_object, print_comparison, print_stream
 
+        chats = [[{"role": "user", "content": text}] for text in prompts]
+        given = model.prompt_ids(messages=chats) if as_chat else prompts
         options = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -128,14 +138,58 @@ def generate(
             "use_head": use_head,
         }
         if compare:
-            identical = [print_comparison(model, text, mode, options, as_json) for text in prompts]
+            identical = [
+                print_comparison(model, text, asked, mode, options, as_json)
+                for text, asked in zip(prompts, given, strict=True)
+            ]
             # sampled texts differ by design: they follow one law, not one stream of random numbers
             sys.exit(0 if temperature > 0 or all(identical) else 1)
-        for text in prompts:
+        for text, asked in zip(prompts, given, strict=True):
             if as_json:
-                print(json.dumps(as_object(text, model.generate(text, mode=mode, **options))), flush=True)
+                print(json.dumps(as_object(text, model.generate(asked, mode=mode, **options))), flush=True)
             else:
-                print_stream(model, text, mode, options, show_drafts)
+                print_stream(model, asked, mode, options, show_drafts)
+
+
+@app.command()
+def chat(
+    directory: Directory,
+    system: Annotated[
+        str | None, typer.Option(help="system prompt; default the chat template's own", show_default=False)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="limit per answer")] = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    seed: Seed = None,
+    mode: Mode = "fused",
+    num_speculative_tokens: NumSpeculativeTokens = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")] = False,
+) -> None:
+    """Talk with the base model in its chat template; from a pipe, one message a line."""
+    from pardec.run import exit_on_unusable_input
+
+    with exit_on_unusable_input():
+        model = _load(directory, base, device, dtype, trust_remote_code)
+
+        from pardec.chat import Chat
+        from pardec.chat_terminal import run_chat
+
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "seed": seed,
+            "num_speculative_tokens": num_speculative_tokens,
+        }
+        run_chat(Chat(model, system, options), mode, as_json=as_json)
 
 
 @app.command()
@@ -181,8 +235,8 @@ def tune(
         int | None, typer.Option(help="for each prompt; default 128, with --quick 32", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)] = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
     compile: Annotated[bool, typer.Option("--compile", help="tune for `pardec.load(..., compile=True)`")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter measurements")] = False,
     picture: Annotated[

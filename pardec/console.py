@@ -26,7 +26,9 @@ def as_object(prompt: str, out: GenerationOutput) -> dict:
     return {"prompt": prompt, "text": out.text[0], "token_ids": out.token_ids[0], "stats": stats}
 
 
-def print_stream(model: SelfSpeculativeModel, prompt: str, mode: str, options: dict, show_drafts: bool) -> None:
+def print_stream(
+    model: SelfSpeculativeModel, prompt: str | list[int], mode: str, options: dict, show_drafts: bool
+) -> None:
     """Prints text as it becomes final; accepted drafts in colour where asked for."""
     chunks = model.stream(prompt, mode=mode, **options)
     if not show_drafts:
@@ -50,15 +52,26 @@ def print_stream(model: SelfSpeculativeModel, prompt: str, mode: str, options: d
     console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green){rate}", style="dim")
 
 
-def print_comparison(model: SelfSpeculativeModel, prompt: str, mode: str, options: dict, as_json: bool) -> bool:
-    """Runs plain decoding and `mode` in turn, prints both, says whether the tokens are the same."""
+def print_comparison(
+    model: SelfSpeculativeModel, text: str, prompt: str | list[int], mode: str, options: dict, as_json: bool
+) -> bool:
+    """Runs plain decoding and `mode` in turn, prints both, says whether the tokens are the same.
+
+    Args:
+        model: to run.
+        text: that was asked, for `as_json`.
+        prompt: the same, or its ids in a chat template.
+        mode: beside plain.
+        options: of `generate`.
+        as_json: one object instead of text and a table.
+    """
     model.generate(prompt, mode=mode, **{**options, "max_new_tokens": min(8, options["max_new_tokens"])})  # warm-up
     plain = model.generate(prompt, mode="plain", **options)
     drafted = model.generate(prompt, mode=mode, **options)
     identical = plain.token_ids == drafted.token_ids
     ratio = drafted.stats.tokens_per_second / plain.stats.tokens_per_second
     if as_json:
-        both = {"plain": as_object(prompt, plain), mode: as_object(prompt, drafted)}
+        both = {"plain": as_object(text, plain), mode: as_object(text, drafted)}
         print(json.dumps({**both, "identical": identical, "ratio_to_plain": ratio}), flush=True)
         return identical
     console = Console(highlight=False)

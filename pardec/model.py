@@ -6,9 +6,9 @@
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from pardec.adapters.tuned import TunedChoice
 from pardec.arguments import integer
 from pardec.decoding.engine import Engine
 from pardec.decoding.engines import Engines
+from pardec.decoding.kept_cache import KeptCache, circumstances
+from pardec.decoding.messages import Messages, message_ids
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
 from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
@@ -81,10 +83,31 @@ class SelfSpeculativeModel:
 
     # ------------------------------------------------------------------ generation
 
+    def prompt_ids(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        messages: Messages | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[list[int]]:
+        """Token ids of what would be continued; arguments and errors as in `generate`."""
+        num_embeddings = embedding_weight(self.base_model).shape[0]
+        if messages is not None:
+            if prompts is not None:
+                raise ValueError("messages: expected either prompts or messages, found both")
+            return token_ids(message_ids(messages, self.tokenizer, template_options), None, num_embeddings)
+        if prompts is None:
+            raise ValueError("prompts: expected either prompts or messages, found neither")
+        if template_options is not None:
+            raise ValueError(f"template_options: expected None without messages, found {shown(template_options)}")
+        return token_ids(prompts, self.tokenizer, num_embeddings)
+
     def generate(
         self,
-        prompts: Prompts,
+        prompts: Prompts | None = None,
         *,
+        messages: Messages | None = None,
+        template_options: Mapping[str, Any] | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -101,6 +124,9 @@ class SelfSpeculativeModel:
 
         Args:
             prompts: text, texts, token ids of one prompt, lists of token ids, or a LongTensor [B, S] without padding.
+            messages: instead of prompts, a chat as dicts with `role` and `content` of which the last is the user's, or
+                a list of chats; rendered by the tokenizer's chat template.
+            template_options: what the template is given beside messages, such as `tools` or `enable_thinking`.
             max_new_tokens: limit per sequence.
             temperature: 0 is greedy.
             top_k: keep the k likeliest tokens.
@@ -119,7 +145,7 @@ class SelfSpeculativeModel:
             ValueError: for input that cannot be used, naming what was expected and found.
         """
         num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
-        ids = self._ids_of(prompts)
+        ids = self.prompt_ids(prompts, messages=messages, template_options=template_options)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
         drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head)
         rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
@@ -135,8 +161,10 @@ class SelfSpeculativeModel:
 
     def stream(
         self,
-        prompt: str | Sequence[int] | Tensor,
+        prompt: str | Sequence[int] | Tensor | None = None,
         *,
+        messages: Messages | None = None,
+        template_options: Mapping[str, Any] | None = None,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -147,28 +175,45 @@ class SelfSpeculativeModel:
         mode: str = "fused",
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
-    ) -> Iterator[StreamChunk]:
-        """Yields what each step emits for one prompt; arguments and errors as in `generate`."""
-        ids = self._ids_of(prompt)
+        kept: KeptCache | None = None,
+    ) -> Generator[StreamChunk, None, None]:
+        """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
+
+        Args:
+            kept: from turn to turn of a chat, or of texts that begin alike: what the prompt has in common with what
+                stands there is not run again, and what this call has run stands there afterwards.
+        """
+        if kept is not None and not isinstance(kept, KeptCache):
+            raise ValueError(f"kept: expected a KeptCache, found {shown(kept)}")
+        ids = self.prompt_ids(prompt, messages=messages, template_options=template_options)
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
         drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head)
         self.engines.check(ids, max_new_tokens, num_sequences=1)
-        return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids)
+        return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids, kept)
 
-    def _stream(self, made: AbstractContextManager[Engine], ids: list[list[int]]) -> Iterator[StreamChunk]:
+    def _stream(
+        self, made: AbstractContextManager[Engine], ids: list[list[int]], kept: KeptCache | None
+    ) -> Generator[StreamChunk, None, None]:
         text = TextStream(self.tokenizer)
-        with made as engine, closing(engine.run(ids)) as steps:
-            for step in steps:
-                new = step.tokens[0]
-                # the exact token of two_pass stands before the drafts
-                first = 1 if engine.decoder.mode == "two_pass" else 0
-                accepted = min(step.num_accepted[0], max(len(new) - first, 0))
-                yield StreamChunk(text.put(new, last=step.done[0]), new, accepted)
-
-    def _ids_of(self, prompts: Prompts) -> list[list[int]]:
-        return token_ids(prompts, self.tokenizer, embedding_weight(self.base_model).shape[0])
+        made_by, begun, num_kept, has_begun = None, None, 0, False
+        if kept is not None:
+            made_by = (self.engines, circumstances(self.base_model))
+            begun, num_kept = kept.begin(ids[0], made_by), kept.num_reused
+        with made as engine, closing(engine.run(ids, kept=begun, num_kept=num_kept)) as steps:
+            try:
+                for step in steps:
+                    has_begun = True
+                    new = step.tokens[0]
+                    # the exact token of two_pass stands before the drafts
+                    first = 1 if engine.decoder.mode == "two_pass" else 0
+                    accepted = min(step.num_accepted[0], max(len(new) - first, 0))
+                    yield StreamChunk(text.put(new, last=step.done[0]), new, accepted)
+            finally:
+                # also of a stream that is left early; before the first token the state is of an earlier call
+                if kept is not None and has_begun and engine.state is not None:
+                    kept.keep(engine.state, ids[0], made_by)
 
     def _result(
         self, prompts: list[list[int]], outputs: list[list[int]], counts: list[SequenceCounts], seconds: float

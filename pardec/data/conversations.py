@@ -4,18 +4,18 @@ Knows chat templates by what they render alone, no tokens.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pardec.data.reading import DataError
-from pardec.errors import first_line
+from pardec.decoding.chat_template import ChatTemplate, Turns
 
 # keys of a turn for what a model thinks before it answers
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-Turns = Sequence[dict[str, Any]]
 # two answers that templates leave as they are
 _ANSWERS = ("yes", "no")
 # so many characters in front of an answer must be those of the generation prompt
@@ -41,16 +41,12 @@ class Conversation:
 
     Attributes:
         turns: role, content and what else they have.
-        tools: that the assistant may call; None without.
-        options: further names that the template knows, as `enable_thinking`.
-        tokenizer: whose template it is.
+        template: that renders them.
         where: names the row in errors.
     """
 
     turns: Turns
-    tools: list[dict[str, Any]] | None
-    options: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate
     where: str
 
     def render(self, turns: Turns, *, add_generation_prompt: bool = False) -> str:
@@ -59,67 +55,28 @@ class Conversation:
         Raises:
             DataError: if the template refuses them.
         """
-        if not turns:
-            return ""
-        try:
-            return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-                list(turns),
-                tools=self.tools,  # type: ignore[arg-type]
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.options,
-            )
-        except Exception as error:  # a template is a program of its own, which may raise anything
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(
-                f"{self.where}: expected turns that the chat template renders, found {roles}: {first_line(error)}"
-            ) from None
+        with _told_of(self.where):
+            return self.template.render(turns, add_generation_prompt=add_generation_prompt)
 
 
 def conversation_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str) -> Conversation:
-    """The conversation of a row: its turns unchanged, but for contents that the template cannot take.
-
-    Null becomes empty, and parts become their text, where the template refuses them, shows them as Python does, or
-    leaves out what they say.
+    """The conversation of a row, its turns as `ChatTemplate.fitted` leaves them.
 
     Raises:
         DataError: without a chat template, or for parts that it does not take and that are no text.
     """
-    if not tokenizer.chat_template:
-        raise DataError(f"{where}: expected a tokenizer with a chat template for conversations, found none")
-    options = row.get("chat_template_kwargs") or {}
-    given = Conversation(row["conversations"], row.get("tools"), options, tokenizer, where)
-    odd = [turn.get("content") for turn in given.turns if not isinstance(turn.get("content"), str)]
-    if not odd:
-        return given
-    parts = [part for content in odd for part in content or []]
-    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    with _told_of(where):
+        template = ChatTemplate(tokenizer, {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})})
+        return Conversation(template.fitted(row["conversations"]), template, where)
+
+
+@contextmanager
+def _told_of(where: str) -> Iterator[None]:
+    """Says of what is wrong with a conversation which row it is."""
     try:
-        as_given = given.render(given.turns)
-    except DataError:
-        as_given = None
-    if len(texts) < len(parts):
-        if as_given is None or not _shows(as_given, odd, texts, "".join(texts)):
-            raise DataError(f"{where}: expected parts of text, as the chat template takes no others, found {parts[0]}")
-        return given
-    plain = replace(given, turns=[{**turn, "content": _text_of(turn.get("content"))} for turn in given.turns])
-    if as_given is None:
-        return plain
-    try:
-        as_plain = plain.render(plain.turns)
-    except DataError:
-        return given
-    return given if _shows(as_given, odd, texts, as_plain) else plain
-
-
-def _text_of(content: Any) -> str:
-    return content if isinstance(content, str) else "".join(part["text"] for part in content or [])
-
-
-def _shows(text: str, contents: Sequence[Any], texts: Sequence[str], plain: str) -> bool:
-    """Whether a rendering has the texts of the contents as often as one of plain text, and not these as Python does."""
-    is_code = any(text.count(str(content)) > plain.count(str(content)) for content in contents)
-    return not is_code and all(text.count(one) >= plain.count(one) for one in map(str.strip, texts))
+        yield
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 # ---------------------------------------------------------------------- what is learned

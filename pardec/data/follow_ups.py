@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.data.conversations import Conversation
 from pardec.data.responses import Prompt
+from pardec.decoding.chat_template import ChatTemplate
 
 _FOLLOW_UPS = (
     "Now shorter.",
@@ -51,7 +52,7 @@ def between_answers(
     end = [token for token in response[-1:] if token in eos_token_ids]
     own = response[: len(response) - len(end)]
     said = cast(str, tokenizer.decode(own, clean_up_tokenization_spaces=False))
-    chat = Conversation(prompt.turns, None, {}, tokenizer, "follow-up")
+    chat = Conversation(prompt.turns, ChatTemplate(tokenizer), "follow-up")
     behind = [{"role": "assistant", "content": said}, {"role": "user", "content": prompt.follow_up}]
     answered = chat.render(chat.turns, add_generation_prompt=True) + said
     asked = chat.render([*chat.turns, *behind], add_generation_prompt=True)

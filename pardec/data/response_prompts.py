@@ -113,7 +113,7 @@ def asked_ids(conversation: Conversation) -> list[int]:
         DataError: if the template refuses the turns or renders nothing.
     """
     text = conversation.render(conversation.turns, add_generation_prompt=True)
-    ids = conversation.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ids = conversation.template.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     if not ids:
         raise DataError(f"{conversation.where}: expected a chat template that renders a prompt, found {text!r}")
     return ids

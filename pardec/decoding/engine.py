@@ -71,7 +71,13 @@ class Engine:
         self._graphs = CapturedSteps(decoder, recorder) if captured else None
 
     def run(
-        self, prompts: list[list[int]], *, repeats: int = 1, between: Literal["nothing", "reads", "writes"] = "reads"
+        self,
+        prompts: list[list[int]],
+        *,
+        repeats: int = 1,
+        between: Literal["nothing", "reads", "writes"] = "reads",
+        kept: SlotCache | None = None,
+        num_kept: int = 0,
     ) -> Generator[Progress, None, None]:
         """Decodes until all sequences are done; yields after prefill and for every step.
 
@@ -85,10 +91,12 @@ class Engine:
             between: what the caller does between two steps: `nothing`, so that what a step puts on the base may stay
                 there meanwhile; `reads` what was yielded; or `writes` to the state, for which every step is read
                 before the next.
+            kept: of one sequence, the keys and values of the first `num_kept` tokens of the one prompt; copied.
+            num_kept: fewer than the prompt has.
         """
         decoder = self.decoder
         num_sequences = len(prompts) * repeats
-        state = self.state = self._begin(prompts, repeats)
+        state = self.state = self._begin(prompts, repeats, kept, num_kept)
         one_behind = between != "writes" and state.lengths.device.type == "cuda"
         # the most tokens that a sequence can have committed when a step begins, known to the host without waiting
         longest = max(len(prompt) for prompt in prompts)
@@ -119,36 +127,42 @@ class Engine:
         self.decoder.step(state)
         return None
 
-    def _begin(self, prompts: list[list[int]], repeats: int) -> DecodeState:
+    def _begin(self, prompts: list[list[int]], repeats: int, kept: SlotCache | None, num_kept: int) -> DecodeState:
         """The state after prefill."""
         decoder, num_sequences = self.decoder, len(prompts) * repeats
         num_slots = decoder.num_slots(max(len(prompt) for prompt in prompts))
         if self._graphs is None:
             if decoder.forward.compile_step is not None:  # code is compiled for the cache's size
                 num_slots = self._bucket(num_slots)
-            cache = self._new_cache(num_sequences, num_slots)
-            return decoder.prefill(prompts, repeats=repeats, cache=cache)
+            cache = self._new_cache(num_sequences, num_slots, kept, num_kept)
+            return decoder.prefill(prompts, repeats=repeats, cache=cache, num_cached=num_kept)
         B, capacity = power_of_two(num_sequences), decoder.max_new_tokens
         if self._graphs.fits(B, num_slots, capacity):
             assert self._graphs.state is not None
             cache, capacity = self._graphs.state.cache, self._graphs.capacity
             for buffer in cache.buffers:  # infinities of an earlier call would reach even rows that do not see them
                 buffer.zero_()
+            for buffer, begun in zip(cache.buffers, kept.buffers if kept is not None else (), strict=False):
+                buffer[:, :, :num_kept] = begun[:, :, :num_kept]
         else:
             self._graphs.state = self.state = None  # free what is too small
             capacity = self._bucket(capacity)
-            cache = self._new_cache(B, self._bucket(num_slots))
+            cache = self._new_cache(B, self._bucket(num_slots), kept, num_kept)
         unused = B - num_sequences
-        state = decoder.prefill(prompts, repeats=repeats, num_unused=unused, cache=cache, capacity=capacity)
+        state = decoder.prefill(
+            prompts, repeats=repeats, num_unused=unused, cache=cache, capacity=capacity, num_cached=num_kept
+        )
         return self._graphs.take_over(state)
 
-    def _new_cache(self, num_sequences: int, num_slots: int) -> SlotCache:
+    def _new_cache(self, num_sequences: int, num_slots: int, kept: SlotCache | None, num_kept: int) -> SlotCache:
         target = self.decoder.target
         try:
             check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
         except ValueError:
             self._make_room()
             check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
+        if kept is not None:
+            return kept.stretched(torch.arange(num_kept, device=target.device), num_slots)
         return SlotCache(target.num_layers, num_slots, num_sequences)
 
     def _bucket(self, num_tokens: int, cache: SlotCache | None = None) -> int:

@@ -26,31 +26,34 @@ def prefill_prompts(
     block: Tensor | None,
     gate: LoraGate | None,
     tap: HiddenTap | None = None,
+    num_cached: int = 0,
 ) -> Tensor | None:
     """Runs the prompts, each with a block of mask tokens behind it.
 
     Padding stands behind the prompt and its block, so a causal forward without a mask is exact. Prompts that are too
-    long for one forward are run in chunks, of which only the first goes without a mask.
+    long for one forward are run in chunks, of which only the first goes without a mask; so is what is new where the
+    cache holds the beginning already.
 
     Args:
         target: the frozen model.
         padded: prompt ids, shape [B, P], padded on the right.
         lengths: shape [B].
-        cache: empty; written to.
+        cache: empty but for what `num_cached` says; written to.
         block: inputs of the mask tokens, shape [K, D], or [B, K, D] where prompts have their own; None for no block.
         gate: attached LoRA for the mask tokens, or None.
         tap: attached; keeps the hidden states of the rows whose logits are returned.
+        num_cached: tokens at the beginning of every prompt that the cache holds; fewer than any prompt has.
 
     Returns:
-        logits of each prompt's last token and of its block, shape [B, 1 + K, V]; None for long prompts, of which
-        all but the last token is in the cache then, and whose last token is still to be run.
+        logits of each prompt's last token and of its block, shape [B, 1 + K, V]; None for long prompts and those with a
+        beginning in the cache, of which all but the last token is in it then, and whose last token is still to be run.
     """
     B, P = padded.shape
     num_masks = 0 if block is None else block.shape[-2]
     chunk = max(_TOKENS_PER_FORWARD // B, _MIN_CHUNK_TOKENS)
     cache.slots = cache.mask_rows = None
-    if P + num_masks > chunk:
-        _run_chunks(target, padded, cache, chunk)
+    if num_cached or P + num_masks > chunk:
+        _run_chunks(target, padded, cache, chunk, num_cached)
         return None
     keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
     embeds, gate_open = target.embed(padded), nullcontext()
@@ -67,10 +70,10 @@ def prefill_prompts(
         return target.run_at(keep, embeds, positions, None, cache, tap)
 
 
-def _run_chunks(target: TargetModel, padded: Tensor, cache: SlotCache, chunk: int) -> None:
-    """Runs columns 0..P-2; what stands behind a shorter prompt is stale and is overwritten before it is seen."""
+def _run_chunks(target: TargetModel, padded: Tensor, cache: SlotCache, chunk: int, first: int) -> None:
+    """Runs columns first..P-2; what stands behind a shorter prompt is stale and is overwritten before it is seen."""
     B, last = padded.shape[0], padded.shape[1] - 1
-    for start in range(0, last, chunk):
+    for start in range(first, last, chunk):
         end = min(start + chunk, last)
         positions = torch.arange(start, end, device=padded.device).expand(B, -1)
         mask = None

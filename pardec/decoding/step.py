@@ -97,6 +97,7 @@ class Decoder:
         num_unused: int = 0,
         cache: SlotCache | None = None,
         capacity: int | None = None,
+        num_cached: int = 0,
     ) -> DecodeState:
         """Runs the prompts, in fused mode with one block of mask tokens behind each, and emits the first token.
 
@@ -106,6 +107,7 @@ class Decoder:
             num_unused: further rows of the batch, done from the beginning.
             cache: to be written into; default one for B = len(prompts) repeats + num_unused sequences.
             capacity: new tokens that the state can hold; default `max_new_tokens`.
+            num_cached: tokens at the beginning of every prompt whose keys and values `cache` holds already.
         """
         device, K = self.target.device, self.num_speculative_tokens
         source = torch.arange(len(prompts), device=device).repeat_interleave(repeats)
@@ -114,7 +116,7 @@ class Decoder:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
         cache = cache or SlotCache(self.target.num_layers, self.num_slots(P), B)
-        logits = self._prefill_logits(padded, lengths, cache)
+        logits = self._prefill_logits(padded, lengths, cache, num_cached)
         hidden = self._block_hidden()
         if len(prompts) < B:
             cache.spread(source, P + K)
@@ -137,7 +139,7 @@ class Decoder:
         state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths), self._token_index)
         return state
 
-    def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor:
+    def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
         K = self.num_speculative_tokens if self.mode == "fused" else 0
         block = self.forward.block_inputs(lengths, K) if K else None
@@ -147,11 +149,11 @@ class Decoder:
                 stack.enter_context(gate.attached())
             if tap is not None:
                 stack.enter_context(tap.attached())
-            logits = prefill_prompts(self.target, padded, lengths, cache, block, gate, tap)
+            logits = prefill_prompts(self.target, padded, lengths, cache, block, gate, tap, num_cached)
             if logits is not None:
                 self.forward.hidden = None if tap is None else tap.hidden
                 return logits
-        # long prompts, of which all but the last token is in the cache
+        # long or begun prompts, of which all but the last token is in the cache
         plan = self._plans["draft"] if K else self.forward.plan(real_layout(1))
         with self.forward.attached():
             return self.forward.run(plan, cache, lengths - 1, padded.gather(1, (lengths - 1)[:, None]))

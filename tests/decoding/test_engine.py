@@ -156,8 +156,8 @@ class Planted(Engine):
         self.spare: list[int] = []
         self.seen: list[int] = []
 
-    def _begin(self, prompts, repeats):
-        state = super()._begin(prompts, repeats)
+    def _begin(self, prompts, repeats, kept, num_kept):
+        state = super()._begin(prompts, repeats, kept, num_kept)
         if self.says_cuda:
             self.lengths, state.lengths = state.lengths, SimpleNamespace(device=torch.device("cuda"))
         return state

@@ -1,0 +1,187 @@
+"""The program of `pardec chat`: messages from a terminal or a pipe, answers as they are decoded.
+
+Knows lines, colours and Ctrl-C; the conversation itself is `pardec.chat`.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.text import Text
+
+from pardec.chat import PLAIN_TOKENS, Answer, Chat
+from pardec.decoding.output import StreamChunk, TextStream
+from pardec.decoding.step import MODES
+
+_HELP = f"""\
+/plain     answer without drafting, to feel the difference
+/fused     draft and verify in one forward; /two_pass in two
+/reset     begin a new conversation
+/quit      end; so does Ctrl-D
+Ctrl-C     stop the answer; what was said stays. Twice ends the program
+green      drafted tokens that were accepted
+x plain    against a plain run of {PLAIN_TOKENS} tokens behind the first drafted answer, or the last answer of /plain"""
+# an answer of fewer tokens says little about speed
+_FEWEST_TOKENS = 16
+
+
+def run_chat(chat: Chat, mode: str, *, as_json: bool) -> None:
+    """Answers one message a line until there are no more.
+
+    Args:
+        chat: the conversation.
+        mode: of the first answers, one of `MODES`.
+        as_json: one JSON object an answer, on standard output.
+
+    Raises:
+        ValueError: for messages that cannot be answered, but in a terminal, where they are told and the next is read.
+    """
+    if sys.stdin is None:
+        raise ValueError("chat: expected messages on standard input, found it closed")
+    talks = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+    talk = _TerminalTalk(chat, mode, Console(highlight=False, soft_wrap=True)) if talks else _Talk(chat, mode, as_json)
+    for line in _typed() if talks else sys.stdin:
+        message = line.strip()
+        if message == "/quit":
+            return
+        if message.startswith("/") and len(message.split()) == 1:
+            talk.obey(message)
+        elif message:
+            talk.answer(message)
+
+
+class _Talk:
+    """Answers on standard output, without colour; notices on standard error."""
+
+    def __init__(self, chat: Chat, mode: str, as_json: bool = False):
+        self.chat, self.mode, self.as_json = chat, mode, as_json
+
+    def tell(self, notice: str) -> None:
+        print(notice, file=sys.stderr, flush=True)
+
+    def obey(self, command: str) -> None:
+        """Any command but /quit."""
+        if command[1:] in MODES:
+            self.mode = command[1:]
+            self.tell(f"from now on: {self.mode}")
+        elif command == "/reset":
+            self.chat.reset()
+            self.tell("a new conversation")
+        else:
+            self.tell(_HELP if command == "/help" else f"expected a message, or /help for commands, found {command}")
+
+    def answer(self, message: str) -> None:
+        chunks = self.chat.say(message, self.mode)
+        self.tell_of_forgotten()
+        for chunk in chunks:
+            if not self.as_json:
+                print(chunk.text, end="", flush=True)
+        print(json.dumps(_as_object(message, self.chat)) if self.as_json else "", flush=True)
+
+    def tell_of_forgotten(self) -> None:
+        """What left the conversation before this answer."""
+        if self.chat.num_forgotten:
+            self.tell(
+                f"the oldest {self.chat.num_forgotten} messages are left out: with a whole answer the conversation "
+                f"no longer fits the model's {self.chat.num_positions} positions"
+            )
+
+
+class _TerminalTalk(_Talk):
+    """Answers in a terminal, in colour, each with a line about its speed."""
+
+    def __init__(self, chat: Chat, mode: str, console: Console):
+        super().__init__(chat, mode)
+        self.console = console
+        self.plain_tokens_per_second: float | None = None
+
+    def tell(self, notice: str) -> None:
+        self.console.print(Text(notice, style="dim"))
+
+    def answer(self, message: str) -> None:
+        try:
+            chunks = self.chat.say(message, self.mode)
+        except ValueError as error:
+            self.tell(f"error: {error}")
+            return
+        self.tell_of_forgotten()
+        text = TextStream(self.chat.tokenizer)
+        with _noted_interrupt() as interrupted:
+            with closing(chunks):
+                for chunk in chunks:
+                    self._print(_pieces(text, chunk, self.chat.answer))
+                    if interrupted():
+                        break
+            if self.chat.answer.is_complete:
+                self._print([(text.put([], last=True), False)])
+            self.console.print()
+            self.tell(self._status(self.chat.answer))  # which may measure: Ctrl-C must not end the program there either
+
+    def _print(self, pieces: Iterable[tuple[str, bool]]) -> None:
+        for piece, is_draft in pieces:
+            self.console.print(Text(piece, style="green" if is_draft else ""), end="")
+
+    def _status(self, answer: Answer) -> str:
+        words = [f"{len(answer.token_ids)} tokens", f"{answer.tokens_per_second:.1f} tokens/s"]
+        if answer.mode == "plain":
+            if len(answer.token_ids) >= _FEWEST_TOKENS:
+                self.plain_tokens_per_second = answer.tokens_per_second
+            words.append("plain")
+        else:
+            words.append(f"{answer.tokens_per_step:.2f} tokens a step")
+            if self.plain_tokens_per_second is None and len(answer.token_ids) >= _FEWEST_TOKENS:
+                self.plain_tokens_per_second = self.chat.plain_tokens_per_second()
+            if self.plain_tokens_per_second:
+                words.append(f"{answer.tokens_per_second / self.plain_tokens_per_second:.2f} x plain")
+        reused = f"{answer.reused_tokens} of {answer.prompt_tokens} prompt tokens reused"
+        words += [f"first token after {answer.first_seconds:.2f} s", reused]
+        return ", ".join(words) + ("" if answer.is_complete else "; stopped")
+
+
+def _pieces(text: TextStream, chunk: StreamChunk, answer: Answer) -> Iterator[tuple[str, bool]]:
+    """What each token of a chunk makes final, and whether it was drafted."""
+    # two_pass emits its exact token first; accepted drafts stand before the bonus token
+    first = 1 if answer.mode == "two_pass" and answer.num_steps else 0
+    for index, token in enumerate(chunk.token_ids):
+        yield text.put([token], last=False), first <= index < first + chunk.num_accepted_tokens
+
+
+def _as_object(message: str, chat: Chat) -> dict:
+    """What `--json` prints of one answer."""
+    answer = chat.answer
+    rates = {"tokens_per_second": answer.tokens_per_second, "tokens_per_step": answer.tokens_per_step}
+    return {"message": message, **asdict(answer), **rates, "forgotten_messages": chat.num_forgotten}
+
+
+def _typed() -> Iterator[str]:
+    """Lines that a person types; Ctrl-C gives up a line, Ctrl-D ends."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # `input` takes arrow keys then
+    while True:
+        try:
+            yield input("\n> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\nCtrl-D or /quit ends")
+
+
+@contextmanager
+def _noted_interrupt() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted, so that no step is torn in two; a second one acts as it does everywhere."""
+    pressed = []
+
+    def note(number: int, frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
