@@ -1,5 +1,6 @@
 """Finding and loading the frozen base model, and refusing those that cannot be decoded exactly."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def load_base(
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"base {short(repr(name), 120)}: expected a folder or hub name of a causal language model, "
-            f"found {'' if Path(path).is_dir() else f'no such folder in {Path.cwd()}, and '}"
+            f"found {'' if os.path.isdir(path) else f'no such folder in {Path.cwd()}, and '}"
             f"{short(first_line(error), 200)}"
         ) from None
     refuse_by_config(config)

@@ -171,8 +171,7 @@ def test_a_killed_run_continues_to_the_same_weights(finished, sources, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_base, "save_state", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            run(sources, output)
+        assert run(sources, output).code == 130  # what a shell says of Ctrl-C
     assert not (output / "model.safetensors").exists()
     left = sorted(file.name for file in (output / "checkpoints" / "step-000000010").iterdir())
     assert left == ["optimizer.safetensors", "parameters.safetensors", "state.json"]
