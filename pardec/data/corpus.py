@@ -98,8 +98,8 @@ def load_corpus(
         if held_out is not None:
             rows[name] = held_out_rows(held_out, name, format)
     random.Random(seed).shuffle(rows[TRAIN])
-    bar = tqdm(rows[TRAIN], "tokenising", unit="document", disable=not show_progress)
-    counts = RowCounts()
+    bar = tqdm(rows[TRAIN], "tokenising", unit="row", disable=not show_progress)
+    counts = RowCounts(available=len(rows[TRAIN]))
     train = pack(tokenise_until(bar, tokenizer, max_length, max_tokens, path, counts), max_length)
     bar.close()
     if not train:

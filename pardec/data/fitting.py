@@ -39,6 +39,7 @@ class RowCounts:
     """What became of the rows that were read for training.
 
     Attributes:
+        available: rows that could be read; reading ends where a run has all that it can use.
         read: rows.
         kept: those of which something is learned.
         cut: examples that lose tokens behind T; a row is one example, or one for each of its answers.
@@ -46,6 +47,7 @@ class RowCounts:
         too_short: examples that are dropped because their answers have no two tokens in a row.
     """
 
+    available: int = 0
     read: int = 0
     kept: int = 0
     cut: int = 0
@@ -73,11 +75,13 @@ class RowCounts:
 
     def told(self, max_length: int) -> str:
         """One line for people."""
-        parts = [f"{self.read:,} rows read, {self.kept:,} of them used"]
+        some = f" of {self.available:,}" if self.read < self.available else ""
+        enough = ", as many as this run can use" if some else ""
+        parts = [f"{self.read:,}{some} rows read{enough}, {self.kept:,} of them used"]
         if self.cut:
             parts.append(f"{self.cut:,} examples cut at {max_length} tokens (data.max_length)")
         if self.without_room:
-            parts.append(f"{self.without_room:,} dropped, as their prompts leave no room for an answer")
+            parts.append(f"{self.without_room:,} dropped, as their prompts leave no room for an answer at that length")
         if self.too_short:
             parts.append(f"{self.too_short:,} dropped, as their answers are shorter than two tokens")
         return "; ".join(parts)

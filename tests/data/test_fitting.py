@@ -25,9 +25,14 @@ def test_each_row_is_counted_with_what_became_of_its_examples():
     assert counts == RowCounts(read=7, kept=4, cut=2, without_room=3, too_short=1)
     assert counts.told(8) == (
         "7 rows read, 4 of them used; 2 examples cut at 8 tokens (data.max_length); "
-        "3 dropped, as their prompts leave no room for an answer; "
+        "3 dropped, as their prompts leave no room for an answer at that length; "
         "1 dropped, as their answers are shorter than two tokens"
     )
+
+
+def test_rows_that_a_run_does_not_need_are_told():
+    counts = RowCounts(available=190, read=11, kept=10)
+    assert counts.told(8) == "11 of 190 rows read, as many as this run can use, 10 of them used"
 
 
 def rows_of(tmp_path, num_long: int, num_rows: int = 20) -> str:
@@ -41,7 +46,7 @@ def test_a_corpus_tells_how_many_rows_it_is_made_of(tmp_path, tokenizer):
     path, held_out = rows_of(tmp_path, num_long=5)
     corpus = load_corpus(path, tokenizer, max_length=16, validation_path=held_out, min_kept_share=0.75)
     assert len(corpus.train) == 15
-    assert corpus.counts == RowCounts(read=20, kept=15, cut=15, without_room=5)
+    assert corpus.counts == RowCounts(available=20, read=20, kept=15, cut=15, without_room=5)
 
 
 def test_rows_beyond_the_budget_are_not_read_and_cut_ones_fill_it_with_what_is_kept(tmp_path, tokenizer):
@@ -59,7 +64,7 @@ def test_data_of_which_too_little_is_kept_are_refused(tmp_path, tokenizer):
     assert str(caught.value) == (
         f"{path}: expected something to learn in at least 50% of the rows (data.min_kept_share), found 20 rows read, "
         "9 of them used; 9 examples cut at 16 tokens (data.max_length); 11 dropped, as their prompts leave no room "
-        "for an answer"
+        "for an answer at that length"
     )
     allowed = load_corpus(path, tokenizer, max_length=16, validation_path=held_out, min_kept_share=0.45)
     assert len(allowed.train) == 9

@@ -230,7 +230,7 @@ def test_rows_and_prompts_that_are_not_used_are_told(tmp_path):
     assert ended.code == 0, ended.err[-2000:]
     assert (
         "57 rows read, 56 of them used; 56 examples cut at 64 tokens (data.max_length); "
-        "1 dropped, as their prompts leave no room for an answer\n"
+        "1 dropped, as their prompts leave no room for an answer at that length\n"
         f"held-out prompts too long for the base are left out: {rows}:21 (2,050 tokens)\n"
     ) in ended.out
     found, _ = measure_again(pardec.load(tmp_path / "run"))
