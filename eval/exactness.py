@@ -22,7 +22,7 @@ from reporting.text_tables import listed
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from timing.baselines import generated_alone, neutral_generation_config
+from timing.baselines import generated_alone
 from timing.options import add_prompt_options, check_device, full_or_quick
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -32,6 +32,7 @@ from pardec.data.benchmarks import Prompt, read_prompts
 from pardec.measures.divergence import Divergence, divergence_from
 from pardec.model import SelfSpeculativeModel
 from pardec.run import command_line, device_name, exit_on_unusable_input, library_versions
+from pardec.target.base import neutral_generation_config
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 RUNS = (("plain", 1), ("two_pass", 1), ("fused", 1), ("fused", 8))  # mode, prompts decoded together at most

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from reporting.result_files import output_stem, provenance
 from reporting.speed_tables import print_results, write_results
-from timing.baselines import Setting, check_assistant, generated_alone, model_bytes, neutral_generation_config, ways_for
+from timing.baselines import Setting, check_assistant, generated_alone, model_bytes, ways_for
 from timing.calls import rows_of, time_ways
 from timing.options import add_prompt_options, check_device, full_or_quick, integers
 from tqdm.auto import tqdm
@@ -31,7 +31,7 @@ from pardec.decoding.sampling import make_warpers
 from pardec.measures.divergence import Divergence, divergence_from
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
-from pardec.target.base import load_base
+from pardec.target.base import load_base, neutral_generation_config
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FULL = {"num_prompts": 16, "max_new_tokens": 128, "batch_sizes": "1,4,16", "repetitions": 3}

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
-from pardec.decoding.output import StreamChunk, TextStream
+from pardec.decoding.output import TextStream, pieces_of
 from pardec.decoding.step import MODES
 
 _HELP = f"""\
@@ -113,7 +113,8 @@ class _TerminalTalk(_Talk):
         with _noted_interrupt() as interrupted:
             with closing(chunks):
                 for chunk in chunks:
-                    self._print(_pieces(text, chunk, self.chat.answer))
+                    answer = self.chat.answer
+                    self._print(pieces_of(text, chunk, answer.mode, is_first=answer.num_steps == 0))
                     if interrupted():
                         break
             if self.chat.answer.is_complete:
@@ -140,14 +141,6 @@ class _TerminalTalk(_Talk):
         reused = f"{answer.reused_tokens} of {answer.prompt_tokens} prompt tokens reused"
         words += [f"first token after {answer.first_seconds:.2f} s", reused]
         return ", ".join(words) + ("" if answer.is_complete else "; stopped")
-
-
-def _pieces(text: TextStream, chunk: StreamChunk, answer: Answer) -> Iterator[tuple[str, bool]]:
-    """What each token of a chunk makes final, and whether it was drafted."""
-    # two_pass emits its exact token first; accepted drafts stand before the bonus token
-    first = 1 if answer.mode == "two_pass" and answer.num_steps else 0
-    for index, token in enumerate(chunk.token_ids):
-        yield text.put([token], last=False), first <= index < first + chunk.num_accepted_tokens
 
 
 def _as_object(message: str, chat: Chat) -> dict:

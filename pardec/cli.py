@@ -52,6 +52,8 @@ NumSpeculativeTokens = Annotated[
 Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 Mode = Annotated[str, typer.Option(help="fused, two_pass or plain")]
 
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]
+
 
 def main() -> None:
     """The console script; what is wrong with a command line is told in one line, too."""
@@ -111,7 +113,7 @@ def generate(
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue prompts exactly as the base model would, several tokens per forward."""
     from pardec.run import exit_on_unusable_input
@@ -169,7 +171,7 @@ def chat(
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with the base model in its chat template; from a pipe, one message a line."""
     from pardec.run import exit_on_unusable_input
@@ -201,7 +203,7 @@ def check(
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what an adapter is, and that its output with this base is the base's own."""
     from pardec.run import exit_on_unusable_input
@@ -246,7 +248,7 @@ def tune(
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure this device, choose how many tokens to draft for the most tokens/s, and keep the choice."""
     from pardec.run import exit_on_unusable_input

@@ -1,7 +1,6 @@
 """What the commands print: streamed text, comparisons, an adapter's facts."""
 
 import json
-from typing import cast
 
 from rich.console import Console
 from rich.table import Table
@@ -10,9 +9,8 @@ from tqdm.auto import tqdm
 
 from pardec.adapters.adapter import MASK_EMBEDDINGS
 from pardec.data.python_sources import VALIDATION, python_sources, stdlib_folder
-from pardec.decoding.output import GenerationOutput
-from pardec.decoding.probe import probe
-from pardec.decoding.probe_step import text_of
+from pardec.decoding.output import GenerationOutput, TextStream, pieces_of
+from pardec.decoding.probe_step import probe_step, text_of
 from pardec.decoding.step import MODES
 from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly
 from pardec.model import SelfSpeculativeModel
@@ -37,17 +35,13 @@ def print_stream(
         print()
         return
     console = Console(highlight=False, soft_wrap=True, force_terminal=True)
-    assert model.tokenizer is not None
-    accepted = steps = emitted = 0
+    text, accepted, steps, emitted = TextStream(model.tokenizer), 0, 0, 0
     for number, chunk in enumerate(chunks):
-        # two_pass emits its exact token first; accepted drafts stand before the bonus token
-        first = 1 if mode == "two_pass" and number else 0
-        for index, token in enumerate(chunk.token_ids):
-            drafted = first <= index < first + chunk.num_accepted_tokens
-            text = cast(str, model.tokenizer.decode([token], skip_special_tokens=True))
-            console.print(Text(text, style="bold green" if drafted else ""), end="")
+        for piece, drafted in pieces_of(text, chunk, mode, is_first=number == 0):
+            console.print(Text(piece, style="bold green" if drafted else ""), end="")
         accepted, steps = accepted + chunk.num_accepted_tokens, steps + (number > 0)
         emitted += len(chunk.token_ids) if number else 0  # prefill's token aside
+    console.print(Text(text.put([], last=True)), end="")
     rate = f", {emitted / steps:.2f} tokens a step" if steps else ""
     console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green){rate}", style="dim")
 
@@ -113,9 +107,9 @@ def print_thorough_check(model: SelfSpeculativeModel) -> bool:
 
         report = check_thoroughly(model, text, begin)
     table = Table("what", "where", "found", "")
-    for length, deviation in report.probe.lengths.deviations.items():
+    for length, deviation in report.lengths.deviations.items():
         table.add_row("real rows", f"behind {length} tokens", f"{deviation:.1e} standard deviations", "ok")
-    for length in report.probe.lengths.skipped:
+    for length in report.lengths.skipped:
         table.add_row("real rows", f"behind {length} tokens", "no memory, or no positions", "not checked")
     for greedy in report.greedy:
         found = f"first difference at token {greedy.divergence.index}" if greedy.divergence else "generate's tokens"
@@ -146,7 +140,7 @@ def print_check(model: SelfSpeculativeModel) -> bool:
     if isinstance(sampled, dict):
         shown = ("mean_acceptance_length", "interval", "temperature", "top_k")
         table.add_row("measured when trained", ", ".join(f"{key} {sampled.get(key)}" for key in shown))
-    deviation = probe(model.target).deviation
+    deviation = probe_step(model.target)
     table.add_row("real rows against a plain forward", f"{deviation:.1e} standard deviations of the logits")
     limit = model.target.max_positions or 2**16
     prompt = text_of(model.target, min(12, limit // 2)).tolist()

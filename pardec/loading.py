@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pardec.adapters.adapter import AdapterError
+from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import load_adapter
 from pardec.adapters.tuned import read_tuned
 from pardec.arguments import flag
@@ -68,31 +68,43 @@ def load(
     refuse_by_placement(loaded)
     if compile and is_offloaded(loaded):
         raise ValueError("compile: expected a base in memory, found offloaded layers (device_map)")
-    found = fingerprint(loaded, tokenizer)
-    wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
-    if wrong:
-        more = [f"and {len(wrong) - 2} more"] if len(wrong) > 2 else []
-        told = "; ".join([*wrong[:2], *more])
-        raise AdapterError(f"{directory}: the adapter belongs to another base ({short(reference.name)}): {told}")
+    _refuse_another_base(directory, adapter, loaded, tokenizer)
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
-    if model.engines.head is not None and model.engines.head.tap.output_embeddings.device == META:
-        raise UnsupportedModelError("base: expected the output head in memory for a sampler head, found it offloaded")
     model.tuned = read_tuned(
         directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files
     )
     masks, D = adapter.mask_embeddings, model.target.embedding_dim
     if masks is not None and masks.shape[1] != D:
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
+    _probe(model)
+    return model
+
+
+def _refuse_another_base(
+    directory: str | Path, adapter: Adapter, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    found = fingerprint(loaded, tokenizer)
+    wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
+    if wrong:
+        more = [f"and {len(wrong) - 2} more"] if len(wrong) > 2 else []
+        told, name = "; ".join([*wrong[:2], *more]), short(adapter.metadata.base.name)
+        raise AdapterError(f"{directory}: the adapter belongs to another base ({name}): {told}")
+
+
+def _probe(model: SelfSpeculativeModel) -> None:
+    """Runs the model to see that it can be decoded exactly, and by its sampler head if it has one."""
+    head = model.engines.head
+    if head is not None and head.tap.output_embeddings.device == META:
+        raise UnsupportedModelError("base: expected the output head in memory for a sampler head, found it offloaded")
     lengths = probe(model.target).lengths
     if lengths.skipped:
         warnings.warn(
-            f"{loaded.config.model_type}: not compared with the base's own decoding behind "
+            f"{model.base_model.config.model_type}: not compared with the base's own decoding behind "
             f"{', '.join(map(str, lengths.skipped))} tokens, for want of memory or as it cannot be run there",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if model.engines.head is not None:
-        probe_head(model.target, model.engines.head.tap)
-    return model
+    if head is not None:
+        probe_head(model.target, head.tap)
 
 
 def _check_loaded(base: PreTrainedModel, options: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 Knows nothing of models or decoding.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -110,6 +111,12 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() or None if out.returncode == 0 else None
+
+
+def file_sha256(path: Path) -> str:
+    """Of what a file holds, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -28,6 +28,24 @@ UNFIT = {
 }
 
 
+def outcome_of(act: Callable[[], object], kind: type[ValueError], *begins: str) -> tuple[bool, str]:
+    """Whether `act` is refused by an error of this kind, and what is wrong with how: nothing, if in one line so begun.
+
+    Args:
+        act: what may be refused.
+        kind: of error.
+        begins: what its line may begin with.
+    """
+    try:
+        act()
+    except kind as error:
+        is_told = is_one_line(error) and str(error).startswith(begins)
+        return True, "" if is_told else str(error)[:300]
+    except Exception as error:  # all of them are to be seen
+        return False, f"{type(error).__name__}: {error}"
+    return False, ""
+
+
 def keys_of(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Paths of all keys of nested objects, the outer ones before the inner."""
     for key in value if isinstance(value, dict) else ():

@@ -3,13 +3,14 @@
 import decimal
 import inspect
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from greedy_oracle import plain_generate
-from malformed import is_one_line
+from malformed import outcome_of
 from tiny_models import make_adapter, tiny_model
 
 import pardec
@@ -105,18 +106,10 @@ def expected(base):
 
 def refused(call, *begins: str) -> set[str]:
     """The kinds of values that `call` refuses, in one line that begins so; asserts that it fails in no other way."""
-    kinds, wrong = set(), {}
-    for kind, value in UNFIT.items():
-        try:
-            call(value)
-        except ValueError as error:
-            kinds.add(kind)
-            if not is_one_line(error) or not str(error).startswith(begins):
-                wrong[kind] = str(error)[:300]
-        except Exception as error:  # all of them are to be seen
-            wrong[kind] = f"{type(error).__name__}: {error}"
+    found = {kind: outcome_of(partial(call, value), ValueError, *begins) for kind, value in UNFIT.items()}
+    wrong = {kind: complaint for kind, (_, complaint) in found.items() if complaint}
     assert not wrong, wrong
-    return kinds
+    return {kind for kind, (is_refused, _) in found.items() if is_refused}
 
 
 def test_every_argument_is_tried():

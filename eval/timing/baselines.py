@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
@@ -128,15 +128,6 @@ def ways_for(
         else:
             left_out.append({"way": name, "adapter": "", "reason": BATCH_1_ONLY})
     return ways, left_out
-
-
-def neutral_generation_config(model: PreTrainedModel, stop_at_eos: bool) -> GenerationConfig:
-    """Only the special ids of a model: its own file may hold penalties, which are another law than pardec's.
-
-    Without EOS every way decodes exactly as many tokens as it is asked for.
-    """
-    eos = eos_token_ids(model) or None if stop_at_eos else None
-    return GenerationConfig(eos_token_id=eos, pad_token_id=pad_token_id(model))
 
 
 def pardec_way(

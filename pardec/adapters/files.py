@@ -4,7 +4,6 @@ safetensors and JSON only. Writing is safe against a kill at any moment: a compl
 first, and as long as that folder exists it is what is read.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,7 @@ from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, Ad
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.adapters.json_files import read_object
 from pardec.errors import first_line, problem, short, shown
-from pardec.run import save_tensors
+from pardec.run import file_sha256, save_tensors
 
 METADATA_FILE = "pardec.json"
 EMBEDDINGS_FILE = "mask_embeddings.safetensors"
@@ -75,7 +74,7 @@ def _write_files(adapter: Adapter, folder: Path) -> None:
         (folder / LORA_CONFIG_FILE).write_text(json.dumps(adapter.lora.config, indent=2, sort_keys=True))
         (folder / LORA_README_FILE).write_text(_LORA_README)
         written += [LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE]
-    files = {name: _sha256(folder / name) for name in written}
+    files = {name: file_sha256(folder / name) for name in written}
     metadata = adapter.metadata.model_copy(update={"files": files})
     unknown_before = {"head"} if metadata.head is None else None
     (folder / METADATA_FILE).write_text(metadata.model_dump_json(indent=2, exclude=unknown_before) + "\n")
@@ -137,9 +136,9 @@ def load_adapter(directory: str | Path) -> Adapter:
     for name, expected in metadata.files.items():
         if not (root / name).is_file():
             raise AdapterError(f"{root / name}: expected a file of the adapter, found {_what(root / name)}")
-        if _sha256(root / name) != expected:
+        if file_sha256(root / name) != expected:
             raise AdapterError(
-                f"{root / name}: expected sha256 {expected[:12]}, found {_sha256(root / name)[:12]}: "
+                f"{root / name}: expected sha256 {expected[:12]}, found {file_sha256(root / name)[:12]}: "
                 "the file is truncated or was changed"
             )
     masks = lora = head = None
@@ -208,10 +207,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"{path}: expected a safetensors file, found {first_line(error)[:120]}") from None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _what(path: Path) -> str:

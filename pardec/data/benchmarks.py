@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import STDLIB, source_folder
 from pardec.data.reading import BYTE_ORDER_MARK, check_unicode
+from pardec.decoding.messages import message_ids
 from pardec.decoding.prompts import text_ids
 
 ACCEPTED = "'prompt', 'task_id' with 'prompt', or 'question_id' with 'category' and 'turns'"
@@ -151,10 +152,7 @@ def _token_ids(text: object, tokenizer: PreTrainedTokenizerBase, where: str, as_
     if not text.strip():
         raise ValueError(f"{where}: expected some text to continue, found an empty prompt")
     if as_chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": text}]
-        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        # the template has written its own special tokens
-        ids = tokenizer(rendered, add_special_tokens=False, verbose=False).input_ids  # type: ignore[arg-type]
+        (ids,) = message_ids([{"role": "user", "content": text}], tokenizer)
     else:
         ids = text_ids(text, tokenizer)
     if not ids:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pardec.arguments import encodable
 from pardec.data.python_sources import PACKAGES, STDLIB, TRAIN, python_sources, source_folder
 from pardec.errors import first_line, short, shown
 
@@ -224,9 +225,9 @@ def check_unicode(text: str, where: str) -> None:
         DataError: beginning with `where`.
     """
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: expected Unicode text, found half of a surrogate pair") from None
+        encodable(where, text)
+    except ValueError as error:
+        raise DataError(str(error)) from None
 
 
 def _check_ids(row: dict[str, Any], where: str) -> None:

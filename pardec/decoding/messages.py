@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pardec.arguments import encodable
 from pardec.decoding.chat_template import ChatTemplate, Turns
 from pardec.errors import shown
 
@@ -93,10 +94,7 @@ def _checked(messages: Any, where: str) -> Turns:
         if not is_content and (content is not None or not turn.get("tool_calls")):
             raise ValueError(f"{where}: expected messages with role and content, found {shown(message)}")
         turns.append(turn)
-    try:
-        json.dumps(turns, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{where}: expected Unicode text, found half of a surrogate pair") from None
+    encodable(where, json.dumps(turns, ensure_ascii=False, default=str))
     last = turns[-1]["role"]
     if last not in _ANSWERED:
         raise ValueError(f"{where}: expected the last message to be the user's, found one of {shown(last)}")

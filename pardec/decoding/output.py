@@ -4,6 +4,7 @@ Legend: B sequences, S tokens of the longest.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -48,6 +49,21 @@ class StreamChunk:
     text: str
     token_ids: list[int]
     num_accepted_tokens: int
+
+
+def pieces_of(text: "TextStream", chunk: StreamChunk, mode: str, is_first: bool) -> Iterator[tuple[str, bool]]:
+    """What each token of a chunk makes final, and whether it was drafted.
+
+    Args:
+        text: of the chunks before.
+        chunk: of a stream in this mode.
+        mode: of decoding.
+        is_first: the chunk is that of prefill.
+    """
+    # two_pass emits its exact token first; accepted drafts stand before the bonus token
+    first = 1 if mode == "two_pass" and not is_first else 0
+    for index, token in enumerate(chunk.token_ids):
+        yield text.put([token], last=False), first <= index < first + chunk.num_accepted_tokens
 
 
 class TextStream:

@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from pardec.decoding.probe_step import (
-    CEILING,
-    SHORT,
-    TIMES_OWN,
-    K,
-    deviation,
-    jittered_embeddings,
-    own_forward,
-    probe_decoder,
-    state_behind,
-    text_of,
-    tolerance_for,
-)
+from pardec.decoding.own_forward import OwnRounding, deviation, jittered_embeddings, own_forward
+from pardec.decoding.probe_step import SHORT, K, probe_decoder, state_behind, text_of
 from pardec.errors import first_line
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel, UnsupportedModelError
@@ -91,6 +80,7 @@ class _LengthProbe:
         self.target, self.decoder, self.ids = target, probe_decoder(target), text_of(target, SHORT)
         self.state = state_behind(self.decoder, self.ids)
         self.short = self.state.cache
+        self.rounding = OwnRounding(target, self.ids)
         self.own = own_forward(target, self.ids[None, :1], keep=True).past_key_values
 
     def step_behind(self, num_committed: int) -> tuple[float, float] | None:
@@ -110,12 +100,11 @@ class _LengthProbe:
             return None
         found = self._real_logits()
         worst = deviation(found, expected, expected)
-        tolerance = tolerance_for(self.target, self.ids, (worst,))
+        tolerance = self.rounding.tolerance([worst])
         if not worst <= tolerance:  # long contexts may round more
             with jittered_embeddings(self.target):
                 jittered = self._real_logits()
-            own = TIMES_OWN * deviation(jittered, found, expected)
-            tolerance = max(tolerance, min(own, CEILING[self.target.dtype]))
+            tolerance = max(tolerance, self.rounding.times(deviation(jittered, found, expected)))
         return worst, tolerance
 
     def _real_logits(self) -> Tensor:

@@ -5,13 +5,10 @@ rows' logits must be the same numbers. Positions and masks are honoured: those l
 block of mask rows computes the same wherever it stands among the rows.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from torch import Tensor
 
+from pardec.decoding.own_forward import OwnRounding, cached_logits, deviation, own_forward
 from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
@@ -23,12 +20,7 @@ from pardec.target.forward import SLIDING, TargetModel, UnsupportedModelError
 
 K = 2  # of the probe's steps
 SHORT = 12  # tokens of its short text
-# largest difference between logits, in units of the spread of the logits, of dtypes that round little
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3}
-# what is off by more is another model, whatever its own forwards deviate by; float64 has no layers that quantise
-CEILING = {torch.float64: 1e-4, torch.float32: 0.25, torch.bfloat16: 1.0, torch.float16: 1.0}
 _NUM_NEIGHBOURS = 8
-TIMES_OWN = 4  # what rounding does depends on the model: so many times what its own forwards deviate by
 
 
 def probe_step(target: TargetModel) -> float:
@@ -67,32 +59,28 @@ def _worst_deviation(target: TargetModel, ids: Tensor) -> float:
             logits[0][K + 1 : 2 * K + 1], prefill[1:], plain
         ),
         "cached decoding of its own, a token at a time, that is its plain forward": deviation(
-            _cached(target, ids, num_rows=1), plain[-1:], plain
+            cached_logits(target, ids, num_rows=1), plain[-1:], plain
         ),
         "texts that do not depend on what stands beside them in a batch": deviation(
             own_forward(target, torch.stack([ids, ids.roll(1)])).logits[0], plain, plain
         ),
     }
-    tolerance = tolerance_for(target, ids, list(found.values()))
+    rounding = OwnRounding(target, ids)
+    tolerance = rounding.tolerance(found.values())
     for expected, worst in found.items():
         if not worst <= tolerance:
             raise UnsupportedModelError(
                 f"{target.base.config.model_type}: expected {expected}, within {tolerance:.3g} standard deviations of "
                 f"the logits ({target.dtype}), found {worst:.3g}"
             )
-    _refuse_leaks(target, ids, deviation(logits[1][: K + 1], logits[0][: K + 1], plain), tolerance)
-    return next(iter(found.values()))
-
-
-def _refuse_leaks(target: TargetModel, ids: Tensor, leaked: float, tolerance: float) -> None:
-    """Refuses real rows that other inputs at mask rows change, but for what experts that batch their rows round."""
-    rounding = min(tolerance, TIMES_OWN * own_rounding(target, ids)) if leaked > 0 else 0.0
-    rounding = min(rounding, _TOLERANCE.get(target.dtype, rounding))
-    if leaked > 0 and not (leaked <= rounding and _rounds_with_neighbours(target, ids)):
+    leaked = deviation(logits[1][: K + 1], logits[0][: K + 1], plain)
+    # experts that batch their rows round with the number of them
+    if leaked > 0 and not (leaked <= min(tolerance, rounding.of_equal_rows) and _rounds_with_neighbours(target, ids)):
         raise UnsupportedModelError(
             f"{target.base.config.model_type}: expected real rows that are the same whatever stands at mask rows, "
             f"found a difference of {leaked:.3g} standard deviations of the logits"
         )
+    return next(iter(found.values()))
 
 
 # ---------------------------------------------------------------------- what the probes share
@@ -117,73 +105,6 @@ def state_behind(decoder: Decoder, ids: Tensor, cache: SlotCache | None = None) 
     state = decoder.prefill([ids[: -K - 1].tolist()], cache=cache)
     state.bonus, state.drafts = ids[-K - 1 : -K], ids[None, -K:]
     return state
-
-
-def own_forward(
-    target: TargetModel, ids: Tensor, first_position: int = 0, cache: Cache | None = None, *, keep: bool = False
-):
-    """Output of the model's own forward, masks and caches its own, at the positions that `generate` gives it.
-
-    Args:
-        target: the model.
-        ids: shape [B, n].
-        first_position: of the first of them.
-        cache: of the model's own, with what stands before.
-        keep: makes one where there is none.
-    """
-    positions = torch.arange(first_position, first_position + ids.shape[1], device=ids.device).expand_as(ids)
-    use_cache = keep or cache is not None
-    return target.base(ids, position_ids=positions, past_key_values=cache, use_cache=use_cache)
-
-
-def tolerance_for(target: TargetModel, ids: Tensor, deviations: Sequence[float]) -> float:
-    """What equal logits of the text `ids`, shape [n], may differ by.
-
-    Measured on the model where its dtype rounds much, or where these deviations are beyond what it rounds: layers that
-    quantise their inputs make steps of rounding. Never so much that another model could pass.
-    """
-    fixed = _TOLERANCE.get(target.dtype, 0.0)
-    if all(found <= fixed for found in deviations):
-        return fixed
-    return max(fixed, min(TIMES_OWN * own_rounding(target, ids), CEILING[target.dtype]))
-
-
-def own_rounding(target: TargetModel, ids: Tensor) -> float:
-    """What the model's own logits of a text deviate by in its cached decoding, and where its inputs are rounded."""
-    plain = own_forward(target, ids[None]).logits[0]
-    cached = deviation(_cached(target, ids, num_rows=K + 1), plain[-K - 1 :], plain)
-    with jittered_embeddings(target):
-        jittered = own_forward(target, ids[None]).logits[0]
-    return max(cached, deviation(jittered, plain, plain))
-
-
-def _cached(target: TargetModel, ids: Tensor, num_rows: int) -> Tensor:
-    """Logits of the last rows of a text by the model's own cached forward, shape [num_rows, V]."""
-    begun = own_forward(target, ids[None, :-num_rows], keep=True).past_key_values
-    first = ids.shape[0] - num_rows
-    return own_forward(target, ids[None, -num_rows:], first, begun).logits[0]
-
-
-@contextmanager
-def jittered_embeddings(target: TargetModel) -> Iterator[None]:
-    """Input embeddings off by their dtype's rounding, in this context: what it does is no more than rounding may do."""
-    eps, generator = torch.finfo(target.dtype).eps, torch.Generator().manual_seed(0)
-
-    def jitter(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        signs = torch.randint(-1, 2, output.shape, generator=generator).to(output.device)
-        return output * (1 + eps * signs).to(output.dtype)
-
-    handle = target.base.get_input_embeddings().register_forward_hook(jitter)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def deviation(found: Tensor, expected: Tensor, plain: Tensor) -> float:
-    """Largest difference of logits, in units of the spread of those of the plain forward."""
-    worst = (found.double() - expected.double()).abs().max()
-    return float(worst / plain.double().std().clamp_min(1e-6))
 
 
 def _rounds_with_neighbours(target: TargetModel, ids: Tensor) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pardec.arguments import encodable
 from pardec.errors import shown
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -46,11 +47,7 @@ def _checked_ids(row: object, index: int, tokenizer: PreTrainedTokenizerBase | N
     if isinstance(row, str):
         if tokenizer is None:
             raise ValueError("prompts: expected token ids, as the base has no tokenizer, found text")
-        try:
-            row.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"prompt {index}: expected Unicode text, found half of a surrogate pair") from None
-        row = text_ids(row, tokenizer) if row else []
+        row = text_ids(encodable(f"prompt {index}", row), tokenizer) if row else []
     try:
         if isinstance(row, bytes | bytearray | Mapping):
             raise TypeError

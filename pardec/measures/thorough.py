@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch.special import gammaincc
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper
 
-from pardec.decoding.probe import ProbeReport, probe
-from pardec.decoding.probe_lengths import THOROUGH
+from pardec.decoding.probe_lengths import THOROUGH, LengthReport, probe_lengths
 from pardec.decoding.step import MODES
 from pardec.measures.divergence import Divergence, divergence_from
 from pardec.model import SelfSpeculativeModel
-from pardec.target.base import eos_token_ids, pad_token_id
+from pardec.target.base import eos_token_ids, neutral_generation_config
 
 NEW_TOKENS = 64
 CONTEXTS = (16, 300, 2_000)
@@ -75,7 +74,7 @@ class LawCheck:
 class ThoroughReport:
     """What was seen; see the classes."""
 
-    probe: ProbeReport
+    lengths: LengthReport
     greedy: list[GreedyCheck]
     law: list[LawCheck]
 
@@ -99,7 +98,7 @@ def check_thoroughly(
         UnsupportedModelError: if the base cannot be decoded exactly behind many tokens.
     """
     progress("steps behind many tokens")
-    seen = probe(model.target, THOROUGH)
+    lengths = probe_lengths(model.target, THOROUGH)
     limit = model.target.max_positions
     num_tokens = NEW_TOKENS if limit is None else min(NEW_TOKENS, limit // 2)
     longest = max(CONTEXTS) if limit is None else limit - num_tokens
@@ -113,7 +112,7 @@ def check_thoroughly(
         progress(f"{NUM_SAMPLES:,} samples, {mode}")
         context = min(*CONTEXTS, longest)
         law.append(law_check(model, [text[i % len(text)] for i in range(context)], mode, NUM_SAMPLES))
-    return ThoroughReport(seen, greedy, law)
+    return ThoroughReport(lengths, greedy, law)
 
 
 @torch.no_grad()
@@ -131,7 +130,7 @@ def greedy_checks(model: SelfSpeculativeModel, prompt: list[int], num_tokens: in
 def _generated(base: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
     """Greedy tokens of `generate` without what a checkpoint's generation_config adds to them."""
     ids, own = torch.tensor([prompt], device=base.device), base.generation_config
-    base.generation_config = GenerationConfig(eos_token_id=eos_token_ids(base) or None, pad_token_id=pad_token_id(base))
+    base.generation_config = neutral_generation_config(base, stop_at_eos=True)
     try:
         out = base.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)  # type: ignore[operator]
     finally:

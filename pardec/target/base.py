@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pardec.arguments import known_dtype, one_of, usable_device
 from pardec.errors import first_line, short
@@ -135,6 +142,15 @@ def eos_token_ids(base: PreTrainedModel) -> list[int]:
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else list(ids)
+
+
+def neutral_generation_config(base: PreTrainedModel, stop_at_eos: bool) -> GenerationConfig:
+    """Only the special ids of a model: its own file may hold penalties, which are another law than pardec's.
+
+    Without EOS `generate` decodes exactly as many tokens as it is asked for.
+    """
+    eos = eos_token_ids(base) or None if stop_at_eos else None
+    return GenerationConfig(eos_token_id=eos, pad_token_id=pad_token_id(base))
 
 
 def pad_token_id(base: PreTrainedModel) -> int:

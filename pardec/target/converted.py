@@ -16,6 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from pardec.errors import first_line
+from pardec.run import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 SOURCE_FILE = "source.json"
 _FORMAT_VERSION = 1
 _MAGIC = b"GGUF"
-_CHUNK_BYTES = 2**22
 _SPARE_BYTES = 2**26  # beside the weights: tokenizer, configuration, the file system's own
 
 
@@ -39,15 +39,15 @@ def packaged_gguf(package: str, file_name: str, sha256: str, extra: str) -> Path
     Raises:
         ValueError: if it is not installed, naming the extra that brings it, or holds another file.
     """
-    found = importlib.util.find_spec(package)
-    folders = [] if found is None else found.submodule_search_locations or []
+    spec = importlib.util.find_spec(package)
+    folders = [] if spec is None else spec.submodule_search_locations or []
     file = next((Path(folder) / file_name for folder in folders if (Path(folder) / file_name).is_file()), None)
     if file is None:
         raise ValueError(
             f"base: expected the package {package} with {file_name}, found it missing (pip install 'pardec[{extra}]')"
         )
-    if not _is_converted(file) and _sha256(file) != sha256:
-        raise ValueError(f"base {str(file)!r}: expected sha256 {sha256[:12]}, found {_sha256(file)[:12]}")
+    if not _is_converted(file) and (found := file_sha256(file)) != sha256:
+        raise ValueError(f"base {str(file)!r}: expected sha256 {sha256[:12]}, found {found[:12]}")
     return file
 
 
@@ -124,7 +124,7 @@ def _convert(file: Path, folder: Path) -> None:
         _check_room(file, base)
         base.save_pretrained(aside)
         _save_tokenizer(file, aside)
-        source = {"file": str(file.resolve()), "sha256": _sha256(file), "format_version": _FORMAT_VERSION}
+        source = {"file": str(file.resolve()), "sha256": file_sha256(file), "format_version": _FORMAT_VERSION}
         (aside / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
         for written in aside.iterdir():
             with written.open("rb") as opened:
@@ -173,11 +173,3 @@ def _save_tokenizer(file: Path, folder: Path) -> None:
         raise ValueError(
             f"base {str(file)!r}: expected a tokenizer that transformers can read, found: {first_line(error)}"
         ) from None
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()

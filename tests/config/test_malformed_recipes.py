@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
-from malformed import UNFIT, damaged_files, is_one_line
+from malformed import UNFIT, damaged_files, outcome_of
 
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.pretrain_recipe import PretrainRecipe
@@ -43,19 +43,10 @@ def keys_of(model: type[Section], path: str = "") -> Iterator[str]:
 
 def outcomes(cases: dict[str, Callable[[], object]], *begins: str) -> dict[str, str]:
     """By case, whether it is taken or refused; asserts that it is refused in one line that begins with its place."""
-    found, wrong = {}, {}
-    for case, act in cases.items():
-        try:
-            act()
-            found[case] = "taken"
-        except RecipeError as error:
-            found[case] = "refused"
-            if not is_one_line(error) or not str(error).startswith(begins):
-                wrong[case] = str(error)[:300]
-        except Exception as error:  # all of them are to be seen
-            wrong[case] = f"{type(error).__name__}: {error}"
+    found = {case: outcome_of(act, RecipeError, *begins) for case, act in cases.items()}
+    wrong = {case: complaint for case, (_, complaint) in found.items() if complaint}
     assert not wrong, wrong
-    return found
+    return {case: "refused" if is_refused else "taken" for case, (is_refused, _) in found.items()}
 
 
 def overridden(path: Path, model: type[Section], overrides: list[str]) -> dict[str, str]:

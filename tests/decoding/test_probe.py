@@ -12,9 +12,10 @@ from transformers.models.auto import CONFIG_MAPPING
 
 import pardec
 from pardec.adapters.files import save_adapter
+from pardec.decoding.own_forward import jittered_embeddings
 from pardec.decoding.probe import probe
 from pardec.decoding.probe_lengths import probe_lengths
-from pardec.decoding.probe_step import jittered_embeddings, probe_step
+from pardec.decoding.probe_step import probe_step
 from pardec.decoding.shared_length import shared_length_limit
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import FULL, AttentionForm, TargetModel, UnsupportedModelError

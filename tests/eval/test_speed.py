@@ -20,7 +20,7 @@ from pardec.data.benchmarks import Prompt
 from pardec.measures.divergence import Divergence
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, written_aside
-from pardec.target.base import eos_token_ids
+from pardec.target.base import eos_token_ids, neutral_generation_config
 
 GREEDY = Setting("greedy", 12)
 SAMPLED = Setting("sampled", 12, temperature=0.8, top_k=10)
@@ -156,7 +156,7 @@ def test_ties_are_told_from_differences_and_counted_once():
 
 def small_model(make_llama, **config) -> SelfSpeculativeModel:
     base = make_llama(**config)
-    base.generation_config = baselines.neutral_generation_config(base, stop_at_eos=False)
+    base.generation_config = neutral_generation_config(base, stop_at_eos=False)
     return SelfSpeculativeModel(base, None, make_adapter(base, 2, lora_rank=2))
 
 
@@ -209,7 +209,7 @@ def test_what_cannot_run_is_left_out_with_its_reason(make_llama):
 def test_an_assistant_that_is_the_base_has_all_its_drafts_accepted(make_llama):
     base = small_model(make_llama).base_model
     twin = make_llama()
-    twin.generation_config = baselines.neutral_generation_config(twin, stop_at_eos=False)
+    twin.generation_config = neutral_generation_config(twin, stop_at_eos=False)
     twin.generation_config.assistant_confidence_threshold = 0.0  # by default it stops drafting where it is unsure
     decoded = baselines.assisted_way(base, GREEDY, name="assistant", assistant=twin).decode(PROMPTS[:1], 0)
     assert (decoded.num_steps, decoded.num_rows) == (1, 12)
@@ -232,7 +232,7 @@ def test_eos_is_ignored_or_ends_every_way_alike(make_llama):
     tokens = plain.decode(PROMPTS, 0).token_ids
     base.generation_config.eos_token_id = [tokens[0][4]]
     base.generation_config.repetition_penalty = 1.5  # a checkpoint's own penalty is no part of any law here
-    keep, ignore = (baselines.neutral_generation_config(base, stop) for stop in (True, False))
+    keep, ignore = (neutral_generation_config(base, stop) for stop in (True, False))
     ended = [ids[: ids.index(tokens[0][4]) + 1] if tokens[0][4] in ids else ids for ids in tokens]
     for config, expected in ((keep, ended), (ignore, tokens)):
         base.generation_config = config
