@@ -1,6 +1,6 @@
 """Arguments of other kinds than the one that is expected: told at once, in one line, and never converted.
 
-Knows numbers, flags, texts, devices and dtypes, not what they are for.
+Knows numbers, flags, devices and dtypes, not what they are for.
 """
 
 import math
@@ -66,19 +66,6 @@ def one_of(name: str, value: object, names: Collection[str]) -> str:
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name}: expected one of {', '.join(names)}, found {shown(value)}")
     return value
-
-
-def encodable(name: str, text: str) -> str:
-    """A text that can be written as UTF-8.
-
-    Raises:
-        ValueError: beginning with `name`.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name}: expected Unicode text, found half of a surrogate pair") from None
-    return text
 
 
 def usable_device(device: object) -> torch.device:

@@ -32,6 +32,19 @@ def short(text: str, width: int = _WIDTH + 2) -> str:
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
+def encodable(name: str, text: str) -> str:
+    """A text that can be written as UTF-8.
+
+    Raises:
+        ValueError: beginning with `name`.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: expected Unicode text, found half of a surrogate pair") from None
+    return text
+
+
 def problem(details: "ErrorDetails", key: str | None = None) -> str:
     """What pydantic found wrong with one value: its key, what was expected and what was found.
 

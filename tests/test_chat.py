@@ -20,7 +20,7 @@ from pardec import chat_terminal, cli
 from pardec.adapters.files import save_adapter
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
 from pardec.chat_terminal import _TerminalTalk, run_chat
-from pardec.decoding.output import StreamChunk, TextStream
+from pardec.decoding.output import StreamChunk, TextStream, pieces_of
 from pardec.model import SelfSpeculativeModel
 
 K = 2
@@ -230,8 +230,7 @@ def test_the_ratio_to_plain_is_of_what_was_measured(model, monkeypatch):
 def test_accepted_drafted_tokens_are_coloured_and_characters_stay_whole(tokenizer):
     ids = tokenizer("x = 'é'").input_ids
     for mode, num_steps, places in (("fused", 1, range(2)), ("two_pass", 1, range(1, 3)), ("fused", 0, range(2))):
-        answer, text = Answer(mode, num_steps=num_steps), TextStream(tokenizer)
-        pieces = list(chat_terminal._pieces(text, StreamChunk("", ids, 2), answer))
+        pieces = list(pieces_of(TextStream(tokenizer), StreamChunk("", ids, 2), mode, is_first=num_steps == 0))
         assert [place for place, (_, is_draft) in enumerate(pieces) if is_draft] == list(places)
         assert "".join(piece for piece, _ in pieces) == "x = 'é'"
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pardec.arguments import encodable
 from pardec.data.python_sources import PACKAGES, STDLIB, TRAIN, python_sources, source_folder
-from pardec.errors import first_line, short, shown
+from pardec.errors import encodable, first_line, short, shown
 
 _TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 _JSONL_SUFFIXES = (".jsonl", ".json")

@@ -10,9 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pardec.arguments import encodable
 from pardec.decoding.chat_template import ChatTemplate, Turns
-from pardec.errors import shown
+from pardec.errors import encodable, shown
 
 Messages = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]
 # a result that a tool has given is answered as well

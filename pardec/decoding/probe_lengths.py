@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from pardec.decoding.own_forward import OwnRounding, deviation, jittered_embeddings, own_forward
 from pardec.decoding.probe_step import SHORT, K, probe_decoder, state_behind, text_of
 from pardec.errors import first_line
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel, UnsupportedModelError
+from pardec.target.own_forward import OwnRounding, deviation, jittered_embeddings, own_forward
 
 # committed tokens behind which models change: windows of 128 to 8,192, temperatures from 8,192 on
 QUICK, THOROUGH = (300, 2_500), (300, 2_500, 9_000)

@@ -8,7 +8,6 @@ block of mask rows computes the same wherever it stands among the rows.
 import torch
 from torch import Tensor
 
-from pardec.decoding.own_forward import OwnRounding, cached_logits, deviation, own_forward
 from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
@@ -17,6 +16,7 @@ from pardec.decoding.step import Decoder
 from pardec.errors import first_line
 from pardec.target.cache import SlotCache
 from pardec.target.forward import SLIDING, TargetModel, UnsupportedModelError
+from pardec.target.own_forward import OwnRounding, cached_logits, deviation, own_forward
 
 K = 2  # of the probe's steps
 SHORT = 12  # tokens of its short text

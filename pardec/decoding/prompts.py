@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pardec.arguments import encodable
-from pardec.errors import shown
+from pardec.errors import encodable, shown
 
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Tensor
 # what a tokenizer puts in front of a text is one token, in some families two

@@ -301,7 +301,7 @@ def test_files_outside_the_folder_are_refused_without_being_read(saved, monkeypa
     files = json.loads((saved / "pardec.json").read_text())["files"]
     edit_metadata(saved, files={name: hashlib.sha256(b"secret").hexdigest()} | files)
     read = []
-    monkeypatch.setattr(adapter_files, "_sha256", lambda path: read.append(path))
+    monkeypatch.setattr(adapter_files, "file_sha256", lambda path: read.append(path))
     assert f"expected files inside the adapter directory, found {name!r}"[:75] in refusal(saved)
     assert read == []
 

@@ -12,13 +12,13 @@ from transformers.models.auto import CONFIG_MAPPING
 
 import pardec
 from pardec.adapters.files import save_adapter
-from pardec.decoding.own_forward import jittered_embeddings
 from pardec.decoding.probe import probe
 from pardec.decoding.probe_lengths import probe_lengths
 from pardec.decoding.probe_step import probe_step
 from pardec.decoding.shared_length import shared_length_limit
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import FULL, AttentionForm, TargetModel, UnsupportedModelError
+from pardec.target.own_forward import jittered_embeddings
 
 V, K = 61, 3
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
