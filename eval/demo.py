@@ -30,7 +30,7 @@ from pardec.layout import PLAIN
 from pardec.measures.acceptance import Acceptance, measure_acceptance
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
-from pardec.training.module import mean_embedding
+from pardec.training.first_embeddings import mean_embedding
 from pardec.tuning.measuring import QUICK
 from pardec.tuning.tune import tune
 

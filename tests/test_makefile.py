@@ -18,7 +18,7 @@ def lines_of(target: str) -> list[list[str]]:
     made = subprocess.run(
         ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return [shlex.split(line) for line in made.stdout.splitlines()]
+    return [shlex.split(line) for line in made.stdout.replace("\\\n", " ").splitlines()]
 
 
 def test_the_first_minute_asks_some_questions_that_the_command_line_takes():
