@@ -28,7 +28,7 @@ try: .venv/.smollm2  ## a chat model decoded plain and fused side by side, witho
 	$(BIN)/python -m pardec generate smollm2 --chat --compare --num-speculative-tokens 2 --max-new-tokens 64 \
 		--prompt-file eval/first_prompts.jsonl
 
-demo: setup  ## train two adapters on the packaged model, measure them, print the table
+demo: setup  ## train two adapters for the packaged tiny model, measure them, tune them, print the tables
 	$(LAUNCH) train/train_adapter.py recipes/quickstart_embeddings.yaml
 	$(LAUNCH) train/train_adapter.py recipes/quickstart.yaml
 	$(BIN)/python eval/demo.py runs/quickstart_embeddings runs/quickstart
