@@ -80,7 +80,7 @@ def test_demo_ends_with_what_tuning_chose_for_each_adapter(demo_run):
     for name, law in (("tuned_rows", {}), ("tuned_sampled_rows", {"temperature": 0.8, "top_k": 10})):
         plain, nothing, chosen = ended.result[name]
         assert [(row["adapter"], row["mode"]) for row in (plain, nothing, chosen)] == [
-            ("", "plain"), ("embeddings", "plain"), ("lora", "tuned")
+            ("none", "plain"), ("embeddings", "plain"), ("lora", "tuned")
         ]  # fmt: skip
         assert (plain["ratio_to_plain"], nothing["ratio_to_plain"]) == (1, 1)
         assert (chosen["num_speculative_tokens"], chosen["block_lengths"]) == (2, [2, 1, 0])
@@ -96,6 +96,7 @@ def test_demo_ends_with_what_tuning_chose_for_each_adapter(demo_run):
     assert ended.result["choices"]["lora"]["block_lengths"] == [2, 1, 0]
     assert (folder / "lora" / "tuned.json").exists()
     assert "2 (2 1 0)" in ended.out
+    assert "fastest here: " in ended.out
     last = ended.out[ended.out.index("measured on the test split, greedy") :]
     assert "K = 2 has 9 rows, took" in last
 
