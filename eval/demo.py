@@ -96,7 +96,7 @@ def report(args: argparse.Namespace) -> None:
     print_table(console, f"{chosen}, {SAMPLED}", tuned_sampled)
     print_table(console, f"{chosen}, greedy", tuned_greedy)
     fastest = max(tuned_greedy, key=lambda run: run.ratio)
-    console.print(f"fastest here: {fastest.mode} ({fastest.adapter}), {fastest.ratio:.2f} x plain")
+    console.print(f"fastest here, greedy: {fastest.mode} ({fastest.adapter}), {fastest.ratio:.2f} x plain")
     console.print(why_not_more(greedy, K))
     result = {
         "rows": [run.row for run in greedy],
@@ -214,8 +214,8 @@ def print_table(console: Console, title: str, runs: list[Run]) -> None:
     """One line per way of decoding, the fastest in bold; a tuned shape beside its K."""
     fastest = max(runs, key=lambda run: run.ratio)
     table = Table(
-        "adapter", "mode", "K", "mean acceptance\nlength", "95 % interval", "outside\nrepetition", "tokens\nper step",
-        "tokens\nper forward", "tokens/s", "ratio to\nplain", title=title, box=SIMPLE_HEAD,
+        "adapter", "mode", "K", "mean\nacceptance\nlength", "95 % interval", "outside\nrepetition", "tokens\nper step",
+        "tokens\nper forward", "tokens/s", "ratio to\nplain", title=title, box=SIMPLE_HEAD, padding=0,
     )  # fmt: skip
     if runs[0].identical is not None:
         table.add_column("identical\nto generate")

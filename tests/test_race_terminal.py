@@ -4,15 +4,18 @@ import io
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 from typer.testing import CliRunner
 
 from pardec import cli, race_terminal
 from pardec.decoding.sampling import TokenLaw
 from pardec.model import SelfSpeculativeModel
+from pardec.race_terminal import _panels
 
 K, PROMPT = 2, "def main():"
 GREEN = "\x1b[32m"
@@ -106,13 +109,34 @@ def test_panels_stand_one_above_the_other_where_the_terminal_is_narrow(run, term
 
 
 @pytest.mark.parametrize("width", [60, 100])
-def test_a_text_longer_than_the_terminal_shows_its_end_and_at_last_all_of_it(model, run, terminal, width):
-    screen = terminal(width, 12)
-    run("--prompt", "import os\n", tokens=120)
-    assert len(model.generate("import os\n", max_new_tokens=120).text[0].splitlines()) > 12
+def test_a_text_longer_than_the_terminal_shows_its_end_and_at_last_all_of_it(width):
+    out = io.StringIO()
+    console = Console(file=out, width=width, height=12)
+    lines = [Text(f"line {number}") for number in range(20)]
+    for mode, is_whole in (("plain", False), ("fused", True)):
+        track = SimpleNamespace(lane=SimpleNamespace(mode=mode), lines=lambda console, width: lines, speed=lambda: "")
+        console.print(_panels(console, [track, track], is_whole=is_whole))
+    running, last = out.getvalue().split("─ fused", 1)
+    assert len(running.splitlines()) <= 12
+    assert running.count("line 19 ") == last.count("line 19 ") == 2
+    assert "line 3 " not in running
+    assert last.count("line 3 ") == 2
+
+
+def test_a_race_is_drawn_within_the_terminal_until_it_ends(run, terminal):
+    screen = terminal(100, 12)
+    run("--prompt", "import os\n", tokens=60)
     *running, last = (len(frame.splitlines()) for frame in screen.frames)
     assert max(running) < 12
     assert last > 12
+
+
+def test_what_is_held_back_until_the_end_is_shown_then(model, run, terminal, monkeypatch):
+    monkeypatch.setattr("pardec.decoding.output._cleans_up", lambda tokenizer: True)  # the last word waits for the next
+    screen = terminal(100, 25)
+    run("--prompt", PROMPT)
+    last_word = model.generate(PROMPT, max_new_tokens=12).text[0].split()[-1]
+    assert screen.frames[-1].count(last_word) == screen.frames[-2].count(last_word) + 2
 
 
 def test_several_prompts_are_summed_and_the_ratio_is_their_median(run, tmp_path, terminal, monkeypatch):

@@ -96,7 +96,7 @@ def test_demo_ends_with_what_tuning_chose_for_each_adapter(demo_run):
     assert ended.result["choices"]["lora"]["block_lengths"] == [2, 1, 0]
     assert (folder / "lora" / "tuned.json").exists()
     assert "2 (2 1 0)" in ended.out
-    assert "fastest here: " in ended.out
+    assert "fastest here, greedy: " in ended.out
     last = ended.out[ended.out.index("measured on the test split, greedy") :]
     assert "K = 2 has 9 rows, took" in last
 
