@@ -161,8 +161,9 @@ def tuned(model: SelfSpeculativeModel, directory: str) -> TunedChoice:
     """What `pardec tune` chooses with little effort and keeps beside the adapter; the model goes by it from now on."""
     assert model.tokenizer is not None
     prompts = held_out_prompts(model.tokenizer, VALIDATION, num_prompts=TUNING_PROMPTS)
-    model.tuned = tune(model, directory, prompts, max_new_tokens=TUNING_TOKENS, effort=TUNING_EFFORT).choice
-    return model.tuned
+    choice = tune(model, directory, prompts, max_new_tokens=TUNING_TOKENS, effort=TUNING_EFFORT).choice
+    model.tuned = choice
+    return choice
 
 
 def tuned_runs(

@@ -71,7 +71,7 @@ class Run:
     def row(self) -> dict[str, Any]:
         """Its figures, rounded."""
         stats = self.measured.stats
-        figures = {
+        figures: dict[str, Any] = {
             "adapter": self.adapter,
             "mode": self.mode,
             "num_speculative_tokens": self.num_speculative_tokens,
