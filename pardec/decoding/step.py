@@ -21,6 +21,7 @@ from pardec.layout import block_layout, block_starts, chain_layout, full_blocks,
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
+from pardec.target.placement import is_offloaded
 
 MODES = ("plain", "two_pass", "fused")
 
@@ -141,8 +142,9 @@ class Decoder:
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
-        # where many rows cost what they compute, little is computed for nothing
-        groups = [torch.tensor(group) for group in prompt_groups(lengths.tolist())] if padded.is_cpu else []
+        # on a CPU padding costs time; weights that every forward has to bring in cost more
+        apart = padded.is_cpu and not is_offloaded(self.target.base)
+        groups = [torch.tensor(group) for group in prompt_groups(lengths.tolist())] if apart else []
         if len(groups) < 2:
             return self._prefill_group(padded, lengths, cache, num_cached)
         logits, hidden = [], []

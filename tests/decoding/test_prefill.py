@@ -199,6 +199,16 @@ def test_long_prompts_among_groups_are_run_in_chunks(family, small_groups, monke
     assert ours.generate(rows, max_new_tokens=10).token_ids == references
 
 
+def test_prompts_of_a_base_whose_weights_are_brought_in_run_in_one_forward(small_groups, monkeypatch):
+    model = tiny_model("llama")
+    decoder = decoder_for(model)
+    for is_offloaded, num_forwards in ((False, 3), (True, 1)):
+        monkeypatch.setattr("pardec.decoding.step.is_offloaded", lambda base, found=is_offloaded: found)
+        with Widths(model) as shapes:
+            decoder.prefill(prompts(V, (11, 3, 17)))
+        assert len(shapes) == num_forwards
+
+
 @pytest.mark.parametrize("family_name", FAMILIES)
 def test_groups_leave_the_same_keys_values_and_drafts_as_one_forward(family_name, monkeypatch):
     model = tiny_model(family_name)
