@@ -1,5 +1,6 @@
 """Rows that are done leave a batch: the others' tokens, counts and laws stay, and what is left is a smaller batch."""
 
+import warnings
 from collections import Counter
 
 import pytest
@@ -69,6 +70,11 @@ def ragged_ends(model, rows: list[list[int]]) -> list[int]:
     return [first, second]
 
 
+def alone(model, row: list[int], options: dict) -> list[int]:
+    """The new tokens of transformers' own generate on one prompt."""
+    return model.generate(torch.tensor([row]), **options)[0, len(row) :].tolist()
+
+
 class Batches:
     """Notes how many sequences each forward has."""
 
@@ -121,6 +127,28 @@ def test_every_step_of_every_sequence_brings_what_it_brings_where_nobody_leaves(
         emitted = [[(p.num_new, p.done, p.tokens) for p in engine.run(rows, repeats=2, between=between)]]
         seen.append((emitted, results(decoder, engine.state), engine.state.done.tolist()))
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_rows_leave_behind_the_door_of_transformers_too(penalty):
+    """With a processor that sees the tokens of its own row, which is another one later on."""
+    model = tiny_model("llama")
+    rows = prompts(V, LENGTHS)
+    options = {"max_new_tokens": NEW, "do_sample": False, "repetition_penalty": penalty, "pad_token_id": 0}
+    options |= {"eos_token_id": ragged_ends(model, rows)}
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
+    width = max(LENGTHS)
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    expected = [alone(model, row, options) for row in rows]
+    with warnings.catch_warnings(), Batches(model) as sizes:
+        warnings.simplefilter("ignore")  # the penalty runs row by row
+        found = model.generate(ids, attention_mask=mask, custom_generate=ours, **options)
+    assert [row[: len(text)] for row, text in zip(found[:, width:].tolist(), expected, strict=True)] == expected
+    assert len({len(text) for text in expected}) > 2
+    steps = sizes[sizes.index(len(rows)) :]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] < steps[1]
 
 
 def test_rows_of_captured_steps_stay():
