@@ -19,7 +19,7 @@ FLOORS = (
     ("pardec/config",),
     ("pardec/measures",),
     ("pardec/tuning",),
-    ("pardec/console", "pardec/chat_terminal", "pardec/cli", "pardec/__main__"),
+    ("pardec/console", "pardec/chat_terminal", "pardec/cli", "pardec/cli_options", "pardec/__main__"),
     ("train", "eval/timing", "eval/reporting"),
     ("eval/studies", "eval/matrix"),
     ("eval",),

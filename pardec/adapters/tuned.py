@@ -1,4 +1,4 @@
-"""`tuned.json` beside an adapter: which shape of the fused step `pardec tune` chose for it, by device.
+"""`tuned.json` beside an adapter: which way to decode `pardec tune` chose for it, by device and dtype.
 
 Knows JSON and the adapter's files; no model, no clock.
 """
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -16,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
 from pardec.errors import problem, shown
-from pardec.layout import BlockLengths, check_block_lengths
+from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
 
 TUNED_FILE = "tuned.json"
 FORMAT_VERSION = 1
@@ -30,7 +31,7 @@ class TunedChoice:
         device: name of the GPU, or of the CPU with its number of threads.
         dtype: of the base, e.g. `float32`.
         compile: whether steps were compiled.
-        block_lengths: the chosen shape; (0,) where plain decoding was fastest.
+        block_lengths: the chosen shape; K everywhere for two_pass, (0,) where plain decoding was fastest.
         weights: sha256 of the adapter's files that the choice belongs to, by name.
         ms_per_step: measured of the chosen shape.
         predicted_tokens_per_second: of the chosen shape, prefill included.
@@ -41,6 +42,9 @@ class TunedChoice:
         top_k: the same.
         batch_size: the same.
         versions: of the libraries.
+        mode: of decoding; of files that do not say, fused, or plain by its block_lengths.
+        use_head: whether the drafts are drawn by the adapter's sampler head, where it has one.
+        by_dtype: tokens/s of what was chosen in each dtype, measured in turn; None where one was tuned by itself.
     """
 
     device: str
@@ -57,9 +61,17 @@ class TunedChoice:
     top_k: int | None = None
     batch_size: int = 1
     versions: dict[str, str] | None = None
+    mode: Literal["plain", "two_pass", "fused"] = "fused"
+    use_head: bool = True
+    by_dtype: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_block_lengths(self.block_lengths)
+        if self.block_lengths == PLAIN:
+            object.__setattr__(self, "mode", "plain")
+        K = self.num_speculative_tokens
+        if self.mode != "fused" and self.block_lengths != full_blocks(0 if self.mode == "plain" else K):
+            raise ValueError(f"block_lengths: expected those of {self.mode}, found {shown(list(self.block_lengths))}")
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -90,6 +102,18 @@ def read_tuned(
     wanted = (device, str(dtype).removeprefix("torch."), compile)
     fresh = [one for one in _read_fresh(Path(directory), files) if _key(one) == wanted]
     return fresh[0] if fresh else None
+
+
+def fastest_dtype(
+    directory: str | Path, device: str, compile: bool = False, *, files: Mapping[str, str] | None = None
+) -> str | None:
+    """The dtype that was fastest on this device when dtypes were last compared; None where none were.
+
+    Arguments and errors as in `read_tuned`.
+    """
+    fresh = _read_fresh(Path(directory), files)
+    compared = [one.by_dtype for one in fresh if (one.device, one.compile) == (device, compile) and one.by_dtype]
+    return max(compared[-1], key=compared[-1].__getitem__) if compared else None
 
 
 def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
