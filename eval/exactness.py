@@ -188,8 +188,8 @@ def print_tables(result: dict) -> str:
     console.print(table)
     for dtype, means in result["identical_by_dtype"].items():
         console.print(
-            f"{dtype}: of texts with drafts {means['drafted']:.1%} are those without, on average; "
-            f"of plain decoding and `generate` among themselves, alone and in batches, {means['floor']:.1%}.",
+            f"{dtype}: {means['drafted']:.1%} of the texts are the same with drafts as without, on average; where "
+            f"nothing is drafted, {means['floor']:.1%} are, of plain decoding and `generate` alone and in batches.",
             end="\n\n",
         )
     if places.row_count:

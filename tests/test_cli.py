@@ -1,8 +1,11 @@
 """The command line: what it prints, and its exit codes 0, 1 and 2."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +13,11 @@ from greedy_oracle import plain_generate
 from typer.testing import CliRunner
 
 from pardec.adapters.files import save_adapter
+from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 from pardec.cli import app, main
 from pardec.data.prompt_files import read_prompts
 from pardec.model import SelfSpeculativeModel
+from pardec.run import device_name
 
 K = 2
 
@@ -187,6 +192,32 @@ def test_check_says_what_stands_at_draft_rows_and_names_the_head(save):
     noise = shown(run("check", save(lora_rank=2, draft_input="uniform_noise")))
     assert "random tokens at draft rows 2 " in noise
     assert "mask tokens" not in noise
+
+
+def test_the_mode_that_was_tuned_is_used_and_another_one_if_asked_for(saved, tmp_path, expected):
+    folder = tmp_path / "tuned"
+    shutil.copytree(saved, folder)
+    facts = (weights_of(folder), 1.0, 2.0, 2.0, 1.0, [0.5, 0.5])
+    choice = TunedChoice(device_name(torch.device("cpu")), "float32", False, (1, 1), *facts, mode="two_pass")
+    write_tuned(folder, choice)
+    arguments = ["generate", str(folder), "--prompt", "def main():", "--max-new-tokens", "12"]
+
+    def drafted(*more: str) -> tuple[float, bool]:
+        """Drafted tokens per step, and whether a step takes two forwards."""
+        found = json.loads(run(*arguments, "--json", *more).stdout)
+        stats, num_steps = found["stats"], len(found["stats"]["accepted_per_step"])
+        assert found["token_ids"] == expected[0]
+        return stats["num_draft_tokens"] / num_steps, stats["num_forwards"] > num_steps + 1
+
+    assert drafted() == (1, True)
+    assert drafted("--mode", "fused") == drafted("--num-speculative-tokens", "2") == (K, False)
+    assert drafted("--mode", "plain") == (0, False)
+    assert "two_pass" in json.loads(run(*arguments, "--compare", "--json").stdout)
+    shown_drafts = run(*arguments, "--show-drafts").stdout
+    assert expected[1] in re.sub(r"\x1b\[[0-9;]*m", "", shown_drafts)
+    write_tuned(folder, replace(choice, block_lengths=(0,)))
+    assert drafted() == (0, False)
+    assert json.loads(run(*arguments, "--compare", "--json").stdout)["fused"]["stats"]["num_draft_tokens"]
 
 
 def test_the_head_can_be_left_out(save, monkeypatch):

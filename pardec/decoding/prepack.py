@@ -3,7 +3,7 @@
 A CPU's matrix product repacks the weight matrix at every call, which for a handful of rows costs more than the product
 itself. oneDNN takes weights that were packed before, float32 and, where it has kernels for it, bfloat16. Layers that
 read the same input become one product, and where a LoRA is given its A matrices ride along in it. Packed weights are
-used inside of a step only, and only by the thread that runs it; whoever runs the base meanwhile gets its own arithmetic.
+used inside of a step only, by the thread that runs it; whoever runs the base meanwhile gets its own arithmetic.
 Legend: R rows, r rank.
 """
 
