@@ -1,7 +1,7 @@
 """The command line: `pardec generate`, `pardec chat`, `pardec check` and `pardec tune`.
 
 Imports torch and transformers inside the commands only, so that `--help` is quick.
-Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
+Exit codes: 0 done, 1 a check found a difference that is no tie of the dtype, 2 unusable input.
 """
 
 import json

@@ -12,6 +12,7 @@ from pardec.data.python_sources import VALIDATION, python_sources, stdlib_folder
 from pardec.decoding.output import GenerationOutput, TextStream, pieces_of
 from pardec.decoding.probe_step import probe_step, text_of
 from pardec.decoding.step import MODES
+from pardec.measures.divergence import divergence_from
 from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly
 from pardec.model import SelfSpeculativeModel
 
@@ -49,7 +50,7 @@ def print_stream(
 def print_comparison(
     model: SelfSpeculativeModel, text: str, prompt: str | list[int], mode: str, options: dict, as_json: bool
 ) -> bool:
-    """Runs plain decoding and `mode` in turn, prints both, says whether the tokens are the same.
+    """Runs plain decoding and `mode` in turn, prints both, says whether the tokens are the same, a tie aside.
 
     Args:
         model: to run.
@@ -63,11 +64,13 @@ def print_comparison(
     plain = model.generate(prompt, mode="plain", **options)
     drafted = model.generate(prompt, mode=mode, **options)
     identical = plain.token_ids == drafted.token_ids
+    tie = None if identical or options["temperature"] else _tie(model, prompt, drafted.token_ids[0], plain.token_ids[0])
     ratio = drafted.stats.tokens_per_second / plain.stats.tokens_per_second
     if as_json:
         both = {"plain": as_object(text, plain), mode: as_object(text, drafted)}
-        print(json.dumps({**both, "identical": identical, "ratio_to_plain": ratio}), flush=True)
-        return identical
+        said = {"identical": identical, "is_tie": tie is not None, "ratio_to_plain": ratio}
+        print(json.dumps({**both, **said}), flush=True)
+        return identical or tie is not None
     console = Console(highlight=False)
     console.print(drafted.text[0], markup=False)
     lengths = ("mean acceptance\nlength", "tokens\nper step")
@@ -84,13 +87,20 @@ def print_comparison(
             f"{factor:.2f} x",
         )
     console.print(table)
-    same = (
-        "yes"
-        if identical
-        else "no" + (" (sampled: the law is the same, not the draw)" if options["temperature"] else "")
-    )
+    same = "yes" if identical else "no" if tie is None else f"up to {tie}"
+    if not identical and options["temperature"]:
+        same = "no (sampled: the law is the same, not the draw)"
     console.print(f"same tokens as plain: {same}")
-    return identical
+    return identical or tie is not None
+
+
+def _tie(model: SelfSpeculativeModel, prompt: str | list[int], found: list[int], plain: list[int]) -> str | None:
+    """The first difference in words, if it is a tie that the dtype's rounding decides; None if it is not."""
+    ids = model.prompt_ids(prompt)[0]
+    divergence = divergence_from(model.base_model, "", ids, found, plain)
+    if divergence is None or not divergence.explained:
+        return None
+    return f"a tie of {str(model.target.dtype).removeprefix('torch.')} at token {divergence.index}"
 
 
 def print_thorough_check(model: SelfSpeculativeModel) -> bool:
@@ -148,8 +158,10 @@ def print_check(model: SelfSpeculativeModel) -> bool:
     plain = model.generate([prompt], mode="plain", max_new_tokens=num_tokens).token_ids
     identical = True
     for mode in ("two_pass", "fused"):
-        same = model.generate([prompt], mode=mode, max_new_tokens=num_tokens).token_ids == plain
-        identical = identical and same
-        table.add_row(f"{num_tokens} greedy tokens, {mode}", "identical to plain" if same else "DIFFERENT from plain")
+        found = model.generate([prompt], mode=mode, max_new_tokens=num_tokens).token_ids
+        tie = None if found == plain else _tie(model, prompt, found[0], plain[0])
+        same = "identical to plain" if found == plain else "DIFFERENT from plain"
+        table.add_row(f"{num_tokens} greedy tokens, {mode}", same if tie is None else f"identical to plain up to {tie}")
+        identical = identical and (found == plain or tie is not None)
     Console(highlight=False).print(table)
     return identical

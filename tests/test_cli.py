@@ -12,12 +12,15 @@ import torch
 from greedy_oracle import plain_generate
 from typer.testing import CliRunner
 
+import pardec
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 from pardec.cli import app, main
 from pardec.data.prompt_files import read_prompts
+from pardec.decoding.probe_step import text_of
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
+from pardec.target.base import load_tokenizer
 
 K = 2
 
@@ -135,6 +138,37 @@ def test_compare_ends_with_1_where_the_tokens_differ(saved, monkeypatch):
     check = run("check", saved)
     assert check.exit_code == 1
     assert "DIFFERENT" in check.stdout
+
+
+def test_a_tie_of_the_dtype_is_told_and_no_difference(saved, monkeypatch):
+    from pardec import console
+    from pardec.measures.divergence import Divergence
+
+    honest = SelfSpeculativeModel.generate
+
+    def another_token(self, prompts, **options):
+        out = honest(self, prompts, **options)
+        if options["mode"] == "fused":
+            out.token_ids[0][3] += 1
+        return out
+
+    def divergence(base, prompt, ids, found, plain):
+        assert (ids[0], found[3]) == (honest_ids[0], plain[3] + 1)
+        return Divergence("", 3, (found[3], plain[3]), 0.1, 0.01, 0.1, 0.1, 0.2, explained)
+
+    monkeypatch.setattr(SelfSpeculativeModel, "generate", another_token)
+    monkeypatch.setattr(console, "divergence_from", divergence)
+    arguments = ["generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--compare", "--mode", "fused"]
+    for explained, code, words in ((True, 0, "up to a tie of float32 at token 3"), (False, 1, "no")):
+        honest_ids = load_tokenizer("tiny-python")("def main():").input_ids
+        result = run(*arguments)
+        assert (result.exit_code, f"same tokens as plain: {words}\n" in result.stdout) == (code, True), result.stdout
+        found = json.loads(run(*arguments, "--json").stdout)
+        assert (found["identical"], found["is_tie"]) == (False, explained)
+        honest_ids = text_of(pardec.load(saved).target, 12).tolist()
+        check = run("check", saved)
+        assert check.exit_code == code
+        assert ("identical to plain up to a tie of float32 at token 3" in shown(check)) is explained
 
 
 def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, expected, monkeypatch):
