@@ -68,6 +68,8 @@ def read_prompts(
         if value is not None and value < 1:
             raise ValueError(f"{option}: expected an integer >= 1, found {value}")
     if source_folder(source) is not None:
+        if as_chat:
+            raise ValueError(f"chat: expected a file of prompts, found {source}, which is code to continue")
         rows = held_out_prompts(tokenizer, split, source, num_prompts)
         prompts = [Prompt(ids, "code", f"{source}/{split}/{index}") for index, ids in enumerate(rows)]
     else:
