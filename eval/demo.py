@@ -32,7 +32,7 @@ from pardec.measures.acceptance import Acceptance, measure_acceptance, summarise
 from pardec.measures.divergence import TOLERANCE, divergence_from
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, exit_on_unusable_input, library_versions
-from pardec.training.module import mean_embedding
+from pardec.training.first_embeddings import mean_embedding
 
 TEMPERATURE, TOP_K = 0.8, 10
 # two best logits closer than this are a tie that float32 arithmetic decides either way

@@ -77,6 +77,12 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         raise OSError(f"{path}: expected room for {size:,} bytes, found {first_line(error)}") from None
 
 
+def cache_folder() -> Path:
+    """Where this user's conversions and choices are kept: `pardec` in $XDG_CACHE_HOME, by default `~/.cache`."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if root else Path.home() / ".cache") / "pardec"
+
+
 def library_versions() -> dict[str, str]:
     """Versions of what results depend on."""
     names = ("torch", "transformers", "peft", "accelerate", "safetensors")

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
 from pardec.adapters.files import METADATA_FILE, load_adapter, save_adapter
+from pardec.arguments import known_dtype
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import recipe_of_command_line
 from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, prompts_with_room
@@ -302,7 +303,7 @@ class Examiner:
             },
             measured=measured,
         )
-        return learned_adapter(self.module, self.peft_model, metadata)
+        return learned_adapter(self.module, self.peft_model, metadata).rounded(known_dtype(what.dtype))
 
 
 if __name__ == "__main__":

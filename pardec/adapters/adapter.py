@@ -3,9 +3,10 @@
 Legend: K num_speculative_tokens, D width of an input embedding, H of a hidden state, W of the head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -82,11 +83,11 @@ class Adapter:
     """Learned numbers and where they come from.
 
     Attributes:
-        mask_embeddings: shape [K, D], or [1, D] if shared; float32, in the space of the embedding module's output.
+        mask_embeddings: shape [K, D], or [1, D] if shared, in the space of the embedding module's output.
             None where random tokens stand at mask rows.
         metadata: provenance.
         lora: the gated LoRA, or None.
-        head: weights of the sampler head, float32, by name: inner.weight [W, H + D], inner.bias [W],
+        head: weights of the sampler head, by name: inner.weight [W, H + D], inner.bias [W],
             outer.weight [H, W]; or None.
 
     Raises:
@@ -110,6 +111,16 @@ class Adapter:
         else:
             _check_mask_embeddings(self.mask_embeddings, self.metadata)
         _check_head(self.head, self.metadata.head)
+
+    def rounded(self, dtype: torch.dtype) -> "Adapter":
+        """The same with every number in this dtype."""
+        masks, lora, head = self.mask_embeddings, self.lora, self.head
+        return replace(
+            self,
+            mask_embeddings=None if masks is None else masks.to(dtype),
+            lora=None if lora is None else LoraWeights(lora.config, {k: v.to(dtype) for k, v in lora.tensors.items()}),
+            head=None if head is None else {name: tensor.to(dtype) for name, tensor in head.items()},
+        )
 
     def embeddings_for(self, num_speculative_tokens: int) -> Tensor:
         """Mask embeddings of shape [num_speculative_tokens, D].

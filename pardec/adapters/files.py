@@ -18,6 +18,7 @@ from torch import Tensor
 from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, AdapterError, AdapterMetadata
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.adapters.json_files import read_object
+from pardec.adapters.packaged import adapter_folder
 from pardec.errors import first_line, problem, short, shown
 from pardec.run import file_sha256, save_tensors
 
@@ -84,7 +85,7 @@ def _write_files(adapter: Adapter, folder: Path) -> None:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().cpu().contiguous()
+    return tensor.detach().cpu().contiguous()
 
 
 def _sync(path: Path) -> None:
@@ -117,15 +118,15 @@ def _remove_stale(directory: Path, names: list[str]) -> None:
 
 
 def load_adapter(directory: str | Path) -> Adapter:
-    """Reads an adapter directory.
+    """Reads an adapter directory, or an adapter that ships with the package, by its name.
 
     Raises:
         AdapterError: if it is missing, incomplete, damaged, foreign or of a later format.
     """
     if not isinstance(directory, str | os.PathLike):
         raise AdapterError(f"directory: expected the path of an adapter, found {shown(directory)}")
-    directory = Path(directory)
     try:
+        directory = adapter_folder(directory)
         found = None if directory.is_dir() else _what(directory)
     except OSError as error:  # of a name that no file system takes
         found = error.strerror

@@ -104,6 +104,7 @@ class AdapterConfig(Section):
         lora: a LoRA that is active at mask rows only; default none.
         head: a sampler head, which lets each draft know the token before it; default none.
         start_from: folder of an adapter of the same base and shape whose parts this one starts with; default none.
+        dtype: of the numbers in the adapter's files, as which they are measured too; bfloat16 halves the files.
     """
 
     num_speculative_tokens: int = Field(default=4, ge=1, le=MAX_SPECULATIVE_TOKENS)
@@ -113,6 +114,7 @@ class AdapterConfig(Section):
     lora: LoraSection | None = None
     head: HeadSection | None = None
     start_from: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
     def drafter(self) -> Drafter:
         """The same as the training module takes it."""
@@ -272,7 +274,8 @@ class Recipe(Section):
     def of_checkpoints(self) -> dict[str, Any]:
         """The parts that what is learned depends on."""
         parts = self.model_dump(include={"base", "data", "adapter", "train"})
-        for section, key in (("data", "min_kept_share"), *(("train", key) for key in _ONLY_TOLD)):
+        unasked = (("data", "min_kept_share"), ("adapter", "dtype"), *(("train", key) for key in _ONLY_TOLD))
+        for section, key in unasked:
             del parts[section][key]
         return parts
 

@@ -16,7 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from pardec.errors import first_line
-from pardec.run import file_sha256
+from pardec.run import cache_folder, file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,12 +25,6 @@ SOURCE_FILE = "source.json"
 _FORMAT_VERSION = 1
 _MAGIC = b"GGUF"
 _SPARE_BYTES = 2**26  # beside the weights: tokenizer, configuration, the file system's own
-
-
-def cache_folder() -> Path:
-    """Where conversions are kept: `pardec` in $XDG_CACHE_HOME, by default `~/.cache`."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if root else Path.home() / ".cache") / "pardec"
 
 
 def packaged_gguf(package: str, file_name: str, sha256: str, extra: str) -> Path:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pardec.training.kl import entropies, kl_and_acceptance
+
 OBJECTIVES = ("kl", "cross_entropy", "cross_entropy_argmax", "lk", "lk_hybrid")
 WEIGHT_RULES = ("expected_length", "prefix_product")
 # how fast the hybrid turns from KL to TV as acceptance rises
@@ -47,7 +49,7 @@ def draft_loss(objective: str, draft_logits: Tensor, target_probs: Tensor, targe
     """
     draft = draft_logits.float()
     if objective == "kl":
-        return _kl(draft, target_probs)
+        return kl_and_acceptance(draft, target_probs, entropies(target_probs))[0]
     if objective == "cross_entropy":
         return F.cross_entropy(draft, target_ids, reduction="none")
     if objective == "cross_entropy_argmax":
@@ -57,14 +59,9 @@ def draft_loss(objective: str, draft_logits: Tensor, target_probs: Tensor, targe
     if objective == "lk_hybrid":
         accepted = acceptance_probability(draft, target_probs)
         share = torch.exp(-_HYBRID_RATE * accepted.detach())
-        return share * _kl(draft, target_probs) + (1 - share) * (1 - accepted)
+        kl, _ = kl_and_acceptance(draft, target_probs, entropies(target_probs))
+        return share * kl + (1 - share) * (1 - accepted)
     raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {objective!r}")
-
-
-def _kl(draft: Tensor, p: Tensor) -> Tensor:
-    # KL = sum p (log p - log q), written so that the only large tensor with a gradient is the logits themselves
-    negative_entropy = -torch.special.entr(p).sum(dim=-1)
-    return negative_entropy + draft.logsumexp(dim=-1) - torch.linalg.vecdot(p, draft)
 
 
 def acceptance_probability(draft_logits: Tensor, target_probs: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 from pardec.training.block_attention import block_route, real_bias, supports
+from pardec.training.first_embeddings import first_embeddings
+from pardec.training.kl import entropies, kl_and_acceptance
 from pardec.training.loss import acceptance_probability, acceptance_weights, argmax_agreement, draft_loss, target_law
 from pardec.training.peft_lora import lora_enabled
 
@@ -72,11 +74,13 @@ class Prefix:
     Attributes:
         cache: their keys and values.
         probs: the law p to be followed by the mask rows of all anchors, shape [B, M, V], float32.
+        entropies: of these laws, shape [B, M].
         lengths: of all blocks.
     """
 
     cache: PrefixCache
     probs: Tensor
+    entropies: Tensor
     lengths: tuple[int, ...]
 
 
@@ -117,7 +121,8 @@ class MaskTokenTrainer(nn.Module):
         self.keep = (keep_ratio, keep_floor)
         self.mask_embeddings = None
         if drafter.draft_input == "mask_embeddings":
-            self.mask_embeddings = nn.Parameter(first_embeddings(self.target, drafter))
+            rows = 1 if drafter.mask_sharing == "shared" else drafter.num_speculative_tokens
+            self.mask_embeddings = nn.Parameter(first_embeddings(self.target, rows, drafter.initialisation))
         self.head, self.tap = None, None
         if drafter.head_width:
             self.tap = HiddenTap(self.target.base)
@@ -164,23 +169,24 @@ class MaskTokenTrainer(nn.Module):
         part = slice(first_anchor, None if num_anchors is None else first_anchor + num_anchors)
         layout = training_layout(anchors[:, part], prefix.lengths[part], T)
         first_row = sum(prefix.lengths[:first_anchor])
-        p = prefix.probs[:, first_row : first_row + len(layout.depths)].flatten(0, 1)
+        mine = slice(first_row, first_row + len(layout.depths))
+        p, entropy = prefix.probs[:, mine].flatten(0, 1), prefix.entropies[:, mine].flatten()
         targets = layout.targets.clamp_max(T - 1)
         counts = ((layout.targets < T) & loss_mask.gather(1, targets)).flatten()
         ids = input_ids.gather(1, targets).flatten()
         before = input_ids.gather(1, (targets - 1).clamp_min(0))
         loss_sum, metrics = torch.zeros((), device=p.device), {"rows": torch.ones_like(counts, dtype=torch.float32)}
         for name, logits in self._draft_logits(layout, T, prefix.cache, before).items():
-            scaled = logits.flatten(0, 1).float() / self.objective.temperature
-            losses = draft_loss(self.objective.loss, scaled, p, ids)
-            weights = self._weights(layout, scaled.detach(), p, counts)
+            rows = logits.flatten(0, 1)
+            losses, accepted = self._losses(rows, p, entropy, ids, needs_accepted=with_metrics or self._follows_drafts)
             # where, not a product: a row that does not count must not pass on a non-finite loss
-            weighted = torch.where(counts, losses * weights, 0.0)
+            weighted = torch.where(counts, losses * self._weights(layout, accepted, counts), 0.0)
             loss_sum = loss_sum + weighted.sum()
             metrics[f"{name}loss"] = weighted.detach()
             if with_metrics:
-                metrics[f"{name}agreement"] = argmax_agreement(scaled, p)
-                metrics[f"{name}overlap"] = acceptance_probability(scaled.detach(), p)
+                assert accepted is not None
+                metrics[f"{name}agreement"] = argmax_agreement(rows, p)
+                metrics[f"{name}overlap"] = accepted
         return loss_sum, counts.sum(), self._by_position(metrics, counts, layout)
 
     def forget_prefix(self) -> None:
@@ -218,14 +224,30 @@ class MaskTokenTrainer(nn.Module):
         parts = [nested_block_lengths(min(per_part, num_anchors - first), K, *self.keep) for first in starts]
         return tuple(length for part in parts for length in part)
 
-    def _weights(self, layout: TrainingLayout, scaled: Tensor, p: Tensor, counts: Tensor) -> Tensor:
-        """What each row's loss counts, shape [B * M]."""
+    @property
+    def _follows_drafts(self) -> bool:
+        """Whether weights follow how far drafts are accepted."""
+        return isinstance(self.objective.weights, str) and self.objective.weights != "uniform"
+
+    def _losses(
+        self, rows: Tensor, p: Tensor, entropy: Tensor, ids: Tensor, *, needs_accepted: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss of every mask row's logits [B * M, V], and the probability that its draft is accepted; each [B * M]."""
+        if self.objective.loss == "kl":
+            return kl_and_acceptance(rows, p, entropy, self.objective.temperature)
+        scaled = rows.float() / self.objective.temperature
+        losses = draft_loss(self.objective.loss, scaled, p, ids)
+        return losses, acceptance_probability(scaled.detach(), p) if needs_accepted else None
+
+    def _weights(self, layout: TrainingLayout, accepted: Tensor | None, counts: Tensor) -> Tensor:
+        """What each row's loss counts, shape [B * M]; `accepted` where weights follow it."""
         weights, B = self.objective.weights, layout.positions.shape[0]
         if weights == "uniform":
             return torch.ones_like(counts, dtype=torch.float32)
         if not isinstance(weights, str):
-            return torch.tensor(weights, device=p.device)[layout.depths].repeat(B)
-        accepted = (acceptance_probability(scaled, p) * counts).unflatten(0, (B, -1))
+            return torch.tensor(weights, device=counts.device)[layout.depths].repeat(B)
+        assert accepted is not None
+        accepted = (accepted * counts).unflatten(0, (B, -1))
         N, K = int(layout.blocks[-1]) + 1, self.drafter.num_speculative_tokens
         place = layout.blocks * K + layout.depths
         grid = accepted.new_zeros(B, N * K).index_copy(1, place, accepted).unflatten(1, (N, K))
@@ -246,7 +268,8 @@ class MaskTokenTrainer(nn.Module):
         # the mask token at position s predicts what the real token at s predicts
         keep = layout.positions.clamp_max(input_ids.shape[1] - 1)
         logits = self.target.run_at(keep, self.target.embed(input_ids), positions, None, cache)
-        return Prefix(cache, target_law(logits, self.objective.temperature, self.objective.top_k), lengths)
+        probs = target_law(logits, self.objective.temperature, self.objective.top_k)
+        return Prefix(cache, probs, entropies(probs), lengths)
 
     def _run_mask_rows(self, layout: TrainingLayout, num_tokens: int, cache: PrefixCache) -> Tensor:
         target, B = self.target, layout.positions.shape[0]
@@ -280,21 +303,3 @@ def part_of(name: str) -> str:
     if "lora_" in name:
         return "lora"
     return "head" if name.startswith("head.") else "mask_embeddings"
-
-
-@torch.no_grad()
-def first_embeddings(target: TargetModel, drafter: Drafter) -> Tensor:
-    """Where mask embeddings start, float32, shape [K, D] or, shared, [1, D]."""
-    rows = 1 if drafter.mask_sharing == "shared" else drafter.num_speculative_tokens
-    if drafter.initialisation == "random_token":
-        return target.embed(torch.randint(target.vocab_size, (rows,), device=target.device)).float()
-    return mean_embedding(target).repeat(rows, 1)
-
-
-@torch.no_grad()
-def mean_embedding(target: TargetModel, chunk_tokens: int = 16384) -> Tensor:
-    """Mean input embedding over the vocabulary, shape [1, D], float32, in the space of the module's output."""
-    total = torch.zeros(target.embedding_dim, dtype=torch.float64, device=target.device)
-    for ids in torch.arange(target.vocab_size, device=target.device).split(chunk_tokens):
-        total += target.embed(ids).double().sum(dim=0)
-    return (total / target.vocab_size).float()[None]

@@ -14,7 +14,6 @@ from adapter_samples import (
     W,
     files_in,
     files_of_adapter,
-    head_tensors,
     make_adapter,
     refusal,
     same,
@@ -41,14 +40,33 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path, sharing, lora):
     assert same(load_adapter(str(tmp_path / "new" / "folder")), adapter)
 
 
-def test_embeddings_in_training_are_saved_as_plain_float32(tmp_path):
-    adapter = make_adapter()
-    trained = adapter.mask_embeddings.double().T.contiguous().T.requires_grad_()
-    save_adapter(Adapter(trained, adapter.metadata), tmp_path)
-    loaded = load_adapter(tmp_path).mask_embeddings
-    assert torch.equal(loaded, adapter.mask_embeddings)
-    assert loaded.dtype == torch.float32
-    assert not loaded.requires_grad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_in_training_is_saved_plain_and_in_its_dtype(tmp_path, dtype):
+    adapter = make_adapter(head=True).rounded(dtype)
+    assert adapter.mask_embeddings is not None
+    assert adapter.head is not None
+    trained = adapter.mask_embeddings.T.contiguous().T.requires_grad_()
+    head = {name: tensor.clone().requires_grad_() for name, tensor in adapter.head.items()}
+    save_adapter(Adapter(trained, adapter.metadata, head=head), tmp_path)
+    loaded = load_adapter(tmp_path)
+    assert same(loaded, adapter)
+    found = [loaded.mask_embeddings, *loaded.head.values()]
+    assert {(tensor.dtype, tensor.requires_grad) for tensor in found} == {(dtype, False)}
+
+
+def test_an_adapter_is_rounded_in_all_its_parts(tmp_path):
+    adapter = make_adapter(head=True, lora=True)
+    rounded = adapter.rounded(torch.bfloat16)
+    assert torch.equal(rounded.mask_embeddings, adapter.mask_embeddings.bfloat16())
+    assert same_tensors(rounded.head, {name: tensor.bfloat16() for name, tensor in adapter.head.items()})
+    assert same_tensors(
+        rounded.lora.tensors, {name: tensor.bfloat16() for name, tensor in adapter.lora.tensors.items()}
+    )
+    assert rounded.lora.config == adapter.lora.config
+    for folder, one in (("half", rounded), ("whole", adapter)):
+        save_adapter(one, tmp_path / folder)
+    sizes = [(tmp_path / folder / "lora/adapter_model.safetensors").stat().st_size for folder in ("half", "whole")]
+    assert sizes[1] - sizes[0] == 2 * sum(tensor.numel() for tensor in adapter.lora.tensors.values())
 
 
 @pytest.mark.parametrize(
@@ -64,15 +82,6 @@ def test_heads_and_noise_are_saved_and_loaded_bit_for_bit(tmp_path, parts):
     assert files_in(tmp_path) == expected
     files = json.loads((tmp_path / "pardec.json").read_text())["files"]
     assert files == {n: hashlib.sha256((tmp_path / n).read_bytes()).hexdigest() for n in expected - {"pardec.json"}}
-
-
-def test_a_head_in_training_is_saved_as_plain_float32(tmp_path):
-    head = {name: tensor.double().requires_grad_() for name, tensor in head_tensors().items()}
-    adapter = make_adapter(head=True)
-    save_adapter(Adapter(adapter.mask_embeddings, adapter.metadata, head=head), tmp_path)
-    loaded = load_adapter(tmp_path).head
-    assert same_tensors(loaded, {name: tensor.detach().float() for name, tensor in head.items()})
-    assert {(tensor.dtype, tensor.requires_grad) for tensor in loaded.values()} == {(torch.float32, False)}
 
 
 def test_an_adapter_without_a_head_is_written_as_versions_before_heads_wrote_it(tmp_path):

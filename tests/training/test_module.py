@@ -5,8 +5,9 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from pardec.layout import nested_block_lengths, training_layout
+from pardec.training.first_embeddings import mean_embedding
 from pardec.training.loss import target_law
-from pardec.training.module import METRICS, Drafter, MaskTokenTrainer, Objective, mean_embedding
+from pardec.training.module import METRICS, Drafter, MaskTokenTrainer, Objective
 from pardec.training.peft_lora import inject_lora
 
 K, T, N = 3, 20, 4
@@ -183,17 +184,21 @@ def test_weights_that_follow_acceptance_are_those_of_each_block_by_itself(rule):
     """Overlaps that the trainer reports row by row, put through the products by hand."""
     trainer = make_trainer("llama", objective=Objective("cross_entropy", rule))
     batch = make_batch(batch=1)
-    logged = []
-    original = trainer._weights
+    logged, laws = [], []
+    original, losses = trainer._weights, trainer._losses
 
-    def spy(layout, scaled, p, counts):
-        found = original(layout, scaled, p, counts)
-        logged.append((layout, scaled, p, counts, found))
+    def spy(layout, accepted, counts):
+        found = original(layout, accepted, counts)
+        logged.append((layout, counts, found))
         return found
 
-    trainer._weights = spy
+    def spy_on_losses(rows, p, *others, **settings):
+        laws.append((rows.detach(), p))
+        return losses(rows, p, *others, **settings)
+
+    trainer._weights, trainer._losses = spy, spy_on_losses
     loss, _, _ = trainer(**batch)
-    layout, scaled, p, counts, found = logged[0]
+    (layout, counts, found), (scaled, p) = logged[0], laws[0]
     overlap = torch.minimum(scaled.softmax(-1), p).sum(-1) * counts
     total = 0.0
     for row, (n, depth) in enumerate(zip(layout.blocks.tolist(), layout.depths.tolist(), strict=True)):
