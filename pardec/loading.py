@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import load_adapter
+from pardec.adapters.packaged import tuned_folder
 from pardec.adapters.tuned import TUNED_FILE, fastest_dtype, read_tuned
 from pardec.arguments import flag, known_dtype
 from pardec.decoding.probe import probe, probe_head
@@ -100,7 +101,7 @@ def _tuned_dtype(
     if found is None:
         raise ValueError(
             f"dtype: expected dtypes that `pardec tune {directory} --dtype float32,bfloat16` has compared on this "
-            f"device ({name}), found none in {Path(directory) / TUNED_FILE}"
+            f"device ({name}), found none in {tuned_folder(directory) / TUNED_FILE}"
         )
     return known_dtype(found)
 

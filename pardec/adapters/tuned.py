@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
+from pardec.adapters.packaged import tuned_folder
 from pardec.errors import problem, shown
 from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
 
@@ -119,18 +120,19 @@ def fastest_dtype(
 def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
     """Adds `choice` to the adapter's file, in place of an older one of its device; returns the file.
 
-    Choices for other devices stay; those for weights that the adapter no longer has go.
+    Choices for other devices stay; those for weights that the adapter no longer has go. That of a packaged adapter is
+    kept in the user's cache.
 
     Raises:
         ValueError: if the file is there and is not one of ours.
         OSError: if the folder cannot be written to.
     """
-    directory = Path(directory)
-    kept = [one for one in _read_fresh(directory) if _key(one) != _key(choice)]
+    kept = [one for one in _read_fresh(Path(directory)) if _key(one) != _key(choice)]
     content = {"format_version": FORMAT_VERSION, "choices": [asdict(one) for one in (*kept, choice)]}
-    path = directory / TUNED_FILE
     check_writable(directory)
-    handle, aside = tempfile.mkstemp(prefix=f".{TUNED_FILE}-", dir=directory)
+    folder = tuned_folder(directory)
+    path = folder / TUNED_FILE
+    handle, aside = tempfile.mkstemp(prefix=f".{TUNED_FILE}-", dir=folder)
     try:
         with os.fdopen(handle, "w") as file:
             file.write(json.dumps(content, indent=1) + "\n")
@@ -144,13 +146,16 @@ def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
 
 
 def check_writable(directory: str | Path) -> None:
-    """Raises OSError, saying where, unless a file can be made in `directory`: to be known before long work."""
+    """Raises OSError, saying where, unless a choice can be kept for this adapter: to be known before long work."""
+    folder = tuned_folder(directory)
     try:
-        with tempfile.TemporaryFile(dir=directory):
+        if folder != Path(directory):  # in the user's cache, where it may be the first
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(
-            f"{Path(directory) / TUNED_FILE}: expected an adapter folder that can be written to, found {error.strerror}"
+            f"{folder / TUNED_FILE}: expected an adapter folder that can be written to, found {error.strerror}"
         ) from None
 
 
@@ -171,7 +176,7 @@ def _key(choice: TunedChoice) -> tuple[str, str, bool]:
 
 def _read_fresh(directory: Path, files: Mapping[str, str] | None = None) -> list[TunedChoice]:
     """The choices that belong to the adapter's weights as they are now."""
-    path = directory / TUNED_FILE
+    path = tuned_folder(directory) / TUNED_FILE
     if not path.exists():
         return []
     try:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
 
+from pardec.adapters import packaged
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TUNED_FILE, TunedChoice, fastest_dtype, read_tuned, weights_of, write_tuned
 from pardec.layout import PLAIN
@@ -104,6 +105,19 @@ def test_a_choice_for_other_weights_is_ignored_and_then_dropped(folder, base, ch
     assert read_tuned(folder, "b device", "float32") is None
     write_tuned(folder, choice_for(folder))
     assert len(json.loads((folder / TUNED_FILE).read_text())["choices"]) == 1
+
+
+def test_the_choice_of_a_packaged_adapter_is_kept_in_the_users_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(packaged, "_packaged", lambda name: folder)
+    before = {path.name for path in folder.iterdir()}
+    choice = choice_for(folder, by_dtype={"float32": 1.0})
+    assert read_tuned("smollm2", "a device", "float32") is None
+    kept = tmp_path / "cache" / "pardec" / "tuned" / "smollm2" / TUNED_FILE
+    assert write_tuned("smollm2", choice) == kept
+    assert read_tuned("smollm2", "a device", "float32") == choice
+    assert fastest_dtype("smollm2", "a device") == "float32"
+    assert {path.name for path in folder.iterdir()} - before == {"cache"}
 
 
 def broken(folder, **changes) -> str:
