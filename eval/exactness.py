@@ -2,10 +2,12 @@
 
     python eval/exactness.py runs/quickstart --dtypes float32,bfloat16 [--prompts FILE.jsonl] [--output runs/exactness]
 
-Every prompt is decoded in the modes plain, two_pass and fused and by the base's own `generate`, one at a time, and
-in mode fused also in batches; all are compared with plain and with `generate`. Where two sequences first differ, one
-plain forward of the base over what they share says whether their tokens are a tie that rounding decides. Prints
-Markdown tables and one JSON object as the last line. Exit code 1 if a difference is no tie, 0 otherwise.
+Every prompt is decoded in the modes plain, two_pass and fused and by the base's own `generate`, one at a time, and but
+for two_pass also in batches; all are compared with plain and with `generate`. What plain decoding and `generate` differ
+by among themselves, where nothing is drafted, is the dtype's floor: the drafts' differences are to be read against it.
+Where two sequences first differ, one plain forward of the base over what they share says whether their tokens are a tie
+that rounding decides. Prints Markdown tables and one JSON object as the last line. Exit code 1 if a difference is no
+tie, 0 otherwise.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from reporting.result_files import write_json
@@ -22,7 +25,7 @@ from reporting.text_tables import listed
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from timing.baselines import generated_alone
+from timing.baselines import Setting, generate_way
 from timing.options import add_prompt_options, check_device, full_or_quick
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -35,7 +38,9 @@ from pardec.run import command_line, device_name, exit_on_unusable_input, librar
 from pardec.target.base import neutral_generation_config
 
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
-RUNS = (("plain", 1), ("two_pass", 1), ("fused", 1), ("fused", 8))  # mode, prompts decoded together at most
+# mode, prompts decoded together at most
+RUNS = (("plain", 1), ("plain", 8), ("two_pass", 1), ("fused", 1), ("fused", 8), ("generate", 1), ("generate", 8))
+UNDRAFTED = ("plain", "generate")
 FULL = {"num_prompts": None, "max_new_tokens": 128}
 QUICK = {"num_prompts": 3, "max_new_tokens": 24}
 
@@ -77,20 +82,20 @@ def compare(
 def decode(
     model: SelfSpeculativeModel, prompts: Sequence[Prompt], args: argparse.Namespace, dtype: str
 ) -> dict[tuple[str, int], list[list[int]]]:
-    """Greedy new tokens of every prompt by mode and batch size, those of the base's own `generate` too."""
+    """Greedy new tokens of every prompt by mode and batch size; mode `generate` is the base's own."""
     outputs: dict[tuple[str, int], list[list[int]]] = {(mode, min(size, len(prompts))): [] for mode, size in RUNS}
-    bar = tqdm(total=(len(outputs) + 1) * len(prompts), desc=dtype, unit="prompt")
     settings = {"max_new_tokens": args.max_new_tokens, "num_speculative_tokens": args.num_speculative_tokens}
-    for (mode, batch_size), collected in outputs.items():
-        for start in range(0, len(prompts), batch_size):
-            batch = [prompt.token_ids for prompt in prompts[start : start + batch_size]]
-            collected += model.generate(batch, mode=mode, **settings).token_ids
-            bar.update(len(batch))
     model.base_model.generation_config = neutral_generation_config(model.base_model, stop_at_eos=True)
-    alone = [prompt.token_ids for prompt in prompts]
-    outputs["generate", 1] = generated_alone(model.base_model, alone, args.max_new_tokens)
-    bar.update(len(prompts))
-    bar.close()
+    own = generate_way(model.base_model, Setting("greedy", args.max_new_tokens), name="generate")
+    with tqdm(total=len(outputs) * len(prompts), desc=dtype, unit="prompt") as bar:
+        for (mode, batch_size), collected in outputs.items():
+            for start in range(0, len(prompts), batch_size):
+                batch = [prompt.token_ids for prompt in prompts[start : start + batch_size]]
+                if mode == "generate":
+                    collected += own.decode(batch, 0).token_ids
+                else:
+                    collected += model.generate(batch, mode=mode, **settings).token_ids
+                bar.update(len(batch))
     return outputs
 
 
@@ -102,12 +107,28 @@ def measure(model: SelfSpeculativeModel, prompts: Sequence[Prompt], args: argpar
         return divergence_from(model.base_model, prompt.name, prompt.token_ids, ours, theirs)
 
     rows = []
-    for reference in ("plain", "generate"):
+    for reference in UNDRAFTED:
         for (mode, batch_size), found in outputs.items():
-            if mode not in (reference, "generate"):
-                row = {"dtype": dtype, "mode": mode, "batch_size": batch_size, "reference": reference}
-                rows.append(row | compare(prompts, found, outputs[reference, 1], diverges))
+            # plain against `generate` is what `generate` against plain is
+            if (mode, batch_size) == (reference, 1) or (mode == "generate" != reference):
+                continue
+            row = {"dtype": dtype, "mode": mode, "batch_size": batch_size, "reference": reference}
+            row["is_floor"] = mode in UNDRAFTED
+            rows.append(row | compare(prompts, found, outputs[reference, 1], diverges))
     return rows
+
+
+def floors(rows: Sequence[dict]) -> dict[str, dict[str, float]]:
+    """By dtype the mean share of identical texts: `floor` where nothing was drafted on either side, and `drafted`."""
+    found = {}
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        shares = {True: [], False: []}
+        for row in rows:
+            if row["dtype"] == dtype:
+                shares[row["is_floor"]].append(row["identical"])
+        means = {name: round(fmean(shares[is_floor]), 4) for name, is_floor in (("floor", True), ("drafted", False))}
+        found[dtype] = means
+    return found
 
 
 def report(args: argparse.Namespace) -> bool:
@@ -133,7 +154,8 @@ def report(args: argparse.Namespace) -> bool:
     facts |= {key: getattr(args, key) for key in asked} | {"command": command_line(), "versions": library_versions()}
     exact = not any(row["num_unexplained"] for row in rows)
     # JSON has no number for what is not finite
-    result = json.loads(json.dumps({"exact": exact, **facts, "rows": rows}), parse_constant=lambda name: None)
+    found = {"exact": exact, **facts, "identical_by_dtype": floors(rows), "rows": rows}
+    result = json.loads(json.dumps(found), parse_constant=lambda name: None)
     text = print_tables(result)
     print(json.dumps(result))
     if args.output is not None:
@@ -164,6 +186,12 @@ def print_tables(result: dict) -> str:
             cells = ("not finite" if value is None else f"{value:.2g}" for value in values)
             places.add_row(*run, one["prompt"], str(one["index"]), ids, *cells, "yes" if one["explained"] else "NO")
     console.print(table)
+    for dtype, means in result["identical_by_dtype"].items():
+        console.print(
+            f"{dtype}: {means['drafted']:.1%} of the texts are the same with drafts as without, on average; where "
+            f"nothing is drafted, {means['floor']:.1%} are, of plain decoding and `generate` alone and in batches.",
+            end="\n\n",
+        )
     if places.row_count:
         console.print("First divergences, with the logits of one plain forward there:", places, sep="\n")
     return "".join(line.rstrip() + "\n" for line in console.export_text().splitlines())

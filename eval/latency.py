@@ -49,6 +49,7 @@ def main() -> None:
     add("--contexts", help=f"tokens, with commas, default {FULL['contexts']}")
     add("--compile", nargs="?", const=YES, default=NO, choices=list(SETTINGS), help="steps under torch.compile")
     add("--lora", default=BOTH, choices=list(SETTINGS), help="a LoRA at mask rows")
+    add("--head", choices=list(SETTINGS), help="drafts drawn by the sampler head; default both, if there is one")
     add("--lora-rank", type=int, default=16, help="of the random LoRA of a --shape")
     add("--attention", default=GROUPED, help=f"of steps, with commas: {', '.join(ATTENTIONS)}")
     add("--forced-acceptance", type=int, metavar="N", help="an oracle makes every step accept N drafts")
@@ -85,7 +86,8 @@ def report(args: argparse.Namespace) -> None:
                 # compiled code does not tell a base with a LoRA's hooks from one without
                 torch._dynamo.reset()
             for context in plan.contexts:
-                bar.set_description(f"context {context}{', compiled' * variant.compile}{', LoRA' * variant.lora}")
+                on = f"{', compiled' * variant.compile}{', LoRA' * variant.lora}{', head' * variant.head}"
+                bar.set_description(f"context {context}{on}")
                 group = measure_group(subject, variant, context, plan, bound, bar.update)
                 for key, found in group.items():
                     result[key] += found
@@ -137,12 +139,14 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
     usable = ATTENTIONS if device.type == "cuda" else ATTENTIONS[:2]  # FlexAttention has no fast kernel for a CPU
     if not set(attentions) <= set(usable):
         raise ValueError(f"attention: expected some of {', '.join(usable)} on this device, found {args.attention!r}")
+    has_head = args.directory is not None and load_adapter(args.directory).metadata.head is not None
     return Plan(
         variants=[
-            Variant(compile, lora, attention)
+            Variant(compile, lora, attention, head)
             for attention in attentions
             for compile in SETTINGS[args.compile]
             for lora in SETTINGS[args.lora]
+            for head in SETTINGS[args.head or (BOTH if has_head else NO)]
         ],
         contexts=integers("contexts", args.contexts),
         drafted=sorted({0, *(K for K in drafted if forced is None or forced <= K)}),
@@ -162,7 +166,8 @@ def load_subject(args: argparse.Namespace, device: torch.device, max_drafted: in
         assert adapter is not None
         shared, trained = adapter.metadata.mask_sharing == "shared", adapter.metadata.num_speculative_tokens
         masks = adapter.embeddings_for(max_drafted if shared else min(max_drafted, trained))
-        return Subject(model.target, masks.to(model.target.device, model.target.dtype), adapter.lora)
+        masks = masks.to(model.target.device, model.target.dtype)
+        return Subject(model.target, masks, adapter.lora, model.engines.head)
     default = torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = default if args.dtype is None else getattr(torch, args.dtype)
     base = random_model(config_of(args.shape), device, dtype, args.seed)

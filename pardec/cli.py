@@ -1,7 +1,7 @@
 """The command line: `pardec generate`, `pardec chat`, `pardec check` and `pardec tune`.
 
 Imports torch and transformers inside the commands only, so that `--help` is quick.
-Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
+Exit codes: 0 done, 1 a check found a difference that is no tie of the dtype, 2 unusable input.
 """
 
 import json
@@ -12,6 +12,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pardec.cli_options import (
+    AsChat,
+    BaseOption,
+    DeviceOption,
+    Directory,
+    DtypeOption,
+    MinP,
+    Mode,
+    NumSpeculativeTokens,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    TrustRemoteCode,
+)
 from pardec.data.prompt_files import read_prompts
 
 if TYPE_CHECKING:
@@ -30,29 +45,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Decode several exact tokens per forward pass with learned mask tokens.",
 )
-
-Directory = Annotated[str, typer.Argument(help="adapter directory, e.g. runs/quickstart", show_default=False)]
-BaseOption = Annotated[
-    str | None, typer.Option("--base", help="base model, if not the one that the adapter names", show_default=False)
-]
-DeviceOption = Annotated[
-    str | None, typer.Option("--device", help="e.g. cpu, cuda:1; default CUDA where there is one", show_default=False)
-]
-DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="e.g. float32, bfloat16; default float32 on a CPU", show_default=False)
-]
-TopK = Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)]
-TopP = Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)]
-MinP = Annotated[float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)]
-NumSpeculativeTokens = Annotated[
-    int | None,
-    typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
-]
-Temperature = Annotated[float, typer.Option(help="0 is greedy")]
-Mode = Annotated[str, typer.Option(help="fused, two_pass or plain")]
-
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]
 
 
 def main() -> None:
@@ -96,20 +88,16 @@ def generate(
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
-    mode: Mode = "fused",
+    mode: Mode = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     use_head: Annotated[
         bool | None,
-        typer.Option(
-            "--head/--no-head", help="draft with the sampler head; default if there is one", show_default=False
-        ),
+        typer.Option("--head/--no-head", help="draft with the sampler head; default if tuned so", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="decode plain too, side by side in equal time")] = False,
     show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
-    as_chat: Annotated[
-        bool, typer.Option("--chat", help="each prompt is a user's message, rendered by the chat template")
-    ] = False,
+    as_chat: AsChat = False,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -139,9 +127,12 @@ def generate(
             "num_speculative_tokens": num_speculative_tokens,
             "use_head": use_head,
         }
+        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head).mode
         if compare:
             from pardec.race_terminal import run_races
 
+            # beside plain decoding stands what drafts, also where none was chosen
+            mode = mode or ("fused" if chosen_mode == "plain" else chosen_mode)
             identical = run_races(model, prompts, given, mode, options, as_json=as_json)
             # sampled texts differ by design: they follow one law, not one stream of random numbers
             sys.exit(0 if temperature > 0 or identical else 1)
@@ -149,7 +140,7 @@ def generate(
             if as_json:
                 print(json.dumps(as_object(text, model.generate(asked, mode=mode, **options))), flush=True)
             else:
-                print_stream(model, asked, mode, options, show_drafts)
+                print_stream(model, asked, chosen_mode, options, show_drafts)
 
 
 @app.command()
@@ -164,7 +155,7 @@ def chat(
     top_p: TopP = None,
     min_p: MinP = None,
     seed: Seed = None,
-    mode: Mode = "fused",
+    mode: Mode = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
     base: BaseOption = None,
@@ -190,7 +181,8 @@ def chat(
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
         }
-        run_chat(Chat(model, system, options), mode, as_json=as_json)
+        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None).mode
+        run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)
 
 
 @app.command()
@@ -224,10 +216,11 @@ def tune(
     prompt_file: Annotated[
         str | None,
         typer.Option(
-            help="prompts to measure on, as in generate; default the standard prompts of the validation split",
+            help="prompts to measure on, also with `turns` as MT-Bench has them; default standard ones, which are code",
             show_default=False,
         ),
     ] = None,
+    as_chat: AsChat = False,
     num_prompts: Annotated[
         int | None,
         typer.Option(help="default 16 standard prompts, with --quick 4, or all of --prompt-file", show_default=False),
@@ -246,34 +239,39 @@ def tune(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="to tune in; of several, such as float32,bfloat16, also the fastest", show_default=False),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Measure this device, choose how many tokens to draft for the most tokens/s, and keep the choice."""
+    """Measure this device, choose how to decode for the most tokens/s, and keep the choice."""
     from pardec.run import exit_on_unusable_input
 
     with exit_on_unusable_input():
-        texts = None if prompt_file is None else _prompts(None, None, prompt_file)
-        model = _load(directory, base, device, dtype, trust_remote_code, compile)
+        source = _prompts(None, None, prompt_file) if prompt_file == "-" else prompt_file
+        dtypes = [None] if dtype is None else dict.fromkeys(dtype.split(","))
+        models = [_load(directory, base, device, one, trust_remote_code, compile) for one in dtypes]
 
         from pardec.tuning.measuring import QUICK, Effort
-        from pardec.tuning.tune import prompts_to_tune_on, show_report, tune
+        from pardec.tuning.report import show_reports
+        from pardec.tuning.tune import prompts_to_tune_on, tune_each
 
-        if num_prompts is None and texts is None:
+        if num_prompts is None and source is None:
             num_prompts = max(4 if quick else 16, batch_size)
         if max_new_tokens is None:
             max_new_tokens = 32 if quick else 128
-        report = tune(
-            model,
+        reports, by_dtype = tune_each(
+            models,
             directory,
-            prompts_to_tune_on(model, texts, num_prompts),
+            prompts_to_tune_on(models[0], source, num_prompts, as_chat=as_chat),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             temperature=temperature,
             top_k=top_k,
             effort=QUICK if quick else Effort(),
         )
-        show_report(report, as_json=as_json, picture=None if picture is None else Path(picture))
+        show_reports(reports, by_dtype, as_json=as_json, picture=None if picture is None else Path(picture))
 
 
 def _prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:

@@ -89,7 +89,7 @@ def generate_for_transformers(
     past_key_values,
     other_inputs: Mapping[str, object],
     num_speculative_tokens: int | None,
-    mode: str,
+    mode: str | None,
     use_head: bool | None,
     streamer,
 ) -> Tensor | GenerateDecoderOnlyOutput:

@@ -9,16 +9,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import load_adapter
-from pardec.adapters.tuned import read_tuned
-from pardec.arguments import flag
+from pardec.adapters.packaged import tuned_folder
+from pardec.adapters.tuned import TUNED_FILE, fastest_dtype, read_tuned
+from pardec.arguments import flag, known_dtype
 from pardec.decoding.probe import probe, probe_head
 from pardec.errors import short, shown
 from pardec.model import SelfSpeculativeModel
-from pardec.run import device_name
-from pardec.target.base import load_base, load_tokenizer, refuse_by_config
+from pardec.run import device_name, has_bfloat16
+from pardec.target.base import device_or_default, load_base, load_tokenizer, refuse_by_config
 from pardec.target.fingerprint import differences, fingerprint
 from pardec.target.forward import UnsupportedModelError, embedding_weight
 from pardec.target.placement import META, is_offloaded, refuse_by_placement
+
+TUNED = "tuned"  # instead of a dtype
 
 
 def load(
@@ -37,7 +40,8 @@ def load(
         directory: of the adapter.
         base: folder, hub name or loaded model; default the base that the adapter names.
         device: default CUDA where there is one, else the CPU.
-        dtype: default float32 on a CPU, the checkpoint's own on CUDA.
+        dtype: default float32 on a CPU, the checkpoint's own on CUDA; `tuned` for the one in which `pardec tune` found
+            this adapter fastest on this device.
         attn_implementation: `sdpa` or `eager`; default what transformers chooses.
         compile: compile the steps with torch.compile (inductor): the first call takes minutes, later ones are
             faster on CUDA; on a CPU packed weights, which it replaces, measured as fast.
@@ -54,6 +58,8 @@ def load(
         raise ValueError(f"base: expected a folder, a hub name or a loaded model, found {shown(base)}")
     adapter = load_adapter(directory)
     reference = adapter.metadata.base
+    if isinstance(dtype, str) and dtype == TUNED:
+        dtype = _tuned_dtype(directory, adapter, device, compile)
     options = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     if base is None or isinstance(base, str):
         name = reference.name if base is None else base
@@ -73,11 +79,31 @@ def load(
     model.tuned = read_tuned(
         directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files
     )
+    if loaded.device.type == "cpu" and model.target.dtype == torch.bfloat16 and not has_bfloat16(loaded.device):
+        warnings.warn("dtype: expected a CPU with instructions for bfloat16, found none: it is slow here", stacklevel=2)
     masks, D = adapter.mask_embeddings, model.target.embedding_dim
     if masks is not None and masks.shape[1] != D:
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
     _probe(model)
     return model
+
+
+def _tuned_dtype(
+    directory: str | Path, adapter: Adapter, device: str | torch.device | None, compile: bool
+) -> torch.dtype:
+    """The dtype in which the adapter was fastest on the device.
+
+    Raises:
+        ValueError: where dtypes were not compared there.
+    """
+    name = device_name(device_or_default(device))
+    found = fastest_dtype(directory, name, compile, files=adapter.metadata.files)
+    if found is None:
+        raise ValueError(
+            f"dtype: expected dtypes that `pardec tune {directory} --dtype float32,bfloat16` has compared on this "
+            f"device ({name}), found none in {tuned_folder(directory) / TUNED_FILE}"
+        )
+    return known_dtype(found)
 
 
 def _refuse_another_base(

@@ -74,7 +74,7 @@ class SelfSpeculativeModel:
 
     @property
     def tuned(self) -> TunedChoice | None:
-        """The choice of `pardec tune` for this device, used where no num_speculative_tokens is asked for."""
+        """The choice of `pardec tune` for this device and dtype, used where nothing else is asked for than its mode."""
         return self.engines.tuned
 
     @tuned.setter
@@ -115,7 +115,7 @@ class SelfSpeculativeModel:
         min_p: float | None = None,
         seed: int | None = None,
         num_speculative_tokens: int | None = None,
-        mode: str = "fused",
+        mode: str | None = None,
         num_return_sequences: int = 1,
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
@@ -133,13 +133,14 @@ class SelfSpeculativeModel:
             top_p: keep the likeliest tokens that sum to p.
             min_p: keep tokens at least min_p times as likely as the likeliest.
             seed: of the one generator that all rows draw from; None for torch's global one.
-            num_speculative_tokens: K; 0 is plain decoding. Default what `pardec tune` chose for this device, else
-                what the adapter was trained with.
-            mode: `plain`, `two_pass` or `fused`.
+            num_speculative_tokens: K; 0 is plain decoding. Default what `pardec tune` chose for this device and dtype
+                in this mode, else what the adapter was trained with.
+            mode: `plain`, `two_pass` or `fused`; default what `pardec tune` chose, else fused.
             num_return_sequences: continuations per prompt, next to each other; they share its prefill.
             block_lengths: instead of K, how many tokens a fused step drafts behind 0, 1, .. K accepted ones: K + 1
                 numbers of which K is the largest.
-            use_head: draw the drafts one after another with the sampler head; default if the adapter has one.
+            use_head: draw the drafts one after another with the sampler head; default if the adapter has one and
+                `pardec tune` did not choose to leave it out.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
@@ -172,7 +173,7 @@ class SelfSpeculativeModel:
         min_p: float | None = None,
         seed: int | None = None,
         num_speculative_tokens: int | None = None,
-        mode: str = "fused",
+        mode: str | None = None,
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
         kept: KeptCache | None = None,
@@ -259,7 +260,7 @@ class SelfSpeculativeModel:
         stopping_criteria,
         generation_config,
         num_speculative_tokens: int | None = None,
-        mode: str = "fused",
+        mode: str | None = None,
         use_head: bool | None = None,
         **model_inputs,
     ):

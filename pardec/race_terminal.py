@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -15,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pardec.console import as_object
+from pardec.console import as_object, tie_of
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, pieces_of
 from pardec.decoding.stats import pool
 from pardec.errors import short
@@ -26,8 +27,30 @@ _SECONDS_PER_FRAME = 0.1  # drawn between steps, when no clock runs; more often 
 _FEWEST_COLUMNS = 80  # of two panels next to each other
 _WARM_UP_TOKENS = 8
 
-# what plain decoding and the other mode gave for one prompt
-Pair = tuple[GenerationOutput, GenerationOutput]
+
+@dataclass(frozen=True)
+class Pair:
+    """What plain decoding and the other mode gave for one prompt.
+
+    Attributes:
+        plain: of plain decoding.
+        drafted: of the other.
+        tie: the first difference of greedy tokens in words, if it is one that the dtype's rounding decides.
+    """
+
+    plain: GenerationOutput
+    drafted: GenerationOutput
+    tie: str | None
+
+    @property
+    def identical(self) -> bool:
+        """Whether the tokens are the same."""
+        return self.plain.token_ids == self.drafted.token_ids
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as plain decoding the other was."""
+        return self.drafted.stats.tokens_per_second / self.plain.stats.tokens_per_second
 
 
 def run_races(
@@ -50,7 +73,7 @@ def run_races(
         as_json: one object a prompt instead of text and a table.
 
     Returns:
-        Whether all tokens were the same.
+        Whether all tokens were the same, ties aside.
     """
     console, pairs = Console(highlight=False), []
     few = {**options, "max_new_tokens": min(_WARM_UP_TOKENS, options["max_new_tokens"])}
@@ -64,17 +87,25 @@ def run_races(
         else:
             for _ in race(lanes):
                 pass
-        plain, drafted = (_ended(lane) for lane in lanes)
-        pairs.append((plain, drafted))
+        pair = _paired(model, prompt, lanes, is_sampled=bool(options["temperature"]))
+        pairs.append(pair)
         if as_json:
-            both = {"plain": as_object(text, plain), mode: as_object(text, drafted)}
-            found = {"identical": _same(pairs[-1]), "ratio_to_plain": _ratio(pairs[-1])}
-            print(json.dumps(both | found), flush=True)
+            both = {"plain": as_object(text, pair.plain), mode: as_object(text, pair.drafted)}
+            said = {"identical": pair.identical, "is_tie": pair.tie is not None, "ratio_to_plain": pair.ratio}
+            print(json.dumps(both | said), flush=True)
         elif not console.is_terminal:
-            console.print(drafted.text[0], markup=False)
+            console.print(pair.drafted.text[0], markup=False)
     if not as_json:
         _print_summary(console, pairs, mode, is_sampled=bool(options["temperature"]))
-    return all(map(_same, pairs))
+    return all(pair.identical or pair.tie for pair in pairs)
+
+
+def _paired(model: SelfSpeculativeModel, prompt: str | list[int], lanes: Sequence[Lane], *, is_sampled: bool) -> Pair:
+    plain, drafted = (_ended(lane) for lane in lanes)
+    pair = Pair(plain, drafted, None)
+    if pair.identical or is_sampled:
+        return pair
+    return replace(pair, tie=tie_of(model, prompt, drafted.token_ids[0], plain.token_ids[0]))
 
 
 class _Track:
@@ -152,10 +183,12 @@ def _print_summary(console: Console, pairs: Sequence[Pair], mode: str, *, is_sam
     """The table over all prompts, the ratio, and whether the tokens were the same."""
     lengths = ("mean acceptance\nlength", "tokens\nper step")
     table = Table("mode", "new\ntokens", "forwards", *lengths, "tokens/s", "ratio to\nplain")
-    ratios = [_ratio(pair) for pair in pairs]
-    for name, outs, factor in zip(
-        ("plain", mode), zip(*pairs, strict=True), (1.0, statistics.median(ratios)), strict=True
-    ):
+    ratios = [pair.ratio for pair in pairs]
+    rows = (
+        ("plain", [pair.plain for pair in pairs], 1.0),
+        (mode, [pair.drafted for pair in pairs], statistics.median(ratios)),
+    )
+    for name, outs, factor in rows:
         stats = pool([one for out in outs for one in out.counts], sum(out.stats.seconds for out in outs))
         table.add_row(
             name,
@@ -169,11 +202,14 @@ def _print_summary(console: Console, pairs: Sequence[Pair], mode: str, *, is_sam
     console.print(table)
     if len(pairs) > 1:
         console.print(f"ratio: the median of {len(pairs)} prompts, from {min(ratios):.2f} to {max(ratios):.2f}")
-    different = [str(number) for number, pair in enumerate(pairs, start=1) if not _same(pair)]
-    same = "yes"
-    if different:
-        where = f", prompt {', '.join(different)}" if len(pairs) > 1 else ""
-        same = f"no{where}" + (" (sampled: the law is the same, not the draw)" if is_sampled else "")
+    different = [(number, pair.tie) for number, pair in enumerate(pairs, start=1) if not pair.identical]
+    said = []
+    for number, tie in different:
+        where = f"prompt {number}: " if len(pairs) > 1 else ""
+        said.append(where + ("no" if tie is None else f"up to {tie}"))
+    same = ", ".join(said) if said else "yes"
+    if said and is_sampled:
+        same = "no (sampled: the law is the same, not the draw)"
     console.print(f"same tokens as plain: {same}")
     if console.is_terminal:
         console.print("green: drafted tokens that were accepted", style="dim")
@@ -182,12 +218,3 @@ def _print_summary(console: Console, pairs: Sequence[Pair], mode: str, *, is_sam
 def _ended(lane: Lane) -> GenerationOutput:
     assert lane.out is not None
     return lane.out
-
-
-def _same(pair: Pair) -> bool:
-    return pair[0].token_ids == pair[1].token_ids
-
-
-def _ratio(pair: Pair) -> float:
-    plain, drafted = (out.stats.tokens_per_second for out in pair)
-    return drafted / plain

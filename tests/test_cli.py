@@ -1,18 +1,26 @@
 """The command line: what it prints, and its exit codes 0, 1 and 2."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from greedy_oracle import plain_generate
 from typer.testing import CliRunner
 
+import pardec
 from pardec.adapters.files import save_adapter
+from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 from pardec.cli import app, main
 from pardec.data.prompt_files import read_prompts
+from pardec.decoding.probe_step import text_of
 from pardec.model import SelfSpeculativeModel
+from pardec.run import device_name
+from pardec.target.base import load_tokenizer
 
 K = 2
 
@@ -132,6 +140,43 @@ def test_compare_ends_with_1_where_the_tokens_differ(saved, monkeypatch):
     assert "DIFFERENT" in check.stdout
 
 
+def test_a_tie_of_the_dtype_is_told_and_no_difference(saved, monkeypatch):
+    from pardec import console
+    from pardec.measures.divergence import Divergence
+
+    honest, honest_stream = SelfSpeculativeModel.generate, SelfSpeculativeModel.stream
+
+    def another_token(self, prompts, **options):
+        return changed(honest(self, prompts, **options), options["mode"])
+
+    def another_streamed_token(self, prompt, **options):
+        return changed((yield from honest_stream(self, prompt, **options)), options["mode"])
+
+    def changed(out, mode):
+        if mode == "fused":
+            out.token_ids[0][3] += 1
+        return out
+
+    def divergence(base, prompt, ids, found, plain):
+        assert (ids[0], found[3]) == (honest_ids[0], plain[3] + 1)
+        return Divergence("", 3, (found[3], plain[3]), 0.1, 0.01, 0.1, 0.1, 0.2, explained)
+
+    monkeypatch.setattr(SelfSpeculativeModel, "generate", another_token)
+    monkeypatch.setattr(SelfSpeculativeModel, "stream", another_streamed_token)
+    monkeypatch.setattr(console, "divergence_from", divergence)
+    arguments = ["generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--compare", "--mode", "fused"]
+    for explained, code, words in ((True, 0, "up to a tie of float32 at token 3"), (False, 1, "no")):
+        honest_ids = load_tokenizer("tiny-python")("def main():").input_ids
+        result = run(*arguments)
+        assert (result.exit_code, f"same tokens as plain: {words}\n" in result.stdout) == (code, True), result.stdout
+        found = json.loads(run(*arguments, "--json").stdout)
+        assert (found["identical"], found["is_tie"]) == (False, explained)
+        honest_ids = text_of(pardec.load(saved).target, 12).tolist()
+        check = run("check", saved)
+        assert check.exit_code == code
+        assert ("identical to plain up to a tie of float32 at token 3" in shown(check)) is explained
+
+
 def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, expected, monkeypatch):
     import pardec
     from pardec import cli
@@ -187,6 +232,32 @@ def test_check_says_what_stands_at_draft_rows_and_names_the_head(save):
     noise = shown(run("check", save(lora_rank=2, draft_input="uniform_noise")))
     assert "random tokens at draft rows 2 " in noise
     assert "mask tokens" not in noise
+
+
+def test_the_mode_that_was_tuned_is_used_and_another_one_if_asked_for(saved, tmp_path, expected):
+    folder = tmp_path / "tuned"
+    shutil.copytree(saved, folder)
+    facts = (weights_of(folder), 1.0, 2.0, 2.0, 1.0, [0.5, 0.5])
+    choice = TunedChoice(device_name(torch.device("cpu")), "float32", False, (1, 1), *facts, mode="two_pass")
+    write_tuned(folder, choice)
+    arguments = ["generate", str(folder), "--prompt", "def main():", "--max-new-tokens", "12"]
+
+    def drafted(*more: str) -> tuple[float, bool]:
+        """Drafted tokens per step, and whether a step takes two forwards."""
+        found = json.loads(run(*arguments, "--json", *more).stdout)
+        stats, num_steps = found["stats"], len(found["stats"]["accepted_per_step"])
+        assert found["token_ids"] == expected[0]
+        return stats["num_draft_tokens"] / num_steps, stats["num_forwards"] > num_steps + 1
+
+    assert drafted() == (1, True)
+    assert drafted("--mode", "fused") == drafted("--num-speculative-tokens", "2") == (K, False)
+    assert drafted("--mode", "plain") == (0, False)
+    assert "two_pass" in json.loads(run(*arguments, "--compare", "--json").stdout)
+    shown_drafts = run(*arguments, "--show-drafts").stdout
+    assert expected[1] in re.sub(r"\x1b\[[0-9;]*m", "", shown_drafts)
+    write_tuned(folder, replace(choice, block_lengths=(0,)))
+    assert drafted() == (0, False)
+    assert json.loads(run(*arguments, "--compare", "--json").stdout)["fused"]["stats"]["num_draft_tokens"]
 
 
 def test_the_head_can_be_left_out(save, monkeypatch):

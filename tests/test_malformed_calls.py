@@ -80,7 +80,7 @@ FIT = {
     "min_p": {"none", "zero", "one", "numpy float"},
     "seed": {"none", "zero", *INTEGERS},
     "num_speculative_tokens": {"none", "zero", *INTEGERS},
-    "mode": set(),
+    "mode": {"none"},
     "num_return_sequences": INTEGERS,
     "block_lengths": {"none"},
     "use_head": {"none", "false"},

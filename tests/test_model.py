@@ -1,6 +1,7 @@
 """The public API: forms of input, refusals, loading, streaming, and the door from transformers' generate."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -185,6 +186,19 @@ def test_load_finds_the_packaged_base_and_generates(saved, tiny_base):
 def test_a_copy_of_the_base_in_another_dtype_loads(saved, dtype):
     model = pardec.load(saved, dtype=dtype)
     assert model.generate([1, 2, 3], max_new_tokens=4).stats.num_new_tokens == 4
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_on_a_cpu_without_instructions_for_it_is_warned_of(saved, monkeypatch, has, recwarn):
+    monkeypatch.setattr("pardec.loading.has_bfloat16", lambda device: has)
+    pardec.load(saved)
+    assert not recwarn
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        pardec.load(saved, dtype="bfloat16")
+    told = [str(one.message) for one in recwarn]
+    warning = "dtype: expected a CPU with instructions for bfloat16, found none: it is slow here"
+    assert told == ([] if has else [warning])
 
 
 def test_a_float16_copy_of_a_float32_base_loads_and_a_finetuned_one_does_not(llama, tmp_path):

@@ -143,7 +143,7 @@ def test_several_prompts_are_summed_and_the_ratio_is_their_median(run, tmp_path,
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in (PROMPT, "import ", "class A:")))
     ratios = iter((1.0, 3.0, 2.0))
-    monkeypatch.setattr(race_terminal, "_ratio", lambda pair: next(ratios))
+    monkeypatch.setattr(race_terminal.Pair, "ratio", property(lambda pair: next(ratios)))
     screen = terminal(100, 25)
     assert run("--prompt-file", str(prompts)).exit_code == 0
     summary = screen.text[screen.text.index("ratio to") :]
@@ -163,10 +163,10 @@ def test_a_pipe_gets_the_text_and_the_summary_without_codes(model, run):
 def test_the_prompts_whose_tokens_differ_are_named(run, monkeypatch, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "def main():"}\n{"prompt": "import "}\n')
-    monkeypatch.setattr(race_terminal, "_same", lambda pair: False)
+    monkeypatch.setattr(race_terminal.Pair, "identical", property(lambda pair: False))
     result = run("--prompt-file", str(prompts))
     assert result.exit_code == 1
-    assert "same tokens as plain: no, prompt 1, 2" in result.stdout
+    assert "same tokens as plain: prompt 1: no, prompt 2: no" in result.stdout
     sampled = run("--prompt-file", str(prompts), "--temperature", "1")
     assert sampled.exit_code == 0
     assert "(sampled: the law is the same, not the draw)" in " ".join(sampled.stdout.split())

@@ -1,6 +1,7 @@
 """What stands around every program: one line for what cannot be used, and none where nobody listens."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from programs import ROOT
 from safetensors import SafetensorError
 
 import pardec.run
-from pardec.run import exit_on_unusable_input, save_tensors
+from pardec.run import exit_on_unusable_input, has_bfloat16, save_tensors
 
 WRITES = "from pardec.run import exit_on_unusable_input\nwith exit_on_unusable_input():\n    {}\n"
 
@@ -21,6 +22,20 @@ def start(body: str, **options) -> subprocess.CompletedProcess:
     code = WRITES.format(body.replace("\n", "\n    "))
     options = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT} | options
     return subprocess.run([sys.executable, "-c", code], text=True, check=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "has"),
+    [({"avx512_bf16": True, "amx_bf16": False}, True), ({"avx512_bf16": False}, False), ({"amx_bf16": True}, True)],
+)
+def test_a_cpu_says_whether_it_has_instructions_for_bfloat16(monkeypatch, capabilities, has):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert has_bfloat16(torch.device("cpu")) is has
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not has)
+    assert has_bfloat16(torch.device("cpu")) is not has
+    assert not has_bfloat16(torch.device("meta"))
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, SafetensorError])

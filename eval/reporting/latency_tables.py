@@ -34,7 +34,7 @@ NOTES = (
 
 
 def tables_of(result: dict) -> list[TextTable]:
-    """A table for every context, compile setting and attention; then the profiles."""
+    """A table for every context, compile setting, attention and use of a head; then the profiles."""
     has_forced = result["forced_acceptance"] is not None
     header = (*HEADER, *FORCED_HEADER) if has_forced else HEADER
     measured = [("", header, row, _cells(row, has_forced)) for row in result["rows"]]
@@ -48,7 +48,8 @@ def tables_of(result: dict) -> list[TextTable]:
 
 
 def _setting(row: dict) -> str:
-    return f"{'compiled' if row['compile'] else 'not compiled'}, {row['attention']} attention"
+    head = ", drafts drawn by the head" if row["head"] else ""
+    return f"{'compiled' if row['compile'] else 'not compiled'}, {row['attention']} attention{head}"
 
 
 def _cells(row: dict, has_forced: bool) -> list[str]:
@@ -128,7 +129,8 @@ def _by_text(places: list[dict], key: str) -> dict[str, str]:
         rows, contexts = (sorted({one[name] for one in here if name in one}) for name in ("rows", "context"))
         words = [f"rows {', '.join(map(str, rows))}" if rows else "all rows"]
         words.append(f"at context {', '.join(map(str, contexts))}")
-        words += [name for name, flag in (("with LoRA", "lora"), ("compiled", "compile")) if all(p[flag] for p in here)]
+        flags = (("with LoRA", "lora"), ("with head", "head"), ("compiled", "compile"))
+        words += [name for name, flag in flags if all(p[flag] for p in here)]
         found[text] = " ".join(words)
     return found
 

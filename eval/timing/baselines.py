@@ -113,9 +113,10 @@ def ways_for(
             else:
                 ways.append(own(name="fused", mode="fused", num_speculative_tokens=k))
         if model.tuned is None:
-            left_out.append({"way": "fused tuned", "adapter": label, "reason": NO_TUNED_CHOICE})
+            left_out.append({"way": "tuned", "adapter": label, "reason": NO_TUNED_CHOICE})
         else:
-            ways.append(own(name="fused tuned", mode="fused", block_lengths=tuple(model.tuned.block_lengths)))
+            mode, blocks = model.tuned.mode, tuple(model.tuned.block_lengths)
+            ways.append(own(name=f"{mode} tuned", mode=mode, block_lengths=blocks))
     ways.append(generate_way(base, setting, name="generate"))
     if base.device.type == "cuda":
         ways.append(generate_way(base, setting, name="generate static", static_cache=True))
@@ -147,7 +148,7 @@ def pardec_way(
         setting: how tokens are chosen.
         mode: `plain`, `two_pass` or `fused`.
         num_speculative_tokens: K; None in plain mode, or with block_lengths.
-        block_lengths: of the tuned choice, which fused mode makes by itself where no K is asked for.
+        block_lengths: of the tuned choice, which its mode makes by itself where no K is asked for, as it does the head.
     """
     blocks = block_lengths or full_blocks(num_speculative_tokens or 0)
     K = len(blocks) - 1
@@ -169,7 +170,7 @@ def pardec_way(
         return Decoded(out.token_ids, steps, steps * rows_per_step, stats.num_drafts, stats.num_accepted_tokens)
 
     shown = None if mode == "plain" else K
-    return Way(name, decode, model_bytes(model.base_model), adapter, shown, block_lengths)
+    return Way(name, decode, model_bytes(model.base_model), adapter, shown, block_lengths if mode == "fused" else None)
 
 
 def generate_way(base: PreTrainedModel, setting: Setting, *, name: str, static_cache: bool = False) -> Way:

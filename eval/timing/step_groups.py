@@ -5,7 +5,7 @@ Knows no command line and no files. Legend: K num_speculative_tokens.
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -92,7 +92,7 @@ def measure_group(
         ready for JSON: `rows`, one for every row count; `profiles`, the same, where steps were profiled; `left_out`,
             row counts that could not be measured, with the reason.
     """
-    place = {"context": context, "compile": variant.compile, "lora": variant.lora, "attention": variant.attention}
+    place = {"context": context} | asdict(variant)
     reason = _why_not(subject, variant)
     if reason is not None:
         return {"left_out": [place | {"reason": reason}]}
@@ -130,6 +130,8 @@ def measure_group(
 def _why_not(subject: Subject, variant: Variant) -> str | None:
     if variant.lora and subject.lora is None:
         return "the adapter has no LoRA"
+    if variant.head and subject.drafter is None:
+        return "the adapter has no sampler head"
     takes_it = subject.facts.query_group is not None
     if variant.attention == FLEX:
         takes_it &= subject.target.attention.layer_types == (FULL,)

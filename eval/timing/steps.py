@@ -14,6 +14,7 @@ from timing.clock import seconds_of
 from torch import Tensor
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
+from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, Progress
 from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.rows import RowForward
@@ -40,11 +41,13 @@ class Variant:
         compile: under torch.compile.
         lora: added at mask rows; plain steps have none.
         attention: `grouped`, the engine's own route, `stock`, the model's, or `flex`, which is only here to compare.
+        head: draws the drafts; plain steps have none.
     """
 
     compile: bool
     lora: bool
     attention: str
+    head: bool = False
 
 
 @dataclass
@@ -55,11 +58,13 @@ class Subject:
         target: the base.
         mask_embeddings: shape [K, D] for the largest K, in the target's dtype and device.
         lora: for every linear layer, or None.
+        drafter: the sampler head, or None.
     """
 
     target: TargetModel
     mask_embeddings: Tensor
     lora: LoraWeights | None
+    drafter: HeadDrafter | None = None
     _packed: dict[bool, PackedLinears] = field(default_factory=dict)
 
     @cached_property
@@ -76,6 +81,7 @@ class Subject:
         """A greedy engine that never meets EOS; K = 0 is plain decoding, which has no adapter."""
         K = num_speculative_tokens
         gate = self.gate if K and variant.lora else None
+        head = self.drafter if K and variant.head else None
         device = self.target.device
         rows = RowForward
         if variant.attention == FLEX:
@@ -89,9 +95,11 @@ class Subject:
             linears=None if variant.compile else self._linears(gate),
             query_group=None if variant.attention == STOCK else self.facts.query_group,
             compile_step=compiled if variant.compile else None,
+            tap=None if head is None else head.tap,
         )
         no_eos = torch.empty(0, dtype=torch.long, device=device)
-        decoder = Decoder(forward, "fused" if K else "plain", K, TokenLaw(greedy=True), max_new_tokens, no_eos)
+        mode = "fused" if K else "plain"
+        decoder = Decoder(forward, mode, K, TokenLaw(greedy=True), max_new_tokens, no_eos, head=head)
         return Engine(decoder, self.facts.bytes_per_slot, captured=device.type == "cuda")
 
     def prepare(self, variant: Variant) -> None:

@@ -1,4 +1,4 @@
-"""`tuned.json` beside an adapter: which shape of the fused step `pardec tune` chose for it, by device.
+"""`tuned.json` beside an adapter: which way to decode `pardec tune` chose for it, by device and dtype.
 
 Knows JSON and the adapter's files; no model, no clock.
 """
@@ -9,14 +9,16 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
+from pardec.adapters.packaged import tuned_folder
 from pardec.errors import problem, shown
-from pardec.layout import BlockLengths, check_block_lengths
+from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
 
 TUNED_FILE = "tuned.json"
 FORMAT_VERSION = 1
@@ -30,7 +32,7 @@ class TunedChoice:
         device: name of the GPU, or of the CPU with its number of threads.
         dtype: of the base, e.g. `float32`.
         compile: whether steps were compiled.
-        block_lengths: the chosen shape; (0,) where plain decoding was fastest.
+        block_lengths: the chosen shape; K everywhere for two_pass, (0,) where plain decoding was fastest.
         weights: sha256 of the adapter's files that the choice belongs to, by name.
         ms_per_step: measured of the chosen shape.
         predicted_tokens_per_second: of the chosen shape, prefill included.
@@ -41,6 +43,9 @@ class TunedChoice:
         top_k: the same.
         batch_size: the same.
         versions: of the libraries.
+        mode: of decoding; of files that do not say, fused, or plain by its block_lengths.
+        use_head: whether the drafts are drawn by the adapter's sampler head, where it has one.
+        by_dtype: tokens/s of what was chosen in each dtype, measured in turn; None where one was tuned by itself.
     """
 
     device: str
@@ -57,9 +62,17 @@ class TunedChoice:
     top_k: int | None = None
     batch_size: int = 1
     versions: dict[str, str] | None = None
+    mode: Literal["plain", "two_pass", "fused"] = "fused"
+    use_head: bool = True
+    by_dtype: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         check_block_lengths(self.block_lengths)
+        if self.block_lengths == PLAIN:
+            object.__setattr__(self, "mode", "plain")
+        K = self.num_speculative_tokens
+        if self.mode != "fused" and self.block_lengths != full_blocks(0 if self.mode == "plain" else K):
+            raise ValueError(f"block_lengths: expected those of {self.mode}, found {shown(list(self.block_lengths))}")
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -92,21 +105,34 @@ def read_tuned(
     return fresh[0] if fresh else None
 
 
+def fastest_dtype(
+    directory: str | Path, device: str, compile: bool = False, *, files: Mapping[str, str] | None = None
+) -> str | None:
+    """The dtype that was fastest on this device when dtypes were last compared; None where none were.
+
+    Arguments and errors as in `read_tuned`.
+    """
+    fresh = _read_fresh(Path(directory), files)
+    compared = [one.by_dtype for one in fresh if (one.device, one.compile) == (device, compile) and one.by_dtype]
+    return max(compared[-1], key=compared[-1].__getitem__) if compared else None
+
+
 def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
     """Adds `choice` to the adapter's file, in place of an older one of its device; returns the file.
 
-    Choices for other devices stay; those for weights that the adapter no longer has go.
+    Choices for other devices stay; those for weights that the adapter no longer has go. That of a packaged adapter is
+    kept in the user's cache.
 
     Raises:
         ValueError: if the file is there and is not one of ours.
         OSError: if the folder cannot be written to.
     """
-    directory = Path(directory)
-    kept = [one for one in _read_fresh(directory) if _key(one) != _key(choice)]
+    kept = [one for one in _read_fresh(Path(directory)) if _key(one) != _key(choice)]
     content = {"format_version": FORMAT_VERSION, "choices": [asdict(one) for one in (*kept, choice)]}
-    path = directory / TUNED_FILE
     check_writable(directory)
-    handle, aside = tempfile.mkstemp(prefix=f".{TUNED_FILE}-", dir=directory)
+    folder = tuned_folder(directory)
+    path = folder / TUNED_FILE
+    handle, aside = tempfile.mkstemp(prefix=f".{TUNED_FILE}-", dir=folder)
     try:
         with os.fdopen(handle, "w") as file:
             file.write(json.dumps(content, indent=1) + "\n")
@@ -120,13 +146,16 @@ def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
 
 
 def check_writable(directory: str | Path) -> None:
-    """Raises OSError, saying where, unless a file can be made in `directory`: to be known before long work."""
+    """Raises OSError, saying where, unless a choice can be kept for this adapter: to be known before long work."""
+    folder = tuned_folder(directory)
     try:
-        with tempfile.TemporaryFile(dir=directory):
+        if folder != Path(directory):  # in the user's cache, where it may be the first
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(
-            f"{Path(directory) / TUNED_FILE}: expected an adapter folder that can be written to, found {error.strerror}"
+            f"{folder / TUNED_FILE}: expected an adapter folder that can be written to, found {error.strerror}"
         ) from None
 
 
@@ -147,7 +176,7 @@ def _key(choice: TunedChoice) -> tuple[str, str, bool]:
 
 def _read_fresh(directory: Path, files: Mapping[str, str] | None = None) -> list[TunedChoice]:
     """The choices that belong to the adapter's weights as they are now."""
-    path = directory / TUNED_FILE
+    path = tuned_folder(directory) / TUNED_FILE
     if not path.exists():
         return []
     try:

@@ -41,6 +41,7 @@ def read_prompts(
     split: str,
     num_prompts: int | None,
     max_prompt_tokens: int | None,
+    as_chat: bool = False,
 ) -> list[Prompt]:
     """The prompts of a source, in its order.
 
@@ -56,6 +57,7 @@ def read_prompts(
             None for all.
         max_prompt_tokens: longer prompts lose tokens from their left, a BOS too: the end is what is continued;
             None keeps everything.
+        as_chat: what would be taken as it stands is a user's message instead, rendered by the chat template.
 
     Raises:
         ValueError: for input that cannot be used: `path:line: expected ..., found ...`.
@@ -66,10 +68,12 @@ def read_prompts(
         if value is not None and value < 1:
             raise ValueError(f"{option}: expected an integer >= 1, found {value}")
     if source_folder(source) is not None:
+        if as_chat:
+            raise ValueError(f"chat: expected a file of prompts, found {source}, which is code to continue")
         rows = held_out_prompts(tokenizer, split, source, num_prompts)
         prompts = [Prompt(ids, "code", f"{source}/{split}/{index}") for index, ids in enumerate(rows)]
     else:
-        prompts = _prompts_of_file(Path(source), tokenizer)
+        prompts = _prompts_of_file(Path(source), tokenizer, as_chat)
     if num_prompts is not None and len(prompts) > num_prompts:
         prompts = [prompts[index * len(prompts) // num_prompts] for index in range(num_prompts)]
     if max_prompt_tokens is None:
@@ -77,21 +81,21 @@ def read_prompts(
     return [replace(one, token_ids=one.token_ids[-max_prompt_tokens:]) for one in prompts]
 
 
-def _prompts_of_file(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def _prompts_of_file(path: Path, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> list[Prompt]:
     if path.is_dir() or not path.exists():
         found = "a directory" if path.is_dir() else "nothing there"
         raise ValueError(f"{path}: expected {STDLIB} or a file of prompts, found {found}")
     content = path.read_bytes()
     if path.suffix.lower() != ".jsonl":
         text = _decoded(content, str(path))
-        return [Prompt(_token_ids(text, tokenizer, str(path)), "text", path.name)]
+        return [Prompt(_token_ids(text, tokenizer, str(path), as_chat), "text", path.name)]
     prompts, names = [], set()
     # only \n ends a line of JSON: str.splitlines would also cut at separators inside of its texts
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             where = f"{path}:{number}"
             row = _json_object(_decoded(line, where), where)
-            one = _prompt_of_row(row, tokenizer, where, f"{path.name}:{number}")
+            one = _prompt_of_row(row, tokenizer, where, f"{path.name}:{number}", as_chat)
             if one.name in names:  # benchmarks that were joined may count from the same number
                 one = replace(one, name=f"{one.name} ({path.name}:{number})")
             names.add(one.name)
@@ -119,7 +123,9 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _prompt_of_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, name: str) -> Prompt:
+def _prompt_of_row(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str, name: str, as_chat: bool
+) -> Prompt:
     """A line of a JSONL file as a prompt; `name` is for rows that bring none."""
     has_turns = {"question_id", "category", "turns"} <= row.keys()
     if has_turns == ("prompt" in row):
@@ -131,9 +137,9 @@ def _prompt_of_row(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, wher
             raise ValueError(f"{where}: expected a category as text, found {str(category)[:60]!r}")
         if not isinstance(turns, list) or not turns:
             raise ValueError(f"{where}: expected turns as a list of texts, found {str(turns)[:60]!r}")
-        ids = _token_ids(turns[0], tokenizer, where, as_chat=True)
+        ids = _token_ids(turns[0], tokenizer, where, as_chat or bool(tokenizer.chat_template))
         return Prompt(ids, category, _identifier(row["question_id"], "question_id", where))
-    ids = _token_ids(row["prompt"], tokenizer, where)
+    ids = _token_ids(row["prompt"], tokenizer, where, as_chat)
     if "task_id" in row:
         return Prompt(ids, "code", _identifier(row["task_id"], "task_id", where))
     return Prompt(ids, "text", name)
@@ -145,13 +151,13 @@ def _identifier(value: object, key: str, where: str) -> str:
     return str(value)
 
 
-def _token_ids(text: object, tokenizer: PreTrainedTokenizerBase, where: str, as_chat: bool = False) -> list[int]:
-    """Token ids of a text, or of the conversation that it opens where the tokenizer has a template for one."""
+def _token_ids(text: object, tokenizer: PreTrainedTokenizerBase, where: str, as_chat: bool) -> list[int]:
+    """Token ids of a text, or of the conversation that it opens."""
     if not isinstance(text, str):
         raise ValueError(f"{where}: expected the prompt as text, found {type(text).__name__}")
     if not text.strip():
         raise ValueError(f"{where}: expected some text to continue, found an empty prompt")
-    if as_chat and tokenizer.chat_template:
+    if as_chat:
         (ids,) = message_ids([{"role": "user", "content": text}], tokenizer)
     else:
         ids = text_ids(text, tokenizer)

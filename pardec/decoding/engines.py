@@ -60,7 +60,7 @@ class Engines:
         head: the adapter's sampler head, or None.
         compile: steps run under torch.compile.
         capture: steps run as CUDA graphs.
-        tuned: used where neither num_speculative_tokens nor block_lengths are asked for.
+        tuned: used where nothing else is asked for than its mode.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter | None, *, compile: bool):
@@ -103,15 +103,23 @@ class Engines:
         return torch.Generator(self.target.device).manual_seed(chosen)
 
     def drafting(
-        self, mode: str, asked: int | None, block_lengths: Sequence[int] | None, use_head: bool | None
+        self, mode: str | None, asked: int | None, block_lengths: Sequence[int] | None, use_head: bool | None
     ) -> Drafting:
         """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
 
         Raises:
             ValueError: for what does not exist, or not together.
         """
-        one_of("mode", mode, MODES)
-        blocks = self._blocks_for(mode, asked) if block_lengths is None else self._checked(mode, asked, block_lengths)
+        if mode is not None:
+            one_of("mode", mode, MODES)
+        tuned = self.tuned
+        if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
+            mode, blocks = tuned.mode, tuple(tuned.block_lengths)
+            use_head = False if use_head is None and not tuned.use_head else use_head
+        else:
+            mode = mode or "fused"
+            is_given = block_lengths is not None
+            blocks = self._checked(mode, asked, block_lengths) if is_given else self._blocks_for(mode, asked)
         head = self.chosen_head(use_head)
         return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head)
 
@@ -122,8 +130,6 @@ class Engines:
             return PLAIN
         if self.adapter is None:
             raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
-        if asked is None and mode == "fused" and self.tuned is not None:
-            return tuple(self.tuned.block_lengths)
         return full_blocks(self.adapter.metadata.num_speculative_tokens if asked is None else asked)
 
     def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int]) -> BlockLengths:

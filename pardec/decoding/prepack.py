@@ -1,9 +1,10 @@
 """Weights packed once for prefill and the few rows of a decoding step, on CPUs.
 
-A CPU's float32 matrix product repacks the weight matrix at every call, which for a handful of rows costs more than
-the product itself. oneDNN takes weights that were packed before. Layers that read the same input become one product,
-and where a LoRA is given its A matrices ride along in it. Packed weights are used inside of prefill and steps only, and
-only by the thread that runs them; whoever runs the base meanwhile gets its own arithmetic.
+A CPU's matrix product repacks the weight matrix at every call, which for a handful of rows costs more than the product
+itself. oneDNN takes weights that were packed before, float32 and, where it has kernels for it, bfloat16. Layers that
+read the same input become one product, and where a LoRA is given its A matrices ride along in it. Packed weights are
+used inside of prefill and steps only, and only by the thread that runs them; whoever runs the base meanwhile gets its
+own arithmetic.
 Legend: R rows, r rank.
 """
 
@@ -23,7 +24,7 @@ _TYPICAL_ROWS = 16
 
 
 class PackedLinears:
-    """Packed copies of the float32 `nn.Linear` layers of a model on a CPU; empty elsewhere.
+    """Packed copies of the float32 and bfloat16 `nn.Linear` layers of a model on a CPU; empty elsewhere.
 
     They take as much memory as the layers themselves, and are left out where that is more than half of what is
     free. `refresh` packs weights that have changed anew.
@@ -203,14 +204,21 @@ def _can_be_packed(module: nn.Linear) -> bool:
         return False
     if type(module.weight) not in (nn.Parameter, Tensor):  # as do quantised weights
         return False
-    on_cpu = module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
-    return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return module.weight.device.type == "cpu" and _has_kernels(module.weight.dtype)
+
+
+def _has_kernels(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there, is switched on and multiplies numbers of this dtype on this CPU."""
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> Tensor:
     """Sums of the bit patterns along rows, each place with a factor of its own: integers, so that nothing is lost."""
-    bits = torch.int64 if tensor.shape[-1] % 2 == 0 else torch.int32
+    row_bytes = tensor.shape[-1] * tensor.element_size()
+    bits = next(word for word in (torch.int64, torch.int32, torch.int16) if row_bytes % word.itemsize == 0)
     words = tensor.contiguous().view(bits)
     factors = _FACTORS[torch.arange(words.shape[-1]) % len(_FACTORS)]
     return (words * factors).sum(dim=-1)

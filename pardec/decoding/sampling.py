@@ -135,7 +135,7 @@ class TokenLaw:
     def argmax(self, logits: Tensor, prefix_of: Callable[[int, int], Tensor] | None = None) -> Tensor:
         """The greedy tokens, shape [B, R]; arguments as in `scores`."""
         if self.is_plain_argmax(logits.dtype):
-            return logits.argmax(dim=-1)
+            return likeliest(logits)
         return self.scores(logits, prefix_of).argmax(dim=-1)
 
     def is_plain_argmax(self, dtype: torch.dtype) -> bool:
@@ -186,7 +186,7 @@ class TokenLaw:
         Greedy decoding needs no q.
         """
         if self.greedy:
-            return logits.argmax(dim=-1), None
+            return likeliest(logits), None
         q = self.probs(logits)
         return sample_from(q, self.generator), q
 
@@ -195,6 +195,13 @@ class TokenLaw:
         for processor in self.processors:
             row = processor(ids, row)  # type: ignore[operator]
         return row[0]
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The argmax over the vocabulary, shape [...] for logits of shape [..., V]; of equal ones the first."""
+    # a CPU looks through 16-bit numbers one by one, which for a large vocabulary takes as long as some layers
+    is_slow = logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16)
+    return (logits.float() if is_slow else logits).argmax(dim=-1)
 
 
 def _exact(value: object) -> str:

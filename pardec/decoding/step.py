@@ -14,7 +14,7 @@ from torch import Tensor
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.prefill import prefill_prompts, prompt_groups
 from pardec.decoding.rows import RowForward, RowPlan
-from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import verify_greedy, verify_sample
 from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
@@ -200,7 +200,7 @@ class Decoder:
         # the argmax of all rows at once; processors and float64 models need scores of the real rows, a head of a block
         best = None
         if self.law.is_plain_argmax(logits.dtype):
-            best = (logits if self.head is None else logits[:, : K + 1]).argmax(dim=-1)
+            best = likeliest(logits if self.head is None else logits[:, : K + 1])
         real = (logits if best is None else best)[:, : K + 1]
         tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
         state.mark(num_accepted)

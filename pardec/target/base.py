@@ -72,7 +72,7 @@ def load_base(
     if not name:
         raise ValueError("base: expected a folder or hub name, found ''")
     path = resolve_base(name)
-    where = usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    where = device_or_default(device)
     if dtype is None:
         dtype = torch.float32 if where.type == "cpu" else "auto"
     elif not isinstance(dtype, str) or dtype != "auto":
@@ -105,6 +105,15 @@ def load_base(
     if not hasattr(base, "hf_device_map"):
         base = base.to(where)  # type: ignore[arg-type]
     return base.eval().requires_grad_(False)
+
+
+def device_or_default(device: object) -> torch.device:
+    """The device of that name, by default CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: for a device that is none of this machine.
+    """
+    return usable_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
 
 
 def load_tokenizer(

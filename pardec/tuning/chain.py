@@ -86,6 +86,23 @@ def expected_steps(conditional: ArrayLike, block_lengths: Sequence[int], num_tok
     return found
 
 
+def expected_rounds(conditional: ArrayLike, num_tokens: int) -> np.ndarray:
+    """Expected rounds of two_pass that emit the first n tokens after that of prefill, n = 0..num_tokens.
+
+    A round emits a token of the target's own, the accepted drafts and a bonus token; it drafts K in any case.
+
+    Args:
+        conditional: shape [K].
+        num_tokens: shape of the result less one.
+    """
+    chances = _first_step(_table(conditional, np.asarray(conditional).shape[-1]))
+    found = np.zeros(num_tokens + 1)
+    for n in range(1, num_tokens + 1):
+        left = np.maximum(n - 2 - np.arange(len(chances)), 0)
+        found[n] = 1 + chances @ found[left]
+    return found
+
+
 def _table(conditional: ArrayLike, K: int) -> np.ndarray:
     table = np.asarray(conditional, dtype=float)
     if table.ndim == 1 and table.shape[0] >= K:

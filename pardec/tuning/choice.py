@@ -1,17 +1,51 @@
-"""Which shape of the fused step to use on a device: cost by rows, prediction, choice.
+"""Which way to decode on a device: cost by rows, prediction, choice.
 
 Knows numbers only; no model, no clock.
-Legend: a shape is given by its block_lengths, see `pardec.layout`; (0,) is plain decoding.
+Legend: K num_speculative_tokens; a shape is given by its block_lengths, see `pardec.layout`; (0,) is plain decoding.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pardec.layout import PLAIN, BlockLengths
-from pardec.tuning.chain import expected_steps, expected_tokens_per_step, num_rows
+from pardec.layout import PLAIN, BlockLengths, full_blocks
+from pardec.tuning import chain
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to decode.
+
+    Attributes:
+        mode: `plain`, `two_pass` or `fused`.
+        block_lengths: of a fused step; K everywhere for two_pass, (0,) for plain.
+        use_head: whether drafts are drawn by the adapter's sampler head, where it has one.
+    """
+
+    mode: Literal["plain", "two_pass", "fused"]
+    block_lengths: BlockLengths
+    use_head: bool = True
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """K; 0 for plain decoding."""
+        return len(self.block_lengths) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a step, in two_pass of its two forwards together."""
+        return 2 * len(self.block_lengths) if self.mode == "two_pass" else chain.num_rows(self.block_lengths)
+
+
+PLAIN_WAY = Way("plain", PLAIN)
+
+
+def full_chain(num_speculative_tokens: int, use_head: bool = True) -> Way:
+    """The fused step that drafts K tokens whatever was accepted."""
+    return Way("fused", full_blocks(num_speculative_tokens), use_head)
 
 
 def monotone_cost(measured_ms: Mapping[int, float], rows: int) -> float:
@@ -54,33 +88,40 @@ class Workload:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape and what is predicted for it.
+    """A way and what is predicted for it.
 
     Attributes:
-        block_lengths: (0,) for plain decoding.
+        way: to decode.
         tokens_per_step: expected in the long run, bonus token included.
-        ms_per_step: of one forward and what a step does around it.
+        ms_per_step: of its forwards and what a step does around them.
         tokens_per_second: of whole calls, prefill included.
     """
 
-    block_lengths: BlockLengths
+    way: Way
     tokens_per_step: float
     ms_per_step: float
     tokens_per_second: float
 
 
-def predict(block_lengths: BlockLengths, conditional: ArrayLike, ms_per_step: float, workload: Workload) -> Candidate:
-    """What decoding the workload with this shape will give."""
-    batches = workload.new_tokens
-    if block_lengths == PLAIN:
-        prefill_ms, steps = workload.plain_prefill_ms, sum(max(batch) - 1 for batch in batches)
+def predict(way: Way, conditional: ArrayLike, ms_per_step: float, workload: Workload) -> Candidate:
+    """What decoding the workload this way will give; `conditional` as in `chain`, of shape [K] for two_pass."""
+    batches, drafts_in_prefill = workload.new_tokens, way.mode == "fused"
+    prefill_ms = workload.prefill_ms if drafts_in_prefill else workload.plain_prefill_ms
+    longest = max(map(max, batches))
+    if way.mode == "plain":
+        steps = sum(max(batch) - 1 for batch in batches)
     else:
-        by_tokens = expected_steps(conditional, block_lengths, max(map(max, batches)))
+        by_tokens = (
+            chain.expected_rounds(conditional, longest)
+            if way.mode == "two_pass"
+            else chain.expected_steps(conditional, way.block_lengths, longest)
+        )
         means = [np.mean([by_tokens[n - 1] for n in batch]) for batch in batches]
-        prefill_ms, steps = workload.prefill_ms, workload.waiting * float(np.sum(means))
+        steps = workload.waiting * float(np.sum(means))
     seconds = (len(batches) * prefill_ms + steps * ms_per_step) / 1000
-    tokens_per_step = expected_tokens_per_step(conditional, block_lengths)
-    return Candidate(block_lengths, tokens_per_step, ms_per_step, sum(map(sum, batches)) / seconds)
+    # a round of two_pass emits a token of the target's own besides
+    tokens_per_step = chain.expected_tokens_per_step(conditional, way.block_lengths) + (way.mode == "two_pass")
+    return Candidate(way, tokens_per_step, ms_per_step, sum(map(sum, batches)) / seconds)
 
 
 def spread_over_rows(
@@ -88,23 +129,29 @@ def spread_over_rows(
 ) -> list[BlockLengths]:
     """Up to `count` shapes from the fewest rows to the most, each the best of its number of rows."""
     by_rows: dict[int, BlockLengths] = {}
-    for shape in sorted(shapes, key=lambda one: expected_tokens_per_step(tables[len(one) - 1], one)):
-        by_rows[num_rows(shape)] = shape
+    for shape in sorted(shapes, key=lambda one: chain.expected_tokens_per_step(tables[len(one) - 1], one)):
+        by_rows[chain.num_rows(shape)] = shape
     wanted = np.geomspace(min(by_rows), max(by_rows), max(count, 2))
     nearest = {min(by_rows, key=lambda rows: abs(rows - want)) for want in wanted.tolist()}
     return [by_rows[rows] for rows in sorted(nearest)]
 
 
 def finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """The `count` best predicted of those that are the best of their K: neighbours in rows hardly differ."""
-    best: dict[int, Candidate] = {}
-    for candidate in sorted(candidates, key=lambda one: -one.tokens_per_second):
-        best.setdefault(len(candidate.block_lengths), candidate)
-    return list(best.values())[:count]
+    """What is worth measuring: the `count` best predicted, and the best of every mode with and without a head.
+
+    Of one mode, head and K only the best counts: neighbours in rows hardly differ.
+    """
+    best: dict[tuple, Candidate] = {}
+    kinds: dict[tuple, Candidate] = {}
+    for one in sorted(candidates, key=lambda one: -one.tokens_per_second):
+        kind = (one.way.mode, one.way.use_head)
+        best.setdefault((*kind, one.way.num_speculative_tokens), one)
+        kinds.setdefault(kind, one)
+    return list(dict.fromkeys([*list(best.values())[:count], *kinds.values()]))
 
 
-def choose(measured_tokens_per_second: Mapping[BlockLengths, float]) -> BlockLengths:
-    """The fastest measured shape; plain decoding, which must be among them, unless one is faster."""
-    plain = measured_tokens_per_second[PLAIN]
-    best = max(measured_tokens_per_second, key=lambda shape: measured_tokens_per_second[shape])
-    return best if measured_tokens_per_second[best] > plain else PLAIN
+def choose(measured_tokens_per_second: Mapping[Way, float]) -> Way:
+    """The fastest measured way; plain decoding, which must be among them, unless one is faster."""
+    plain = measured_tokens_per_second[PLAIN_WAY]
+    best = max(measured_tokens_per_second, key=lambda way: measured_tokens_per_second[way])
+    return best if measured_tokens_per_second[best] > plain else PLAIN_WAY

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
 
+from pardec.adapters import packaged
 from pardec.adapters.files import save_adapter
-from pardec.adapters.tuned import TUNED_FILE, TunedChoice, read_tuned, weights_of, write_tuned
+from pardec.adapters.tuned import TUNED_FILE, TunedChoice, fastest_dtype, read_tuned, weights_of, write_tuned
 from pardec.layout import PLAIN
 
 
@@ -68,6 +69,31 @@ def test_writing_replaces_the_same_device_and_keeps_the_others(folder):
     assert os.stat(folder / TUNED_FILE).st_mode & 0o044 == 0o044
 
 
+def test_the_fastest_dtype_is_that_of_the_last_comparison_on_the_device(folder):
+    write_tuned(folder, choice_for(folder))
+    assert fastest_dtype(folder, "a device") is None
+    speeds = {"float32": 50.0, "bfloat16": 70.0}
+    for dtype in speeds:
+        write_tuned(folder, choice_for(folder, dtype=dtype, by_dtype=speeds))
+    write_tuned(folder, choice_for(folder, device="b device", by_dtype={"float32": 2.0, "bfloat16": 1.0}))
+    assert fastest_dtype(folder, "a device") == "bfloat16"
+    assert fastest_dtype(folder, "b device") == "float32"
+    assert fastest_dtype(folder, "a device", compile=True) is None
+    write_tuned(folder, choice_for(folder, dtype="bfloat16", by_dtype={"bfloat16": 1.0, "float16": 2.0}))
+    assert fastest_dtype(folder, "a device") == "float16"
+
+
+def test_a_file_from_before_modes_and_heads_is_read(folder):
+    for shape, mode in (((1, 2, 1), "fused"), (PLAIN, "plain")):
+        write_tuned(folder, choice_for(folder, block_lengths=shape))
+        content = json.loads((folder / TUNED_FILE).read_text())
+        for name in ("mode", "use_head", "by_dtype"):
+            del content["choices"][0][name]
+        (folder / TUNED_FILE).write_text(json.dumps(content))
+        found = read_tuned(folder, "a device", "float32")
+        assert (found.block_lengths, found.mode, found.use_head, found.by_dtype) == (shape, mode, True, None)
+
+
 @pytest.mark.parametrize("change", ["masks", "lora", "no lora"])
 def test_a_choice_for_other_weights_is_ignored_and_then_dropped(folder, base, change):
     write_tuned(folder, choice_for(folder, device="b device"))
@@ -79,6 +105,19 @@ def test_a_choice_for_other_weights_is_ignored_and_then_dropped(folder, base, ch
     assert read_tuned(folder, "b device", "float32") is None
     write_tuned(folder, choice_for(folder))
     assert len(json.loads((folder / TUNED_FILE).read_text())["choices"]) == 1
+
+
+def test_the_choice_of_a_packaged_adapter_is_kept_in_the_users_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(packaged, "_packaged", lambda name: folder)
+    before = {path.name for path in folder.iterdir()}
+    choice = choice_for(folder, by_dtype={"float32": 1.0})
+    assert read_tuned("smollm2", "a device", "float32") is None
+    kept = tmp_path / "cache" / "pardec" / "tuned" / "smollm2" / TUNED_FILE
+    assert write_tuned("smollm2", choice) == kept
+    assert read_tuned("smollm2", "a device", "float32") == choice
+    assert fastest_dtype("smollm2", "a device") == "float32"
+    assert {path.name for path in folder.iterdir()} - before == {"cache"}
 
 
 def broken(folder, **changes) -> str:
@@ -98,6 +137,10 @@ def broken(folder, **changes) -> str:
         ('{"format_version": 1}', "choices: expected a valid list, found None"),
         ('{"format_version": 1, "choices": [{}]}', "expected key 'choices.0.device', found none"),
         ({"block_lengths": [2, 2]}, "block_lengths: expected K . 1 numbers"),
+        ({"mode": "tree"}, r"choices\.0\.mode: expected"),
+        ({"mode": "two_pass"}, r"block_lengths: expected those of two_pass, found \[1, 2, 1\]"),
+        ({"mode": "plain"}, r"block_lengths: expected those of plain, found \[1, 2, 1\]"),
+        ({"by_dtype": {"float32": "fast"}}, r"choices\.0\.by_dtype\.float32: expected a valid number"),
         ({"ms_per_step": "slow"}, r"choices\.0\.ms_per_step: expected a valid number"),
     ],
 )

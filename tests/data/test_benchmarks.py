@@ -7,6 +7,7 @@ import pytest
 
 from pardec.data.benchmarks import read_prompts
 from pardec.data.corpus import held_out_prompts
+from pardec.decoding.messages import message_ids
 from pardec.target.base import load_tokenizer
 
 TEMPLATE = (
@@ -17,9 +18,9 @@ TEMPLATE = (
 
 @pytest.fixture
 def read(tokenizer):
-    def read(source, num_prompts=None, max_prompt_tokens=None, tokenizer=tokenizer):
+    def read(source, num_prompts=None, max_prompt_tokens=None, tokenizer=tokenizer, as_chat=False):
         limits = {"num_prompts": num_prompts, "max_prompt_tokens": max_prompt_tokens}
-        return read_prompts(str(source), tokenizer, split="validation", **limits)
+        return read_prompts(str(source), tokenizer, split="validation", as_chat=as_chat, **limits)
 
     return read
 
@@ -34,6 +35,18 @@ def test_python_stdlib_gives_the_standard_prompts_of_the_split(read, tokenizer):
     assert [one.token_ids for one in found] == held_out_prompts(tokenizer, "validation", num_prompts=4)
     assert {one.category for one in found} == {"code"}
     assert len({one.name for one in found}) == 4
+
+
+def test_what_is_taken_as_it_stands_is_a_message_if_asked_for(read, tokenizer, chat_tokenizer, tmp_path):
+    (message,) = message_ids([{"role": "user", "content": "Hello"}], chat_tokenizer)
+    (tmp_path / "hello.txt").write_text("Hello")
+    rows = write_lines(tmp_path / "rows.jsonl", {"prompt": "Hello"}, {"prompt": "Hello", "task_id": "a"})
+    for path in (tmp_path / "hello.txt", rows):
+        assert {tuple(one.token_ids) for one in read(path, tokenizer=chat_tokenizer, as_chat=True)} == {tuple(message)}
+        with pytest.raises(ValueError, match=r"^messages: expected a tokenizer with a chat template"):
+            read(path, as_chat=True)
+    with pytest.raises(ValueError, match=r"^chat: expected a file of prompts, found python-stdlib"):
+        read("python-stdlib", tokenizer=chat_tokenizer, as_chat=True)
 
 
 def test_any_other_file_is_one_prompt_as_a_whole(read, tokenizer, tmp_path):

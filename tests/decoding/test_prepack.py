@@ -17,26 +17,41 @@ from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
+# what the kernels round to, relative to the numbers that are summed up; bfloat16 where this CPU has kernels for it
+DTYPES = [
+    pytest.param(torch.float32, 1e-5, id="float32"),
+    pytest.param(
+        torch.bfloat16,
+        2**-7,
+        id="bfloat16",
+        marks=pytest.mark.skipif(
+            not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs oneDNN's kernels for bfloat16"
+        ),
+    ),
+]
+
 
 def packed_linears(model: torch.nn.Module) -> PackedLinears:
     """Every linear layer by itself."""
     return PackedLinears([(module,) for module in model.modules() if isinstance(module, torch.nn.Linear)])
 
 
-def test_packed_layers_give_the_same_numbers_for_any_number_of_rows():
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+def test_packed_layers_give_the_same_numbers_for_any_number_of_rows(dtype, tolerance):
     torch.manual_seed(0)
     for bias in (True, False):
-        model = torch.nn.Sequential(torch.nn.Linear(48, 80, bias=bias))
+        model = torch.nn.Sequential(torch.nn.Linear(48, 80, bias=bias)).to(dtype)
         packed = packed_linears(model)
         packed.refresh()
+        assert packed.modules == [model[0]]
         for shape in ((1, 1, 48), (1, 25, 48), (3, 9, 48), (7, 48), (200, 48)):
-            x = torch.randn(shape)
+            x = torch.randn(shape).to(dtype)
             expected = torch.einsum("...i,oi->...o", x.double(), model[0].weight.double())
             expected = expected + (model[0].bias.double() if bias else 0)
             with torch.no_grad(), packed.installed(), packed.active():
                 found = model(x)
-            assert found.shape == expected.shape
-            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+            assert (found.shape, found.dtype) == (expected.shape, dtype)
+            torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_outside_of_the_context_the_base_is_bitwise_itself():
@@ -49,6 +64,21 @@ def test_outside_of_the_context_the_base_is_bitwise_itself():
     assert torch.equal(model(ids).logits, before)
     stream.close()
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("width", [4, 6, 7])
+def test_a_number_that_changes_in_a_row_of_any_width_is_noticed(dtype, tolerance, width):
+    model = torch.nn.Sequential(torch.nn.Linear(width, 5)).to(dtype)
+    packed = packed_linears(model)
+    packed.refresh()
+    x = torch.ones(1, width, dtype=dtype)
+    for place in range(width):
+        model[0].weight.data[2, place] += 1
+        packed.refresh()
+        with torch.no_grad(), packed.installed(), packed.active():
+            found = model(x)
+        torch.testing.assert_close(found, model(x), rtol=tolerance, atol=tolerance)
 
 
 def test_weights_that_change_are_packed_again():
@@ -118,8 +148,10 @@ def test_a_forward_that_someone_else_replaced_is_left_alone():
     assert torch.equal(model(torch.zeros(1, 4)), torch.ones(1, 4))
 
 
-def test_other_dtypes_are_not_packed():
-    model = tiny_model("llama", dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_without_kernels_are_not_packed(dtype, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model = tiny_model("llama", dtype=dtype)
     packed = packed_linears(model)
     packed.refresh()
     assert packed.modules == []
@@ -350,10 +382,11 @@ def test_weights_that_have_not_changed_are_not_packed_again():
     assert packed._groups is not before
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows", "phi3-window", "opt", "gpt_neox"])
-def test_steps_with_packed_siblings_and_lora_give_the_logits_of_hooks(family):
+def test_steps_with_packed_siblings_and_lora_give_the_logits_of_hooks(family, dtype, tolerance):
     """Real rows bitwise with the gate open or not, mask rows within rounding of the hooks."""
-    model = tiny_model(family, dtype=torch.float32)
+    model = tiny_model(family, dtype=dtype)
     target, adapter = TargetModel.wrap(model), make_adapter(model, 3, lora_rank=2)
     gate = LoraGate(model, adapter.lora)
     packed = PackedLinears(survey(target).siblings, gate)
@@ -362,14 +395,14 @@ def test_steps_with_packed_siblings_and_lora_give_the_logits_of_hooks(family):
     rows, seen = [[5, 9, 2, 7, 7], [3, 8], [4, 4, 6]], {}
     for batch in (1, 3):
         for name, linears, opened in (("hooks", None, gate), ("packed", packed, gate), ("closed", packed, None)):
-            forward = RowForward(target, adapter.mask_embeddings, opened, linears)
+            forward = RowForward(target, adapter.mask_embeddings.to(dtype), opened, linears)
             decoder = Decoder(forward, "fused", 3, TokenLaw(greedy=True), 8, torch.empty(0, dtype=torch.long))
             state = decoder.prefill(rows[:batch])
             state.bonus, state.drafts = torch.tensor([1, 2, 3])[:batch], torch.tensor([[4, 5, 6]] * batch)
             with torch.no_grad(), decoder.attached():
                 seen[name] = decoder.step_logits(state)
         spread = seen["hooks"].std()
-        assert (seen["packed"] - seen["hooks"]).abs().max() / spread < 1e-3
+        assert (seen["packed"] - seen["hooks"]).abs().max() / spread < 10 * tolerance
         assert torch.equal(seen["packed"][:, :4], seen["closed"][:, :4])
         assert (seen["packed"] - seen["closed"])[:, 4:].abs().max() / spread > 0.1
 

@@ -22,10 +22,22 @@ from sampling_oracle import (
 from tiny_models import make_adapter, tiny_model
 
 from pardec.decoding.rows import RowForward
-from pardec.decoding.sampling import TokenLaw, make_warpers
+from pardec.decoding.sampling import TokenLaw, likeliest, make_warpers
 from pardec.decoding.step import Decoder
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_of_logits_that_are_equal_in_their_dtype_the_first_is_the_likeliest(dtype):
+    logits = torch.zeros(2, 3, 300, dtype=dtype)
+    logits[0, 1, [40, 7, 299]] = 5.0
+    logits[1, 2, 17] = float("inf")
+    logits[1, 0, :] = float("-inf")
+    expected = torch.tensor([[0, 7, 0], [0, 0, 17]])
+    assert torch.equal(likeliest(logits), expected)
+    close = torch.tensor([1.0, 1.0 + 1e-12], dtype=dtype)  # what only float64 tells apart
+    assert int(likeliest(close)) == (dtype == torch.float64)
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,9 @@ def test_quick_look_at_a_fresh_adapter_writes_what_it_prints(adapter, tmp_path):
     assert result["num_speculative_tokens"] == 2
     runs = {(row["dtype"], row["mode"], row["batch_size"], row["reference"]) for row in result["rows"]}
     drafted = {("two_pass", 1), ("fused", 1), ("fused", 3)}
-    pairs = {(*run, reference) for run in drafted for reference in ("plain", "generate")} | {("plain", 1, "generate")}
+    floor = {("plain", 3, "plain"), ("plain", 1, "generate"), ("plain", 3, "generate"), ("generate", 3, "generate")}
+    pairs = {(*run, reference) for run in drafted for reference in ("plain", "generate")} | floor
+    assert {(row["mode"], row["batch_size"], row["reference"]) for row in result["rows"] if row["is_floor"]} == floor
     assert runs == {("bfloat16", *pair) for pair in pairs}
     assert {row["num_prompts"] for row in result["rows"]} == {3}
     assert max(row["num_tokens"] for row in result["rows"]) == 3 * 24
@@ -162,8 +164,21 @@ def test_both_dtypes_are_identical_and_a_checkpoints_own_penalties_are_left_out(
     result = ended.result
     assert json.loads(path.read_text()) == result
     assert path.with_suffix(".md").exists()
-    assert [row["dtype"] for row in result["rows"]] == ["float64"] * 7 + ["float32"] * 7
+    assert [row["dtype"] for row in result["rows"]] == ["float64"] * 10 + ["float32"] * 10
+    assert result["identical_by_dtype"] == {key: {"floor": 1.0, "drafted": 1.0} for key in ("float64", "float32")}
     assert {(row["identical"], row["num_tokens"]) for row in result["rows"]} == {(1.0, 12)}
+
+
+def test_the_floor_is_what_differs_where_nothing_is_drafted():
+    rows = [
+        {"dtype": dtype, "is_floor": is_floor, "identical": share}
+        for dtype, is_floor, share in (
+            ("bfloat16", True, 0.5), ("bfloat16", True, 1.0), ("bfloat16", False, 0.25), ("float32", True, 1.0),
+            ("float32", False, 0.75),
+        )
+    ]  # fmt: skip
+    expected = {"bfloat16": {"floor": 0.75, "drafted": 0.25}, "float32": {"floor": 1.0, "drafted": 0.75}}
+    assert exactness.floors(rows) == expected
 
 
 def test_a_decoder_that_changes_one_token_is_found_out(adapter, monkeypatch):
@@ -180,7 +195,7 @@ def test_a_decoder_that_changes_one_token_is_found_out(adapter, monkeypatch):
     assert ended.code == 1
     assert ended.result["exact"] is False
     for row in ended.result["rows"]:
-        is_sabotaged = row["batch_size"] == 2
+        is_sabotaged = (row["mode"], row["batch_size"]) == ("fused", 2)
         assert row["num_unexplained"] == row["num_divergences"] == is_sabotaged
         assert row["identical"] == (0.5 if is_sabotaged else 1.0)
         for one in row["divergences"]:

@@ -14,6 +14,7 @@ from timing.steps import FLEX, GROUPED, STOCK, Runner, Subject, Variant
 from tiny_models import make_adapter, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pardec.adapters.files import save_adapter
 from pardec.decoding.engine import Engine
 from pardec.decoding.sampling import TokenLaw
 from pardec.model import SelfSpeculativeModel
@@ -189,8 +190,13 @@ def test_groups_say_why_rows_are_left_out(subject):
     without = Subject(subject.target, subject.mask_embeddings, None)
     group = step_groups.measure_group(without, WITH_LORA, 16, plan, bound)
     assert group["left_out"] == [
-        {"context": 16, "compile": False, "lora": True, "attention": GROUPED, "reason": "the adapter has no LoRA"}
-    ]
+        {
+            "context": 16, "compile": False, "lora": True, "attention": GROUPED, "head": False,
+            "reason": "the adapter has no LoRA",
+        }
+    ]  # fmt: skip
+    group = step_groups.measure_group(subject, replace(WITH_LORA, head=True), 16, plan, bound)
+    assert group["left_out"][0]["reason"] == "the adapter has no sampler head"
 
 
 def test_weights_are_packed_before_any_engine_runs(subject):
@@ -324,6 +330,29 @@ def test_quick_writes_every_file_and_ends_with_the_json_line(tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_adapter_with_a_head_is_measured_with_it_and_without(tmp_path, packaged_adapter):
+    save_adapter(packaged_adapter(2, head_width=8), tmp_path / "head")
+    options = ["--quick", "--contexts", "32", "--rows", "1,9", "--repetitions", "1", "--lora", "no"]
+    ended = run(latency.main, tmp_path / "head", *options, "--output", tmp_path / "out")
+    assert ended.code == 0, ended.err[-2000:]
+    rows = [(row["rows"], row["head"]) for row in ended.result["rows"]]
+    assert rows == [(1, False), (9, False), (1, True), (9, True)]
+    page = (tmp_path / "out.md").read_text()
+    assert "## context 32, not compiled, grouped attention, drafts drawn by the head" in page
+    ended = run(latency.main, tmp_path / "head", *options, "--head", "no", "--output", tmp_path / "out")
+    assert {row["head"] for row in ended.result["rows"]} == {False}
+
+
+def test_engines_draft_with_the_head_where_that_is_asked(subject):
+    base = subject.target.base
+    public = SelfSpeculativeModel(base, None, make_adapter(base, 2, head_width=8))
+    mine = Subject(subject.target, subject.mask_embeddings, None, public.engines.head)
+    for has_head in (True, False):
+        decoder = mine.engine(2, Variant(False, False, GROUPED, has_head), 8).decoder
+        assert (decoder.head is public.engines.head) == has_head
+    assert mine.engine(0, Variant(False, False, GROUPED, True), 8).decoder.head is None
+
+
 def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters):
     options = ["--quick", "--contexts", "32", "--rows", "1,4,9", "--repetitions", "2", "--forced-acceptance", "2"]
     ended = run(latency.main, adapters / "embeddings", *options, "--output", tmp_path / "out")
@@ -373,7 +402,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):
 
 
 def test_notes_name_what_was_left_out_and_what_warned():
-    place = {"compile": True, "lora": True, "attention": GROUPED}
+    place = {"compile": True, "lora": True, "attention": GROUPED, "head": False}
     notes = latency_tables._by_text(
         [
             {"context": 64, "rows": 9, "reason": "no", **place},

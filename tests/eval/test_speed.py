@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import speed
@@ -16,6 +15,7 @@ from timing.calls import Call, Timed
 from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 from pardec.data.benchmarks import Prompt
 from pardec.measures.divergence import Divergence
 from pardec.model import SelfSpeculativeModel
@@ -26,20 +26,23 @@ GREEDY = Setting("greedy", 12)
 SAMPLED = Setting("sampled", 12, temperature=0.8, top_k=10)
 
 
+def tuned(**choice) -> TunedChoice:
+    """A choice for this device."""
+    facts = {
+        "device": device_name(torch.device("cpu")), "dtype": "float32", "compile": False, "weights": {},
+        "ms_per_step": 1.0, "predicted_tokens_per_second": 1.0, "measured_tokens_per_second": 1.0,
+        "plain_tokens_per_second": 1.0, "conditional_acceptance": [0.5, 0.5],
+    }  # fmt: skip
+    return TunedChoice(**{**facts, **choice})
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_base, adapters, tmp_path_factory):
     """Two adapters, one of them tuned, and two assistants, of which one has another vocabulary."""
-    from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
-
     folder = tmp_path_factory.mktemp("speed")
     shutil.copytree(adapters, folder, dirs_exist_ok=True)
     directory = folder / "lora"
-    choice = TunedChoice(
-        device=device_name(torch.device("cpu")), dtype="float32", compile=False, block_lengths=(2, 1, 0),
-        weights=weights_of(directory), ms_per_step=1.0, predicted_tokens_per_second=1.0,
-        measured_tokens_per_second=1.0, plain_tokens_per_second=1.0, conditional_acceptance=[0.5, 0.5],
-    )  # fmt: skip
-    write_tuned(directory, choice)
+    write_tuned(directory, tuned(weights=weights_of(directory), block_lengths=(2, 1, 0)))
     for name, vocabulary in (("assistant", tiny_base.config.vocab_size), ("stranger", 100)):
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = LlamaConfig(
@@ -165,7 +168,7 @@ PROMPTS = [[5, 6, 7, 8, 9], [11, 12]]
 
 def test_all_ways_decode_the_same_greedy_tokens_and_as_many_sampled_ones(make_llama):
     model = small_model(make_llama)
-    model.tuned = SimpleNamespace(block_lengths=(2, 1, 0))
+    model.tuned = tuned(block_lengths=(2, 1, 0))
     for batch in (PROMPTS[:1], PROMPTS):
         ways, _ = baselines.ways_for({"a": model}, [1, 2], make_llama(seed=1), GREEDY, len(batch))
         found = {(one.name, one.num_speculative_tokens): one.decode(batch, 0).token_ids for one in ways}
@@ -181,7 +184,7 @@ def test_all_ways_decode_the_same_greedy_tokens_and_as_many_sampled_ones(make_ll
 
 def test_rows_and_rounds_of_every_way(make_llama):
     model = small_model(make_llama)
-    model.tuned = SimpleNamespace(block_lengths=(2, 1, 0))
+    model.tuned = tuned(block_lengths=(2, 1, 0))
     ways, left_out = baselines.ways_for({"a": model}, None, None, GREEDY, 1)
     rows = {}
     for one in ways:
@@ -196,12 +199,27 @@ def test_rows_and_rounds_of_every_way(make_llama):
     assert [one["way"] for one in left_out] == ["generate static"]
 
 
+@pytest.mark.parametrize(
+    ("choice", "name", "rows"),
+    [({"mode": "two_pass", "block_lengths": (1, 1)}, "two_pass tuned", 4), ({"block_lengths": (0,)}, "plain tuned", 1)],
+)
+def test_a_tuned_choice_of_another_mode_is_a_way_of_that_name(make_llama, choice, name, rows):
+    model = small_model(make_llama)
+    model.tuned = tuned(**choice)
+    ways, _ = baselines.ways_for({"a": model}, [1], None, GREEDY, 1)
+    (one,) = [way for way in ways if way.name.endswith("tuned")]
+    decoded = one.decode(PROMPTS[:1], 0)
+    assert (one.name, one.block_lengths) == (name, None)
+    assert decoded.num_rows / decoded.num_steps == rows
+    assert decoded.num_drafts == (decoded.num_steps if "two_pass" in name else 0)
+
+
 def test_what_cannot_run_is_left_out_with_its_reason(make_llama):
     model = small_model(make_llama)
     ways, left_out = baselines.ways_for({"a": model}, [2, 3], make_llama(seed=1), GREEDY, 4)
     assert [one.name for one in ways] == ["plain", "two_pass", "fused", "generate"]
     reasons = {one["way"]: one["reason"] for one in left_out}
-    assert list(reasons) == ["fused, K = 3", "fused tuned", "generate static", "prompt lookup", "assistant"]
+    assert list(reasons) == ["fused, K = 3", "tuned", "generate static", "prompt lookup", "assistant"]
     assert "2 mask tokens" in reasons["fused, K = 3"]
     assert "one prompt" in reasons["assistant"]
 

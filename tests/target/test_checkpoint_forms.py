@@ -8,9 +8,13 @@ import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
 from tiny_models import make_adapter, tiny_model
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
+from pardec.decoding.probe import probe
+from pardec.measures.thorough import greedy_checks, law_check
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import load_base
+from pardec.target.forward import TargetModel
 
 # by the name in a checkpoint's quantization_config: what else it holds, and the package that reads it
 QUANTISED = {
@@ -56,6 +60,25 @@ def test_quantised_weights_without_their_package_are_one_line_that_names_it(meth
     config["quantization_config"] = {"quant_method": method, **values}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert package.replace("_", "-") in refusal_of(tmp_path).lower().replace("_", "-")
+
+
+@pytest.mark.filterwarnings("ignore")  # of torchao's own, which differ from version to version
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_weights_of_torchao_are_decoded_as_the_quantised_model_itself_does(dtype, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    tiny_model("llama", dtype=dtype).save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, quantization_config=config)
+    base = base.eval().requires_grad_(False)
+    assert type(base.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+    probe(TargetModel.wrap(base))
+    model = SelfSpeculativeModel(base, None, make_adapter(base, 3, lora_rank=2))
+    for prompt in prompts(61):
+        checks = greedy_checks(model, prompt, 12)
+        assert [check.mode for check in checks if not check.passed] == []
+        assert dtype != torch.float32 or [check.divergence for check in checks] == [None] * 3
+    for mode in ("two_pass", "fused"):
+        assert law_check(model, [5, 3, 8], mode, 400).passed
 
 
 @pytest.mark.parametrize("harm", ["missing", "cut off"])

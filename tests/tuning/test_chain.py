@@ -11,6 +11,7 @@ from pardec.tuning.chain import (
     best_shapes,
     check_block_lengths,
     conditional_acceptance,
+    expected_rounds,
     expected_steps,
     expected_tokens_per_step,
     num_rows,
@@ -102,6 +103,25 @@ def test_expected_steps_agree_with_simulation(shape):
         assert expected_steps(law, shape, 31)[num_tokens] == pytest.approx(sum(steps) / len(steps), rel=0.02)
     assert expected_steps(law, shape, 31)[0] == 0
     assert expected_steps([0.5], (0,), 3).tolist() == [0, 1, 2, 3]
+
+
+def test_expected_rounds_of_two_pass_agree_with_simulation():
+    law, draw = [0.7, 0.4, 0.6], random.Random(0)
+
+    def rounds(num_tokens: int) -> int:
+        count = tokens = 0
+        while tokens < num_tokens:
+            accepted = 0
+            while accepted < len(law) and draw.random() < law[accepted]:
+                accepted += 1
+            count, tokens = count + 1, tokens + 2 + accepted
+        return count
+
+    found = expected_rounds(law, 31)
+    assert found[:3].tolist() == [0, 1, 1]
+    for num_tokens in (3, 5, 12, 31):
+        mean = sum(rounds(num_tokens) for _ in range(4000)) / 4000
+        assert found[num_tokens] == pytest.approx(mean, rel=0.02)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])

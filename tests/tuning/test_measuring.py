@@ -2,67 +2,87 @@
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 
-from pardec.layout import PLAIN
-from pardec.tuning.chain import best_shapes, conditional_acceptance, expected_tokens_per_step, num_rows
-from pardec.tuning.measuring import QUICK, Call, Effort, max_calls, measure
+from pardec.layout import full_blocks
+from pardec.tuning.chain import best_shapes, conditional_acceptance, expected_tokens_per_step
+from pardec.tuning.choice import PLAIN_WAY, Way, full_chain
+from pardec.tuning.measuring import QUICK, Effort, max_calls, measure
+from pardec.tuning.timing import Call
 
 LAW = [0.75, 0.5, 0.3]
+HEADLESS_LAW = [0.7, 0.4, 0.2]
+LIKELY_LAW, LIKELY_HEADLESS_LAW = [0.9, 0.8, 0.7], [0.85, 0.75, 0.6]
 PREFILL_SECONDS, PLAIN_SECONDS = 0.020, 0.010
 EFFORT = Effort(num_shapes=5, num_batches=2, num_finalists=3, repetitions=2)
 
 
 class Machine:
-    """Decodes by drawing acceptances from `LAW`; its clock is a formula."""
+    """Decodes by drawing acceptances from a law, without its head from another; its clock is a formula."""
 
-    def __init__(self, seconds_per_row: float, batch_size: int = 1, speeds=None):
+    def __init__(
+        self,
+        seconds_per_row: float,
+        batch_size: int = 1,
+        speeds=None,
+        head_seconds: float = 0.0,
+        laws=(LAW, HEADLESS_LAW),
+    ):
+        self.laws = dict(zip((True, False), laws, strict=True))
         self.seconds_per_row = seconds_per_row
+        self.head_seconds = head_seconds
         self.batch_size = batch_size
         self.speeds = speeds or itertools.repeat(1.0)
-        self.calls: list[tuple[tuple[int, ...], int, int]] = []
+        self.calls: list[tuple[Way, int, int]] = []
 
-    def step_seconds(self, shape) -> float:
-        return PLAIN_SECONDS if shape == PLAIN else 0.011 + self.seconds_per_row * num_rows(shape)
+    def step_seconds(self, way) -> float:
+        num_forwards = 2 if way.mode == "two_pass" else 1
+        rows = num_forwards * 0.011 + self.seconds_per_row * way.num_rows
+        return PLAIN_SECONDS if way == PLAIN_WAY else rows + self.head_seconds * way.use_head
 
-    def decode(self, shape, batch, max_new_tokens) -> Call:
-        self.calls.append((shape, batch, max_new_tokens))
-        accepted = []
+    def decode(self, way, batch, max_new_tokens) -> Call:
+        self.calls.append((way, batch, max_new_tokens))
+        law, accepted = self.laws[way.use_head], []
         for row in range(self.batch_size):
-            draw, run, tokens, length = random.Random(100 * batch + row), [], 1, len(shape) - 1
+            draw, run, tokens, length = random.Random(100 * batch + row), [], 1, way.num_speculative_tokens
             while tokens < max_new_tokens:
                 count = 0
-                while count < length and draw.random() < LAW[count]:
+                while count < length and draw.random() < law[count]:
                     count += 1
                 run.append(count)
-                tokens += 1 + count
-                length = shape[count]
+                tokens += 1 + count + (way.mode == "two_pass")
+                length = way.block_lengths[count]
             accepted.append(run)
-        seconds = (PREFILL_SECONDS + max(map(len, accepted)) * self.step_seconds(shape)) / next(self.speeds)
+        seconds = (PREFILL_SECONDS + max(map(len, accepted)) * self.step_seconds(way)) / next(self.speeds)
         return Call(seconds, [max_new_tokens] * self.batch_size, accepted)
 
 
-def best_by_hand(machine, max_new_tokens) -> tuple[int, ...]:
-    """The shape of the least time per sequence among the best of every number of rows."""
-    shapes = [PLAIN, *(shape for k in (1, 2, 3) for shape in best_shapes(LAW[:k]).values())]
+def best_by_hand(machine, max_new_tokens, heads=(True,)) -> Way:
+    """The way of the least time per sequence, of fused ones among the best of every number of rows."""
+    laws = machine.laws
+    ways = [PLAIN_WAY, *(Way("two_pass", full_blocks(k), head) for k in (1, 2, 3) for head in heads)]
+    ways += [
+        Way("fused", one, head) for head in heads for k in (1, 2, 3) for one in best_shapes(laws[head][:k]).values()
+    ]
 
-    def seconds_per_sequence(shape):
-        tokens = 1.0 if shape == PLAIN else expected_tokens_per_step(LAW[: len(shape) - 1], shape)
-        return PREFILL_SECONDS + (max_new_tokens - 1) / tokens * machine.step_seconds(shape)
+    def seconds_per_sequence(way):
+        K = way.num_speculative_tokens
+        tokens = expected_tokens_per_step(laws[way.use_head][:K], way.block_lengths) + (way.mode == "two_pass")
+        return PREFILL_SECONDS + (max_new_tokens - 1) / tokens * machine.step_seconds(way)
 
-    return min(shapes, key=seconds_per_sequence)
+    return min(ways, key=seconds_per_sequence)
 
 
 @pytest.mark.parametrize("seconds_per_row", [0.0, 0.0003, 0.0008])
 def test_the_choice_is_the_best_shape_of_a_known_machine(seconds_per_row):
     machine = Machine(seconds_per_row)
     found = measure(machine.decode, 40, 3, 128, EFFORT, 1)
-    best = best_by_hand(machine, 128)
-    shapes = [one.candidate.block_lengths for one in found.measured]
-    assert len(found.chosen.candidate.block_lengths) == len(best)
-    assert abs(num_rows(found.chosen.candidate.block_lengths) - num_rows(best)) <= 1
-    assert {PLAIN, (3, 3, 3, 3)} < set(shapes)
+    best, chosen = best_by_hand(machine, 128), found.chosen.candidate.way
+    assert (chosen.mode, chosen.num_speculative_tokens) == (best.mode, best.num_speculative_tokens)
+    assert abs(chosen.num_rows - best.num_rows) <= 1
+    assert {PLAIN_WAY, full_chain(3)} < {one.candidate.way for one in found.measured}
     assert found.conditional_acceptance == pytest.approx(LAW, abs=0.04)
 
 
@@ -70,9 +90,10 @@ def test_the_choice_is_the_best_shape_of_a_known_machine(seconds_per_row):
 def test_prediction_and_measurement_agree(batch_size):
     machine = Machine(0.0004, batch_size)
     found = measure(machine.decode, 24, 3, 128, EFFORT, 1)
+    assert {one.candidate.way.mode for one in found.measured} == {"plain", "fused", "two_pass"}
     for one in found.measured:
         assert one.tokens_per_second == pytest.approx(one.candidate.tokens_per_second, rel=0.04)
-        assert one.ms_per_step == pytest.approx(1000 * machine.step_seconds(one.candidate.block_lengths), rel=0.01)
+        assert one.ms_per_step == pytest.approx(1000 * machine.step_seconds(one.candidate.way), rel=0.01)
         assert one.ms_per_step == pytest.approx(one.candidate.ms_per_step, rel=0.03)
     assert found.costs.plain == pytest.approx(1000 * PLAIN_SECONDS)
     assert found.costs.prefill == pytest.approx(1000 * PREFILL_SECONDS)
@@ -81,7 +102,7 @@ def test_prediction_and_measurement_agree(batch_size):
 
 def test_where_rows_are_dear_plain_decoding_is_chosen():
     found = measure(Machine(0.02).decode, 8, 3, 64, EFFORT, 1)
-    assert found.chosen.candidate.block_lengths == PLAIN
+    assert found.chosen.candidate.way == PLAIN_WAY
     assert found.chosen == found.plain
 
 
@@ -95,22 +116,46 @@ def test_a_machine_that_becomes_slower_meanwhile_does_not_spoil_predictions():
         assert one.tokens_per_second == pytest.approx(one.candidate.tokens_per_second, rel=0.06)
 
 
+@pytest.mark.parametrize(
+    ("seconds_per_row", "head_seconds", "laws", "best"),
+    [
+        (0.0003, 0.0, (LAW, HEADLESS_LAW), (True, "fused")),
+        (0.0003, 0.02, (LAW, HEADLESS_LAW), (False, "fused")),
+        (0.0018, 0.001, (LIKELY_LAW, LIKELY_HEADLESS_LAW), (True, "two_pass")),
+        (0.0018, 0.02, (LIKELY_LAW, LIKELY_HEADLESS_LAW), (False, "two_pass")),
+    ],
+)
+def test_a_head_and_two_pass_are_chosen_where_they_pay(seconds_per_row, head_seconds, laws, best):
+    machine = Machine(seconds_per_row, head_seconds=head_seconds, laws=laws)
+    found = measure(machine.decode, 40, 3, 128, EFFORT, 1, has_head=True)
+    expected, chosen = best_by_hand(machine, 128, heads=(True, False)), found.chosen.candidate.way
+    assert (expected.use_head, expected.mode) == best
+    assert (chosen.use_head, chosen.mode) == best
+    assert chosen.num_speculative_tokens == expected.num_speculative_tokens
+    kinds = {(one.candidate.way.mode, one.candidate.way.use_head) for one in found.measured}
+    assert kinds == {("plain", True), ("fused", True), ("fused", False), ("two_pass", True), ("two_pass", False)}
+    for one in found.measured:
+        assert one.ms_per_step == pytest.approx(one.candidate.ms_per_step, rel=0.05)
+    assert found.conditional_acceptance == pytest.approx(laws[0], abs=0.04)
+
+
+@pytest.mark.parametrize("has_head", [False, True])
 @pytest.mark.parametrize("effort", [EFFORT, QUICK, Effort()])
 @pytest.mark.parametrize(("num_batches", "warm_up"), [(1, 1), (2, 2), (6, 6), (6, 1)])
-def test_every_shape_takes_its_turn_on_every_batch(effort, num_batches, warm_up):
+def test_every_way_takes_its_turn_on_every_batch(effort, num_batches, warm_up, has_head):
     machine = Machine(0.0004)
-    found = measure(machine.decode, num_batches, 3, 32, effort, warm_up)
-    assert len(machine.calls) <= max_calls(effort, num_batches, warm_up)
-    shapes = {one.candidate.block_lengths for one in found.measured}
-    last = machine.calls[-len(shapes) * num_batches * effort.repetitions :]
-    expected = sorted((shape, batch, 32) for shape in shapes for batch in range(num_batches))
-    assert sorted(last) == sorted(expected * effort.repetitions)
+    found = measure(machine.decode, num_batches, 3, 32, effort, warm_up, has_head)
+    assert len(machine.calls) <= max_calls(effort, num_batches, warm_up, has_head)
+    ways = {one.candidate.way for one in found.measured}
+    last = machine.calls[-len(ways) * num_batches * effort.repetitions :]
+    expected = [(way, batch, 32) for way in ways for batch in range(num_batches)]
+    assert Counter(last) == Counter(expected * effort.repetitions)
     # one after the other on the same batch
-    assert {shape for shape, _, _ in last[: len(shapes)]} == shapes
+    assert {way for way, _, _ in last[: len(ways)]} == ways
 
 
 def test_prompts_that_end_at_once_are_refused():
-    def decode(shape, batch, max_new_tokens):
+    def decode(way, batch, max_new_tokens):
         return Call(0.01, [1], [[]])
 
     with pytest.raises(ValueError, match="expected some that the model continues by more than one token, found none"):
@@ -120,5 +165,5 @@ def test_prompts_that_end_at_once_are_refused():
 def test_acceptance_comes_from_the_full_chain():
     machine = Machine(0.0004)
     measure(machine.decode, 3, 3, 64, EFFORT, 1)
-    assert machine.calls[:3] == [((3, 3, 3, 3), batch, 64) for batch in range(3)]
+    assert machine.calls[:3] == [(full_chain(3), batch, 64) for batch in range(3)]
     assert conditional_acceptance([], 2).tolist() == [[0, 0]] * 3

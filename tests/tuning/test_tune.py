@@ -5,13 +5,19 @@ import json
 import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import pardec
-from pardec.adapters.tuned import TUNED_FILE, read_tuned
+from pardec.adapters.files import save_adapter
+from pardec.adapters.tuned import TUNED_FILE, TunedChoice, read_tuned, weights_of, write_tuned
 from pardec.cli import app
+from pardec.decoding.messages import message_ids
 from pardec.layout import PLAIN
+from pardec.model import SelfSpeculativeModel
+from pardec.run import device_name
 from pardec.tuning.measuring import QUICK
+from pardec.tuning.report import describe
 from pardec.tuning.tune import prompts_to_tune_on, tune
 
 K = 2
@@ -73,18 +79,130 @@ def test_standard_prompts_batches_and_json(saved, tmp_path):
     assert tuned.block_lengths == tuple(found["choice"]["block_lengths"])
 
 
-def test_generation_uses_the_choice_unless_told_otherwise(saved, tmp_path):
-    from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
-    from pardec.run import device_name
+def choice_for(folder, **choice) -> TunedChoice:
+    """A choice for this device."""
+    name = device_name(torch.device("cpu"))
+    facts = (choice.pop("block_lengths"), weights_of(folder), 1.0, 2.0, 2.0, 1.0, [0.5, 0.5])
+    return TunedChoice(name, choice.pop("dtype", "float32"), False, *facts, **choice)
 
+
+def test_several_dtypes_are_tuned_compared_and_the_fastest_is_loaded(saved, tmp_path, prompts):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    with pytest.raises(ValueError, match=r"^dtype: expected dtypes that `pardec tune .* has compared .* found none in"):
+        pardec.load(folder, dtype="tuned")
+    few = ("--quick", "--prompt-file", prompts, "--num-prompts", "2", "--max-new-tokens", "4")
+    result = run(str(folder), *few, "--dtype", "float32,float64", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [one["choice"]["dtype"] for one in found["reports"]] == ["float32", "float64"]
+    assert found["by_dtype"].keys() == {"float32", "float64"}
+    choices = json.loads((folder / TUNED_FILE).read_text())["choices"]
+    assert [one["dtype"] for one in choices] == ["float32", "float64"]
+    assert all(one["by_dtype"] == found["by_dtype"] for one in choices)
+    fastest = max(found["by_dtype"], key=found["by_dtype"].get)
+    assert str(pardec.load(folder, dtype="tuned").target.dtype) == f"torch.{fastest}"
+    assert pardec.load(folder).target.dtype == torch.float32
+    for speeds in ({"float32": 1.0, "float64": 2.0}, {"float32": 2.0, "float64": 1.0}):
+        write_tuned(folder, choice_for(folder, block_lengths=PLAIN, by_dtype=speeds))
+        model = pardec.load(folder, dtype="tuned")
+        assert str(model.target.dtype) == f"torch.{max(speeds, key=speeds.get)}"
+
+
+def test_the_table_of_several_dtypes_says_which_is_fastest(saved, tmp_path, prompts):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    few = ("--quick", "--prompt-file", prompts, "--num-prompts", "1", "--max-new-tokens", "3")
+    result = run(str(folder), *few, "--dtype", "float32,float64")
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.stdout.split())
+    assert "fastest dtype: float" in text
+    assert "measured in turn; --dtype tuned uses it" in text
+    assert "not tuned" not in text
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_dtype_that_the_device_has_instructions_for_is_named(saved, tmp_path, prompts, monkeypatch, has):
+    from pardec.tuning import tune as story
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved, folder)
+    monkeypatch.setattr(story, "has_bfloat16", lambda device: has)
+    few = ("--quick", "--prompt-file", prompts, "--num-prompts", "1", "--max-new-tokens", "3")
+    text = " ".join(run(str(folder), *few).stdout.split())
+    assert ("not tuned: bfloat16" in text) is has
+    assert ("--dtype float32,bfloat16 finds the fastest" in text) is has
+
+
+def test_the_head_and_two_pass_are_measured_beside_fused_steps(packaged_adapter, tmp_path, prompts):
+    folder = tmp_path / "adapter"
+    save_adapter(packaged_adapter(K, head_width=8), folder)
+    few = ("--quick", "--prompt-file", prompts, "--num-prompts", "1", "--max-new-tokens", "6")
+    found = json.loads(run(str(folder), *few, "--json").stdout)
+    kinds = {(one["mode"], one["use_head"]) for one in found["measured"]}
+    assert kinds == {("plain", True), ("fused", True), ("fused", False), ("two_pass", True), ("two_pass", False)}
+    assert found["ms_per_step_by_rows_without_head"]
+    chosen = found["choice"]
+    assert (chosen["mode"], chosen["use_head"]) in kinds
+    text = " ".join(run(str(folder), *few).stdout.split())
+    for words in ("two_pass, K", ", no head", "chosen: "):
+        assert words in text
+
+
+def test_a_choice_in_words():
+    facts = ("a", "b", False, (2, 2, 2), {}, 1.0, 1.0, 3.0, 2.0, [])
+    words = [
+        (TunedChoice(*facts), False, "K = 2, blocks 2 2 2, 9 rows, 1.50 x plain"),
+        (TunedChoice(*facts), True, "K = 2, blocks 2 2 2, with the head, 9 rows, 1.50 x plain"),
+        (TunedChoice(*facts, mode="two_pass"), False, "K = 2, two_pass, 6 rows, 1.50 x plain"),
+        (TunedChoice(*facts, use_head=False), True, "K = 2, blocks 2 2 2, without the head, 9 rows, 1.50 x plain"),
+    ]
+    for choice, has_head, expected in words:
+        assert describe(choice, has_head) == expected
+
+
+def test_prompts_are_chats_where_they_say_so_or_are_asked_to_be(packaged_adapter, tiny_base, chat_tokenizer, tmp_path):
+    model = SelfSpeculativeModel(tiny_base, chat_tokenizer, packaged_adapter(K))
+    chat = message_ids([{"role": "user", "content": "Hello"}], chat_tokenizer)
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question_id": 1, "category": "chat", "turns": ["Hello", "Bye"]}) + "\n")
+    assert prompts_to_tune_on(model, str(path), None) == chat
+    path.write_text(json.dumps({"prompt": "Hello"}) + "\n")
+    assert prompts_to_tune_on(model, str(path), None, as_chat=True) == chat
+    assert prompts_to_tune_on(model, ["Hello"], None, as_chat=True) == chat
+    as_text = [chat_tokenizer("Hello").input_ids]
+    assert prompts_to_tune_on(model, str(path), None) == prompts_to_tune_on(model, ["Hello"], None) == as_text
+    with pytest.raises(ValueError, match=r"^chat: expected prompts to render by the chat template"):
+        prompts_to_tune_on(model, None, 1, as_chat=True)
+
+
+def test_generation_uses_a_mode_and_a_head_that_were_chosen(packaged_adapter, tmp_path):
+    folder = tmp_path / "adapter"
+    save_adapter(packaged_adapter(K, head_width=8), folder)
+    write_tuned(folder, choice_for(folder, block_lengths=(1, 1), mode="two_pass", use_head=False))
+    engines = pardec.load(folder).engines
+    two_pass = engines.drafting(None, None, None, None)
+    assert (two_pass.mode, two_pass.block_lengths, two_pass.head) == ("two_pass", (1, 1), None)
+    assert engines.drafting("two_pass", None, None, None) == two_pass
+    assert engines.drafting(None, None, None, True).head is engines.head is not None
+    # whoever asks for another mode or K gets it as if nothing had been tuned
+    fused = engines.drafting("fused", None, None, None)
+    assert (fused.mode, fused.block_lengths, fused.head) == ("fused", (2, 2, 2), engines.head)
+    assert engines.drafting(None, 2, None, None) == fused
+    assert engines.drafting("two_pass", 2, None, None).block_lengths == (2, 2, 2)
+    assert engines.drafting("plain", None, None, None).mode == "plain"
+    engines.tuned = choice_for(folder, block_lengths=PLAIN)
+    assert engines.drafting(None, None, None, None).mode == "plain"
+    assert engines.drafting("fused", None, None, None) == fused
+
+
+def test_generation_uses_the_choice_unless_told_otherwise(saved, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)
     model = pardec.load(folder)
     untuned = model.generate("def main():", max_new_tokens=8)
     assert untuned.stats.num_draft_tokens == K * untuned.stats.num_drafts
-    name = device_name(model.target.device)
-    choice = TunedChoice(name, "float32", False, (1, 1), weights_of(folder), 1.0, 2.0, 2.0, 1.0, [0.5, 0.5])
-    write_tuned(folder, choice)
+    write_tuned(folder, choice_for(folder, block_lengths=(1, 1)))
     tuned = pardec.load(folder)
     out = tuned.generate("def main():", max_new_tokens=8)
     assert out.stats.num_draft_tokens == out.stats.num_drafts > 0
@@ -123,8 +241,11 @@ def test_without_matplotlib_there_is_a_line_instead_of_a_picture(saved, tmp_path
         (["--max-new-tokens", "1"], "max_new_tokens: expected at least 2, to time a step, found 1"),
         (["--temperature", "-1"], "temperature: expected"),
         (["--max-new-tokens", "2048"], "expected at most 2048 positions"),
-        (["--prompt-file", "/nowhere"], "/nowhere: expected a prompt file, found nothing"),
+        (["--prompt-file", "/nowhere"], "/nowhere: expected python-stdlib or a file of prompts, found nothing"),
         (["--dtype", "float31"], "dtype: expected a torch dtype"),
+        (["--dtype", "float32,float31"], "dtype: expected a torch dtype"),
+        (["--dtype", "tuned"], "dtype: expected dtypes that `pardec tune"),
+        (["--chat"], "messages: expected a tokenizer with a chat template"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(saved, prompts, arguments, words):
@@ -155,8 +276,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_measuring(saved, p
 
 
 def test_a_model_without_adapter_or_tokenizer_is_refused(tiny_base, saved):
-    from pardec.model import SelfSpeculativeModel
-
     bare = SelfSpeculativeModel(tiny_base, None, None)
     with pytest.raises(ValueError, match="expected one with an adapter, found none"):
         tune(bare, saved, [[1, 2]], effort=QUICK)

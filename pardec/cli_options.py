@@ -1,0 +1,33 @@
+"""Options that several commands of the command line have, with their help."""
+
+from typing import Annotated
+
+import typer
+
+Directory = Annotated[str, typer.Argument(help="adapter directory, e.g. runs/quickstart", show_default=False)]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="base model, if not the one that the adapter names", show_default=False)
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="e.g. cpu, cuda:1; default CUDA where there is one", show_default=False)
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="e.g. float32; tuned: the fastest by `pardec tune`; default float32 on a CPU", show_default=False
+    ),
+]
+TopK = Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)]
+MinP = Annotated[float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)]
+NumSpeculativeTokens = Annotated[
+    int | None,
+    typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
+]
+Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+Mode = Annotated[
+    str | None, typer.Option(help="fused, two_pass or plain; default the tuned choice, else fused", show_default=False)
+]
+AsChat = Annotated[bool, typer.Option("--chat", help="each prompt is a user's message for the chat template")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]
