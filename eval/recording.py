@@ -30,7 +30,7 @@ from pardec.chat_terminal import PROMPT, TerminalTalk
 from pardec.run import exit_on_unusable_input, written_aside
 
 COLUMNS = 100
-MESSAGES = ("Write a Python function that tests whether a number is prime.", "Explain it in two sentences.")
+MESSAGES = ("Write a Python function that tests whether a text is a palindrome.", "Explain it in two sentences.")
 
 
 def main() -> None:
