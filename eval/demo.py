@@ -177,12 +177,25 @@ def tuned_runs(
     plain = Run("none", "plain", 0, models["lora"], prompts)
     drafting = {name: choice for name, choice in choices.items() if choice.block_lengths != PLAIN}
     runs = [
-        Run(name, "tuned", choice.num_speculative_tokens, models[name], prompts, choice.block_lengths)
+        Run(
+            name,
+            way_of(choice, models[name]),
+            choice.num_speculative_tokens,
+            models[name],
+            prompts,
+            choice.block_lengths,
+        )
         for name, choice in drafting.items()
     ]
     measure(plain, runs, max_new_tokens, temperature)
     # where plain decoding was chosen, it has been measured
     return [plain, *(plain_of(name, plain) for name in choices if name not in drafting), *runs]
+
+
+def way_of(choice: TunedChoice, model: SelfSpeculativeModel) -> str:
+    """What was chosen, in words."""
+    has_head = model.engines.head is not None
+    return f"tuned: {choice.mode}" + ("" if choice.use_head or not has_head else ", no head")
 
 
 def why_not_more(greedy: list[Run], K: int) -> str:

@@ -125,14 +125,14 @@ def load_adapter(directory: str | Path) -> Adapter:
     """
     if not isinstance(directory, str | os.PathLike):
         raise AdapterError(f"directory: expected the path of an adapter, found {shown(directory)}")
+    folder = adapter_folder(directory)
     try:
-        directory = adapter_folder(directory)
-        found = None if directory.is_dir() else _what(directory)
+        found = None if folder.is_dir() else _what(folder)
     except OSError as error:  # of a name that no file system takes
         found = error.strerror
     if found is not None:
         raise AdapterError(f"{short(str(directory), 200)}: expected an adapter directory, found {found}")
-    root = directory / _INCOMING if (directory / _INCOMING).is_dir() else directory
+    root = folder / _INCOMING if (folder / _INCOMING).is_dir() else folder
     metadata = _read_metadata(root)
     for name, expected in metadata.files.items():
         if not (root / name).is_file():

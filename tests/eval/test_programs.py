@@ -29,7 +29,9 @@ def choosing(tune):
     def chosen(model, directory, prompts, **options):
         assert prompts == held_out_prompts(model.tokenizer, "validation", num_prompts=2)
         report = tune(model, directory, prompts, **options)
-        return replace(report, choice=replace(report.choice, block_lengths=SHAPES[Path(directory).name]))
+        shape = SHAPES[Path(directory).name]
+        way = {"block_lengths": shape, "mode": "plain" if shape == (0,) else "fused", "use_head": True}
+        return replace(report, choice=replace(report.choice, **way))
 
     return chosen
 
@@ -80,7 +82,7 @@ def test_demo_ends_with_what_tuning_chose_for_each_adapter(demo_run):
     for name, law in (("tuned_rows", {}), ("tuned_sampled_rows", {"temperature": 0.8, "top_k": 10})):
         plain, nothing, chosen = ended.result[name]
         assert [(row["adapter"], row["mode"]) for row in (plain, nothing, chosen)] == [
-            ("none", "plain"), ("embeddings", "plain"), ("lora", "tuned")
+            ("none", "plain"), ("embeddings", "plain"), ("lora", "tuned: fused")
         ]  # fmt: skip
         assert (plain["ratio_to_plain"], nothing["ratio_to_plain"]) == (1, 1)
         assert (chosen["num_speculative_tokens"], chosen["block_lengths"]) == (2, [2, 1, 0])
