@@ -105,7 +105,8 @@ class Subject:
             law |= {name: getattr(self.recipe, name) for name in ("temperature", "top_k", "top_p", "min_p")}
             law = {name: value for name, value in law.items() if value is not None}
             law.setdefault("top_k", 0)  # transformers' own default would keep 50
-        out = base.generate(ids, attention_mask=mask, max_new_tokens=self.recipe.max_new_tokens, **law)
+        limit = self.recipe.max_new_tokens
+        out = base.generate(ids, attention_mask=mask, max_new_tokens=limit, **law)  # type: ignore[operator]
         ends = set(eos_token_ids(base))
         return [up_to_end(text, ends) for text in out[:, width:].tolist()]
 

@@ -156,6 +156,7 @@ class SlotCache(Cache):
         """Row `rows[b]` takes all slots of row b of a smaller cache of the same model; `rows` of shape [B], int64."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             assert isinstance(mine, _SlotLayer)
+            assert isinstance(theirs, _SlotLayer)
             if theirs.keys is None or theirs.values is None:
                 continue  # a layer that shares the keys and values of another
             if not mine.is_initialized:

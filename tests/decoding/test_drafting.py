@@ -131,7 +131,7 @@ def test_prefill_drafts_the_same_however_prompts_are_run_for_several_sequences_a
         forward_module, "_TAKES_ROWS_OF_EACH", takes_rows_of_each and forward_module._TAKES_ROWS_OF_EACH
     )
     model = tiny_model("llama")
-    rows = prompts(V, (11, 3, 6))
+    rows = prompts(V, (11, 3, 6, 8, 2, 14, 5))
     decoder = decoder_for(model, "fused")
     state = decoder.prefill(rows, repeats=2, num_unused=1)
     assert_drafts(decoder, state, [row for row in rows for _ in range(2)])
