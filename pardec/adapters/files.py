@@ -125,6 +125,7 @@ def load_adapter(directory: str | Path) -> Adapter:
     """
     if not isinstance(directory, str | os.PathLike):
         raise AdapterError(f"directory: expected the path of an adapter, found {shown(directory)}")
+    directory = Path(directory)
     try:
         directory = adapter_folder(directory)
         found = None if directory.is_dir() else _what(directory)
