@@ -95,7 +95,7 @@ def generate(
         typer.Option("--head/--no-head", help="draft with the sampler head; default if tuned so", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="run plain decoding too, side by side")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="decode plain too, side by side in equal time")] = False,
     show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
     as_chat: AsChat = False,
     base: BaseOption = None,
@@ -113,7 +113,7 @@ def generate(
         prompts = _prompts(source, prompt, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code)
 
-        from pardec.console import as_object, print_comparison, print_stream
+        from pardec.console import as_object, print_stream
 
         chats = [[{"role": "user", "content": text}] for text in prompts]
         given = model.prompt_ids(messages=chats) if as_chat else prompts
@@ -129,14 +129,13 @@ def generate(
         }
         chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head).mode
         if compare:
+            from pardec.race_terminal import run_races
+
             # beside plain decoding stands what drafts, also where none was chosen
             mode = mode or ("fused" if chosen_mode == "plain" else chosen_mode)
-            identical = [
-                print_comparison(model, text, asked, mode, options, as_json)
-                for text, asked in zip(prompts, given, strict=True)
-            ]
+            identical = run_races(model, prompts, given, mode, options, as_json=as_json)
             # sampled texts differ by design: they follow one law, not one stream of random numbers
-            sys.exit(0 if temperature > 0 or all(identical) else 1)
+            sys.exit(0 if temperature > 0 or identical else 1)
         for text, asked in zip(prompts, given, strict=True):
             if as_json:
                 print(json.dumps(as_object(text, model.generate(asked, mode=mode, **options))), flush=True)

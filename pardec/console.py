@@ -1,6 +1,4 @@
-"""What the commands print: streamed text, comparisons, an adapter's facts."""
-
-import json
+"""What the commands print: streamed text, an adapter's facts."""
 
 from rich.console import Console
 from rich.table import Table
@@ -47,54 +45,7 @@ def print_stream(
     console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green){rate}", style="dim")
 
 
-def print_comparison(
-    model: SelfSpeculativeModel, text: str, prompt: str | list[int], mode: str, options: dict, as_json: bool
-) -> bool:
-    """Runs plain decoding and `mode` in turn, prints both, says whether the tokens are the same, a tie aside.
-
-    Args:
-        model: to run.
-        text: that was asked, for `as_json`.
-        prompt: the same, or its ids in a chat template.
-        mode: beside plain.
-        options: of `generate`.
-        as_json: one object instead of text and a table.
-    """
-    model.generate(prompt, mode=mode, **{**options, "max_new_tokens": min(8, options["max_new_tokens"])})  # warm-up
-    plain = model.generate(prompt, mode="plain", **options)
-    drafted = model.generate(prompt, mode=mode, **options)
-    identical = plain.token_ids == drafted.token_ids
-    tie = None if identical or options["temperature"] else _tie(model, prompt, drafted.token_ids[0], plain.token_ids[0])
-    ratio = drafted.stats.tokens_per_second / plain.stats.tokens_per_second
-    if as_json:
-        both = {"plain": as_object(text, plain), mode: as_object(text, drafted)}
-        said = {"identical": identical, "is_tie": tie is not None, "ratio_to_plain": ratio}
-        print(json.dumps({**both, **said}), flush=True)
-        return identical or tie is not None
-    console = Console(highlight=False)
-    console.print(drafted.text[0], markup=False)
-    lengths = ("mean acceptance\nlength", "tokens\nper step")
-    table = Table("mode", "new\ntokens", "forwards", *lengths, "tokens/s", "ratio to\nplain")
-    for name, out, factor in (("plain", plain, 1.0), (mode, drafted, ratio)):
-        stats = out.stats
-        table.add_row(
-            name,
-            str(stats.num_new_tokens),
-            str(stats.num_forwards),
-            f"{stats.mean_acceptance_length:.2f}",
-            f"{stats.tokens_per_step:.2f}",
-            f"{stats.tokens_per_second:.1f}",
-            f"{factor:.2f} x",
-        )
-    console.print(table)
-    same = "yes" if identical else "no" if tie is None else f"up to {tie}"
-    if not identical and options["temperature"]:
-        same = "no (sampled: the law is the same, not the draw)"
-    console.print(f"same tokens as plain: {same}")
-    return identical or tie is not None
-
-
-def _tie(model: SelfSpeculativeModel, prompt: str | list[int], found: list[int], plain: list[int]) -> str | None:
+def tie_of(model: SelfSpeculativeModel, prompt: str | list[int], found: list[int], plain: list[int]) -> str | None:
     """The first difference in words, if it is a tie that the dtype's rounding decides; None if it is not."""
     ids = model.prompt_ids(prompt)[0]
     divergence = divergence_from(model.base_model, "", ids, found, plain)
@@ -159,7 +110,7 @@ def print_check(model: SelfSpeculativeModel) -> bool:
     identical = True
     for mode in ("two_pass", "fused"):
         found = model.generate([prompt], mode=mode, max_new_tokens=num_tokens).token_ids
-        tie = None if found == plain else _tie(model, prompt, found[0], plain[0])
+        tie = None if found == plain else tie_of(model, prompt, found[0], plain[0])
         same = "identical to plain" if found == plain else "DIFFERENT from plain"
         table.add_row(f"{num_tokens} greedy tokens, {mode}", same if tie is None else f"identical to plain up to {tie}")
         identical = identical and (found == plain or tie is not None)

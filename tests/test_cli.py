@@ -144,11 +144,16 @@ def test_a_tie_of_the_dtype_is_told_and_no_difference(saved, monkeypatch):
     from pardec import console
     from pardec.measures.divergence import Divergence
 
-    honest = SelfSpeculativeModel.generate
+    honest, honest_stream = SelfSpeculativeModel.generate, SelfSpeculativeModel.stream
 
     def another_token(self, prompts, **options):
-        out = honest(self, prompts, **options)
-        if options["mode"] == "fused":
+        return changed(honest(self, prompts, **options), options["mode"])
+
+    def another_streamed_token(self, prompt, **options):
+        return changed((yield from honest_stream(self, prompt, **options)), options["mode"])
+
+    def changed(out, mode):
+        if mode == "fused":
             out.token_ids[0][3] += 1
         return out
 
@@ -157,6 +162,7 @@ def test_a_tie_of_the_dtype_is_told_and_no_difference(saved, monkeypatch):
         return Divergence("", 3, (found[3], plain[3]), 0.1, 0.01, 0.1, 0.1, 0.2, explained)
 
     monkeypatch.setattr(SelfSpeculativeModel, "generate", another_token)
+    monkeypatch.setattr(SelfSpeculativeModel, "stream", another_streamed_token)
     monkeypatch.setattr(console, "divergence_from", divergence)
     arguments = ["generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--compare", "--mode", "fused"]
     for explained, code, words in ((True, 0, "up to a tie of float32 at token 3"), (False, 1, "no")):

@@ -5,14 +5,14 @@ Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a f
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pardec.decoding.drafting import HeadDrafter
-from pardec.decoding.prefill import prefill_prompts
+from pardec.decoding.prefill import prefill_prompts, prompt_groups
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
@@ -21,6 +21,7 @@ from pardec.layout import block_layout, block_starts, chain_layout, full_blocks,
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
+from pardec.target.placement import is_offloaded
 
 MODES = ("plain", "two_pass", "fused")
 
@@ -141,14 +142,28 @@ class Decoder:
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
+        # on a CPU padding costs time; weights that every forward has to bring in cost more
+        apart = padded.is_cpu and not is_offloaded(self.target.base)
+        groups = [torch.tensor(group) for group in prompt_groups(lengths.tolist())] if apart else []
+        if len(groups) < 2:
+            return self._prefill_group(padded, lengths, cache, num_cached)
+        logits, hidden = [], []
+        for group in groups:
+            longest = int(lengths[group].max())
+            own = SlotCache(self.target.num_layers, longest + self.num_slots_per_step, len(group))
+            logits.append(self._prefill_group(padded[group, :longest], lengths[group], own))
+            hidden.append(self.forward.hidden)
+            cache.take(own, group)
+        place = torch.cat(groups).argsort()
+        self.forward.hidden = None if self.forward.tap is None else torch.cat(hidden)[place]
+        return torch.cat(logits)[place]
+
+    def _prefill_group(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
+        """The same of prompts that are run together."""
         K = self.num_speculative_tokens if self.mode == "fused" else 0
         block = self.forward.block_inputs(lengths, K) if K else None
         gate, tap = self.forward.gate, self.forward.tap
-        with ExitStack() as stack:
-            if gate is not None and K:
-                stack.enter_context(gate.attached())
-            if tap is not None:
-                stack.enter_context(tap.attached())
+        with self.forward.attached(), self.forward.packed():
             logits = prefill_prompts(self.target, padded, lengths, cache, block, gate, tap, num_cached)
             if logits is not None:
                 self.forward.hidden = None if tap is None else tap.hidden
