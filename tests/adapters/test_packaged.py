@@ -1,10 +1,19 @@
 """Adapters that ship with the package: found by name, unless something of that name lies where one works."""
 
+import re
 from pathlib import Path
 
-import pardec
-from pardec.adapters.packaged import PACKAGED_ADAPTERS, adapter_folder, tuned_folder
+import pytest
+import torch
 
+import pardec
+from pardec.adapters.files import load_adapter
+from pardec.adapters.packaged import PACKAGED_ADAPTERS, adapter_folder, tuned_folder
+from pardec.config.adapter_recipe import Recipe
+from pardec.config.recipe_files import load_recipe
+from pardec.target.base import BUILT_IN_BASES
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 ASSETS = Path(pardec.__file__).parent / "assets"
 
 
@@ -26,3 +35,33 @@ def test_other_paths_are_themselves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("runs/smollm2", "./runs", str(tmp_path / "smollm2"), "smollm", ""):
         assert adapter_folder(path) == tuned_folder(path) == Path(path)
+
+
+@pytest.mark.parametrize("name", PACKAGED_ADAPTERS)
+def test_what_ships_is_whole_small_and_says_what_it_is_for(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter = load_adapter(name)  # checks every file's digest
+    assert adapter.metadata.base.name in BUILT_IN_BASES
+    assert adapter.metadata.measured["sampled"]["mean_acceptance_length"] > 1
+    assert adapter.metadata.training["git_commit"]
+    numbers = [
+        adapter.mask_embeddings,
+        *(adapter.head or {}).values(),
+        *(adapter.lora.tensors if adapter.lora else {}).values(),
+    ]
+    assert {tensor.dtype for tensor in numbers} == {torch.bfloat16}
+    files = [path for path in (ASSETS / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    card = (ASSETS / name / "README.md").read_text()
+    for word in ("license: apache-2.0", adapter.metadata.base.name, "accelerate launch", f"recipes/{name}.yaml"):
+        assert word in card
+    said = "".join(path.read_text() for path in files if path.suffix in (".json", ".md"))
+    assert not re.findall(r"(?<![\w.])/(?:root|home|work|tmp)/", said)  # of the machine that trained it
+
+
+@pytest.mark.parametrize("name", PACKAGED_ADAPTERS)
+def test_the_recipe_beside_it_is_the_one_it_was_trained_by(name):
+    trained = load_adapter(ASSETS / name).metadata.training["recipe"]
+    recipe = load_recipe(RECIPES / f"{name}.yaml", (), Recipe).model_dump()
+    for part in ("base", "data", "adapter", "train"):
+        assert trained[part] == recipe[part]
