@@ -16,7 +16,7 @@ from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
-from pardec.decoding.verify import verify_greedy, verify_sample
+from pardec.decoding.verify import Verification, verify_greedy, verify_sample
 from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
@@ -39,6 +39,7 @@ class Decoder:
         block_lengths: of the fused chain, K + 1 numbers in 0..K; default K everywhere.
         head: draws the drafts one after another by what the tap of `forward` sees; None to draw them from their rows
             as they are.
+        verification: of drafts that were drawn.
     """
 
     forward: RowForward
@@ -49,6 +50,7 @@ class Decoder:
     eos_token_ids: Tensor
     block_lengths: Sequence[int] | None = None
     head: HeadDrafter | None = None
+    verification: Verification = "token"
     _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -254,7 +256,14 @@ class Decoder:
         else:
             p = self.law.probs(real, prefix_of)
             q = state.draft_probs if state.draft_probs is not None else p[:, :0]
-            verdict = verify_sample(p, q, state.drafts, state.draft_length, generator=self.law.generator)
+            verdict = verify_sample(
+                p,
+                q,
+                state.drafts,
+                state.draft_length,
+                verification=self.verification,
+                generator=self.law.generator,
+            )
         return verdict.tokens, verdict.num_accepted
 
     def _prefixes(self, state: DecodeState, since: Tensor, first_row: int) -> Callable[[int, int], Tensor] | None:
