@@ -51,6 +51,7 @@ NumSpeculativeTokens = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 Mode = Annotated[str, typer.Option(help="fused, two_pass or plain")]
+Verification = Annotated[str, typer.Option(help="of sampled drafts: token, one by one, or block, all together")]
 
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]
 
@@ -104,6 +105,7 @@ def generate(
             "--head/--no-head", help="draft with the sampler head; default if there is one", show_default=False
         ),
     ] = None,
+    verification: Verification = "token",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run plain decoding too, side by side")] = False,
     show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
@@ -138,6 +140,7 @@ def generate(
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
             "use_head": use_head,
+            "verification": verification,
         }
         if compare:
             identical = [
@@ -167,6 +170,7 @@ def chat(
     seed: Seed = None,
     mode: Mode = "fused",
     num_speculative_tokens: NumSpeculativeTokens = None,
+    verification: Verification = "token",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -190,6 +194,7 @@ def chat(
             "min_p": min_p,
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
+            "verification": verification,
         }
         run_chat(Chat(model, system, options), mode, as_json=as_json)
 
