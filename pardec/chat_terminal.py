@@ -25,6 +25,7 @@ _HELP = f"""\
 Ctrl-C     stop the answer; what was said stays. Twice ends the program
 green      drafted tokens that were accepted
 x plain    against a plain run of {PLAIN_TOKENS} tokens behind the first drafted answer, or the last answer of /plain"""
+PROMPT = "\n> "  # behind which a person types
 # an answer of fewer tokens says little about speed
 _FEWEST_TOKENS = 16
 
@@ -43,15 +44,10 @@ def run_chat(chat: Chat, mode: str, *, as_json: bool) -> None:
     if sys.stdin is None:
         raise ValueError("chat: expected messages on standard input, found it closed")
     talks = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
-    talk = _TerminalTalk(chat, mode, Console(highlight=False, soft_wrap=True)) if talks else _Talk(chat, mode, as_json)
-    for line in _typed() if talks else sys.stdin:
-        message = line.strip()
-        if message == "/quit":
-            return
-        if message.startswith("/") and len(message.split()) == 1:
-            talk.obey(message)
-        elif message:
-            talk.answer(message)
+    if talks:
+        TerminalTalk(chat, mode, Console(highlight=False, soft_wrap=True)).follow(_typed())
+    else:
+        _Talk(chat, mode, as_json).follow(sys.stdin)
 
 
 class _Talk:
@@ -59,6 +55,17 @@ class _Talk:
 
     def __init__(self, chat: Chat, mode: str, as_json: bool = False):
         self.chat, self.mode, self.as_json = chat, mode, as_json
+
+    def follow(self, lines: Iterable[str]) -> None:
+        """Answers messages and obeys commands, one a line, until there are no more."""
+        for line in lines:
+            message = line.strip()
+            if message == "/quit":
+                return
+            if message.startswith("/") and len(message.split()) == 1:
+                self.obey(message)
+            elif message:
+                self.answer(message)
 
     def tell(self, notice: str) -> None:
         print(notice, file=sys.stderr, flush=True)
@@ -91,7 +98,7 @@ class _Talk:
             )
 
 
-class _TerminalTalk(_Talk):
+class TerminalTalk(_Talk):
     """Answers in a terminal, in colour, each with a line about its speed."""
 
     def __init__(self, chat: Chat, mode: str, console: Console):
@@ -156,7 +163,7 @@ def _typed() -> Iterator[str]:
         import readline  # noqa: F401  # `input` takes arrow keys then
     while True:
         try:
-            yield input("\n> ")
+            yield input(PROMPT)
         except EOFError:
             print()
             return

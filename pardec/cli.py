@@ -107,7 +107,7 @@ def generate(
     ] = None,
     verification: Verification = "token",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="run plain decoding too, side by side")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="decode plain too, side by side in equal time")] = False,
     show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
     as_chat: Annotated[
         bool, typer.Option("--chat", help="each prompt is a user's message, rendered by the chat template")
@@ -127,7 +127,7 @@ def generate(
         prompts = _prompts(source, prompt, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code)
 
-        from pardec.console import as_object, print_comparison, print_stream
+        from pardec.console import as_object, print_stream
 
         chats = [[{"role": "user", "content": text}] for text in prompts]
         given = model.prompt_ids(messages=chats) if as_chat else prompts
@@ -143,12 +143,11 @@ def generate(
             "verification": verification,
         }
         if compare:
-            identical = [
-                print_comparison(model, text, asked, mode, options, as_json)
-                for text, asked in zip(prompts, given, strict=True)
-            ]
+            from pardec.race_terminal import run_races
+
+            identical = run_races(model, prompts, given, mode, options, as_json=as_json)
             # sampled texts differ by design: they follow one law, not one stream of random numbers
-            sys.exit(0 if temperature > 0 or all(identical) else 1)
+            sys.exit(0 if temperature > 0 or identical else 1)
         for text, asked in zip(prompts, given, strict=True):
             if as_json:
                 print(json.dumps(as_object(text, model.generate(asked, mode=mode, **options))), flush=True)

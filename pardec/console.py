@@ -1,6 +1,4 @@
-"""What the commands print: streamed text, comparisons, an adapter's facts."""
-
-import json
+"""What the commands print: streamed text, an adapter's facts."""
 
 from rich.console import Console
 from rich.table import Table
@@ -44,53 +42,6 @@ def print_stream(
     console.print(Text(text.put([], last=True)), end="")
     rate = f", {emitted / steps:.2f} tokens a step" if steps else ""
     console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green){rate}", style="dim")
-
-
-def print_comparison(
-    model: SelfSpeculativeModel, text: str, prompt: str | list[int], mode: str, options: dict, as_json: bool
-) -> bool:
-    """Runs plain decoding and `mode` in turn, prints both, says whether the tokens are the same.
-
-    Args:
-        model: to run.
-        text: that was asked, for `as_json`.
-        prompt: the same, or its ids in a chat template.
-        mode: beside plain.
-        options: of `generate`.
-        as_json: one object instead of text and a table.
-    """
-    model.generate(prompt, mode=mode, **{**options, "max_new_tokens": min(8, options["max_new_tokens"])})  # warm-up
-    plain = model.generate(prompt, mode="plain", **options)
-    drafted = model.generate(prompt, mode=mode, **options)
-    identical = plain.token_ids == drafted.token_ids
-    ratio = drafted.stats.tokens_per_second / plain.stats.tokens_per_second
-    if as_json:
-        both = {"plain": as_object(text, plain), mode: as_object(text, drafted)}
-        print(json.dumps({**both, "identical": identical, "ratio_to_plain": ratio}), flush=True)
-        return identical
-    console = Console(highlight=False)
-    console.print(drafted.text[0], markup=False)
-    lengths = ("mean acceptance\nlength", "tokens\nper step")
-    table = Table("mode", "new\ntokens", "forwards", *lengths, "tokens/s", "ratio to\nplain")
-    for name, out, factor in (("plain", plain, 1.0), (mode, drafted, ratio)):
-        stats = out.stats
-        table.add_row(
-            name,
-            str(stats.num_new_tokens),
-            str(stats.num_forwards),
-            f"{stats.mean_acceptance_length:.2f}",
-            f"{stats.tokens_per_step:.2f}",
-            f"{stats.tokens_per_second:.1f}",
-            f"{factor:.2f} x",
-        )
-    console.print(table)
-    same = (
-        "yes"
-        if identical
-        else "no" + (" (sampled: the law is the same, not the draw)" if options["temperature"] else "")
-    )
-    console.print(f"same tokens as plain: {same}")
-    return identical
 
 
 def print_thorough_check(model: SelfSpeculativeModel) -> bool:

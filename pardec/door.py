@@ -131,7 +131,8 @@ def _decode(
     B, checked = len(prompts), [0] * len(prompts)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    with closing(engine.run(prompts, between="writes" if criteria else "reads")) as steps:
+    between = "writes" if criteria else "nothing" if streamer is None else "reads"
+    with closing(engine.run(prompts, between=between)) as steps:
         for step in steps:
             num_new = step.num_new
             assert engine.state is not None

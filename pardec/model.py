@@ -181,8 +181,10 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         kept: KeptCache | None = None,
-    ) -> Generator[StreamChunk, None, None]:
+    ) -> Generator[StreamChunk, None, GenerationOutput]:
         """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
+
+        What the generator returns when it ends is what `generate` would have; its seconds are without the caller's.
 
         Args:
             kept: from turn to turn of a chat, or of texts that begin alike: what the prompt has in common with what
@@ -200,21 +202,28 @@ class SelfSpeculativeModel:
 
     def _stream(
         self, made: AbstractContextManager[Engine], ids: list[list[int]], kept: KeptCache | None
-    ) -> Generator[StreamChunk, None, None]:
+    ) -> Generator[StreamChunk, None, GenerationOutput]:
         text = TextStream(self.tokenizer)
-        made_by, begun, num_kept, has_begun = None, None, 0, False
+        made_by, begun, num_kept, has_begun, seconds = None, None, 0, False, 0.0
         if kept is not None:
             made_by = (self.engines, circumstances(self.base_model))
             begun, num_kept = kept.begin(ids[0], made_by), kept.num_reused
         with made as engine, closing(engine.run(ids, kept=begun, num_kept=num_kept)) as steps:
             try:
+                start = time.perf_counter()
                 for step in steps:
                     has_begun = True
                     new = step.tokens[0]
                     # the exact token of two_pass stands before the drafts
                     first = 1 if engine.decoder.mode == "two_pass" else 0
                     accepted = min(step.num_accepted[0], max(len(new) - first, 0))
-                    yield StreamChunk(text.put(new, last=step.done[0]), new, accepted)
+                    chunk = StreamChunk(text.put(new, last=step.done[0]), new, accepted)
+                    seconds += time.perf_counter() - start
+                    yield chunk
+                    start = time.perf_counter()
+                assert engine.state is not None
+                counts = counts_of(engine.state, engine.decoder.mode, 1)
+                return self._result(ids, outputs_of(engine.state, 1), counts, seconds)
             finally:
                 # also of a stream that is left early; before the first token the state is of an earlier call
                 if kept is not None and has_begun and engine.state is not None:

@@ -19,7 +19,7 @@ import pardec
 from pardec import chat_terminal, cli
 from pardec.adapters.files import save_adapter
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
-from pardec.chat_terminal import _TerminalTalk, run_chat
+from pardec.chat_terminal import TerminalTalk, run_chat
 from pardec.decoding import step
 from pardec.decoding.output import StreamChunk, TextStream, pieces_of
 from pardec.decoding.verify import VERIFICATIONS
@@ -218,7 +218,7 @@ def test_a_terminal_shows_answers_with_their_speed_and_obeys(model, monkeypatch)
 def test_the_ratio_to_plain_is_of_what_was_measured(model, monkeypatch):
     Terminal(monkeypatch)
     chat = Chat(model, None, OPTIONS)
-    talk, asked = _TerminalTalk(chat, "fused", chat_terminal.Console()), []
+    talk, asked = TerminalTalk(chat, "fused", chat_terminal.Console()), []
     monkeypatch.setattr(chat, "plain_tokens_per_second", lambda: asked.append(1) or 20.0)
     drafted = Answer("fused", token_ids=[0] * 31, num_steps=20, seconds=1.0, is_complete=True)
     assert "31 tokens, 30.0 tokens/s, 1.50 tokens a step, 1.50 x plain" in talk._status(drafted)

@@ -93,6 +93,23 @@ def test_stream_gives_what_generate_gives(tiny_base, tokenizer, mode):
     assert sum(chunk.num_accepted_tokens for chunk in chunks) <= out.stats.num_accepted_tokens
 
 
+@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
+def test_a_stream_returns_what_generate_does_and_the_caller_costs_no_time(ours, monkeypatch, mode):
+    out, now = ours.generate(ROWS[0], max_new_tokens=10, mode=mode), [0.0]
+    monkeypatch.setattr("pardec.model.time.perf_counter", lambda: now[0])
+    chunks = ours.stream(ROWS[0], max_new_tokens=10, mode=mode)
+    while True:
+        try:
+            next(chunks)
+        except StopIteration as end:
+            returned = end.value
+            break
+        now[0] += 1.0
+    assert (returned.token_ids, returned.text, returned.counts) == (out.token_ids, out.text, out.counts)
+    assert torch.equal(returned.sequences, out.sequences)
+    assert returned.stats.seconds == 0.0
+
+
 def test_an_abandoned_stream_leaves_the_base_clean(llama, ours):
     stream = ours.stream(ROWS[0], max_new_tokens=20)
     next(stream)

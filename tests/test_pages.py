@@ -40,7 +40,15 @@ def test_files_that_a_page_names_are_there(page):
 def test_the_front_page_is_read_in_two_minutes():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 130
-    for words in ("make demo", "make test", "pardec generate", "pardec check", "pardec.load", "CONTRIBUTING.md"):
+    for words in (
+        "make try",
+        "make demo",
+        "make test",
+        "pardec generate",
+        "pardec check",
+        "pardec.load",
+        "CONTRIBUTING.md",
+    ):
         assert words in text
 
 

@@ -2,9 +2,9 @@
 
     accelerate launch train/generate_responses.py recipes/responses_tiny_python.yaml [section.key=value ...]
 
-Also runs under plain python and torchrun. Rows are appended in a fixed order, batch by batch: a run that was cut off
-continues when it is started again, to the file that an uninterrupted one leaves. With several processes each
-generates every so many-th batch, and the main one writes; the file does not depend on their number.
+Also runs under plain python and torchrun. Rows are appended in a fixed order, in batches of similar length: a run that
+was cut off continues when it is started again, to the file that an uninterrupted one leaves. With several processes
+each generates every so many-th batch, and the main one writes; the file does not depend on their number.
 """
 
 import time
@@ -25,11 +25,13 @@ from pardec.data.python_sources import PACKAGES, STDLIB
 from pardec.data.reading import training_rows
 from pardec.data.response_prompts import draw_prompts
 from pardec.data.responses import (
+    BY_LENGTH,
     SHORT_TOKENS,
     Batch,
     Prompt,
     about_file,
     append_rows,
+    by_length,
     count_rows,
     keep_whole_batches,
     longest_row,
@@ -71,12 +73,16 @@ def generate(recipe: ResponsesRecipe) -> None:
     # everything that can be wrong with them is said before anything is written
     model = load_model(recipe, accelerator)
     prompts, sources = read_prompts(recipe, model, accelerator)
+    order = BY_LENGTH if before is None else before.get("order")  # a file goes on as it was begun
+    if order == BY_LENGTH:
+        prompts = by_length(prompts, recipe.batch_size)
     identity = fingerprint(model.base_model, model.tokenizer)
     made = made_by(accelerator)
     about: dict[str, Any] = {
         "recipe": recipe.model_dump(),
         "fingerprint": identity.model_dump(),
         "prompts_sha256": digest([prompt.input_ids for prompt in prompts]),
+        **({"order": order} if order else {}),
         **({"sources": sources} if sources else {}),
         **made,
     }

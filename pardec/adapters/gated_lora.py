@@ -217,8 +217,11 @@ class LoraGate:
             return
         if output.shape[:-1] != self._here.shape:
             output, low = self._unflatten(output), self._unflatten(low)
-        assert isinstance(rows, slice)
-        if output.shape[0] == 1:
+        if isinstance(rows, Tensor):
+            index = rows[:, :, None]
+            added = low.gather(1, index.expand(-1, -1, low.shape[2])) @ b
+            output.scatter_add_(1, index.expand(-1, -1, output.shape[2]), added)
+        elif output.shape[0] == 1:
             output[0, rows].addmm_(low[0, rows], b)
         else:
             output[:, rows].baddbmm_(low[:, rows], b.expand(output.shape[0], -1, -1))

@@ -17,6 +17,9 @@ from pardec.run import written_aside
 
 # responses with fewer tokens of the model's own give training next to nothing
 SHORT_TOKENS = 3
+# what is told beside the rows of the order of prompts; files from before there was one are in the order of drawing
+BY_LENGTH = "by length"
+_BATCHES_OF_A_STRETCH = 8
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,17 @@ class Batch:
     first: int
     size: int
     greedy: bool
+
+
+def by_length(prompts: Sequence[Prompt], batch_size: int) -> list[Prompt]:
+    """The prompts in an order in which those of a batch are of similar length, as each pays for the longest of them.
+
+    Only inside of stretches of several batches, so that a file which was cut off has short and long ones.
+    """
+    size, ordered = batch_size * _BATCHES_OF_A_STRETCH, []
+    for start in range(0, len(prompts), size):
+        ordered += sorted(prompts[start : start + size], key=lambda prompt: len(prompt.input_ids))
+    return ordered
 
 
 def plan_batches(num_responses: int, batch_size: int, greedy_fraction: float) -> list[Batch]:

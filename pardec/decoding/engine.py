@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pardec.decoding.graphs import CapturedSteps, Recorder, record_cuda_graph
-from pardec.decoding.state import DecodeState
+from pardec.decoding.state import DecodeState, LiveRows
 from pardec.decoding.step import Decoder
 from pardec.target.cache import SlotCache
 
@@ -89,8 +89,8 @@ class Engine:
             prompts: lists of token ids.
             repeats: sequences that continue each prompt.
             between: what the caller does between two steps: `nothing`, so that what a step puts on the base may stay
-                there meanwhile; `reads` what was yielded; or `writes` to the state, for which every step is read
-                before the next.
+                there meanwhile, and rows that are done may leave the batch until all are; `reads` what was yielded; or
+                `writes` to the state, for which every step is read before the next.
             kept: of one sequence, the keys and values of the first `num_kept` tokens of the one prompt; copied.
             num_kept: fewer than the prompt has.
         """
@@ -106,8 +106,13 @@ class Engine:
         progress = reports.read()
         yield progress
         held = between == "nothing" and self._graphs is None
+        # graphs and compiled code are made for a number of rows; what is read late belongs to rows as they were
+        live = LiveRows(state) if held and not one_behind and decoder.forward.compile_step is None else None
         with decoder.attached() if held else nullcontext():
             while not all(progress.done):
+                if live is not None:
+                    live.leave(progress.done)
+                    state, reports.sequences = live.state, live.sequences
                 unread = int(one_behind and reports.num_posted > 0)
                 state.cache.num_used = self._bucket(longest + unread * decoder.tokens_per_step, state.cache)
                 with nullcontext() if held or self._graphs is not None else decoder.attached():
@@ -116,9 +121,11 @@ class Engine:
                 if one_behind and reports.num_posted < 2:
                     continue
                 progress = reports.read()
-                live = zip(progress.num_new, progress.done, prompt_lengths, strict=True)
-                longest = max((p + n - 1 for n, done, p in live if not done), default=longest)
+                each = zip(progress.num_new, progress.done, prompt_lengths, strict=True)
+                longest = max((p + n - 1 for n, done, p in each if not done), default=longest)
                 yield progress
+        if live is not None:
+            live.leave(progress.done)
 
     def _step(self, state: DecodeState) -> Tensor | None:
         """Launches a step; returns its report where the step has made one already."""
@@ -216,12 +223,18 @@ def check_memory(device: torch.device, bytes_per_slot: int, num_sequences: int, 
 
 
 class _Reports:
-    """What steps report, on its way from the device to the host; at most two at a time."""
+    """What steps report, on its way from the device to the host; at most two at a time.
+
+    Attributes:
+        num_posted: reports on their way.
+        sequences: that the rows decode, in their order; more rows report nothing.
+    """
 
     def __init__(self, num_sequences: int):
         self.num_posted = 0
-        self._num_sequences = num_sequences
+        self.sequences = list(range(num_sequences))
         self._num_new = [0] * num_sequences
+        self._done = [False] * num_sequences
         self._waiting: list[list[list[int]] | tuple[Tensor, torch.cuda.Event]] = []
         self._buffers: list[Tensor] = []
 
@@ -229,7 +242,7 @@ class _Reports:
         """Starts on its way what the last step did."""
         self.num_posted += 1
         if state.lengths.device.type != "cuda":
-            n = self._num_sequences
+            n = len(self.sequences)
             columns = (state.num_new, state.done, state.num_accepted, state.tokens)
             rows = zip(*(column.tolist()[:n] for column in columns), strict=True)
             self._waiting.append([[num_new, done, accepted, *tokens] for num_new, done, accepted, tokens in rows])
@@ -250,12 +263,10 @@ class _Reports:
         if isinstance(oldest, tuple):
             buffer, event = oldest
             event.synchronize()
-            oldest = buffer[: self._num_sequences].tolist()
-        num_new, done, num_accepted, tokens = [], [], [], []
-        for before, row in zip(self._num_new, oldest, strict=True):
-            num_new.append(row[0])
-            done.append(bool(row[1]))
-            num_accepted.append(row[2])
-            tokens.append(row[3 : 3 + row[0] - before])
-        self._num_new = num_new
-        return Progress(num_new, done, num_accepted, tokens)
+            oldest = buffer[: len(self.sequences)].tolist()
+        before, self._num_new, self._done = self._num_new, self._num_new.copy(), self._done.copy()
+        num_accepted, tokens = [0] * len(before), [[] for _ in before]
+        for sequence, row in zip(self.sequences, oldest, strict=True):
+            self._num_new[sequence], self._done[sequence] = row[0], bool(row[1])
+            num_accepted[sequence], tokens[sequence] = row[2], row[3 : 3 + row[0] - before[sequence]]
+        return Progress(self._num_new, self._done, num_accepted, tokens)

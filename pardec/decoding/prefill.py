@@ -16,6 +16,25 @@ from pardec.target.hidden import HiddenTap
 # tokens of all prompts together in one forward; bounds the memory of activations
 _TOKENS_PER_FORWARD = 8192
 _MIN_CHUNK_TOKENS = 256
+# of padding that cost as much as a forward of its own, on a CPU
+_PADDING_OF_A_GROUP = 64
+
+
+def prompt_groups(lengths: list[int]) -> list[list[int]]:
+    """Indices of prompts in groups of similar length, each to be run by itself so that little of it is padding.
+
+    Args:
+        lengths: of the prompts.
+    """
+    groups: list[list[int]] = []
+    longest = padding = 0
+    for index in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        padding += longest - lengths[index]
+        if not groups or padding > _PADDING_OF_A_GROUP:
+            groups.append([])
+            longest, padding = lengths[index], 0
+        groups[-1].append(index)
+    return groups
 
 
 def prefill_prompts(

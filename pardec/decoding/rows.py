@@ -6,7 +6,7 @@ H width of a hidden state.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,10 @@ class RowForward:
                 stack.enter_context(self.gate.attached(but=packed))
             yield
 
+    def packed(self) -> AbstractContextManager[None]:
+        """Inside `attached`, what makes forwards of this thread use the packed weights, if there are any."""
+        return nullcontext() if self.linears is None else self.linears.active()
+
     def plan(self, layout: RowLayout) -> RowPlan:
         """The plan of `layout`."""
         layout = layout.to(self.target.device)
@@ -164,8 +168,7 @@ class RowForward:
         with ExitStack() as stack:
             if self.gate is not None and plan.has_mask_rows:
                 stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))
-            if self.linears is not None:
-                stack.enter_context(self.linears.active())
+            stack.enter_context(self.packed())
             if self._route is not None:
                 stack.enter_context(self._route)
             if self.tap is None:

@@ -1,9 +1,9 @@
-"""All state of a decoding, in tensors on the device, and how emitted tokens change it.
+"""All state of a decoding, in tensors on the device, how emitted tokens change it, and how finished rows leave it.
 
 Legend: B batch, P padded prompt length, K num_speculative_tokens, V vocabulary, W tokens that a step emits at most.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -142,11 +142,61 @@ class DecodeState:
         counts = [column[:, None] for column in (self.num_new, self.done, self.num_accepted)]
         return torch.cat([*counts, self.tokens], dim=1)
 
+    def of_rows(self, rows: Tensor) -> "DecodeState":
+        """The state of some rows in this order, shape [n], int64; copies but for the cache, whose rows stay."""
+        return replace(self, **{name: tensor[rows] for name, tensor in self._by_row().items()})
+
+    def put(self, rows: Tensor, other: "DecodeState") -> None:
+        """Rows `rows`, shape [B], int64, become those of another state in place; the cache stays as it is."""
+        theirs = other._by_row()
+        for name, tensor in self._by_row().items():
+            tensor[rows] = theirs[name]
+
+    def _by_row(self) -> dict[str, Tensor]:
+        """Every tensor of shape [B, ...]."""
+        found = {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("cache", "eos_token_ids")
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def rounds(self) -> list[list[tuple[int, int]]]:
         """(accepted drafts, draft_length) of the rounds of each sequence, before EOS or length cuts."""
         ends = self.num_new.tolist()
         marks = [row[:end] for row, end in zip(self.marks.tolist(), ends, strict=True)]
         return [[(mark % MARK, mark // MARK) for mark in row if mark >= 0] for row in marks]
+
+
+class LiveRows:
+    """The rows of a batch that are not done, as a state of their own, so that those that are cost nothing more.
+
+    Attributes:
+        state: of the rows that are left; steps run on it.
+        sequences: the sequence that each of them decodes.
+    """
+
+    def __init__(self, whole: DecodeState):
+        """Begins with all rows of `whole`, which has every sequence in its place again once all are done."""
+        self.state = self._whole = whole
+        self.sequences = list(range(whole.lengths.shape[0]))
+
+    def leave(self, done: list[bool]) -> None:
+        """Takes out the rows of the sequences that are done; one entry for each sequence."""
+        gone = [row for row, sequence in enumerate(self.sequences) if done[sequence]]
+        if not gone:
+            return
+        num_left = len(self.sequences) - len(gone)
+        if self.state is not self._whole:
+            self._whole.put(self._index([self.sequences[row] for row in gone]), self.state.of_rows(self._index(gone)))
+        # the last rows move up into the gaps: moving keys and values costs about as much as a step of the row
+        movers = (row for row in range(num_left, len(self.sequences)) if not done[self.sequences[row]])
+        rows = [next(movers) if done[self.sequences[row]] else row for row in range(num_left)]
+        if rows:
+            self.state.cache.spread(self._index(rows), self.state.cache.num_used)
+        self.state = self.state.of_rows(self._index(rows)) if rows else self._whole
+        self.sequences = [self.sequences[row] for row in rows]
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, device=self._whole.lengths.device)
 
 
 def _is_any(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -5,22 +5,23 @@ Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a f
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pardec.decoding.drafting import HeadDrafter
-from pardec.decoding.prefill import prefill_prompts
+from pardec.decoding.prefill import prefill_prompts, prompt_groups
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification, verify_greedy, verify_sample
-from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
+from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
+from pardec.target.placement import is_offloaded
 
 MODES = ("plain", "two_pass", "fused")
 
@@ -62,7 +63,7 @@ class Decoder:
             layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
-        self._next_block = _next_block(blocks).to(device)
+        self._next_block = next_blocks(blocks).to(device)
         self._token_index = torch.arange(self.tokens_per_step, device=device)
 
     @property
@@ -143,14 +144,28 @@ class Decoder:
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
+        # on a CPU padding costs time; weights that every forward has to bring in cost more
+        apart = padded.is_cpu and not is_offloaded(self.target.base)
+        groups = [torch.tensor(group) for group in prompt_groups(lengths.tolist())] if apart else []
+        if len(groups) < 2:
+            return self._prefill_group(padded, lengths, cache, num_cached)
+        logits, hidden = [], []
+        for group in groups:
+            longest = int(lengths[group].max())
+            own = SlotCache(self.target.num_layers, longest + self.num_slots_per_step, len(group))
+            logits.append(self._prefill_group(padded[group, :longest], lengths[group], own))
+            hidden.append(self.forward.hidden)
+            cache.take(own, group)
+        place = torch.cat(groups).argsort()
+        self.forward.hidden = None if self.forward.tap is None else torch.cat(hidden)[place]
+        return torch.cat(logits)[place]
+
+    def _prefill_group(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
+        """The same of prompts that are run together."""
         K = self.num_speculative_tokens if self.mode == "fused" else 0
         block = self.forward.block_inputs(lengths, K) if K else None
         gate, tap = self.forward.gate, self.forward.tap
-        with ExitStack() as stack:
-            if gate is not None and K:
-                stack.enter_context(gate.attached())
-            if tap is not None:
-                stack.enter_context(tap.attached())
+        with self.forward.attached(), self.forward.packed():
             logits = prefill_prompts(self.target, padded, lengths, cache, block, gate, tap, num_cached)
             if logits is not None:
                 self.forward.hidden = None if tap is None else tap.hidden
@@ -257,12 +272,7 @@ class Decoder:
             p = self.law.probs(real, prefix_of)
             q = state.draft_probs if state.draft_probs is not None else p[:, :0]
             verdict = verify_sample(
-                p,
-                q,
-                state.drafts,
-                state.draft_length,
-                verification=self.verification,
-                generator=self.law.generator,
+                p, q, state.drafts, state.draft_length, verification=self.verification, generator=self.law.generator
             )
         return verdict.tokens, verdict.num_accepted
 
@@ -277,16 +287,3 @@ class Decoder:
             return torch.cat([prompt, state.output[b, :num_committed_new], since[b, : first_row + r]])
 
         return prefix_of
-
-
-def _next_block(block_lengths: Sequence[int]) -> Tensor:
-    """By number of accepted drafts, the rows that hold the next drafts, and how many there are: shape [K + 1, K + 1].
-
-    Rows behind the end of a short block repeat its last one; behind an empty block stands any row.
-    """
-    K, rows = len(block_lengths) - 1, []
-    num_rows = K + 1 + sum(block_lengths)
-    for start, length in zip(block_starts(block_lengths).tolist(), block_lengths, strict=True):
-        ends = min(start + max(length, 1), num_rows)
-        rows.append([min(start + j, ends - 1) for j in range(K)] + [length])
-    return torch.tensor(rows)

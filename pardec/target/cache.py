@@ -147,9 +147,23 @@ class SlotCache(Cache):
             source: shape [B], int64; B up to `num_sequences`.
             num_slots: slots that are worth copying.
         """
+        moved = (source != torch.arange(source.shape[0], device=source.device)).nonzero()[:, 0]
         for buffer in self.buffers:
             # the selection is a copy, so rows may be read and overwritten in any order
-            buffer[: source.shape[0], :, :num_slots] = buffer[source, :, :num_slots]
+            buffer[moved, :, :num_slots] = buffer[source[moved], :, :num_slots]
+
+    def take(self, other: "SlotCache", rows: Tensor) -> None:
+        """Row `rows[b]` takes all slots of row b of a smaller cache of the same model; `rows` of shape [B], int64."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            assert isinstance(mine, _SlotLayer)
+            if theirs.keys is None or theirs.values is None:
+                continue  # a layer that shares the keys and values of another
+            if not mine.is_initialized:
+                mine.lazy_initialization(theirs.keys, theirs.values)
+            assert mine.keys is not None
+            assert mine.values is not None
+            mine.keys[rows, :, : other.num_slots] = theirs.keys
+            mine.values[rows, :, : other.num_slots] = theirs.values
 
     def stretched(self, source: Tensor, num_slots: int) -> "SlotCache":
         """A cache of `num_slots` whose slot s holds what slot `source[s]` holds here; `source` of shape [n], int64."""

@@ -12,6 +12,7 @@ from pardec.data.responses import (
     Prompt,
     about_file,
     append_rows,
+    by_length,
     count_rows,
     keep_whole_batches,
     longest_row,
@@ -77,6 +78,18 @@ def test_greedy_batches_stand_evenly_between_sampled_ones():
         done += batch.size
         greedy += batch.size * batch.greedy
         assert abs(greedy - 0.3 * done) <= 64
+
+
+def test_prompts_of_a_batch_are_of_similar_length_and_every_stretch_has_its_own():
+    """In a stretch of eight batches of 4 lengths rise; equal ones stay as they were drawn, and none is lost."""
+    prompts = [Prompt([n] * (1 + n * 7 % 10)) for n in range(100)]
+    ordered = by_length(prompts, 4)
+    for start in range(0, 100, 32):
+        drawn, found = prompts[start : start + 32], ordered[start : start + 32]
+        keys = [(len(prompt.input_ids), prompt.input_ids[0]) for prompt in found]
+        assert keys == sorted(keys)
+        assert sorted(prompt.input_ids for prompt in found) == sorted(prompt.input_ids for prompt in drawn)
+    assert [len(prompt.input_ids) for prompt in ordered[:4]] == [1] * 4
 
 
 # ---------------------------------------------------------------------- rows

@@ -119,11 +119,12 @@ def test_drafts_of_two_pass_follow_its_exact_token(family):
 
 
 @pytest.mark.parametrize("takes_rows_of_each", [True, False], ids=["newer", "older"])
-@pytest.mark.parametrize("chunked", [False, True])
-def test_prefill_drafts_the_same_in_chunks_for_several_sequences_and_with_older_transformers(
-    chunked, takes_rows_of_each, monkeypatch
+@pytest.mark.parametrize("run", ["at once", "in groups", "in chunks"])
+def test_prefill_drafts_the_same_however_prompts_are_run_for_several_sequences_and_with_older_transformers(
+    run, takes_rows_of_each, monkeypatch
 ):
-    if chunked:
+    monkeypatch.setattr(prefill, "_PADDING_OF_A_GROUP", 0 if run == "in groups" else 1000)
+    if run == "in chunks":
         monkeypatch.setattr(prefill, "_TOKENS_PER_FORWARD", 4)
         monkeypatch.setattr(prefill, "_MIN_CHUNK_TOKENS", 4)
     monkeypatch.setattr(

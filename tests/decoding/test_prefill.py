@@ -154,6 +154,80 @@ def test_a_sampled_first_token_does_not_depend_on_chunks(short_chunks, monkeypat
     assert ours.generate(rows, **options).token_ids == chunked
 
 
+# ---------------------------------------------------------------------- groups of similar length
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"),
+    [
+        ([7], [[0]]),
+        ([5, 5, 5], [[0, 1, 2]]),
+        ([9, 6, 8], [[0, 2, 1]]),  # 1 + 3 tokens of padding, as many as are allowed
+        ([9, 5, 8], [[0, 2], [1]]),
+        ([1, 20, 2, 18, 19, 1], [[1, 4, 3], [2, 0, 5]]),
+    ],
+    ids=str,
+)
+def test_prompts_are_grouped_where_padding_would_cost_more_than_a_forward(lengths, groups, monkeypatch):
+    monkeypatch.setattr(prefill, "_PADDING_OF_A_GROUP", 4)
+    assert prefill.prompt_groups(lengths) == groups
+
+
+@pytest.fixture
+def small_groups(monkeypatch):
+    """Prompts of several groups: hardly any padding is allowed."""
+    monkeypatch.setattr(prefill, "_PADDING_OF_A_GROUP", 2)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_prompts_run_in_groups_give_generates_tokens(family, mode, repeats, small_groups):
+    model, rows, references = family
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
+    ours.generate(rows[:2], max_new_tokens=2, mode=mode)  # whatever is observed once has been observed
+    with Widths(model) as shapes:
+        found = ours.generate(rows, max_new_tokens=10, mode=mode, num_return_sequences=repeats).token_ids
+    assert found == [reference for reference in references for _ in range(repeats)]
+    assert shapes[:4] == [(1, 17), (1, 11), (1, 6), (2, 3)]
+
+
+def test_long_prompts_among_groups_are_run_in_chunks(family, small_groups, monkeypatch):
+    monkeypatch.setattr(prefill, "_TOKENS_PER_FORWARD", 8)
+    monkeypatch.setattr(prefill, "_MIN_CHUNK_TOKENS", 8)
+    model, rows, references = family
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
+    assert ours.generate(rows, max_new_tokens=10).token_ids == references
+
+
+def test_prompts_of_a_base_whose_weights_are_brought_in_run_in_one_forward(small_groups, monkeypatch):
+    model = tiny_model("llama")
+    decoder = decoder_for(model)
+    for is_offloaded, num_forwards in ((False, 3), (True, 1)):
+        monkeypatch.setattr("pardec.decoding.step.is_offloaded", lambda base, found=is_offloaded: found)
+        with Widths(model) as shapes:
+            decoder.prefill(prompts(V, (11, 3, 17)))
+        assert len(shapes) == num_forwards
+
+
+@pytest.mark.parametrize("family_name", FAMILIES)
+def test_groups_leave_the_same_keys_values_and_drafts_as_one_forward(family_name, monkeypatch):
+    model = tiny_model(family_name)
+    rows = prompts(V, (11, 3, 17, 2))
+    states = []
+    for padding in (1000, 0):
+        monkeypatch.setattr(prefill, "_PADDING_OF_A_GROUP", padding)
+        states.append(decoder_for(model).prefill(rows))
+    together, apart = states
+    for name in ("lengths", "bonus", "drafts", "draft_length", "output", "num_new"):
+        assert torch.equal(getattr(together, name), getattr(apart, name)), name
+    close = 1e-5 if family_name.endswith("eager") else 1e-9  # eager attention takes its softmax in float32
+    for one, other in zip(together.cache.layers, apart.cache.layers, strict=True):
+        for b, row in enumerate(rows):
+            for name in ("keys", "values"):
+                a, c = (getattr(layer, name)[b, :, : len(row)] for layer in (one, other))
+                torch.testing.assert_close(a, c, rtol=close, atol=close)
+
+
 # ---------------------------------------------------------------------- several sequences for one prompt
 
 

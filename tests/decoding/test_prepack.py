@@ -13,6 +13,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.model import SelfSpeculativeModel
+from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -371,3 +372,26 @@ def test_steps_with_packed_siblings_and_lora_give_the_logits_of_hooks(family):
         assert (seen["packed"] - seen["hooks"]).abs().max() / spread < 1e-3
         assert torch.equal(seen["packed"][:, :4], seen["closed"][:, :4])
         assert (seen["packed"] - seen["closed"])[:, 4:].abs().max() / spread > 0.1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows", "phi3-window", "opt", "gpt_neox"])
+def test_prefill_with_packed_siblings_and_lora_gives_the_logits_of_hooks(family, monkeypatch):
+    """Prompts of several lengths, so that every one has its mask rows elsewhere, and no layer runs unpacked."""
+    model = tiny_model(family, dtype=torch.float32)
+    target, adapter = TargetModel.wrap(model), make_adapter(model, 3, lora_rank=2)
+    gate = LoraGate(model, adapter.lora)
+    packed = PackedLinears(survey(target).siblings, gate)
+    packed.refresh()
+    lengths = torch.tensor([5, 2, 3])
+    padded, seen = torch.tensor([[5, 9, 2, 7, 7], [3, 8, 0, 0, 0], [4, 4, 6, 0, 0]]), {}
+    for name, linears, opened in (("hooks", None, gate), ("packed", packed, gate), ("closed", packed, None)):
+        forward = RowForward(target, adapter.mask_embeddings, opened, linears)
+        decoder = Decoder(forward, "fused", 3, TokenLaw(greedy=True), 8, torch.empty(0, dtype=torch.long))
+        with torch.no_grad(), monkeypatch.context() as patched:
+            if linears is not None:
+                patched.setattr(torch.nn.functional, "linear", None)
+            seen[name] = decoder._prefill_logits(padded, lengths, SlotCache(target.num_layers, 40, 3))
+    spread = seen["hooks"].std()
+    assert (seen["packed"] - seen["hooks"]).abs().max() / spread < 1e-3
+    assert torch.equal(seen["packed"][:, 0], seen["closed"][:, 0])
+    assert (seen["packed"] - seen["closed"])[:, 1:].abs().amax(dim=(1, 2)).min() / spread > 0.1

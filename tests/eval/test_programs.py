@@ -1,6 +1,9 @@
 """The eval scripts: a table for people, one JSON object as the last line, pictures."""
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import acceptance
 import demo
@@ -12,17 +15,44 @@ import pardec
 from pardec.data.corpus import held_out_prompts
 
 ROW_KEYS = {
-    "adapter", "mode", "num_speculative_tokens", "mean_acceptance_length", "tokens_per_forward", "tokens_per_second",
-    "ratio_to_plain",
+    "adapter", "mode", "num_speculative_tokens", "mean_acceptance_length", "tokens_per_step", "tokens_per_forward",
+    "tokens_per_second", "ratio_to_plain",
 }  # fmt: skip
 
 
-def test_demo_measures_every_mode_and_ends_with_the_json_line(adapters, tmp_path):
-    few = ("--output", tmp_path, "--num-prompts", 2, "--max-new-tokens", 10)
-    ended = run(demo.main, adapters / "embeddings", adapters / "lora", *few)
+SHAPES = {"embeddings": (0,), "lora": (2, 1, 0)}
+
+
+def choosing(tune):
+    """The same tuning, with another choice at its end."""
+
+    def chosen(model, directory, prompts, **options):
+        assert prompts == held_out_prompts(model.tokenizer, "validation", num_prompts=2)
+        report = tune(model, directory, prompts, **options)
+        return replace(report, choice=replace(report.choice, block_lengths=SHAPES[Path(directory).name]))
+
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def demo_run(adapters, tmp_path_factory):
+    """A run of the demo with little of everything, on adapters that may be tuned, and its folder."""
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copytree(adapters, folder, dirs_exist_ok=True)
+    few = ("--output", folder, "--num-prompts", 2, "--max-new-tokens", 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TUNING_PROMPTS", 2)
+        patch.setattr(demo, "TUNING_TOKENS", 6)
+        patch.setattr(demo, "tune", choosing(demo.tune))
+        ended = run(demo.main, folder / "embeddings", folder / "lora", *few)
     assert ended.code == 0, ended.err[-2000:]
+    return ended, folder
+
+
+def test_demo_measures_every_mode_and_ends_with_the_json_line(demo_run):
+    ended, folder = demo_run
     result = ended.result
-    assert json.loads((tmp_path / "demo.json").read_text()) == result
+    assert json.loads((folder / "demo.json").read_text()) == result
     assert all(set(row) == ROW_KEYS | {"identical"} for row in result["rows"])
     assert all(set(row) == ROW_KEYS for row in result["sampled_rows"])
     assert all(row["identical"] for row in result["rows"])
@@ -32,11 +62,53 @@ def test_demo_measures_every_mode_and_ends_with_the_json_line(adapters, tmp_path
     for row in result["rows"] + result["sampled_rows"]:
         if row["mode"] == "fused":
             assert row["tokens_per_forward"] == pytest.approx(row["mean_acceptance_length"], abs=1e-3)
+            assert 1 <= row["tokens_per_step"] <= row["mean_acceptance_length"]  # which counts beyond the last token
         if row["mode"] == "plain":
-            assert row["tokens_per_forward"] == 1
+            assert row["tokens_per_step"] == row["tokens_per_forward"] == 1
             assert row["ratio_to_plain"] == 1
-    assert (tmp_path / "acceptance_by_position.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "acceptance_by_position.png").read_bytes().startswith(b"\x89PNG")
     assert "torch" in result["versions"]
+    assert result["command"].startswith("demo.py ")
+    assert "git_commit" in result
+
+
+def test_demo_ends_with_what_tuning_chose_for_each_adapter(demo_run):
+    ended, folder = demo_run
+    model = pardec.load(folder / "lora")
+    model.tuned = None
+    prompts = held_out_prompts(model.tokenizer, "test", num_prompts=2)
+    for name, law in (("tuned_rows", {}), ("tuned_sampled_rows", {"temperature": 0.8, "top_k": 10})):
+        plain, nothing, chosen = ended.result[name]
+        assert [(row["adapter"], row["mode"]) for row in (plain, nothing, chosen)] == [
+            ("none", "plain"), ("embeddings", "plain"), ("lora", "tuned")
+        ]  # fmt: skip
+        assert (plain["ratio_to_plain"], nothing["ratio_to_plain"]) == (1, 1)
+        assert (chosen["num_speculative_tokens"], chosen["block_lengths"]) == (2, [2, 1, 0])
+        seeded = [
+            model.generate(prompt, max_new_tokens=10, block_lengths=(2, 1, 0), seed=seed, **law).stats
+            for seed, prompt in enumerate(prompts, start=1)
+        ]
+        accepted, drafts = (
+            sum(getattr(one, f"num_{what}") for one in seeded) for what in ("accepted_tokens", "drafts")
+        )
+        assert chosen["mean_acceptance_length"] == pytest.approx(1 + accepted / drafts, abs=1e-4)
+    assert all(row["identical"] for row in ended.result["tuned_rows"])
+    assert ended.result["choices"]["lora"]["block_lengths"] == [2, 1, 0]
+    assert (folder / "lora" / "tuned.json").exists()
+    assert "2 (2 1 0)" in ended.out
+    assert "fastest here, greedy: " in ended.out
+    last = ended.out[ended.out.index("measured on the test split, greedy") :]
+    assert "K = 2 has 9 rows, took" in last
+
+
+def test_demo_says_at_once_that_a_choice_cannot_be_kept(adapters, monkeypatch):
+    def full(directory):
+        raise OSError(f"{directory}: expected an adapter folder that can be written to, found read-only")
+
+    monkeypatch.setattr(demo, "check_writable", full)
+    monkeypatch.setattr(demo, "timed_runs", None)
+    ended = run(demo.main, adapters / "embeddings", adapters / "lora")
+    assert "embeddings: expected an adapter folder that can be written to" in ended.error
 
 
 def test_acceptance_reports_what_the_public_api_counts(adapters):

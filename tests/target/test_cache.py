@@ -156,6 +156,22 @@ def test_prompts_are_spread_to_the_sequences_that_continue_them(source):
                     assert torch.equal(found[b, :, slot], old[source[b] if moved else b, :, slot])
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_rows_are_taken_from_a_shorter_cache_into_chosen_places(is_new):
+    generator = torch.Generator().manual_seed(7)
+    cache, other = SlotCache(LAYERS, SLOTS, num_sequences=4), SlotCache(LAYERS, 5, num_sequences=2)
+    for layer in range(LAYERS):
+        other.update(*random_states(generator, 2, 5), layer)
+        if not is_new:
+            cache.update(*random_states(generator, 4, 9), layer)
+    before = [buffer.clone() for buffer in cache.buffers] or [0.0] * 2 * LAYERS
+    cache.take(other, torch.tensor([3, 1]))
+    for found, old, theirs in zip(cache.buffers, before, other.buffers, strict=True):
+        expected = torch.zeros_like(found) + old
+        expected[3, :, :5], expected[1, :, :5] = theirs[0], theirs[1]
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_slots_never_written_cannot_poison_masked_attention(batch, monkeypatch):
     """A NaN in a masked value slot reaches the output, so unwritten memory must not be handed out."""

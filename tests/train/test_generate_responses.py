@@ -275,7 +275,15 @@ def test_answers_end_with_their_eos_and_even_very_short_ones_are_read_by_trainin
     ]
     data, output = tmp_path / "talk.jsonl", tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in talks))
-    run(tmp_path / "recipe", output, f"base={other_base}", f"data.path={data}", "max_new_tokens=24", "temperature=1.5")
+    run(
+        tmp_path / "recipe",
+        output,
+        f"base={other_base}",
+        f"data.path={data}",
+        "max_new_tokens=24",
+        "temperature=1.5",
+        "seed=1",
+    )
     answers = [parts(json.loads(line)) for line in output.read_text().splitlines()]
     asked = {f"# user: return {n}\n# assistant: " for n in range(30) if n % 20}
     assert len(answers) == 13
@@ -361,6 +369,33 @@ def test_a_mix_that_was_cut_off_continues_to_the_same_bytes(mixed, mix, texts, t
     output = begun(mixed[0], tmp_path / "cut.jsonl", mixed[0].stat().st_size * 2 // 3)
     assert "continuing" in run(texts, output, *mix)
     assert output.read_bytes() == mixed[0].read_bytes()
+
+
+def test_prompts_of_a_batch_are_of_similar_length(mixed):
+    """All twelve are of one stretch."""
+    about = json.loads(about_file(mixed[0]).read_text())
+    lengths = [json.loads(line)["loss_mask"].index(1) for line in mixed[0].read_text().splitlines()]
+    assert about["order"] == "by length"
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 4
+
+
+def test_a_file_that_was_begun_in_the_order_of_drawing_goes_on_in_it(mixed, mix, texts, tmp_path, monkeypatch):
+    """As files are from before prompts were put in order: what is there stays, and no prompt comes twice."""
+    monkeypatch.setattr(generate_responses, "by_length", lambda prompts, batch_size: prompts)
+    drawn = tmp_path / "drawn.jsonl"
+    run(texts, drawn, *mix)
+    monkeypatch.undo()
+    about = json.loads(about_file(drawn).read_text())
+    del about["order"]
+    about_file(drawn).write_text(json.dumps(about))
+    output = begun(drawn, tmp_path / "cut.jsonl", drawn.stat().st_size * 2 // 3)
+    assert "continuing" in run(texts, output, *mix)
+    assert output.read_bytes() == drawn.read_bytes() != mixed[0].read_bytes()
+    assert "order" not in json.loads(about_file(output).read_text())
+    found = [[json.loads(line) for line in file.read_text().splitlines()] for file in (output, mixed[0])]
+    prompts = [sorted(row["input_ids"][: row["loss_mask"].index(1)] for row in rows) for rows in found]
+    assert prompts[0] == prompts[1]
 
 
 def test_training_reads_the_rows_of_a_mix(mixed, tokenizer):
