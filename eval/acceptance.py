@@ -24,6 +24,7 @@ import pardec
 from pardec.data.benchmarks import Prompt, read_prompts
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import STDLIB, TEST, VALIDATION, source_folder
+from pardec.decoding.verify import VERIFICATIONS
 from pardec.measures.acceptance import BATCH_SIZE, Acceptance
 from pardec.measures.held_out import TOLERANCE, Comparison, HeldOut, measure_again, measure_held_out
 from pardec.measures.ranks import TOP
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--num-speculative-tokens", type=int, help="default what was trained, also after pardec tune")
     parser.add_argument("--head", default="auto", choices=HEAD, help="sampler head; auto: if the adapter has one")
+    parser.add_argument("--verification", default="token", choices=VERIFICATIONS, help="of sampled drafts")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -81,6 +83,7 @@ def report(args: argparse.Namespace, model: SelfSpeculativeModel) -> int:
             batch_size=args.batch_size,
             num_speculative_tokens=args.num_speculative_tokens,
             use_head=HEAD[args.head],
+            verification=args.verification,
             categories=[prompt.category for prompt in prompts],
             on_batch=bar.update,
         )
@@ -118,7 +121,9 @@ def prompts_for(args: argparse.Namespace, model: SelfSpeculativeModel) -> list[P
 
 def print_figures(found: HeldOut, title: str) -> None:
     """The tables: mean acceptance lengths, positions, and categories where there are several."""
-    law = f"sampled at temperature {found.settings['temperature']}, top-k {found.settings['top_k']}"
+    settings = found.settings
+    law = f"sampled at temperature {settings['temperature']}, top-k {settings['top_k']}"
+    law += f", {settings['verification']} verification"
     ways = {"greedy": found.greedy, "sampled": found.sampled}
     if found.sampled_without_head is not None:
         ways["sampled, without head"] = found.sampled_without_head

@@ -26,6 +26,7 @@ from pardec.cli_options import (
     TopK,
     TopP,
     TrustRemoteCode,
+    Verification,
 )
 from pardec.data.prompt_files import read_prompts
 
@@ -94,6 +95,7 @@ def generate(
         bool | None,
         typer.Option("--head/--no-head", help="draft with the sampler head; default if tuned so", show_default=False),
     ] = None,
+    verification: Verification = "token",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="decode plain too, side by side in equal time")] = False,
     show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
@@ -126,6 +128,7 @@ def generate(
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
             "use_head": use_head,
+            "verification": verification,
         }
         chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head).mode
         if compare:
@@ -157,6 +160,7 @@ def chat(
     seed: Seed = None,
     mode: Mode = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
+    verification: Verification = "token",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -180,6 +184,7 @@ def chat(
             "min_p": min_p,
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
+            "verification": verification,
         }
         chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None).mode
         run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)

@@ -29,5 +29,6 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 Mode = Annotated[
     str | None, typer.Option(help="fused, two_pass or plain; default the tuned choice, else fused", show_default=False)
 ]
+Verification = Annotated[str, typer.Option(help="of sampled drafts: token, one by one, or block, all together")]
 AsChat = Annotated[bool, typer.Option("--chat", help="each prompt is a user's message for the chat template")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]

@@ -108,6 +108,19 @@ def block_starts(block_lengths: Sequence[int]) -> Tensor:
     return len(block_lengths) + lengths.cumsum(0) - lengths
 
 
+def next_blocks(block_lengths: Sequence[int]) -> Tensor:
+    """By number of accepted drafts, the rows that hold the next drafts, and how many there are: shape [K + 1, K + 1].
+
+    Rows behind the end of a short block repeat its last one; behind an empty block stands any row.
+    """
+    K, rows = len(block_lengths) - 1, []
+    num_rows = K + 1 + sum(block_lengths)
+    for start, length in zip(block_starts(block_lengths).tolist(), block_lengths, strict=True):
+        ends = min(start + max(length, 1), num_rows)
+        rows.append([min(start + j, ends - 1) for j in range(K)] + [length])
+    return torch.tensor(rows)
+
+
 @dataclass(frozen=True)
 class TrainingLayout:
     """The mask rows of a training forward: N blocks of up to K mask tokens over sequences of T real tokens.

@@ -24,6 +24,7 @@ from pardec.decoding.messages import Messages, message_ids
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
 from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
+from pardec.decoding.verify import Verification
 from pardec.door import generate_for_transformers
 from pardec.errors import shown
 from pardec.target.base import pad_token_id
@@ -119,6 +120,7 @@ class SelfSpeculativeModel:
         num_return_sequences: int = 1,
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
+        verification: Verification = "token",
     ) -> GenerationOutput:
         """Continues every prompt exactly as the base model alone would: the same tokens, or the same law.
 
@@ -141,6 +143,8 @@ class SelfSpeculativeModel:
                 numbers of which K is the largest.
             use_head: draw the drafts one after another with the sampler head; default if the adapter has one and
                 `pardec tune` did not choose to leave it out.
+            verification: of sampled drafts: `token` judges them one by one, `block` all of a step together, by which
+                more of them stand (arXiv:2403.10444); the law is the same.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
@@ -148,7 +152,7 @@ class SelfSpeculativeModel:
         num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
         ids = self.prompt_ids(prompts, messages=messages, template_options=template_options)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head)
+        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification)
         rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
         with self.engines.lend(ids, law, max_new_tokens, drafting, num_sequences=len(rows)) as engine:
             start = time.perf_counter()
@@ -176,6 +180,7 @@ class SelfSpeculativeModel:
         mode: str | None = None,
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
+        verification: Verification = "token",
         kept: KeptCache | None = None,
     ) -> Generator[StreamChunk, None, GenerationOutput]:
         """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
@@ -192,7 +197,7 @@ class SelfSpeculativeModel:
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head)
+        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification)
         self.engines.check(ids, max_new_tokens, num_sequences=1)
         return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids, kept)
 
@@ -262,6 +267,7 @@ class SelfSpeculativeModel:
         num_speculative_tokens: int | None = None,
         mode: str | None = None,
         use_head: bool | None = None,
+        verification: Verification = "token",
         **model_inputs,
     ):
         """`hf_model.generate(**inputs, custom_generate=model)`: our loop under transformers' own arguments.
@@ -286,5 +292,6 @@ class SelfSpeculativeModel:
             num_speculative_tokens=num_speculative_tokens,
             mode=mode,
             use_head=use_head,
+            verification=verification,
             streamer=self._streamer,
         )

@@ -18,6 +18,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
+from pardec.decoding.verify import Verification
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -111,7 +112,15 @@ def sampled(seed: int = 0, **options) -> TokenLaw:
 
 
 def decoder_for(
-    model, mode: str, law: TokenLaw, *, new_tokens: int = 12, eos=(), head_width: int = 0, noise: bool = False
+    model,
+    mode: str,
+    law: TokenLaw,
+    *,
+    new_tokens: int = 12,
+    eos=(),
+    head_width: int = 0,
+    noise: bool = False,
+    verification: Verification = "token",
 ) -> Decoder:
     target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
     group = survey(target).query_group
@@ -122,7 +131,7 @@ def decoder_for(
     head, tokens = HeadDrafter.of(adapter, target), NoiseTokens.of(V, target.device) if noise else None
     masks = None if noise else masks
     forward = RowForward(target, masks, gate, query_group=group, noise=tokens, tap=head and head.tap)
-    return Decoder(forward, mode, K, law, new_tokens, eos_ids, head=head)
+    return Decoder(forward, mode, K, law, new_tokens, eos_ids, head=head, verification=verification)
 
 
 def tensors_of(state: DecodeState) -> dict[str, Tensor]:

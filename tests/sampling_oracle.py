@@ -13,7 +13,7 @@ import torch
 from pardec.decoding import step as decode_module
 from pardec.decoding import verify
 from pardec.decoding.step import Decoder
-from pardec.decoding.verify import Verdict, accept_probability, bonus_law
+from pardec.decoding.verify import Verdict, accept_probability, block_accept_probability, bonus_law
 
 V, K = 5, 2
 PROMPT = [1, 3, 2, 4]
@@ -74,7 +74,7 @@ def recorded_step(decoder: Decoder, state, monkeypatch, first=None):
     """
     calls = []
 
-    def recorder(target_probs, draft_probs, draft_tokens, draft_length, *, generator=None):
+    def recorder(target_probs, draft_probs, draft_tokens, draft_length, *, verification="token", generator=None):
         calls.append(tuple(t.clone() for t in (target_probs, draft_probs, draft_tokens, draft_length)))
         B, drafted = draft_tokens.shape
         tokens = torch.zeros(B, drafted + 1, dtype=torch.long)
@@ -94,41 +94,50 @@ class VerdictLaw:
     """The law of the verdict for given drafts, before any random number is drawn.
 
     Attributes:
-        accept: probability that draft k is accepted once those before it are, shape [B, K].
+        accept: what draft k is held against: where drafts are judged one by one, the probability that it is accepted
+            once those before it are; shape [B, K].
+        ends: probability that exactly k drafts are accepted, shape [B, K + 1], float64.
         bonus: law of the bonus token if exactly k drafts are accepted, shape [B, K + 1, V].
     """
 
     accept: torch.Tensor
+    ends: torch.Tensor
     bonus: torch.Tensor
 
 
-def verdict_law(target_probs, draft_probs, draft_tokens, draft_length) -> VerdictLaw:
+def verdict_law(target_probs, draft_probs, draft_tokens, draft_length, verification="token") -> VerdictLaw:
     """What `verify_sample` draws from, of all numbers of accepted drafts; the same arguments.
 
-    After a rejection at k the bonus follows norm(max(0, p - q)); at k = draft_length, where nothing was
-    rejected, it follows p itself.
+    After a rejection at k the bonus follows norm(max(0, r p - q)), where r = 1 for drafts that are judged one by one;
+    at k = draft_length, where nothing was rejected, it follows p itself.
     """
-    K = draft_tokens.shape[1]
+    B, K = draft_tokens.shape
     verify._check_probs(target_probs, draft_probs, draft_tokens, draft_length)
-    exists = verify._exists(draft_length, K)
-    accept = accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * exists
-    bonus = bonus_law(target_probs[:, :K], draft_probs, exists)
-    return VerdictLaw(accept, torch.cat([bonus, target_probs[:, K:]], dim=1))
+    if verification == "block":
+        accept, reach, draft_length = block_accept_probability(target_probs, draft_probs, draft_tokens, draft_length)
+        # from the last draft down: the first that passes is the last that counts
+        h = torch.cat([torch.ones(B, 1), accept], dim=1).double()
+        later_fail = (1 - h.flip(1)).cumprod(dim=1).flip(1)
+        ends = h * torch.cat([later_fail[:, 1:], torch.ones(B, 1)], dim=1)
+        before = reach[:, :K, None]
+    else:
+        accept = accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * verify._exists(draft_length, K)
+        a = torch.cat([accept, torch.zeros(B, 1)], dim=1).double()
+        reached = torch.cat([torch.ones(B, 1), a[:, :K].cumprod(dim=1)], dim=1)
+        ends, before = reached * (1 - a), 1.0
+    bonus = bonus_law(target_probs[:, :K], draft_probs, verify._exists(draft_length, K), before)
+    return VerdictLaw(accept, ends, torch.cat([bonus, target_probs[:, K:]], dim=1))
 
 
-def emitted_law(p, q, drafts, draft_length, weights) -> dict[tuple[int, ...], float]:
+def emitted_law(p, q, drafts, draft_length, weights, verification="token") -> dict[tuple[int, ...], float]:
     """Law of what a step emits: sums over all drafts, all acceptance counts and all bonus tokens."""
-    law = verdict_law(p, q, drafts, draft_length)
+    law = verdict_law(p, q, drafts, draft_length, verification)
     total: dict[tuple[int, ...], float] = {}
     for row, weight in enumerate(weights):
-        reach = weight
-        for n in range(K + 1):
-            stop = reach * (1 - float(law.accept[row, n])) if n < K else reach
-            for token in range(V):
+        for n, end in enumerate(law.ends[row].tolist()):
+            for token, share in enumerate(law.bonus[row, n].tolist()):
                 key = (*drafts[row, :n].tolist(), token)
-                total[key] = total.get(key, 0.0) + stop * float(law.bonus[row, n, token])
-            if n < K:
-                reach *= float(law.accept[row, n])
+                total[key] = total.get(key, 0.0) + weight * end * share
     return total
 
 

@@ -20,7 +20,9 @@ from pardec import chat_terminal, cli
 from pardec.adapters.files import save_adapter
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
 from pardec.chat_terminal import TerminalTalk, run_chat
+from pardec.decoding import step
 from pardec.decoding.output import StreamChunk, TextStream, pieces_of
+from pardec.decoding.verify import VERIFICATIONS
 from pardec.model import SelfSpeculativeModel
 
 K = 2
@@ -328,6 +330,24 @@ def test_json_is_one_object_an_answer(model, run, mode):
     assert 0 == first["reused_tokens"] < second["reused_tokens"] < second["prompt_tokens"]
 
 
+@pytest.mark.parametrize("command", [("chat", "x"), ("generate", "x", "--chat", "--prompt", "x = 1")])
+def test_sampled_drafts_are_verified_as_asked_for(run, command, monkeypatch):
+    own, found = step.verify_sample, set()
+
+    def noting(*given, verification="token", generator=None):
+        if given[2].shape[1]:  # a draft
+            found.add(verification)
+        return own(*given, verification=verification, generator=generator)
+
+    monkeypatch.setattr(step, "verify_sample", noting)
+    for name in VERIFICATIONS:
+        options = ("--max-new-tokens", "6", "--temperature", "1", "--seed", "1", "--verification", name)
+        result = run(*command, *options, input="x = 1")
+        assert result.exit_code == 0, result.output
+        assert found == {name}
+        found.clear()
+
+
 def test_what_is_left_out_of_a_piped_conversation_is_told_on_standard_error(model, run, monkeypatch):
     monkeypatch.setattr(type(model.target), "max_positions", property(lambda target: 60))
     result = run("chat", "x", "--max-new-tokens", "12", "--json", input="question\n" * 4)
@@ -340,6 +360,7 @@ def test_what_is_left_out_of_a_piped_conversation_is_told_on_standard_error(mode
     ("arguments", "lines", "words"),
     [
         (["--mode", "tree"], "x", "mode: expected one of plain, two_pass, fused, found 'tree'"),
+        (["--verification", "all"], "x", "verification: expected one of token, block, found 'all'"),
         (["--max-new-tokens", "0"], "x", "max_new_tokens: expected an integer >= 1, found 0"),
         (["--temperature", "-1"], "x", "temperature: expected"),
         (["--seed", "-1"], "x", "seed: expected an integer from 0"),

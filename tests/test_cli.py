@@ -296,6 +296,7 @@ def test_the_head_can_be_left_out(save, monkeypatch):
         (["--prompt", "x", "--num-speculative-tokens", "3"], "expected at most 2, the number of distinct mask tokens"),
         (["--prompt", "x", "--head"], "use_head: expected an adapter with a sampler head, found none"),
         (["--prompt", "x", "--mode", "tree"], "mode: expected one of plain, two_pass, fused, found 'tree'"),
+        (["--prompt", "x", "--verification", "all"], "verification: expected one of token, block, found 'all'"),
         (["--prompt", "x", "--dtype", "float31"], "dtype: expected a torch dtype"),
         (["--prompt", "x", "--device", "toaster"], "device: expected a torch device"),
         (["--prompt", "x", "--device", "meta"], "device: expected a torch device"),

@@ -9,6 +9,7 @@ from pardec.layout import (
     chain_layout,
     full_blocks,
     nested_block_lengths,
+    next_blocks,
     real_layout,
     training_layout,
 )
@@ -80,6 +81,18 @@ def test_block_starts_name_the_row_of_each_first_mask_token(block_lengths):
     for i, start in enumerate(block_starts(block_lengths).tolist()):
         before = [row for row in rows if row[0] == "real" or row[1] < i]
         assert start == len(before)  # also where the block is empty
+
+
+@pytest.mark.parametrize("block_lengths", PRUNED, ids=str)
+def test_next_blocks_name_the_rows_of_the_block_behind_the_last_accepted_draft(block_lengths):
+    rows, K = pruned_rows(block_lengths), len(block_lengths) - 1
+    found = next_blocks(block_lengths)
+    assert found.shape == (K + 1, K + 1)
+    for accepted, (*places, length) in enumerate(found.tolist()):
+        own = [index for index, row in enumerate(rows) if row[0] == "mask" and row[1] == accepted]
+        assert length == len(own) == block_lengths[accepted]
+        assert places[:length] == own
+        assert set(places[length:]) <= (set(own[-1:]) or set(range(len(rows))))  # a row that there is
 
 
 @pytest.mark.parametrize("K", DRAFT_LENGTHS)

@@ -84,6 +84,7 @@ FIT = {
     "num_return_sequences": INTEGERS,
     "block_lengths": {"none"},
     "use_head": {"none", "false"},
+    "verification": set(),
 }
 FIT_TO_STREAM = {name: fit for name, fit in FIT.items() if name not in ("prompts", "num_return_sequences")}
 FIT_TO_STREAM["kept"] = {"none"}
@@ -136,7 +137,7 @@ def test_arguments_of_stream_are_refused_before_it_begins(model, name):
     assert UNFIT.keys() - refused(call, name) == FIT_TO_STREAM[name]
 
 
-@pytest.mark.parametrize("name", ["mode", "num_speculative_tokens", "use_head"])
+@pytest.mark.parametrize("name", ["mode", "num_speculative_tokens", "use_head", "verification"])
 def test_arguments_of_the_door(base, model, name):
     def call(value):
         base.generate(torch.tensor([PROMPT]), max_new_tokens=6, custom_generate=model, **{name: value})

@@ -9,7 +9,8 @@ from pardec.config.recipe_files import MixedPrecision, Section
 from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, nested_block_lengths
 from pardec.training.loss import WEIGHT_RULES
-from pardec.training.module import Drafter, Objective
+from pardec.training.module import Drafter
+from pardec.training.objective import Objective
 
 
 def _number_or_rule(value: Any) -> Any:
@@ -157,7 +158,8 @@ class TrainConfig(Section):
         max_grad_norm: gradients are clipped to this norm.
         head_learning_rate: of the sampler head.
         objective: `kl` to the model's own distribution, `cross_entropy` on data tokens, `cross_entropy_argmax` on
-            the model's likeliest token, `lk` or `lk_hybrid`, which aim at acceptance when sampling.
+            the model's likeliest token; `tv`, `lk` or `lk_hybrid`, which aim at acceptance when sampling;
+            `accepted_length`, which aims at how many drafts of a block are accepted, for the model's own samples.
         position_weights: weight of each position; or one number d for weights d^0, d^1, ...; or weights that follow
             how far drafts are accepted, `expected_length` or `prefix_product`.
         temperature: at which draft and model are compared.
@@ -181,7 +183,7 @@ class TrainConfig(Section):
     frozen: list[Literal["mask_embeddings", "lora", "head"]] = Field(default=[])
     warmup_steps: int = Field(default=20, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
-    objective: Literal["kl", "cross_entropy", "cross_entropy_argmax", "lk", "lk_hybrid"] = "kl"
+    objective: Literal["kl", "cross_entropy", "cross_entropy_argmax", "tv", "lk", "lk_hybrid", "accepted_length"] = "kl"
     position_weights: PositionWeights = 1.0
     temperature: float = Field(default=1.0, gt=0)
     top_k: int | None = Field(default=None, ge=1)
@@ -239,12 +241,12 @@ class Recipe(Section):
             values = self.position_weights()
         except OverflowError:
             values = [math.inf]
-        if isinstance(values, str):
-            return self
-        if not all(math.isfinite(value) and value >= 0 for value in values) or max(values) == 0:
+        numbers = [1.0] if isinstance(values, str) else values
+        if not all(math.isfinite(value) and value >= 0 for value in numbers) or max(numbers) == 0:
             raise ValueError(
                 f"train.position_weights: expected finite numbers >= 0, one of them above 0, found {shown(weights)}"
             )
+        self.objective()
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.shared_length import shared_length_limit
 from pardec.decoding.step import MODES, Decoder
+from pardec.decoding.verify import VERIFICATIONS, Verification
 from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
@@ -43,11 +44,13 @@ class Drafting:
         mode: one of `MODES`; plain where nothing is drafted.
         block_lengths: of the fused chain; for two_pass only their number counts; (0,) for plain decoding.
         head: draws the drafts one after another; None to draw them from their rows as they are.
+        verification: of drafts that were drawn.
     """
 
     mode: str
     block_lengths: BlockLengths
     head: HeadDrafter | None
+    verification: Verification = "token"
 
 
 class Engines:
@@ -103,7 +106,12 @@ class Engines:
         return torch.Generator(self.target.device).manual_seed(chosen)
 
     def drafting(
-        self, mode: str | None, asked: int | None, block_lengths: Sequence[int] | None, use_head: bool | None
+        self,
+        mode: str | None,
+        asked: int | None,
+        block_lengths: Sequence[int] | None,
+        use_head: bool | None,
+        verification: Verification = "token",
     ) -> Drafting:
         """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
 
@@ -112,6 +120,7 @@ class Engines:
         """
         if mode is not None:
             one_of("mode", mode, MODES)
+        one_of("verification", verification, VERIFICATIONS)
         tuned = self.tuned
         if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
             mode, blocks = tuned.mode, tuple(tuned.block_lengths)
@@ -121,7 +130,7 @@ class Engines:
             is_given = block_lengths is not None
             blocks = self._checked(mode, asked, block_lengths) if is_given else self._blocks_for(mode, asked)
         head = self.chosen_head(use_head)
-        return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head)
+        return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head, verification)
 
     def _blocks_for(self, mode: str, asked: int | None) -> BlockLengths:
         if asked is not None:
@@ -236,7 +245,8 @@ class Engines:
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
-            shape = (drafting.mode, drafting.block_lengths, drafting.head is not None, law.key, len(eos_ids))
+            way = (drafting.mode, drafting.block_lengths, drafting.head is not None, drafting.verification)
+            shape = (*way, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
             on = (self.capture, self.compile, sequences, signature(target.base), arithmetic(target.device))
             key = (shape, on)
@@ -263,7 +273,17 @@ class Engines:
         K, no_eos = len(drafting.block_lengths) - 1, torch.empty(0, dtype=torch.long)
         forward = self.row_forward(K, drafting.head, linears, facts.query_group)
         max_new_tokens = 1  # set for each call, as are the EOS ids
-        decoder = Decoder(forward, drafting.mode, K, law, max_new_tokens, no_eos, drafting.block_lengths, drafting.head)
+        decoder = Decoder(
+            forward,
+            drafting.mode,
+            K,
+            law,
+            max_new_tokens,
+            no_eos,
+            drafting.block_lengths,
+            drafting.head,
+            drafting.verification,
+        )
         captured = self.capture and law.is_capturable
         return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
 

@@ -16,8 +16,8 @@ from pardec.decoding.prefill import prefill_prompts, prompt_groups
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
-from pardec.decoding.verify import verify_greedy, verify_sample
-from pardec.layout import block_layout, block_starts, chain_layout, full_blocks, real_layout
+from pardec.decoding.verify import Verification, verify_greedy, verify_sample
+from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
@@ -40,6 +40,7 @@ class Decoder:
         block_lengths: of the fused chain, K + 1 numbers in 0..K; default K everywhere.
         head: draws the drafts one after another by what the tap of `forward` sees; None to draw them from their rows
             as they are.
+        verification: of drafts that were drawn.
     """
 
     forward: RowForward
@@ -50,6 +51,7 @@ class Decoder:
     eos_token_ids: Tensor
     block_lengths: Sequence[int] | None = None
     head: HeadDrafter | None = None
+    verification: Verification = "token"
     _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class Decoder:
             layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
-        self._next_block = _next_block(blocks).to(device)
+        self._next_block = next_blocks(blocks).to(device)
         self._token_index = torch.arange(self.tokens_per_step, device=device)
 
     @property
@@ -269,7 +271,9 @@ class Decoder:
         else:
             p = self.law.probs(real, prefix_of)
             q = state.draft_probs if state.draft_probs is not None else p[:, :0]
-            verdict = verify_sample(p, q, state.drafts, state.draft_length, generator=self.law.generator)
+            verdict = verify_sample(
+                p, q, state.drafts, state.draft_length, verification=self.verification, generator=self.law.generator
+            )
         return verdict.tokens, verdict.num_accepted
 
     def _prefixes(self, state: DecodeState, since: Tensor, first_row: int) -> Callable[[int, int], Tensor] | None:
@@ -283,16 +287,3 @@ class Decoder:
             return torch.cat([prompt, state.output[b, :num_committed_new], since[b, : first_row + r]])
 
         return prefix_of
-
-
-def _next_block(block_lengths: Sequence[int]) -> Tensor:
-    """By number of accepted drafts, the rows that hold the next drafts, and how many there are: shape [K + 1, K + 1].
-
-    Rows behind the end of a short block repeat its last one; behind an empty block stands any row.
-    """
-    K, rows = len(block_lengths) - 1, []
-    num_rows = K + 1 + sum(block_lengths)
-    for start, length in zip(block_starts(block_lengths).tolist(), block_lengths, strict=True):
-        ends = min(start + max(length, 1), num_rows)
-        rows.append([min(start + j, ends - 1) for j in range(K)] + [length])
-    return torch.tensor(rows)

@@ -1,13 +1,17 @@
 """Verification: how many drafted tokens stand, and which token follows them.
 
 Knows probabilities and token ids, no model, no tokenizer, no cache.
-Legend: B batch, K num_speculative_tokens, V vocabulary; p is the target's law, q the draft's.
+Legend: B batch, K num_speculative_tokens, V vocabulary; p is the target's law, q the draft's, r the reach of a draft.
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor
+
+Verification = Literal["token", "block"]
+VERIFICATIONS: tuple[Verification, ...] = get_args(Verification)
 
 _BLOCK = 256  # probabilities that are summed up first where one of many is drawn
 
@@ -55,13 +59,57 @@ def accept_probability(target_probs: Tensor, draft_probs: Tensor, draft_tokens: 
 
     Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1; Chen et al. 2023, arXiv:2302.01318, Theorem 1.
     """
+    return _ratio(target_probs, draft_probs, draft_tokens).clamp_max(1.0)
+
+
+def block_accept_probability(
+    target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor, draft_length: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What block verification accepts by: with all drafts of a row judged together, more of them stand.
+
+    With r_0 = 1, r_i = min(1, r_{i-1} p(d_i) / q(d_i)) and Z_i = sum max(0, r_i p - q) over the vocabulary behind
+    draft i, h_i = Z_i / (Z_i + 1 - r_i), and h = r at the last draft. Each draft is held against h_i by itself, and
+    those up to the last one that passes are accepted: i drafts or more with probability r_i.
+
+    Args:
+        target_probs: p, shape [B, K + 1, V].
+        draft_probs: q, shape [B, K, V].
+        draft_tokens: shape [B, K], int64.
+        draft_length: shape [B].
+
+    Returns:
+        accept: h, shape [B, K], 0 behind the last draft; reach: r, shape [B, K + 1], of dead drafts anything; length:
+        drafts that can be judged, shape [B]: fewer than `draft_length` where some q are NaN.
+
+    Source: Sun et al. 2024, arXiv:2403.10444, Algorithm 2, with its p and q in our letters.
+    """
+    K = draft_tokens.shape[1]
+    index = torch.arange(1, K + 1, device=draft_tokens.device)
+    ratio = _ratio(target_probs[:, :K], draft_probs, draft_tokens)
+    reached = [torch.ones_like(ratio[:, 0])]
+    for i in range(K):
+        reached.append((reached[-1] * ratio[:, i]).clamp_max(1.0))
+    reach = torch.stack(reached, dim=1)
+    # a draft of NaN, from numbers that overflow, is none; r stays NaN behind it
+    length = (_exists(draft_length, K) & ~reach[:, 1:].isnan()).sum(dim=1)
+    inner = reach[:, 1:K]
+    total = (inner[:, :, None] * target_probs[:, 1:K] - draft_probs[:, 1:]).clamp_min_(0).sum(dim=2)
+    denominator = total + (1 - inner)
+    # 0 / 0 where r = 1 and p = q: nothing could go wrong behind that draft
+    accept = torch.where(denominator > 0, total / denominator, 1.0)
+    accept = torch.where(index == length[:, None], reach[:, 1:], torch.cat([accept, reach[:, K:]], dim=1))
+    return torch.where(index <= length[:, None], accept, 0.0), reach, length
+
+
+def _ratio(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor) -> Tensor:
+    """p / q of each draft, shape [B, K]."""
     p = target_probs.gather(2, draft_tokens[:, :, None]).squeeze(2)
     q = draft_probs.gather(2, draft_tokens[:, :, None]).squeeze(2)
-    return (p / q.clamp_min(torch.finfo(q.dtype).tiny)).clamp_max(1.0)
+    return p / q.clamp_min(torch.finfo(q.dtype).tiny)
 
 
-def bonus_law(target_probs: Tensor, draft_probs: Tensor, rejected: Tensor) -> Tensor:
-    """Law of the bonus token: norm(max(0, p - q)) where a draft was rejected, p elsewhere.
+def bonus_law(target_probs: Tensor, draft_probs: Tensor, rejected: Tensor, reach: Tensor | float = 1.0) -> Tensor:
+    """Law of the bonus token: norm(max(0, r p - q)) where a draft was rejected, p elsewhere.
 
     Where the residual sums to 0 (p = q, so only rounding rejects), it is p as well.
 
@@ -69,8 +117,9 @@ def bonus_law(target_probs: Tensor, draft_probs: Tensor, rejected: Tensor) -> Te
         target_probs: p, shape [..., V].
         draft_probs: q of the draft in that place, same shape.
         rejected: shape [...].
+        reach: r of the drafts before, shape [..., 1], under block verification; 1 where drafts are judged one by one.
     """
-    residual = (target_probs - draft_probs).clamp_min(0)
+    residual = (reach * target_probs - draft_probs).clamp_min_(0)
     total = residual.sum(dim=-1, keepdim=True)
     from_residual = rejected[..., None] & (total > 0)
     tiny = torch.finfo(target_probs.dtype).tiny
@@ -83,6 +132,7 @@ def verify_sample(
     draft_tokens: Tensor,
     draft_length: Tensor,
     *,
+    verification: Verification = "token",
     generator: Generator | None = None,
 ) -> Verdict:
     """Accept a prefix of each row's drafts so that the emitted tokens follow the target's law exactly.
@@ -94,25 +144,33 @@ def verify_sample(
         draft_tokens: drafted token ids, shape [B, K], int64.
         draft_length: drafts that exist in each row, shape [B], in 0..K; what stands behind is ignored. It may
             depend on q and on earlier drafts, never on the value of a draft that it drops.
+        verification: `token` judges drafts one by one up to the first that falls; `block` judges them together, see
+            `block_accept_probability`. The law is the same.
         generator: source of randomness, on the same device; None for torch's global one.
 
     Raises:
         ValueError: if shapes disagree (names both) or probabilities are not float32.
 
-    Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1, same letters.
+    Source: Leviathan et al. 2023, arXiv:2211.17192, Algorithm 1, same letters; Sun et al. 2024, arXiv:2403.10444.
     """
     K = draft_tokens.shape[1]
     _check_probs(target_probs, draft_probs, draft_tokens, draft_length)
     if K == 0:
         bonus = sample_from(target_probs, generator)
         return Verdict(bonus, draft_length.new_zeros(draft_length.shape))
-    accept = accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * _exists(draft_length, K)
-    u = torch.rand(accept.shape, device=accept.device, generator=generator)
-    num_accepted = (u < accept).cumprod(dim=1).sum(dim=1)
+    u = torch.rand(draft_tokens.shape, device=draft_tokens.device, generator=generator)
+    if verification == "block":
+        accept, reach, draft_length = block_accept_probability(target_probs, draft_probs, draft_tokens, draft_length)
+        # up to the last that passes, whatever has failed before it
+        num_accepted = ((u < accept) * torch.arange(1, K + 1, device=u.device)).amax(dim=1)
+        before = reach.gather(1, num_accepted[:, None])
+    else:
+        accept = accept_probability(target_probs[:, :K], draft_probs, draft_tokens) * _exists(draft_length, K)
+        num_accepted, before = (u < accept).cumprod(dim=1).sum(dim=1), 1.0
     # only the law at the end of the accepted run is needed
     p = _row(target_probs, num_accepted)
     q = _row(draft_probs, num_accepted.clamp_max(K - 1))
-    bonus = sample_from(bonus_law(p, q, rejected=num_accepted < draft_length), generator)
+    bonus = sample_from(bonus_law(p, q, num_accepted < draft_length, before), generator)
     tokens = torch.cat([draft_tokens, draft_tokens.new_zeros(draft_tokens.shape[0], 1)], dim=1)
     return Verdict(tokens.scatter(1, num_accepted[:, None], bonus[:, None]), num_accepted)
 

@@ -19,6 +19,7 @@ from pardec.decoding.stats import (
     acceptance_outside_repetition,
     pool,
 )
+from pardec.decoding.verify import Verification
 from pardec.model import SelfSpeculativeModel
 
 BATCH_SIZE = 16
@@ -100,6 +101,7 @@ def measure_acceptance(
     mode: str = "fused",
     num_speculative_tokens: int | None = None,
     use_head: bool | None = None,
+    verification: Verification = "token",
     batch_size: int = BATCH_SIZE,
     categories: Sequence[str] | None = None,
     on_batch: Callable[[int], object] = lambda num_prompts: None,
@@ -119,6 +121,7 @@ def measure_acceptance(
         mode: see `generate`.
         num_speculative_tokens: see `generate`.
         use_head: see `generate`.
+        verification: see `generate`.
         batch_size: prompts decoded together.
         categories: of each prompt; default none.
         on_batch: told the number of prompts of each batch when it is done.
@@ -143,6 +146,7 @@ def measure_acceptance(
             mode=mode,
             num_speculative_tokens=num_speculative_tokens,
             use_head=use_head,
+            verification=verification,
         )
         outputs.append(out)
         on_batch(len(batch))

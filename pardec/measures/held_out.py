@@ -16,6 +16,7 @@ from pardec.data.corpus import prompts_with_room
 from pardec.data.python_sources import VALIDATION, source_folder
 from pardec.data.reading import held_out_rows, hold_out, read_rows
 from pardec.data.tokenising import tokenise
+from pardec.decoding.verify import Verification
 from pardec.measures.acceptance import BATCH_SIZE, Acceptance, digest, measure_acceptance
 from pardec.measures.ranks import RankAccuracy, measure_ranks
 from pardec.model import SelfSpeculativeModel
@@ -99,6 +100,7 @@ def measure_held_out(
     batch_size: int = BATCH_SIZE,
     num_speculative_tokens: int | None = None,
     use_head: bool | None = None,
+    verification: Verification = "token",
     categories: Sequence[str] | None = None,
     on_batch: Callable[[int], object] = lambda num_prompts: None,
 ) -> HeldOut:
@@ -114,6 +116,7 @@ def measure_held_out(
         batch_size: prompts decoded together.
         num_speculative_tokens: K; default what the adapter was trained with, never a tuned choice.
         use_head: see `generate`; where a head is used, sampled figures without it are measured too.
+        verification: of the sampled figures.
         categories: of each prompt; default none.
         on_batch: told the number of prompts of each batch when it is decoded one way.
 
@@ -124,7 +127,7 @@ def measure_held_out(
         raise ValueError("model: expected one with an adapter, found none")
     K = num_speculative_tokens or model.adapter.metadata.num_speculative_tokens
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
-    settings |= {"num_speculative_tokens": K, "use_head": use_head}
+    settings |= {"num_speculative_tokens": K, "use_head": use_head, "verification": verification}
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
     told: dict[str, Any] = {"categories": categories, "on_batch": on_batch}
     sampled = measure_acceptance(model, prompts, **settings, **sampling, **told)
@@ -227,6 +230,7 @@ def measure_again(model: SelfSpeculativeModel) -> tuple[HeldOut, list[Comparison
         batch_size=stored.get("batch_size", BATCH_SIZE),
         num_speculative_tokens=stored.get("num_speculative_tokens"),
         use_head=stored.get("use_head"),
+        verification=stored.get("verification", "token"),
     )
     return found, compare(stored, found)
 

@@ -93,7 +93,8 @@ def _plot(axes, points: Points, style: str = "-", **options: Any) -> None:
 def _draw_loss(axes, points: Points) -> None:
     if points:
         _plot(axes, points, color="#3b6fb6")
-    if any(value > 0 for _, value in points):
+    # that of the expected accepted length falls below 0 where more than one draft is accepted
+    if any(value > 0 for _, value in points) and all(value >= 0 for _, value in points):
         axes.set_yscale("log")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter("{x:g}")

@@ -5,6 +5,8 @@ kept but the logits themselves and their gradient.
 Legend: M mask rows, V vocabulary; p is the target's law, q the draft's.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -42,10 +44,7 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, p: Tensor, temperature: float):  # type: ignore[override]
         cross, accepted, normaliser = p.new_empty(3, len(p)).unbind()
-        step = _rows_at_once(p)
-        for first in range(0, len(p), step):
-            part = slice(first, first + step)
-            scores = _scores(logits[part], temperature)
+        for part, scores in sweep(logits, temperature):
             total = torch.logsumexp(scores, dim=-1)
             normaliser[part] = total
             cross[part] = total - torch.linalg.vecdot(p[part], scores)
@@ -60,19 +59,21 @@ class _KL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slopes: Tensor, _):  # type: ignore[override]
         logits, p, normaliser = ctx.saved_tensors
-        gradient, step = torch.empty_like(logits), _rows_at_once(p)
+        gradient = torch.empty_like(logits)
         slopes = (slopes / ctx.temperature)[:, None]
-        for first in range(0, len(p), step):
-            part = slice(first, first + step)
-            q = _scores(logits[part], ctx.temperature).sub_(normaliser[part, None]).exp_()
+        for part, scores in sweep(logits, ctx.temperature):
+            q = scores.sub_(normaliser[part, None]).exp_()
             gradient[part] = q.sub_(p[part]).mul_(slopes[part])
         return gradient, None, None
 
 
-def _scores(logits: Tensor, temperature: float) -> Tensor:
-    """A float32 tensor of its own, which may be written to."""
-    scores = logits.to(torch.float32, copy=True)
-    return scores if temperature == 1 else scores.div_(temperature)
+def sweep(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows at a time: which, and their logits / temperature in float32, a tensor that may be written to."""
+    step = _rows_at_once(logits)
+    for first in range(0, len(logits), step):
+        part = slice(first, first + step)
+        scores = logits[part].to(torch.float32, copy=True)
+        yield part, scores if temperature == 1 else scores.div_(temperature)
 
 
 def _rows_at_once(rows: Tensor) -> int:

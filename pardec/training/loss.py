@@ -9,8 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pardec.training.kl import entropies, kl_and_acceptance
+from pardec.training.overlap import overlap_and_likelihood
 
-OBJECTIVES = ("kl", "cross_entropy", "cross_entropy_argmax", "lk", "lk_hybrid")
+ROW_OBJECTIVES = ("kl", "cross_entropy", "cross_entropy_argmax", "tv", "lk", "lk_hybrid")
+ACCEPTED_LENGTH = "accepted_length"  # of a whole block, see `expected_accepted_length`
+OBJECTIVES = (*ROW_OBJECTIVES, ACCEPTED_LENGTH)
 WEIGHT_RULES = ("expected_length", "prefix_product")
 # how fast the hybrid turns from KL to TV as acceptance rises
 _HYBRID_RATE = 3.0
@@ -32,36 +35,55 @@ def target_law(target_logits: Tensor, temperature: float = 1.0, top_k: int | Non
     return scores.softmax(dim=-1)
 
 
-def draft_loss(objective: str, draft_logits: Tensor, target_probs: Tensor, target_ids: Tensor) -> Tensor:
+def draft_loss(
+    objective: str, draft_logits: Tensor, target_probs: Tensor, target_ids: Tensor, temperature: float = 1.0
+) -> Tensor:
     """Loss of every mask row, shape [M], float32.
 
     Args:
         objective: `kl`, KL(p || q) to the target's own law; `cross_entropy`, -log q of the data's token;
-            `cross_entropy_argmax`, -log q of the target's likeliest token; `lk`, -log of the probability
-            sum min(p, q) that a draft from q is accepted; `lk_hybrid`, lambda KL + (1 - lambda) TV, where lambda
-            falls from 1 as that probability rises (both of LK losses, arXiv:2602.23881).
+            `cross_entropy_argmax`, -log q of the target's likeliest token; `tv`, 1 - the probability sum min(p, q)
+            that a draft from q is accepted, which is the total variation of p and q (as in Uno, arXiv:2609.04010);
+            `lk`, -log of that probability; `lk_hybrid`, lambda KL + (1 - lambda) TV, where lambda falls from 1 as it
+            rises (both of LK losses, arXiv:2602.23881).
         draft_logits: shape [M, V].
         target_probs: p of the real row that predicts the same token, shape [M, V], float32, without gradient.
         target_ids: the data's tokens, shape [M].
+        temperature: q is the softmax of the logits / temperature.
 
     Raises:
-        ValueError: for an unknown objective, naming the known ones.
+        ValueError: for an unknown objective, or one of whole blocks, naming the known ones.
     """
-    draft = draft_logits.float()
-    if objective == "kl":
-        return kl_and_acceptance(draft, target_probs, entropies(target_probs))[0]
     if objective == "cross_entropy":
-        return F.cross_entropy(draft, target_ids, reduction="none")
+        return F.cross_entropy(draft_logits.float() / temperature, target_ids, reduction="none")
     if objective == "cross_entropy_argmax":
-        return F.cross_entropy(draft, target_probs.argmax(dim=-1), reduction="none")
+        return F.cross_entropy(draft_logits.float() / temperature, target_probs.argmax(dim=-1), reduction="none")
+    if objective == "kl":
+        return kl_and_acceptance(draft_logits, target_probs, entropies(target_probs), temperature)[0]
+    if objective not in ROW_OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(ROW_OBJECTIVES)}, found {objective!r}")
+    overlap, _ = overlap_and_likelihood(draft_logits, target_probs, target_ids, temperature)
+    if objective == "tv":
+        return 1 - overlap
     if objective == "lk":
-        return -acceptance_probability(draft, target_probs).clamp_min(torch.finfo(torch.float32).tiny).log()
-    if objective == "lk_hybrid":
-        accepted = acceptance_probability(draft, target_probs)
-        share = torch.exp(-_HYBRID_RATE * accepted.detach())
-        kl, _ = kl_and_acceptance(draft, target_probs, entropies(target_probs))
-        return share * kl + (1 - share) * (1 - accepted)
-    raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, found {objective!r}")
+        return -overlap.clamp_min(torch.finfo(torch.float32).tiny).log()
+    share = torch.exp(-_HYBRID_RATE * overlap.detach())
+    kl, _ = kl_and_acceptance(draft_logits, target_probs, entropies(target_probs), temperature)
+    return share * kl + (1 - share) * (1 - overlap)
+
+
+def expected_accepted_length(overlap: Tensor, kept: Tensor) -> Tensor:
+    """Expected number of accepted drafts of a block whose drafts are verified one by one, shape [...].
+
+    E = sum_k (prod_{i<k} min(1, q_i / p_i)) sum_v min(p_k, q_k), the ratios at the tokens of a text. Its mean over
+    texts that the target samples is exact, also where drafts do not know the tokens before them.
+
+    Args:
+        overlap: sum_v min(p_k, q_k) at each depth, shape [..., K]; 0 where a block has no such depth.
+        kept: min(1, q_k / p_k) at the text's own token there, shape [..., K].
+    """
+    before = torch.cat([torch.ones_like(kept[..., :1]), kept[..., :-1].cumprod(dim=-1)], dim=-1)
+    return (before * overlap).sum(dim=-1)
 
 
 def acceptance_probability(draft_logits: Tensor, target_probs: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Knows no optimiser and no files.
 Legend: B sequences, T tokens, N anchors, K num_speculative_tokens, M mask rows, D width, V vocabulary.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -19,29 +18,13 @@ from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 from pardec.training.block_attention import block_route, real_bias, supports
 from pardec.training.first_embeddings import first_embeddings
-from pardec.training.kl import entropies, kl_and_acceptance
-from pardec.training.loss import acceptance_probability, acceptance_weights, argmax_agreement, draft_loss, target_law
+from pardec.training.kl import entropies
+from pardec.training.loss import argmax_agreement, target_law
+from pardec.training.objective import Objective
 from pardec.training.peft_lora import lora_enabled
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What the drafts are trained for; see `pardec.training.loss`.
-
-    Attributes:
-        loss: name of the loss.
-        weights: one number per position, or the name of a rule.
-        temperature: at which target and draft are compared.
-        top_k: of the target's law; None for all of it.
-    """
-
-    loss: str = "kl"
-    weights: Sequence[float] | str = "uniform"
-    temperature: float = 1.0
-    top_k: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ class MaskTokenTrainer(nn.Module):
         self,
         base: nn.Module,
         drafter: Drafter,
-        objective: Objective = Objective(),
+        objective: Objective | None = None,
         *,
         keep_ratio: float = 1.0,
         keep_floor: float = 0.0,
@@ -105,7 +88,7 @@ class MaskTokenTrainer(nn.Module):
         Args:
             base: the frozen model.
             drafter: what is learned.
-            objective: what for.
+            objective: what for; default KL.
             keep_ratio: of nested token dropping, see `nested_block_lengths`; 1 keeps all mask tokens.
             keep_floor: likewise.
 
@@ -117,7 +100,7 @@ class MaskTokenTrainer(nn.Module):
             raise ValueError("base: expected gradient checkpointing off, found it on (it discards the cache)")
         self.base = base.eval()
         self.target = TargetModel.wrap(base)  # type: ignore[arg-type]
-        self.drafter, self.objective = drafter, objective
+        self.drafter, self.objective = drafter, objective or Objective()
         self.keep = (keep_ratio, keep_floor)
         self.mask_embeddings = None
         if drafter.draft_input == "mask_embeddings":
@@ -178,15 +161,15 @@ class MaskTokenTrainer(nn.Module):
         loss_sum, metrics = torch.zeros((), device=p.device), {"rows": torch.ones_like(counts, dtype=torch.float32)}
         for name, logits in self._draft_logits(layout, T, prefix.cache, before).items():
             rows = logits.flatten(0, 1)
-            losses, accepted = self._losses(rows, p, entropy, ids, needs_accepted=with_metrics or self._follows_drafts)
-            # where, not a product: a row that does not count must not pass on a non-finite loss
-            weighted = torch.where(counts, losses * self._weights(layout, accepted, counts), 0.0)
+            weighted, overlap = self.objective.weighted_losses(
+                rows, p, entropy, ids, counts, layout, self.drafter.num_speculative_tokens, needs_overlap=with_metrics
+            )
             loss_sum = loss_sum + weighted.sum()
             metrics[f"{name}loss"] = weighted.detach()
             if with_metrics:
-                assert accepted is not None
+                assert overlap is not None
                 metrics[f"{name}agreement"] = argmax_agreement(rows, p)
-                metrics[f"{name}overlap"] = accepted
+                metrics[f"{name}overlap"] = overlap
         return loss_sum, counts.sum(), self._by_position(metrics, counts, layout)
 
     def forget_prefix(self) -> None:
@@ -223,35 +206,6 @@ class MaskTokenTrainer(nn.Module):
         K, starts = self.drafter.num_speculative_tokens, range(0, num_anchors, per_part)
         parts = [nested_block_lengths(min(per_part, num_anchors - first), K, *self.keep) for first in starts]
         return tuple(length for part in parts for length in part)
-
-    @property
-    def _follows_drafts(self) -> bool:
-        """Whether weights follow how far drafts are accepted."""
-        return isinstance(self.objective.weights, str) and self.objective.weights != "uniform"
-
-    def _losses(
-        self, rows: Tensor, p: Tensor, entropy: Tensor, ids: Tensor, *, needs_accepted: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Loss of every mask row's logits [B * M, V], and the probability that its draft is accepted; each [B * M]."""
-        if self.objective.loss == "kl":
-            return kl_and_acceptance(rows, p, entropy, self.objective.temperature)
-        scaled = rows.float() / self.objective.temperature
-        losses = draft_loss(self.objective.loss, scaled, p, ids)
-        return losses, acceptance_probability(scaled.detach(), p) if needs_accepted else None
-
-    def _weights(self, layout: TrainingLayout, accepted: Tensor | None, counts: Tensor) -> Tensor:
-        """What each row's loss counts, shape [B * M]; `accepted` where weights follow it."""
-        weights, B = self.objective.weights, layout.positions.shape[0]
-        if weights == "uniform":
-            return torch.ones_like(counts, dtype=torch.float32)
-        if not isinstance(weights, str):
-            return torch.tensor(weights, device=counts.device)[layout.depths].repeat(B)
-        assert accepted is not None
-        accepted = (accepted * counts).unflatten(0, (B, -1))
-        N, K = int(layout.blocks[-1]) + 1, self.drafter.num_speculative_tokens
-        place = layout.blocks * K + layout.depths
-        grid = accepted.new_zeros(B, N * K).index_copy(1, place, accepted).unflatten(1, (N, K))
-        return acceptance_weights(weights, grid).flatten(1)[:, place].flatten()
 
     def _by_position(self, metrics: dict[str, Tensor], counts: Tensor, layout: TrainingLayout) -> Tensor:
         K, B = self.drafter.num_speculative_tokens, layout.positions.shape[0]

@@ -286,6 +286,12 @@ def test_an_unknown_rule_names_the_known_ones(write):
     assert message.endswith(f"train.position_weights: expected a number, numbers or {known}, found 'harmonic'")
 
 
+@pytest.mark.parametrize("weights", ["expected_length", "0.8", "[1, 1, 0.5, 0]"])
+def test_weights_beside_the_expected_length_as_objective_are_refused(write, weights):
+    message = refusal(write(MINIMAL), "train.objective=accepted_length", f"train.position_weights={weights}")
+    assert "train.position_weights: expected 1 beside the objective accepted_length, which weighs positions" in message
+
+
 def test_an_unknown_objective_names_the_known_ones(write):
     message = refusal(write(MINIMAL), "train.objective=mse")
     for name in OBJECTIVES:

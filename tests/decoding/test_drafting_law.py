@@ -33,7 +33,7 @@ from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
-from pardec.decoding.verify import Verdict
+from pardec.decoding.verify import VERIFICATIONS, Verdict
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
 
@@ -74,7 +74,7 @@ def force_draws(monkeypatch, places: torch.Tensor) -> None:
 
 
 def force_verdict(monkeypatch, tokens: list[int], num_accepted: int) -> None:
-    def verdict(target_probs, *args, generator=None):
+    def verdict(target_probs, *args, verification="token", generator=None):
         B = target_probs.shape[0]
         return Verdict(torch.tensor([tokens] * B), torch.full((B,), num_accepted))
 
@@ -116,9 +116,10 @@ def test_a_fused_step_emits_the_targets_law(toy, warper, shortlist, accepted, dr
         drafts = state.drafts.clone()
         ((p, q, verified, length),) = recorded_step(decoder, state, monkeypatch)
     assert torch.equal(verified, drafts)
-    emitted = emitted_law(p, q, drafts, length, weights_of(q, drafts))
-    assert max(len(tokens) for tokens, weight in emitted.items() if weight > 0) <= draft_length + 1
-    assert_same_law(extended(toy, emitted, prefix, K + 1, options), joint_law(toy, prefix, K + 1, options))
+    for verification in VERIFICATIONS:
+        emitted = emitted_law(p, q, drafts, length, weights_of(q, drafts), verification)
+        assert max(len(tokens) for tokens, weight in emitted.items() if weight > 0) <= draft_length + 1
+        assert_same_law(extended(toy, emitted, prefix, K + 1, options), joint_law(toy, prefix, K + 1, options))
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_calls_of_one_kind_share_an_engine_and_others_do_not(capturing):
         {"temperature": 0.8},
         {"temperature": 0.8, "top_k": 5},
         {"temperature": 0.8, "top_k": 6},
+        {"temperature": 0.8, "top_k": 6, "verification": "block"},
         {"mode": "plain"},
         {"mode": "two_pass"},
         {"num_speculative_tokens": 2},

@@ -71,6 +71,8 @@ def decode(
         ("gpt2", "two_pass", False, 2, {"head_width": 6}),
         ("llama", "fused", True, 1, {"noise": True}),
         ("llama", "two_pass", True, 2, {"noise": True}),
+        ("llama", "fused", False, 2, {"verification": "block"}),
+        ("gpt2", "two_pass", False, 1, {"verification": "block", "head_width": 6}),
     ],
 )
 def test_recorded_steps_bring_the_tokens_counts_and_draws_of_steps_that_run(
@@ -344,6 +346,8 @@ LAWS = {
         ("gpt2", "fused", "all-warpers", {"head_width": 6, "noise": True, "batch": 1}),
         ("llama", "fused", "greedy", {"head_width": 6, "dtype": torch.float64}),
         *[("llama", mode, "greedy", {"noise": True}) for mode in ("two_pass", "fused")],
+        *[("llama", mode, "all-warpers", {"verification": "block"}) for mode in ("two_pass", "fused")],
+        ("llama", "fused", "typical", {"verification": "block", "head_width": 6, "batch": 1}),
     ],
 )
 def test_a_step_asks_for_no_value_and_touches_no_tensor_on_the_host(family, mode, law, options):

@@ -24,6 +24,7 @@ from tiny_models import make_adapter, tiny_model
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, likeliest, make_warpers
 from pardec.decoding.step import Decoder
+from pardec.decoding.verify import VERIFICATIONS
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
 
@@ -68,11 +69,12 @@ def test_a_fused_step_emits_the_targets_law(toy, warper, draft_length, monkeypat
     assert torch.equal(given, drafts)
     assert q.std(dim=0).max() < 1e-6  # every row drafted from the same law, which is what weighs the rows
     weights = [math.prod(float(q[0, k, d]) for k, d in enumerate(row)) for row in drafts.tolist()]
-    emitted = emitted_law(p, q, drafts, length, weights)
-    assert max(len(k) for k, v in emitted.items() if v > 0) == draft_length + 1
     prefix = [*PROMPT, bonus]
-    found = extended(toy, emitted, prefix, K + 1, options)
-    assert_same_law(found, joint_law(toy, prefix, K + 1, options))
+    for verification in VERIFICATIONS:
+        emitted = emitted_law(p, q, drafts, length, weights, verification)
+        assert max(len(k) for k, v in emitted.items() if v > 0) == draft_length + 1
+        found = extended(toy, emitted, prefix, K + 1, options)
+        assert_same_law(found, joint_law(toy, prefix, K + 1, options))
 
 
 @pytest.mark.parametrize("draft_length", [1, 2])
@@ -143,7 +145,7 @@ def test_the_chi_square_notices_a_lossy_rule(toy, monkeypatch):
     """Drawing from p after a rejection, as published code does, is caught by the same test."""
     from pardec.decoding import verify
 
-    monkeypatch.setattr(verify, "bonus_law", lambda target_probs, draft_probs, rejected: target_probs)
+    monkeypatch.setattr(verify, "bonus_law", lambda target_probs, *others: target_probs)
     ours = SelfSpeculativeModel(toy, None, make_adapter(toy, K, lora_rank=2))
     counts = sample_counts(ours, "fused", WARPERS["temperature"])
     assert chi_square_z(counts, joint_law(toy, PROMPT, 4, WARPERS["temperature"])) > 2 * Z_LIMIT

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sampling_oracle import verdict_law
 
-from pardec.decoding.verify import sample_from, verify_greedy, verify_sample
+from pardec.decoding.verify import VERIFICATIONS, sample_from, verify_greedy, verify_sample
 
 # 0.999 quantiles of chi-square by degrees of freedom; seeds are fixed, so a pass stays a pass
 CHI_SQUARE_999 = {3: 16.27, 5: 20.52, 26: 54.05}
@@ -91,7 +91,7 @@ def test_accepted_and_residual_tokens_sum_to_the_targets_law(draft_length, zero_
         assert torch.equal(law.bonus[0, draft_length].double(), p[draft_length])
 
 
-def enumerate_chain(K, V, seed, length_of, draft_law=None):
+def enumerate_chain(K, V, seed, length_of, draft_law=None, verification="token"):
     """Law of K + 1 tokens that begin with what verification emits and go on by p, and the law p gives them.
 
     p depends on the whole prefix through a random table. Every draft is enumerated; `length_of(draft)` is its
@@ -110,19 +110,16 @@ def enumerate_chain(K, V, seed, length_of, draft_law=None):
         q,
         torch.tensor(drafts),
         torch.tensor([length_of(draft) for draft in drafts]),
+        verification,
     )
     emitted = torch.zeros([V] * (K + 1), dtype=torch.float64)
     for i, draft in enumerate(drafts):
         weight = 1.0
         for k, token in enumerate(draft):
             weight *= q[i, k, token].item()
-        for accepted in range(K + 1):
-            rejected = 1 - law.accept[i, accepted].item() if accepted < K else 1.0
-            for token in range(V):
-                reached = weight * rejected * law.bonus[i, accepted, token].item()
-                extend(emitted, (*draft[:accepted], token), reached, p)
-            if accepted < K:
-                weight *= law.accept[i, accepted].item()
+        for accepted, end in enumerate(law.ends[i].tolist()):
+            for token, share in enumerate(law.bonus[i, accepted].tolist()):
+                extend(emitted, (*draft[:accepted], token), weight * end * share, p)
     expected = torch.zeros_like(emitted)
     extend(expected, (), 1.0, p)
     return emitted, expected
@@ -150,53 +147,58 @@ LENGTHS = {
 }
 
 
+@pytest.mark.parametrize("verification", VERIFICATIONS)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_the_whole_chain_follows_the_target(length):
+def test_the_whole_chain_follows_the_target(length, verification):
     for seed in range(3):
-        emitted, expected = enumerate_chain(3, 3, seed, LENGTHS[length])
+        emitted, expected = enumerate_chain(3, 3, seed, LENGTHS[length], verification=verification)
         torch.testing.assert_close(emitted, expected, rtol=0, atol=1e-6)
         assert emitted.sum().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_the_whole_chain_follows_the_target_if_drafts_depend_on_each_other():
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_the_whole_chain_follows_the_target_if_drafts_depend_on_each_other(verification):
     def sharpened(p, prefix, k):
         squared = p[prefix] ** 2
         return squared / squared.sum()
 
-    emitted, expected = enumerate_chain(3, 3, 5, lambda draft: 3, sharpened)
+    emitted, expected = enumerate_chain(3, 3, 5, lambda draft: 3, sharpened, verification)
     torch.testing.assert_close(emitted, expected, rtol=0, atol=1e-6)
 
 
-def test_a_perfect_draft_is_always_accepted():
-    emitted, expected = enumerate_chain(2, 3, 6, lambda draft: 2, lambda p, prefix, k: p[prefix])
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_a_perfect_draft_is_always_accepted(verification):
+    emitted, expected = enumerate_chain(2, 3, 6, lambda draft: 2, lambda p, prefix, k: p[prefix], verification)
     torch.testing.assert_close(emitted, expected, rtol=0, atol=1e-6)
 
     generator = torch.Generator().manual_seed(0)
     p = random_laws(generator, 500, 4, 7, zero_share=0.3)
     drafts = torch.stack([sample_from(p[:, k], generator) for k in range(3)], dim=1)
-    law = verdict_law(p, p[:, :3].clone(), drafts, torch.full((500,), 3))
+    law = verdict_law(p, p[:, :3].clone(), drafts, torch.full((500,), 3), verification)
     assert torch.equal(law.accept, torch.ones(500, 3))
     assert torch.equal(law.bonus, p)  # the residual sums to 0
-    verdict = verify_sample(p, p[:, :3].clone(), drafts, torch.full((500,), 3), generator=generator)
+    length, settings = torch.full((500,), 3), {"verification": verification, "generator": generator}
+    verdict = verify_sample(p, p[:, :3].clone(), drafts, length, **settings)
     assert verdict.num_accepted.tolist() == [3] * 500
     assert torch.equal(verdict.tokens[:, :3], drafts)
 
 
-def test_a_draft_the_target_excludes_is_never_accepted():
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_a_draft_the_target_excludes_is_never_accepted(verification):
     p = torch.tensor([[[0.0, 1.0], [0.5, 0.5]]])
     q = torch.tensor([[[1.0, 0.0]]])
-    law = verdict_law(p, q, torch.tensor([[0]]), torch.tensor([1]))
+    law = verdict_law(p, q, torch.tensor([[0]]), torch.tensor([1]), verification)
     assert law.accept.tolist() == [[0.0]]
     assert law.bonus[0, 0].tolist() == [0.0, 1.0]
     for seed in range(20):
-        verdict = verify_sample(
-            p, q, torch.tensor([[0]]), torch.tensor([1]), generator=torch.Generator().manual_seed(seed)
-        )
+        settings = {"verification": verification, "generator": torch.Generator().manual_seed(seed)}
+        verdict = verify_sample(p, q, torch.tensor([[0]]), torch.tensor([1]), **settings)
         assert verdict.num_accepted.tolist() == [0]
         assert verdict.tokens[0, 0] == 1
 
 
-def test_what_stands_behind_draft_length_is_ignored():
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_what_stands_behind_draft_length_is_ignored(verification):
     """Dead drafts may hold anything, even another row's tokens and laws."""
     generator = torch.Generator().manual_seed(3)
     p, q = random_laws(generator, 50, 4, 5), random_laws(generator, 50, 3, 5)
@@ -206,7 +208,7 @@ def test_what_stands_behind_draft_length_is_ignored():
     other_q = torch.where(dead[:, :, None], torch.full_like(q, torch.nan), q)
     other_drafts = torch.where(dead, (drafts + 1) % 5, drafts)
     verdicts = [
-        verify_sample(p, law, tokens, length, generator=torch.Generator().manual_seed(4))
+        verify_sample(p, law, tokens, length, verification=verification, generator=torch.Generator().manual_seed(4))
         for law, tokens in ((q, drafts), (other_q, other_drafts))
     ]
     assert torch.equal(verdicts[0].num_accepted, verdicts[1].num_accepted)
@@ -218,8 +220,9 @@ def test_what_stands_behind_draft_length_is_ignored():
 # ---------------------------------------------------------------------- what is drawn
 
 
+@pytest.mark.parametrize("verification", VERIFICATIONS)
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
-def test_sampled_sequences_follow_the_target(ragged):
+def test_sampled_sequences_follow_the_target(ragged, verification):
     """Drafts, verification and continuation by p, counted over all sequences of 3 tokens of 3."""
     K, V, B = 2, 3, 60_000
     generator = torch.Generator().manual_seed(11)
@@ -236,6 +239,7 @@ def test_sampled_sequences_follow_the_target(ragged):
         torch.stack(q).expand(B, -1, -1),
         drafts,
         length,
+        verification=verification,
         generator=generator,
     )
     sequences = verdict.tokens.clone()
@@ -266,12 +270,14 @@ def test_without_drafts_the_bonus_token_is_a_sample_of_the_target():
     assert statistic < CHI_SQUARE_999[freedom]
 
 
-def test_the_same_generator_gives_the_same_verdict():
+@pytest.mark.parametrize("verification", VERIFICATIONS)
+def test_the_same_generator_gives_the_same_verdict(verification):
     generator = torch.Generator().manual_seed(13)
     p, q = random_laws(generator, 100, 4, 9), random_laws(generator, 100, 3, 9)
     drafts, length = torch.randint(0, 9, (100, 3), generator=generator), torch.full((100,), 3)
     first, again, other = (
-        verify_sample(p, q, drafts, length, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        verify_sample(p, q, drafts, length, verification=verification, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
     )
     assert torch.equal(first.tokens, again.tokens)
     assert torch.equal(first.num_accepted, again.num_accepted)

@@ -64,6 +64,7 @@ def run(engine: Engine, rows, new_tokens: int, *, seed: int = 0) -> list:
         ("llama", "fused", TokenLaw(True), {"head_width": 6}),
         ("gpt2", "fused", sampled(), {"head_width": 6}),
         ("llama", "two_pass", sampled(), {"head_width": 6, "noise": True}),
+        ("llama", "fused", sampled(), {"verification": "block"}),
         ("gemma3-mixed-windows", "fused", TokenLaw(True), {"noise": True}),
     ],
 )

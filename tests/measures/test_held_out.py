@@ -105,6 +105,17 @@ def test_a_head_that_is_left_out_is_not_measured():
     assert found.to_log() == without.to_log()
 
 
+def test_block_verification_is_measured_and_told_and_changes_no_greedy_figure(with_head):
+    model, token = with_head
+    options = {"batch_size": 2, "categories": ["a", "b", "a"], "verification": "block"}
+    found = measure_held_out(model, PROMPTS, **options, **SETTINGS)
+    record = found.to_dict()
+    assert (record["verification"], token.to_dict()["verification"]) == ("block", "token")
+    for name in ("sampled", "sampled_without_head"):
+        assert record[name]["tokens_sha256"] != token.to_dict()[name]["tokens_sha256"]
+    assert record["greedy"] == token.to_dict()["greedy"]
+
+
 def test_what_was_trained_is_measured_and_not_what_was_tuned():
     model = tiny()
     expected = measure_held_out(model, PROMPTS, **SETTINGS).to_dict()
@@ -209,7 +220,7 @@ def test_records_of_older_versions_are_measured_again(recorded, tmp_path):
     """They name neither the prompts' digest nor the continuations', batch size and K."""
     model = pardec.load(recorded)
     measured = model.adapter.metadata.measured
-    for key in ("prompts_sha256", "batch_size", "num_speculative_tokens", "use_head"):
+    for key in ("prompts_sha256", "batch_size", "num_speculative_tokens", "use_head", "verification"):
         del measured[key]
     measured["sampled"].pop("tokens_sha256")
     _, rows = measure_again(model)
@@ -273,6 +284,14 @@ def test_what_cannot_be_measured_again_is_refused(recorded, tmp_path, keys, valu
 
 def evaluate(directory: Path, *options: str) -> Ended:
     return run(acceptance.main, directory, *options)
+
+
+def test_what_was_measured_under_block_verification_is_measured_so_again(recorded, tmp_path):
+    options = ("--split", "validation", "--num-prompts", "1", "--max-new-tokens", "8")
+    results = [evaluate(recorded, *options, "--verification", name).result for name in ("token", "block")]
+    assert [result["verification"] for result in results] == ["token", "block"]
+    changed = pardec.load(change(recorded, tmp_path, "measured.verification", lambda value: "block"))
+    assert measure_again(changed)[0].settings["verification"] == "block"
 
 
 def test_an_adapter_that_gives_what_is_stored_is_verified(recorded):

@@ -63,6 +63,14 @@ def test_every_curve_has_the_points_of_the_file(tmp_path, drawn):
         assert all(low <= y <= high for _, ys in lines_of(axes) for y in ys)
 
 
+def test_a_loss_that_falls_below_zero_is_drawn_whole(tmp_path, drawn):
+    rows = [{"step": 10, "loss": 0.7}, {"step": 20, "loss": -0.2}]
+    curve.draw_curve(write(tmp_path / "metrics.jsonl", rows), tmp_path / "training.png")
+    loss = drawn[0].axes[0]
+    assert loss.get_yscale() == "linear"
+    assert lines_of(loss) == [([10, 20], [0.7, -0.2])]
+
+
 @pytest.mark.parametrize(
     ("rows", "end"),
     [

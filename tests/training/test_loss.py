@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from pardec.training.loss import (
-    OBJECTIVES,
+    ROW_OBJECTIVES,
     acceptance_probability,
     acceptance_weights,
     argmax_agreement,
@@ -88,7 +88,7 @@ def test_cross_entropy_does_not_look_at_the_target_model():
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ROW_OBJECTIVES)
 def test_half_precision_logits_lose_nothing_further(objective):
     """bfloat16 logits are raised to float32 first; the gradient comes back in their own dtype."""
     draft, target = random_logits(11, dtype=torch.bfloat16), random_logits(12, dtype=torch.bfloat16)
@@ -117,6 +117,25 @@ def test_lk_is_minus_the_log_of_the_probability_of_acceptance():
     draft, target = random_logits(22, 1.0), random_logits(23, 1.0)
     found = draft_loss("lk", draft, target_law(target), torch.zeros(M, dtype=torch.long))
     torch.testing.assert_close(found, -acceptance_by_loops(draft, target).log().float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_tv_is_half_the_distance_of_the_laws(temperature):
+    draft, p = random_logits(22, 1.0), target_law(random_logits(23, 1.0))
+    ids = torch.zeros(M, dtype=torch.long)
+    losses, gradient = value_and_gradient(lambda x: draft_loss("tv", x, p, ids, temperature), draft)
+    expected, expected_gradient = value_and_gradient(
+        lambda x: (p.double() - (x / temperature).softmax(dim=-1)).abs().sum(dim=-1) / 2, draft.double()
+    )
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ROW_OBJECTIVES)
+def test_temperature_divides_the_drafts_logits(objective):
+    draft, p, ids = random_logits(32), target_law(random_logits(33)), torch.arange(M)
+    found, expected = draft_loss(objective, draft, p, ids, 0.7), draft_loss(objective, draft / 0.7, p, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_lk_weighted_by_expected_length_has_the_gradient_of_the_expected_number_of_accepted_tokens():
@@ -148,14 +167,14 @@ def test_lk_hybrid_goes_from_kl_to_total_variation_as_acceptance_rises():
     assert bool((found > 0.5 * kl).all())
 
 
-@pytest.mark.parametrize("objective", ["kl", "lk", "lk_hybrid"])
+@pytest.mark.parametrize("objective", ["kl", "tv", "lk", "lk_hybrid"])
 def test_nothing_is_left_to_learn_where_draft_and_target_are_the_same_law(objective):
     logits = random_logits(28)
     losses = draft_loss(objective, logits, target_law(logits), torch.zeros(M, dtype=torch.long))
     torch.testing.assert_close(losses, torch.zeros(M), rtol=0, atol=3e-6)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ROW_OBJECTIVES)
 def test_losses_and_gradients_stay_finite_where_laws_do_not_overlap(objective):
     """The target's law has zeros (top-k), and the draft is certain of something else."""
     p = target_law(random_logits(29), top_k=2)
@@ -200,12 +219,11 @@ def test_unknown_weight_rule_names_the_known_ones():
         acceptance_weights("harmonic", torch.ones(1, 2))
 
 
-def test_unknown_objective_names_the_known_ones():
-    with pytest.raises(
-        ValueError,
-        match=r"objective: expected one of kl, cross_entropy, cross_entropy_argmax, lk, lk_hybrid, found 'mse'",
-    ):
-        draft_loss("mse", random_logits(0), target_law(random_logits(1)), torch.zeros(M, dtype=torch.long))
+@pytest.mark.parametrize("objective", ["mse", "accepted_length"])
+def test_an_objective_that_no_row_has_names_the_known_ones(objective):
+    known = "kl, cross_entropy, cross_entropy_argmax, tv, lk, lk_hybrid"
+    with pytest.raises(ValueError, match=f"objective: expected one of {known}, found '{objective}'"):
+        draft_loss(objective, random_logits(0), target_law(random_logits(1)), torch.zeros(M, dtype=torch.long))
 
 
 def test_agreement_is_argmax_equality_and_the_sum_of_the_smaller_probability():

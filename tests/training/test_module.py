@@ -1,5 +1,7 @@
 """Training: the prefix-cached forward is the naive joint one, whatever the number of processes or chunks."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model
@@ -7,7 +9,8 @@ from tiny_models import FAMILIES, tiny_model
 from pardec.layout import nested_block_lengths, training_layout
 from pardec.training.first_embeddings import mean_embedding
 from pardec.training.loss import target_law
-from pardec.training.module import METRICS, Drafter, MaskTokenTrainer, Objective
+from pardec.training.module import METRICS, Drafter, MaskTokenTrainer
+from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora
 
 K, T, N = 3, 20, 4
@@ -180,25 +183,12 @@ def test_the_route_of_blocks_gives_the_models_own_attention(family, keep):
 
 
 @pytest.mark.parametrize("rule", ["expected_length", "prefix_product"])
-def test_weights_that_follow_acceptance_are_those_of_each_block_by_itself(rule):
-    """Overlaps that the trainer reports row by row, put through the products by hand."""
+def test_weights_that_follow_acceptance_are_those_of_each_block_by_itself(rule, monkeypatch):
+    """Overlaps of the rows' own logits, put through the products by hand."""
     trainer = make_trainer("llama", objective=Objective("cross_entropy", rule))
     batch = make_batch(batch=1)
-    logged, laws = [], []
-    original, losses = trainer._weights, trainer._losses
-
-    def spy(layout, accepted, counts):
-        found = original(layout, accepted, counts)
-        logged.append((layout, counts, found))
-        return found
-
-    def spy_on_losses(rows, p, *others, **settings):
-        laws.append((rows.detach(), p))
-        return losses(rows, p, *others, **settings)
-
-    trainer._weights, trainer._losses = spy, spy_on_losses
-    loss, _, _ = trainer(**batch)
-    (layout, counts, found), (scaled, p) = logged[0], laws[0]
+    (call,) = seen_by_the_objective(monkeypatch, trainer, batch)
+    loss, layout, counts, scaled, p = (call[name] for name in ("loss", "layout", "counts", "logits", "p"))
     overlap = torch.minimum(scaled.softmax(-1), p).sum(-1) * counts
     total = 0.0
     for row, (n, depth) in enumerate(zip(layout.blocks.tolist(), layout.depths.tolist(), strict=True)):
@@ -212,11 +202,56 @@ def test_weights_that_follow_acceptance_are_those_of_each_block_by_itself(rule):
             for value in a[depth:]:
                 product *= value
                 expected += product
-        assert found[row].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
+        one = 0.0
         if counts[row]:
             token = batch["input_ids"][0, layout.targets[0, row]]
-            total += expected * float(-scaled[row].log_softmax(-1)[token])
-    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
+            one = expected * float(-scaled[row].log_softmax(-1)[token])
+        assert call["weighted"][row].item() == pytest.approx(one, rel=1e-5, abs=1e-8)
+        total += one
+    assert loss == pytest.approx(total, rel=1e-5)
+
+
+def seen_by_the_objective(monkeypatch, trainer, batch) -> list[dict]:
+    """What a forward hands over, once without and once with a head, what comes back, and the forward's loss."""
+    original, calls = Objective.weighted_losses, []
+
+    def spy(self, logits, p, entropy, ids, counts, layout, K, **settings):
+        weighted, overlap = original(self, logits, p, entropy, ids, counts, layout, K, **settings)
+        told = {"logits": logits, "p": p, "ids": ids, "weighted": weighted, "counts": counts}
+        calls.append({"layout": layout, **{name: tensor.detach() for name, tensor in told.items()}})
+        return weighted, overlap
+
+    monkeypatch.setattr(Objective, "weighted_losses", spy)
+    loss, _, _ = trainer(**batch)
+    return [{**call, "loss": float(loss.detach())} for call in calls]
+
+
+@pytest.mark.parametrize("keep", [(1.0, 0.0), (0.6, 0.3)])
+def test_the_expected_length_is_that_of_each_block_along_the_data(keep, monkeypatch):
+    """-log sum_k (prod_{i<k} min(1, q(x_i) / p(x_i))) sum min(p, q) by hand, with a head and without."""
+    trainer = make_trainer("llama", True, Objective("accepted_length"), keep, head_width=6)
+    batch, total = make_batch(), 0.0
+    calls = seen_by_the_objective(monkeypatch, trainer, batch)
+    assert len(calls) == 2
+    for call in calls:
+        layout, q, p = call["layout"], call["logits"].softmax(-1), call["p"]
+        M = len(layout.depths)
+        for b in range(2):
+            for n in range(N):
+                rows = [b * M + i for i in range(M) if layout.blocks[i] == n]
+                before, length, reached = 1.0, 0.0, []
+                for row in rows:
+                    target = int(layout.targets[b, row - b * M])
+                    if target >= T or not batch["loss_mask"][b, target]:
+                        break
+                    token = batch["input_ids"][b, target]
+                    length += before * float(torch.minimum(p[row], q[row]).sum())
+                    before *= min(1.0, float(q[row, token] / p[row, token]))
+                    reached.append(row)
+                expected = [-math.log(length)] * len(reached) if reached else []
+                assert [float(call["weighted"][row]) for row in reached] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+                total += sum(expected)
+    assert calls[0]["loss"] == pytest.approx(total, rel=1e-4)
 
 
 def test_the_head_is_trained_on_the_token_before_and_leaves_the_rest_alone():
@@ -290,12 +325,13 @@ def test_the_law_that_is_followed_is_that_of_the_objective():
     torch.testing.assert_close(prefix.probs, expected)
 
 
-def test_parts_of_the_anchors_add_up_to_all_of_them():
+@pytest.mark.parametrize("objective", ["kl", "tv", "accepted_length"])
+def test_parts_of_the_anchors_add_up_to_all_of_them(objective):
     batch = make_batch()
-    whole = make_trainer("llama")
+    whole = make_trainer("llama", objective=Objective(objective))
     loss, count, metrics = whole(**batch, with_metrics=True)
     loss.backward()
-    parts = make_trainer("llama")
+    parts = make_trainer("llama", objective=Objective(objective))
     sums = [parts(**batch, first_anchor=first, num_anchors=3, with_metrics=True) for first in (0, 3)]
     for part_loss, _, _ in sums:
         part_loss.backward()
