@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 from reporting.result_files import output_stem, provenance
 from reporting.speed_tables import print_results, write_results
-from timing.baselines import Setting, check_assistant, generated_alone, model_bytes, ways_for
+from timing.baselines import Setting, check_assistant, model_bytes, ways_for
 from timing.calls import rows_of, time_ways
 from timing.options import add_prompt_options, check_device, full_or_quick, integers
+from timing.references import References
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -28,7 +29,6 @@ import pardec
 from pardec.adapters.files import load_adapter
 from pardec.data.benchmarks import Prompt, read_prompts
 from pardec.decoding.sampling import make_warpers
-from pardec.measures.divergence import Divergence, divergence_from
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, neutral_generation_config
@@ -52,12 +52,14 @@ def main() -> None:
     add("--max-new-tokens", type=int, help=f"default {FULL['max_new_tokens']}")
     add("--batch-sizes", help=f"numbers with commas, default {FULL['batch_sizes']}")
     add("--num-speculative-tokens", help="of fused mode, with commas; default 1,2,4 and what was trained")
+    add("--tuned-only", action="store_true", help="of what drafts with mask tokens, only what pardec tune chose")
     add("--temperature", type=float, default=0.8, help="of the sampled setting")
     add("--top-k", type=int, default=10, help="of the sampled setting")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--greedy-only", action="store_true")
     only.add_argument("--sampled-only", action="store_true")
     add("--repetitions", type=int, help=f"counted passes, default {FULL['repetitions']}; one more warms up")
+    add("--warm-up", type=int, help="batches that warm up; default all, as on CUDA shapes are captured one by one")
     add("--stop-at-eos", action="store_true", help="end at EOS; speeds then count emitted tokens only")
     add("--compile", action="store_true", help="compile pardec's own steps, plain ones too")
     add("--device", help="default CUDA where there is one")
@@ -86,18 +88,16 @@ def report(args: argparse.Namespace) -> int:
         )
     batches = {size: batches_of(prompts, size) for size in batch_sizes}
     plan = [
-        (setting, size, *ways_for(models, asked_k, assistant, setting, size))
+        (setting, size, *ways_for(models, asked_k, assistant, setting, size, tuned_only=args.tuned_only))
         for setting in settings
         for size in batch_sizes
     ]
-    greedily = [] if args.sampled_only else [prompt.token_ids for prompt in prompts]
-    references = dict(zip(map(tuple, greedily), generated_alone(base, greedily, args.max_new_tokens), strict=True))
-
-    def compare(prompt: Prompt, token_ids: list[int]) -> Divergence | None:
-        return divergence_from(base, prompt.name, prompt.token_ids, token_ids, references[tuple(prompt.token_ids)])
-
+    references = References(base, args.max_new_tokens)
     rows, left_out, problems = [], [], []
-    num_calls = sum(len(ways) * len(batches[size]) * (args.repetitions + 1) for _, size, ways, _ in plan)
+    num_calls = sum(
+        len(ways) * (len(batches[size]) * args.repetitions + len(batches[size][: args.warm_up]))
+        for _, size, ways, _ in plan
+    )
     with tqdm(total=num_calls, unit="call") as bar:
         for setting, size, ways, without in plan:
             bar.set_description(f"{setting.name}, batch {size}")
@@ -105,11 +105,20 @@ def report(args: argparse.Namespace) -> int:
             place = {"setting": setting.name, "batch_size": size}
             left_out += [place | one for one in without]
             try:
-                timed = time_ways(ways, ids, repetitions=args.repetitions, device=device, on_call=bar.update)
+                timed = time_ways(
+                    ways,
+                    ids,
+                    repetitions=args.repetitions,
+                    device=device,
+                    num_warm_up=args.warm_up,
+                    on_call=bar.update,
+                )
             except torch.OutOfMemoryError:  # what smaller batches gave is worth keeping
                 left_out += [place | {"way": w.name, "adapter": w.adapter, "reason": OUT_OF_MEMORY} for w in ways]
                 continue
-            found, wrong = rows_of(timed, batches[size], None if setting.temperature else compare)
+            if size == 1 and not setting.temperature:
+                references.take(timed, ids)
+            found, wrong = rows_of(timed, batches[size], None if setting.temperature else references.compare)
             rows += [place | row for row in found]
             problems += [f"batch {size}, {problem}" for problem in wrong]
     if not rows:
@@ -123,8 +132,8 @@ def report(args: argparse.Namespace) -> int:
 
 def check_options(args: argparse.Namespace) -> tuple[list[Setting], list[int], list[int] | None]:
     """Settings, batch sizes and K of fused mode, None for the default ones; refuses what no model could use."""
-    for option in ("num_prompts", "max_new_tokens", "repetitions"):
-        if getattr(args, option) < 1:
+    for option in ("num_prompts", "max_new_tokens", "repetitions", "warm_up"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"{option}: expected an integer >= 1, found {getattr(args, option)}")
     if args.temperature == 0:
         raise ValueError("temperature: expected more than 0, which is what the greedy rows have, found 0")

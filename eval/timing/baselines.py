@@ -95,8 +95,10 @@ def ways_for(
     assistant: PreTrainedModel | None,
     setting: Setting,
     batch_size: int,
+    *,
+    tuned_only: bool = False,
 ) -> tuple[list[Way], list[dict[str, str]]]:
-    """What is timed, and what is left out: its way, adapter and reason."""
+    """What is timed, and what is left out: its way, adapter and reason; `tuned_only` leaves untuned drafts out."""
     first = next(iter(models.values()))
     base = first.base_model
     ways, left_out = [pardec_way(first, setting, name="plain", mode="plain")], []
@@ -105,8 +107,10 @@ def ways_for(
         facts = model.adapter.metadata
         trained = facts.num_speculative_tokens
         own = partial(pardec_way, model, setting, adapter=label)
-        ways.append(own(name="two_pass", mode="two_pass", num_speculative_tokens=trained))
-        for k in asked_k or sorted({*(k for k in FUSED_K if k <= trained), trained}):
+        if not tuned_only:
+            ways.append(own(name="two_pass", mode="two_pass", num_speculative_tokens=trained))
+        ks = asked_k or sorted({*(k for k in FUSED_K if k <= trained), trained})
+        for k in [] if tuned_only else ks:
             if k > trained and facts.mask_sharing != "shared":
                 reason = f"{label} has {trained} mask tokens"
                 left_out.append({"way": f"fused, K = {k}", "adapter": label, "reason": reason})

@@ -56,6 +56,7 @@ def time_ways(
     *,
     repetitions: int,
     device: torch.device,
+    num_warm_up: int | None = None,
     on_call: Callable[[], object] = lambda: None,
 ) -> list[Timed]:
     """Decodes all batches once to warm up, compiling and capturing included, then `repetitions` times.
@@ -67,11 +68,12 @@ def time_ways(
         batches: token ids of the prompts of each batch.
         repetitions: counted passes over all batches.
         device: of the model.
+        num_warm_up: batches that warm up, the first ones; default all, as each may have a shape of its own.
         on_call: called after every call.
     """
     timed = [Timed(way) for way in ways]
     for repetition in range(repetitions + 1):
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(batches if repetition else batches[:num_warm_up]):
             seed = repetition * len(batches) + index
             for one in timed[:: -1 if seed % 2 else 1]:
                 call = _timed_call(one, batch, seed, device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.head import SamplerHead
-from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.sampling import TokenLaw, largest
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 
@@ -100,14 +100,14 @@ def draft_in_turn(
     Returns:
         tokens, and q; None instead of q when greedy.
     """
-    top = logits.topk(min(shortlist, logits.shape[2]), dim=-1)
-    vectors, read = F.embedding(top.indices, output_embeddings), head.read(hidden)
+    values, ids = largest(logits, min(shortlist, logits.shape[2]))
+    vectors, read = F.embedding(ids, output_embeddings), head.read(hidden)
     previous, tokens, laws = bonus, [], []
     for j in range(logits.shape[1]):
         correction = (vectors[:, j] @ head.correct(read[:, j], embed(previous))[:, :, None]).squeeze(2)
         # warpers find on the shortlist what they would find on a row that is -inf everywhere else
-        chosen, q = law.draw((top.values[:, j] + correction)[:, None])
-        previous = top.indices[:, j].gather(1, chosen).squeeze(1)
+        chosen, q = law.draw((values[:, j] + correction)[:, None])
+        previous = ids[:, j].gather(1, chosen).squeeze(1)
         tokens.append(previous)
         if q is not None:
             laws.append(q)
@@ -115,4 +115,4 @@ def draft_in_turn(
     if not laws:
         return drafts, None
     everywhere = torch.zeros_like(logits, dtype=torch.float32)
-    return drafts, everywhere.scatter_(2, top.indices, torch.cat(laws, dim=1))
+    return drafts, everywhere.scatter_(2, ids, torch.cat(laws, dim=1))

@@ -12,6 +12,7 @@ from timing import baselines
 from timing import calls as timing
 from timing.baselines import Decoded, Setting, Way
 from timing.calls import Call, Timed
+from timing.references import References
 from tiny_models import make_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -136,6 +137,14 @@ def test_every_way_decodes_every_batch_in_turn_and_the_first_pass_does_not_count
     assert [[call.decoded.token_ids for call in one.calls] for one in timed] == [[[[s]] for s in (2, 3, 4, 5)]] * 3
 
 
+def test_fewer_batches_may_warm_up():
+    seen = []
+    ways = [Way("a", lambda prompts, seed: (seen.append(prompts[0][0]), Decoded([[seed]], 1, 1))[1])]
+    (one,) = timing.time_ways(ways, [[[7]], [[8]], [[9]]], repetitions=1, device=torch.device("cpu"), num_warm_up=1)
+    assert seen == [7, 7, 8, 9]
+    assert len(one.calls) == 3
+
+
 def test_ties_are_told_from_differences_and_counted_once():
     def divergence(explained):
         return Divergence("p", 3, (1, 2), 0.1, 0.01, 0.1, 0.1, 1e-4, explained)
@@ -180,6 +189,25 @@ def test_all_ways_decode_the_same_greedy_tokens_and_as_many_sampled_ones(make_ll
         assert all([len(ids) for ids in one.decode(batch, 0).token_ids] == [12] * len(batch) for one in ways)
         again = [ways[0].decode(batch, seed).token_ids for seed in (3, 3, 4)]
         assert again[0] == again[1] != again[2]
+
+
+def test_tuned_only_leaves_out_what_drafts_otherwise(make_llama):
+    model = small_model(make_llama)
+    model.tuned = tuned(block_lengths=(2, 1, 0))
+    ways, _ = baselines.ways_for({"a": model}, [1, 2], None, GREEDY, 1, tuned_only=True)
+    assert [one.name for one in ways] == ["plain", "fused tuned", "generate", "prompt lookup"]
+
+
+def test_references_are_what_generate_gave_and_else_run_now(make_llama):
+    model = small_model(make_llama)
+    prompts = [Prompt(ids, "code", "p") for ids in PROMPTS]
+    expected = [baselines.generated_alone(model.base_model, [ids], 12)[0] for ids in PROMPTS]
+    references = References(model.base_model, 12)
+    false = Decoded([[1] * 12], 1, 1)  # what was taken is believed
+    references.take([Timed(Way("generate", lambda *_: false), [Call(false, 1.0)])], [[PROMPTS[0]]])
+    assert references.compare(prompts[0], [1] * 12) is None
+    assert references.compare(prompts[0], expected[0]) is not None
+    assert references.compare(prompts[1], expected[1]) is None
 
 
 def test_rows_and_rounds_of_every_way(make_llama):
