@@ -1,4 +1,4 @@
-"""The command line: `pardec generate`, `pardec chat`, `pardec check` and `pardec tune`.
+"""The command line: `pardec generate`, `pardec chat`, `pardec check`, `pardec tune` and `pardec export`.
 
 Imports torch and transformers inside the commands only, so that `--help` is quick.
 Exit codes: 0 done, 1 a check found a difference, 2 unusable input.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pardec.data.prompt_files import read_prompts
+from pardec.export_command import export
 
 if TYPE_CHECKING:
     from pardec.model import SelfSpeculativeModel
@@ -51,7 +52,6 @@ NumSpeculativeTokens = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 Mode = Annotated[str, typer.Option(help="fused, two_pass or plain")]
-
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]
 
 
@@ -122,7 +122,7 @@ def generate(
         chosen = [flag for flag, on in (("--json", as_json), ("--show-drafts", show_drafts)) if on]
         if len(chosen) > 1:
             raise ValueError(f"options: expected one of {' and '.join(chosen)}, found both")
-        prompts = _prompts(source, prompt, prompt_file)
+        prompts = read_prompts(source, prompt, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code)
 
         from pardec.console import as_object, print_comparison, print_stream
@@ -254,7 +254,7 @@ def tune(
     from pardec.run import exit_on_unusable_input
 
     with exit_on_unusable_input():
-        texts = None if prompt_file is None else _prompts(None, None, prompt_file)
+        texts = None if prompt_file is None else read_prompts(None, None, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
 
         from pardec.tuning.measuring import QUICK, Effort
@@ -277,10 +277,7 @@ def tune(
         show_report(report, as_json=as_json, picture=None if picture is None else Path(picture))
 
 
-def _prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
-    if sys.stdin is None and "-" in (source, prompt, prompt_file):
-        raise ValueError("prompt: expected text on standard input, found it closed")
-    return read_prompts(source, prompt, prompt_file)
+app.command()(export)
 
 
 def _load(
