@@ -30,6 +30,7 @@ def sample(packaged_adapter, door: str, **changes) -> Adapter:
     adapter.metadata.measured.update(MEASURED)
     adapter.metadata.training.update(
         {
+            "device": "a CPU (of 2024), 2 threads",
             "command": "train_adapter.py recipes/mine.yaml data.path=/home/me/texts.jsonl",
             "recipe": {"base": "/home/me/models/tiny", "data": {"path": "/home/me/texts.jsonl"}, "seeds": [1, "~/x"]},
         }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pardec.adapters.adapter import UNIFORM_NOISE, Adapter
+from pardec.arguments import integer
 from pardec.exports.base_folder import LoadedBase
 from pardec.exports.door import Door, base_in_shell
 from pardec.exports.lora_folder import read_lora, write_lora
@@ -94,9 +95,11 @@ def _out_features(layer: str, suffix: str, other: str, pairs: _Pairs, same: int,
         return pairs[f"{layer}.{like}"][1].shape[0]
     if other in _TOGETHER[1]:
         return same
-    heads = architecture["num_attention_heads"]
-    head_dim = architecture.get("head_dim") or architecture["hidden_size"] // heads
-    return head_dim * (heads if other == "q_proj" else architecture.get("num_key_value_heads") or heads)
+    heads = integer("base: num_attention_heads", architecture.get("num_attention_heads"), 1)
+    hidden = integer("base: hidden_size", architecture.get("hidden_size"), 1)
+    kv_heads = integer("base: num_key_value_heads", architecture.get("num_key_value_heads") or heads, 1)
+    head_dim = integer("base: head_dim", architecture.get("head_dim") or hidden // heads, 1)
+    return head_dim * (heads if other == "q_proj" else kv_heads)
 
 
 def _problems(folder: Path, record: ExportRecord) -> list[str]:

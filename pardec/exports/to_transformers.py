@@ -54,8 +54,11 @@ def _without_folders(value: Any) -> Any:
     try:
         words = shlex.split(value)
     except ValueError:  # a text that is no command
+        words = []
+    if len(words) < 2:
         return without_folder(value)
-    return shlex.join(map(without_folder, words)) if len(words) > 1 else without_folder(value)
+    bare = [without_folder(word) for word in words]
+    return value if bare == words else shlex.join(bare)
 
 
 def _problems(folder: Path, record: ExportRecord) -> list[str]:

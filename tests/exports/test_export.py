@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from adapter_samples import files_in
-from export_samples import K, PARTS, exported, sample
+from export_samples import PARTS, K, exported, sample
 from malformed import UNFIT, keys_of, outcome_of, with_text, without
 
 from pardec.adapters.adapter import AdapterError
@@ -150,10 +150,25 @@ def test_an_unknown_door_is_told_with_those_that_there_are(saved, tmp_path):
             "expected no sampler head (recipes/tiny_python_noise.yaml trains an adapter without one), found one of wid",
             "transformers",
         ),
-        ("vllm-stock", {"lora_rank": 2, "mask_sharing": "shared"}, "expected mask embeddings alone, found a LoRA", "transformers"),
+        (
+            "vllm-stock",
+            {"lora_rank": 2, "mask_sharing": "shared"},
+            "expected mask embeddings alone, found a LoRA",
+            "transformers",
+        ),
         ("vllm-stock", {"head_width": 8, "mask_sharing": "shared"}, "alone, found a sampler head", "transformers"),
-        ("vllm-stock", {}, "expected one mask embedding for all positions (adapter.mask_sharing=shared", "transformers"),
-        ("vllm-stock", {"lora_rank": 2, "draft_input": "uniform_noise"}, "found draft_input uniform_noise", "sglang, transformers"),
+        (
+            "vllm-stock",
+            {},
+            "expected one mask embedding for all positions (adapter.mask_sharing=shared",
+            "transformers",
+        ),
+        (
+            "vllm-stock",
+            {"lora_rank": 2, "draft_input": "uniform_noise"},
+            "found draft_input uniform_noise",
+            "sglang, transformers",
+        ),
         ("peft", {}, "expected a LoRA, found none", "transformers"),
     ],
 )
@@ -177,7 +192,7 @@ def test_what_is_there_already_stays(saved, tmp_path, kind):
         output.write_text("mine")
     else:
         output.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="output: expected a folder that is not there yet, found .*out"):
+    with pytest.raises(ValueError, match=r"output: expected a folder that is not there yet, found .*out"):
         export_adapter(saved(), "sglang", output)
     assert kind != "file" or output.read_text() == "mine"
 
@@ -191,7 +206,7 @@ def test_the_bases_files_go_with_transformers_only(saved, tmp_path):
 def test_another_base_is_refused_by_doors_that_hold_it(saved, tmp_path, make_llama, options):
     make_llama().save_pretrained(tmp_path / "other")
     door = options.pop("door")
-    with pytest.raises(AdapterError, match="belongs to another base .*expected"):
+    with pytest.raises(AdapterError, match=r"belongs to another base .*expected"):
         export_adapter(saved(door), door, tmp_path / "out", base=str(tmp_path / "other"), **options)
     assert not (tmp_path / "out").exists()
 

@@ -92,6 +92,20 @@ def test_sglang_itself_misreads_or_refuses_what_peft_writes(adapter, tmp_path):
     assert read["scaling"] == adapter.lora.config["lora_alpha"] / adapter.lora.rank  # not by its root
 
 
+@needs_wheel
+def test_sglang_reads_layers_that_the_base_itself_has_fused(adapter, tmp_path):
+    tensors, name = {}, "base_model.model.model.layers.2"
+    for module, rows in (("self_attn.qkv_proj", 512), ("mlp.gate_up_proj", 1408)):
+        tensors |= {f"{name}.{module}.lora_A.weight": torch.randn(4, 256)}
+        tensors |= {f"{name}.{module}.lora_B.weight": torch.randn(rows, 4)}
+    adapter = replace(adapter, lora=LoraWeights(adapter.lora.config, tensors))
+    read = read_by_sglang(exported(adapter, "sglang", tmp_path), CONFIG, tmp_path / "read.safetensors")
+    assert isinstance(read, dict), read
+    found = deltas_of_sglang(load_file(tmp_path / "read.safetensors"), read["scaling"], read["rank"])
+    for (number, module), delta in deltas(adapter.lora).items():
+        torch.testing.assert_close(torch.cat([found[number, part] for part in STACKED[module]]), delta)
+
+
 def test_scaling_goes_into_alpha(adapter, tmp_path):
     adapter.lora.config["use_rslora"] = True
     config = json.loads((exported(adapter, "sglang", tmp_path) / "adapter_config.json").read_text())
@@ -119,6 +133,13 @@ def test_sizes_of_projections_that_are_left_out_follow_from_the_base(adapter, tm
         suffix = found.rpartition(".")[2]
         assert b.shape == (FEATURES[suffix], 4)
         assert bool(a.any()) == bool(b.any()) == (suffix == rest)
+
+
+def test_a_base_whose_sizes_are_not_known_is_told(adapter, tmp_path):
+    adapter.metadata.fingerprint.architecture["num_attention_heads"] = None
+    with pytest.raises(ValueError, match="base: num_attention_heads: expected an integer >= 1, found None"):
+        exported(replace(adapter, lora=only(adapter, "q_proj")), "sglang", tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
