@@ -3,6 +3,8 @@
 Knows no engine.
 """
 
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,10 +63,12 @@ class Door:
 def base_in_shell(name: str) -> str:
     """A base as a word of a shell command; a built-in one as the folder that it is."""
     if name not in BUILT_IN_BASES:
-        return name
+        return shlex.quote(name)
     return f'"$(python -c \'from pardec.target.base import resolve_base; print(resolve_base("{name}"))\')"'
 
 
-def base_in_python(name: str) -> str:
-    """A base as a Python expression, which for a built-in one needs `resolve_base`."""
-    return f'resolve_base("{name}")' if name in BUILT_IN_BASES else f'"{name}"'
+def base_in_python(name: str) -> tuple[str, str]:
+    """A base as a Python expression, and the line that it needs before it, which only a built-in one does."""
+    if name not in BUILT_IN_BASES:
+        return json.dumps(name), ""
+    return f'resolve_base("{name}")', "from pardec.target.base import resolve_base\n"

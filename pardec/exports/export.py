@@ -14,6 +14,7 @@ from typing import cast
 
 from pardec.adapters.adapter import Adapter, BaseReference
 from pardec.adapters.files import METADATA_FILE, load_adapter
+from pardec.adapters.tuned import TUNED_FILE
 from pardec.arguments import one_of
 from pardec.exports.base_folder import load_own_base
 from pardec.exports.door import Door
@@ -30,6 +31,7 @@ from pardec.exports.record import (
 )
 from pardec.run import file_sha256
 
+_OWN = (RECORD_FILE, TUNED_FILE)  # of the folder itself, and of `pardec tune` on it
 _READ_BY_ENGINES = (".safetensors", ".bin", ".pt", ".json", ".py", ".jinja")
 
 
@@ -150,7 +152,7 @@ def _changes(folder: Path, record: ExportRecord) -> list[str]:
             found.append(f"{path}: expected sha256 {expected[:12]}, found {digest[:12]}: the file was changed")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.suffix in _READ_BY_ENGINES and name not in record.files and name != RECORD_FILE:
+        if path.suffix in _READ_BY_ENGINES and name not in (*record.files, *_OWN):
             found.append(f"{path}: expected only files of the export, found one more")
     return found
 

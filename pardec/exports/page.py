@@ -61,6 +61,6 @@ def _expectation(acceptance: ExpectedAcceptance | None, *, decodes: bool) -> str
         found.append(f"{acceptance.greedy:.2f} greedy")
     prompts = f"{acceptance.num_prompts or 'some'} prompts of the {acceptance.split or 'training'} split"
     return (
-        f"About {', '.join(found)}. That is {acceptance.counted}. Measured by pardec's own decoder, on {prompts}; "
-        "other texts give other figures."
+        f"About {', '.join(found)}. That is {acceptance.counted}. Measured by pardec's own decoder, one forward a "
+        f"round, on {prompts}; other texts give other figures."
     )

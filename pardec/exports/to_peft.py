@@ -1,5 +1,6 @@
 """PEFT: the LoRA alone, as `PeftModel.from_pretrained` loads it, for those who want to look at it or train on."""
 
+import json
 from pathlib import Path
 
 from pardec.adapters.adapter import Adapter
@@ -8,7 +9,6 @@ from pardec.exports.base_folder import LoadedBase
 from pardec.exports.door import Door, base_in_python
 from pardec.exports.lora_folder import read_lora, write_lora
 from pardec.exports.record import ExportRecord
-from pardec.target.base import BUILT_IN_BASES
 
 
 def _refusal(adapter: Adapter) -> str | None:
@@ -33,12 +33,11 @@ def _problems(folder: Path, record: ExportRecord) -> list[str]:
 
 
 def _commands(record: ExportRecord, folder: str) -> str:
-    name = record.base.name
-    resolve = "from pardec.target.base import resolve_base\n" if name in BUILT_IN_BASES else ""
+    base, needed = base_in_python(record.base.name)
     return (
-        f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n{resolve}\n"
-        f"base = AutoModelForCausalLM.from_pretrained({base_in_python(name)})\n"
-        f'model = PeftModel.from_pretrained(base, "{folder}")'
+        f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n{needed}\n"
+        f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+        f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})"
     )
 
 

@@ -5,6 +5,7 @@ what they do not know they refuse, the rest they misread without a word. Legend:
 """
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def _problems(folder: Path, record: ExportRecord) -> list[str]:
 def _commands(record: ExportRecord, folder: str) -> str:
     return (
         f"python -m sglang.launch_server --model-path {base_in_shell(record.base.name)} \\\n"
-        f"    --speculative-algorithm UNO --uno-lora-path {folder} \\\n"
+        f"    --speculative-algorithm UNO --uno-lora-path {shlex.quote(folder)} \\\n"
         f"    --speculative-num-draft-tokens {record.num_speculative_tokens + 1}"
     )
 

@@ -1,5 +1,6 @@
 """transformers: a folder whose `custom_generate/generate.py` decodes with the adapter, with or without the base."""
 
+import json
 import shlex
 import shutil
 from dataclasses import replace
@@ -14,7 +15,6 @@ from pardec.exports import custom_generate
 from pardec.exports.base_folder import LoadedBase, copy_weights, copy_what_is_beside
 from pardec.exports.door import Door, base_in_python
 from pardec.exports.record import ExportRecord
-from pardec.target.base import BUILT_IN_BASES
 from pardec.training.model_folder import without_folder
 
 GENERATE_FILE = "custom_generate/generate.py"
@@ -75,20 +75,17 @@ def _problems(folder: Path, record: ExportRecord) -> list[str]:
 
 
 def _commands(record: ExportRecord, folder: str) -> str:
-    name = record.base.name
-    if record.with_base:
-        source, resolve = f'"{folder}"', ""
-        load, call = f"{source}, trust_remote_code=True", "model.generate(**inputs, max_new_tokens=64)"
-    else:
-        source, resolve = base_in_python(name), "from pardec.target.base import resolve_base\n"
-        load, resolve = source, resolve if name in BUILT_IN_BASES else ""
-        call = f'model.generate(**inputs, max_new_tokens=64, custom_generate="{folder}", trust_remote_code=True)'
+    source, needed = (json.dumps(folder), "") if record.with_base else base_in_python(record.base.name)
+    trusted = ", trust_remote_code=True"
+    load = source + trusted * record.with_base
+    more = "" if record.with_base else f", custom_generate={json.dumps(folder)}{trusted}"
     return (
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n{resolve}\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n{needed}\n"
         f"tokenizer = AutoTokenizer.from_pretrained({source})\n"
         f"model = AutoModelForCausalLM.from_pretrained({load})\n"
         f'inputs = tokenizer("def quicksort(xs):", return_tensors="pt")\n'
-        f"out = {call}\nprint(tokenizer.decode(out[0], skip_special_tokens=True))"
+        f"out = model.generate(**inputs, max_new_tokens=64{more})\n"
+        "print(tokenizer.decode(out[0], skip_special_tokens=True))"
     )
 
 

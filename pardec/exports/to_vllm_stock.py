@@ -4,12 +4,14 @@ The rules are those of vLLM's parallel drafting (PARD, arXiv:2504.18583): a draf
 every drafted position. Legend: V vocabulary, D width of an input embedding.
 """
 
+import json
+import shlex
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import MASK_EMBEDDINGS, Adapter
 from pardec.adapters.json_files import read_object
@@ -57,7 +59,9 @@ def _write(adapter: Adapter, base: LoadedBase | None, folder: Path) -> None:
         model.config.tie_word_embeddings = False
     mask_id = mask_token_row(weight.shape[0], base.tokenizer)
     weight[mask_id] = row.to(weight.dtype)
+    model.generation_config = GenerationConfig()  # many a published one is refused when it is written
     model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
     write_config(base, folder, tie_word_embeddings=False, pard_token=mask_id, mask_token_id=mask_id)
     copy_what_is_beside(base, folder)
 
@@ -131,11 +135,14 @@ def _matrices(path: Path) -> list[list[int]]:
 
 
 def _commands(record: ExportRecord, folder: str) -> str:
-    return (
-        f"vllm serve {base_in_shell(record.base.name)} --speculative-config \\\n"
-        f'    \'{{"method":"draft_model","model":"{folder}",'
-        f'"num_speculative_tokens":{record.num_speculative_tokens + 1},"parallel_drafting":true}}\''
-    )
+    draft = {
+        "method": "draft_model",
+        "model": folder,
+        "num_speculative_tokens": record.num_speculative_tokens + 1,
+        "parallel_drafting": True,
+    }
+    config = shlex.quote(json.dumps(draft, separators=(",", ":")))
+    return f"vllm serve {base_in_shell(record.base.name)} --speculative-config \\\n    {config}"
 
 
 def _notes(record: ExportRecord, folder: Path) -> str:

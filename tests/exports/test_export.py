@@ -1,6 +1,8 @@
 """Exported folders: whole or not there, told from one that was changed; refusals before anything is written."""
 
+import ast
 import json
+import shlex
 import warnings
 from dataclasses import replace
 
@@ -104,6 +106,21 @@ def test_the_page_has_the_command_that_serves_the_folder_and_what_to_expect(door
 def test_engines_draft_one_more_token_than_the_adapter(packaged_adapter, tmp_path, door, words):
     page = (exported(sample(packaged_adapter, door), door, tmp_path) / "README.md").read_text()
     assert words in page
+
+
+def test_names_with_spaces_and_quotes_are_words_of_the_commands(door, folder):
+    record = read_record(folder)
+    record.base.name = "it's a base"
+    odd = 'the "best" one'
+    command = door_of(door).commands(record, odd)
+    if door_of(door).language == "python":
+        words = [node.value for node in ast.walk(ast.parse(command)) if isinstance(node, ast.Constant)]
+        assert record.base.name in words
+    else:
+        words = shlex.split(command)
+        assert record.base.name in words
+        words += [json.loads(word)["model"] for word in words if word.startswith("{")]
+    assert odd in words
 
 
 def test_nothing_tells_of_the_machine_that_trained(folder):
@@ -266,9 +283,10 @@ def test_a_file_more_that_an_engine_would_read_is_told(folder, name):
         assert check_export(folder).problems == [f"{folder / name}: expected only files of the export, found one more"]
     finally:
         (folder / name).unlink()
-    (folder / ".gitattributes").write_text("")
-    assert check_export(folder).problems == []
-    (folder / ".gitattributes").unlink()
+    for harmless in (".gitattributes", "tuned.json"):
+        (folder / harmless).write_text("{}")
+        assert check_export(folder).problems == []
+        (folder / harmless).unlink()
 
 
 def test_a_folder_without_a_record_is_no_export(tmp_path):
