@@ -5,6 +5,7 @@ Knows the order of things, no engine. What is written is the engine's files, a p
 """
 
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -12,11 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import cast
 
+from pydantic import ValidationError
+
 from pardec.adapters.adapter import Adapter, BaseReference
 from pardec.adapters.files import METADATA_FILE, load_adapter
 from pardec.adapters.tuned import TUNED_FILE
 from pardec.arguments import one_of
-from pardec.exports.base_folder import load_own_base
+from pardec.errors import problem
+from pardec.exports.base_folder import LoadedBase, load_own_base
 from pardec.exports.door import Door
 from pardec.exports.doors import door_of, refuse
 from pardec.exports.page import PAGE_FILE, page_of
@@ -70,7 +74,7 @@ def export_adapter(
         OSError: if there is no room; nothing is left behind.
     """
     door = door_of(cast(DoorName, one_of("--to", to, DOOR_NAMES)))
-    adapter, output = load_adapter(directory), Path(output)
+    adapter, output = load_adapter(directory), Path(os.path.normpath(output))
     refuse(adapter, door)
     if with_base and door.name != "transformers":
         raise ValueError(f"--with-base: expected --to transformers, found --to {door.name}")
@@ -79,16 +83,29 @@ def export_adapter(
     wrong = door.path_problem(output)
     if wrong is not None:
         raise ValueError(wrong)
+    reference = adapter.metadata.base if base is None else _reference(base)
     loaded = load_own_base(str(directory), adapter, base) if door.needs_base or with_base else None
-    reference = adapter.metadata.base if base is None else BaseReference(name=base)
-    public = reference.model_copy(update={"name": reference.public_name})
     sources = {METADATA_FILE: file_sha256(Path(directory) / METADATA_FILE), **adapter.metadata.files}
+    public = reference.model_copy(update={"name": reference.public_name})
     adapter = replace(adapter, metadata=adapter.metadata.model_copy(update={"base": public}))
-    record = _record_of(adapter, door, sources, with_base)
+    _write(door, adapter, loaded, _record_of(adapter, door, sources, with_base), output)
+    return check_export(output)
+
+
+def _reference(name: str) -> BaseReference:
+    try:
+        return BaseReference(name=name)
+    except ValidationError as error:
+        raise ValueError(problem(error.errors()[0], "base")) from None
+
+
+def _write(door: Door, adapter: Adapter, loaded: LoadedBase | None, record: ExportRecord, output: Path) -> None:
+    """All files into a folder beside, which becomes `output` once it is whole."""
     output.parent.mkdir(parents=True, exist_ok=True)
     begins = f".writing-{output.name}-"
-    for leftover in output.parent.glob(f"{begins}*"):
-        shutil.rmtree(leftover)  # of an export that was killed
+    for path in output.parent.iterdir():
+        if re.fullmatch(re.escape(begins) + "[a-z0-9_]{8}", path.name):
+            shutil.rmtree(path)  # of an export that was killed
     aside = Path(tempfile.mkdtemp(prefix=begins, dir=output.parent))
     try:
         door.write(adapter, loaded, aside)
@@ -99,7 +116,6 @@ def export_adapter(
         os.rename(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return check_export(output)
 
 
 def check_export(folder: str | Path) -> Checked:
@@ -112,11 +128,9 @@ def check_export(folder: str | Path) -> Checked:
     record = read_record(folder)
     door = door_of(record.door)
     problems = _changes(folder, record) or door.problems(folder, record)
-    misread = door.path_problem(folder)
-    notes = [note for note in (_other_version(door),) if note]
-    return Checked(
-        record, problems + ([misread] if misread else []), notes, "" if problems else door.commands(record, str(folder))
-    )
+    problems += [found for found in (door.path_problem(folder),) if found]
+    notes = [found for found in (_other_version(door),) if found]
+    return Checked(record, problems, notes, door.commands(record, str(folder)))
 
 
 def _record_of(adapter: Adapter, door: Door, sources: dict[str, str], with_base: bool) -> ExportRecord:

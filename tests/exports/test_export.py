@@ -255,9 +255,25 @@ def test_a_full_disk_leaves_nothing(saved, tmp_path, monkeypatch):
 
 
 def test_what_a_killed_export_left_goes_with_the_next(saved, tmp_path):
-    (tmp_path / ".writing-out-abc").mkdir()
+    killed, another = tmp_path / ".writing-out-abcd_123", tmp_path / ".writing-out-more-abcd_123"
+    killed.mkdir()
+    another.mkdir()
     export_adapter(saved(), "sglang", tmp_path / "out")
-    assert not (tmp_path / ".writing-out-abc").exists()
+    assert not killed.exists()
+    assert another.exists()  # of an export into `out-more`
+
+
+@pytest.mark.parametrize(("name", "words"), [("", "found ''"), ("a" * 300, "found 'aaa")])
+def test_a_name_that_no_base_can_have_is_refused(saved, tmp_path, name, words):
+    said = refusal(saved(), "sglang", tmp_path / "out", base=name)
+    assert said.startswith("base: expected")
+    assert words in said
+
+
+def test_a_path_that_ends_nowhere_is_where_it_leads(saved, tmp_path):
+    with pytest.raises(ValueError, match=f"expected a folder that is not there yet, found {tmp_path}$"):
+        export_adapter(saved(), "sglang", f"{tmp_path}/out/..")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 # ---------------------------------------------------------------------- checks
