@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import MASK_EMBEDDINGS, Adapter
 from pardec.adapters.json_files import read_object
@@ -59,9 +59,7 @@ def _write(adapter: Adapter, base: LoadedBase | None, folder: Path) -> None:
         model.config.tie_word_embeddings = False
     mask_id = mask_token_row(weight.shape[0], base.tokenizer)
     weight[mask_id] = row.to(weight.dtype)
-    model.generation_config = GenerationConfig()  # many a published one is refused when it is written
     model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)
     write_config(base, folder, tie_word_embeddings=False, pard_token=mask_id, mask_token_id=mask_id)
     copy_what_is_beside(base, folder)
 

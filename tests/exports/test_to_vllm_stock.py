@@ -81,11 +81,11 @@ def test_embeddings_that_a_module_scales_are_stored_unscaled(family, tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_generation_config_that_nobody_could_write_goes_along_as_it_is(adapter, tiny_base, tokenizer, tmp_path):
+def test_the_bases_generation_config_goes_along_as_it_is(adapter, tiny_base, tokenizer, tmp_path):
     adapter.metadata.base.name = str(tmp_path / "base")
     tiny_base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    odd = '{"do_sample": false, "temperature": 0.6}'  # which transformers refuses to save
+    odd = '{"do_sample": false, "temperature": 0.6}'
     (tmp_path / "base/generation_config.json").write_text(odd)
     assert (exported(adapter, "vllm-stock", tmp_path) / "generation_config.json").read_text() == odd
 
