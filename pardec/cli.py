@@ -1,4 +1,4 @@
-"""The command line: `pardec generate`, `pardec chat`, `pardec check` and `pardec tune`.
+"""The command line: `pardec generate`, `pardec chat`, `pardec check`, `pardec tune` and `pardec export`.
 
 Imports torch and transformers inside the commands only, so that `--help` is quick.
 Exit codes: 0 done, 1 a check found a difference that is no tie of the dtype, 2 unusable input.
@@ -29,6 +29,7 @@ from pardec.cli_options import (
     Verification,
 )
 from pardec.data.prompt_files import read_prompts
+from pardec.export_command import export
 
 if TYPE_CHECKING:
     from pardec.model import SelfSpeculativeModel
@@ -112,7 +113,7 @@ def generate(
         chosen = [flag for flag, on in (("--json", as_json), ("--show-drafts", show_drafts)) if on]
         if len(chosen) > 1:
             raise ValueError(f"options: expected one of {' and '.join(chosen)}, found both")
-        prompts = _prompts(source, prompt, prompt_file)
+        prompts = read_prompts(source, prompt, prompt_file)
         model = _load(directory, base, device, dtype, trust_remote_code)
 
         from pardec.console import as_object, print_stream
@@ -254,7 +255,7 @@ def tune(
     from pardec.run import exit_on_unusable_input
 
     with exit_on_unusable_input():
-        source = _prompts(None, None, prompt_file) if prompt_file == "-" else prompt_file
+        source = read_prompts(None, None, prompt_file) if prompt_file == "-" else prompt_file
         dtypes = [None] if dtype is None else dict.fromkeys(dtype.split(","))
         models = [_load(directory, base, device, one, trust_remote_code, compile) for one in dtypes]
 
@@ -279,10 +280,7 @@ def tune(
         show_reports(reports, by_dtype, as_json=as_json, picture=None if picture is None else Path(picture))
 
 
-def _prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
-    if sys.stdin is None and "-" in (source, prompt, prompt_file):
-        raise ValueError("prompt: expected text on standard input, found it closed")
-    return read_prompts(source, prompt, prompt_file)
+app.command()(export)
 
 
 def _load(

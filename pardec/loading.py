@@ -74,7 +74,7 @@ def load(
     refuse_by_placement(loaded)
     if compile and is_offloaded(loaded):
         raise ValueError("compile: expected a base in memory, found offloaded layers (device_map)")
-    _refuse_another_base(directory, adapter, loaded, tokenizer)
+    refuse_another_base(directory, adapter, loaded, tokenizer)
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
     model.tuned = read_tuned(
         directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files
@@ -106,9 +106,10 @@ def _tuned_dtype(
     return known_dtype(found)
 
 
-def _refuse_another_base(
+def refuse_another_base(
     directory: str | Path, adapter: Adapter, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
+    """Raises AdapterError, naming what differs, unless `loaded` is the base that the adapter was trained for."""
     found = fingerprint(loaded, tokenizer)
     wrong = differences(adapter.metadata.fingerprint, found, embedding_weight(loaded).dtype)
     if wrong:

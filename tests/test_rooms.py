@@ -19,10 +19,12 @@ FLOORS = (
     ("pardec/config",),
     ("pardec/measures",),
     ("pardec/tuning",),
+    ("pardec/exports",),
     (
         "pardec/console",
         "pardec/chat_terminal",
         "pardec/race_terminal",
+        "pardec/export_command",
         "pardec/cli",
         "pardec/cli_options",
         "pardec/__main__",

@@ -3,6 +3,7 @@
 Legend: K num_speculative_tokens, D width of an input embedding, H of a hidden state, W of the head.
 """
 
+import os
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -33,6 +34,15 @@ class BaseReference(BaseModel):
 
     name: str = Field(min_length=1, max_length=4095, pattern=_PATH)
     revision: str | None = None
+
+    @property
+    def public_name(self) -> str:
+        """The name as others may read it: of a folder or file of the machine that trained, its last part alone."""
+        path = os.path.expanduser(self.name)
+        is_local = os.path.isabs(path) or self.name.startswith(".") or self.name.endswith(".gguf")
+        if not is_local and not os.path.exists(path):
+            return self.name
+        return os.path.basename(os.path.abspath(path)) or "base"
 
 
 class HeadShape(BaseModel):

@@ -32,6 +32,8 @@ def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None
 
 
 def _read_standard_input() -> str:
+    if sys.stdin is None:
+        raise ValueError("prompt: expected text on standard input, found it closed")
     text = sys.stdin.read()
     try:
         text.encode()

@@ -129,11 +129,16 @@ def _set_enabled(base: nn.Module, enabled: bool) -> None:
                 raise RuntimeError("this version of peft cannot switch a LoRA layer off by _disable_adapters")
 
 
-def lora_weights(peft_model) -> LoraWeights:
-    """A detached float32 copy, on the CPU, of the LoRA inside `peft_model`."""
+def lora_weights(peft_model, base_name: str | None = None) -> LoraWeights:
+    """A detached float32 copy, on the CPU, of the LoRA inside `peft_model`.
+
+    Args:
+        peft_model: from `inject_lora`.
+        base_name: what the configuration calls the base; PEFT itself would write the path that it was loaded from.
+    """
     from peft import get_peft_model_state_dict
 
-    config = peft_model.peft_config["default"].to_dict()
+    config = {**peft_model.peft_config["default"].to_dict(), "base_model_name_or_path": base_name}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     config = {key: getattr(value, "value", value) for key, value in config.items()}
     tensors = {

@@ -75,7 +75,7 @@ def learned_adapter(module: MaskTokenTrainer, peft_model, metadata: AdapterMetad
     return Adapter(
         None if masks is None else _copied(masks),
         metadata,
-        None if peft_model is None else lora_weights(peft_model),
+        None if peft_model is None else lora_weights(peft_model, metadata.base.public_name),
         None if head is None else {name: _copied(parameter) for name, parameter in head.named_parameters()},
     )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from adapter_samples import D, H, K, W, head_tensors, make_adapter
 
-from pardec.adapters.adapter import Adapter, AdapterError
+from pardec.adapters.adapter import Adapter, AdapterError, BaseReference
 
 
 def test_fewer_mask_tokens_than_trained_are_the_first_ones():
@@ -63,6 +63,26 @@ def test_noise_needs_a_lora_and_no_embeddings():
 def test_mask_embeddings_must_be_there_unless_noise_stands_for_them():
     with pytest.raises(AdapterError, match=rf"mask embeddings: expected shape \[{K}, D\] .*, found none"):
         Adapter(None, make_adapter().metadata)
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("some/base", "some/base"),
+        ("tiny-python", "tiny-python"),
+        ("/home/me/models/mine", "mine"),
+        ("/home/me/models/mine/", "mine"),
+        ("~/models/mine", "mine"),
+        ("../models/mine", "mine"),
+        ("models/mine-Q4.gguf", "mine-Q4.gguf"),
+        ("models/here", "here"),
+        ("/", "base"),
+    ],
+)
+def test_a_base_has_a_name_that_tells_nothing_of_the_machine(name, public, tmp_path, monkeypatch):
+    (tmp_path / "models/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert BaseReference(name=name).public_name == public
 
 
 def with_head(**changes) -> Adapter:

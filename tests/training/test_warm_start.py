@@ -26,10 +26,10 @@ def make(family: str = "llama", *, rank: int = 2, width: int = 5, num_masks: int
     return module, peft_model, identity
 
 
-def adapter_of(module, peft_model, identity) -> Adapter:
+def adapter_of(module, peft_model, identity, base: str = "tiny") -> Adapter:
     metadata = AdapterMetadata(
         num_speculative_tokens=module.drafter.num_speculative_tokens,
-        base=BaseReference(name="tiny"),
+        base=BaseReference(name=base),
         fingerprint=identity,
         head=None if module.head is None else HeadShape(width=module.drafter.head_width, shortlist=4),
     )
@@ -52,6 +52,14 @@ def test_every_part_takes_the_adapters_numbers():
         assert not torch.equal(before[name], found)
         torch.testing.assert_close(found, expected[name].to(found.dtype), rtol=1e-6, atol=1e-6)
     assert all(p.requires_grad for n, p in module.named_parameters() if n in expected)
+
+
+def test_a_lora_names_its_base_without_the_path_that_it_was_loaded_from():
+    module, peft_model, identity = make()
+    peft_model.peft_config["default"].base_model_name_or_path = "/home/me/cache/tiny"
+    config = adapter_of(module, peft_model, identity, "/home/me/models/tiny").lora.config
+    assert config["base_model_name_or_path"] == "tiny"
+    assert "/home/me" not in str(config)
 
 
 def test_a_part_that_the_adapter_lacks_keeps_its_own_beginning():

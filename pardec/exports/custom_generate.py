@@ -1,0 +1,48 @@
+"""Decodes with the pardec adapter that lies in this repository, exactly as the model alone would.
+
+For `model.generate(..., custom_generate=REPOSITORY, trust_remote_code=True)`, and for models loaded from the
+repository itself with `trust_remote_code=True`. Besides what `generate` takes: `num_speculative_tokens`, `mode`
+(fused, two_pass, plain), `use_head`, and `adapter`, the folder of another adapter.
+"""
+
+import inspect
+from types import FrameType
+
+import pardec
+
+
+class _Loaded(dict):
+    """Models with their adapters, by folder; it stays behind where a model that keeps it is copied or pickled."""
+
+    def __reduce_ex__(self, protocol):
+        return dict, ()
+
+
+def generate(inputs=None, *positional, model, adapter=None, custom_generate=None, streamer=None, **options):
+    """What `model.generate` returns, decoded with the adapter."""
+    plain = type(model).generate  # not model.generate, which may be this very function
+    if positional:
+        named = inspect.signature(plain).bind_partial(model, inputs, *positional).arguments
+        streamer = named.pop("streamer", streamer)
+        options |= {name: value for name, value in named.items() if name not in ("self", "inputs")}
+    if custom_generate is not None:
+        return plain(model, inputs, custom_generate=custom_generate, streamer=streamer, **options)
+    folder = adapter or _asked_for(inspect.currentframe()) or model.config._name_or_path
+    loaded = model.__dict__.get("_pardec_adapters")
+    if not isinstance(loaded, _Loaded):
+        loaded = model.__dict__["_pardec_adapters"] = _Loaded()
+    drafter = loaded.get(folder)
+    if drafter is None:  # once, as it takes seconds
+        drafter = loaded[folder] = pardec.load(folder, base=model)
+    # transformers keeps a streamer to itself
+    door = drafter if streamer is None else drafter.with_streamer(streamer)
+    return plain(model, inputs, custom_generate=door, **options)
+
+
+def _asked_for(frame: FrameType | None) -> str | None:
+    """The `custom_generate` that transformers was called with: it runs a copy of this file, and tells it no path."""
+    caller = None if frame is None else frame.f_back
+    if caller is None or caller.f_globals.get("__name__") != "transformers.generation.utils":
+        return None
+    asked = caller.f_locals.get("custom_generate")
+    return asked if isinstance(asked, str) else None

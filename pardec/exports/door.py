@@ -1,0 +1,74 @@
+"""What every door says of itself: an engine, its form of an adapter, and how the engine is asked for it.
+
+Knows no engine.
+"""
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pardec.adapters.adapter import Adapter
+from pardec.exports.base_folder import LoadedBase
+from pardec.exports.record import DoorName, ExportRecord
+from pardec.target.base import BUILT_IN_BASES
+
+
+@dataclass(frozen=True)
+class Door:
+    """A form of an adapter.
+
+    Attributes:
+        name: of the door.
+        engine: distribution that serves the form.
+        tested: version of it whose own code the rules are from.
+        refusal: what of an adapter the form cannot hold, as `expected .., found ..`; None if it holds it.
+        write: the engine's files into a folder; the base is None unless asked for or needed.
+        problems: what is wrong with written files, each in one line.
+        commands: that serve a folder, by its path; the base by its name.
+        language: of the commands.
+        notes: a paragraph for the folder's page.
+        counted: what the engine counts as acceptance length; None where nothing is drafted.
+        exact_tokens: of a round, that it counts beside accepted drafts and the bonus token.
+        needs_base: whether the form is made from the base's weights.
+        words_not_in_path: by which the engine takes the folder for something else.
+    """
+
+    name: DoorName
+    engine: str
+    tested: str
+    refusal: Callable[[Adapter], str | None]
+    write: Callable[[Adapter, LoadedBase | None, Path], None]
+    problems: Callable[[Path, ExportRecord], list[str]]
+    commands: Callable[[ExportRecord, str], str]
+    language: Literal["bash", "python"]
+    notes: Callable[[ExportRecord, Path], str]
+    counted: str | None
+    exact_tokens: int = 0
+    needs_base: bool = False
+    words_not_in_path: tuple[str, ...] = ()
+
+    def path_problem(self, folder: Path) -> str | None:
+        """Why the engine would misread a folder of this path; None if it would not."""
+        path = str(folder.absolute())
+        found = [word for word in self.words_not_in_path if word in path.lower()]
+        if not found:
+            return None
+        words = ", ".join(self.words_not_in_path)
+        return f"output: expected a path without {words}, which {self.engine} takes for other methods, found {path}"
+
+
+def base_in_shell(name: str) -> str:
+    """A base as a word of a shell command; a built-in one as the folder that it is."""
+    if name not in BUILT_IN_BASES:
+        return shlex.quote(name)
+    return f'"$(python -c \'from pardec.target.base import resolve_base; print(resolve_base("{name}"))\')"'
+
+
+def base_in_python(name: str) -> tuple[str, str]:
+    """A base as a Python expression, and the line that it needs before it, which only a built-in one does."""
+    if name not in BUILT_IN_BASES:
+        return json.dumps(name), ""
+    return f'resolve_base("{name}")', "from pardec.target.base import resolve_base\n"

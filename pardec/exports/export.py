@@ -1,0 +1,190 @@
+"""`pardec export`: an adapter in the form of an engine, in a folder that is whole or not there.
+
+Knows the order of things, no engine. What is written is the engine's files, a page that says how to serve them, and
+`export.json`, by which `check_export` sees later what has changed.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import cast
+
+from pydantic import ValidationError
+
+from pardec.adapters.adapter import Adapter, BaseReference
+from pardec.adapters.files import METADATA_FILE, load_adapter
+from pardec.adapters.tuned import TUNED_FILE
+from pardec.arguments import one_of
+from pardec.errors import problem
+from pardec.exports.base_folder import LoadedBase, load_own_base
+from pardec.exports.door import Door
+from pardec.exports.doors import door_of, refuse
+from pardec.exports.page import PAGE_FILE, page_of
+from pardec.exports.record import (
+    DOOR_NAMES,
+    RECORD_FILE,
+    DoorName,
+    ExportRecord,
+    expected_acceptance,
+    read_record,
+    write_record,
+)
+from pardec.run import file_sha256
+
+_OWN = (RECORD_FILE, TUNED_FILE)  # of the folder itself, and of `pardec tune` on it
+_READ_BY_ENGINES = (".safetensors", ".bin", ".pt", ".json", ".py", ".jinja")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An exported folder as it is.
+
+    Attributes:
+        record: its `export.json`.
+        problems: what is changed or wrong, a line each.
+        notes: what is worth knowing, a line each.
+        commands: that serve it.
+    """
+
+    record: ExportRecord
+    problems: list[str]
+    notes: list[str]
+    commands: str
+
+
+def export_adapter(
+    directory: str | Path, to: str, output: str | Path, *, base: str | None = None, with_base: bool = False
+) -> Checked:
+    """Writes an adapter in the form of an engine, and checks what was written.
+
+    Args:
+        directory: of the adapter.
+        to: a door: `vllm-stock`, `sglang`, `transformers` or `peft`.
+        output: the folder to make.
+        base: the base to name, and to load where a form holds it; default the one that the adapter names.
+        with_base: put the base's own files beside the adapter; `transformers` only.
+
+    Raises:
+        ValueError: for an unknown door, an adapter that it cannot serve, a base that does not fit, or a folder that
+            is there already; nothing is written.
+        OSError: if there is no room; nothing is left behind.
+    """
+    door = door_of(cast(DoorName, one_of("--to", to, DOOR_NAMES)))
+    adapter, output = load_adapter(directory), Path(os.path.normpath(output))
+    refuse(adapter, door)
+    if with_base and door.name != "transformers":
+        raise ValueError(f"--with-base: expected --to transformers, found --to {door.name}")
+    if os.path.lexists(output):
+        raise ValueError(f"output: expected a folder that is not there yet, found {output}")
+    wrong = door.path_problem(output)
+    if wrong is not None:
+        raise ValueError(wrong)
+    reference = adapter.metadata.base if base is None else _reference(base)
+    loaded = load_own_base(str(directory), adapter, base) if door.needs_base or with_base else None
+    sources = {METADATA_FILE: file_sha256(Path(directory) / METADATA_FILE), **adapter.metadata.files}
+    public = reference.model_copy(update={"name": reference.public_name})
+    adapter = replace(adapter, metadata=adapter.metadata.model_copy(update={"base": public}))
+    _write(door, adapter, loaded, _record_of(adapter, door, sources, with_base), output)
+    return check_export(output)
+
+
+def _reference(name: str) -> BaseReference:
+    try:
+        return BaseReference(name=name)
+    except ValidationError as error:
+        raise ValueError(problem(error.errors()[0], "base")) from None
+
+
+def _write(door: Door, adapter: Adapter, loaded: LoadedBase | None, record: ExportRecord, output: Path) -> None:
+    """All files into a folder beside, which becomes `output` once it is whole."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    begins = f".writing-{output.name}-"
+    for path in output.parent.iterdir():
+        if re.fullmatch(re.escape(begins) + "[a-z0-9_]{8}", path.name):
+            shutil.rmtree(path)  # of an export that was killed
+    aside = Path(tempfile.mkdtemp(prefix=begins, dir=output.parent))
+    try:
+        door.write(adapter, loaded, aside)
+        (aside / PAGE_FILE).write_text(page_of(record, door, aside, output.name), encoding="utf-8")
+        write_record(record.model_copy(update={"files": _digests(aside)}), aside)
+        _settle(aside)
+        aside.chmod(0o755)  # mkdtemp lets only the owner in
+        os.rename(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_export(folder: str | Path) -> Checked:
+    """Compares an exported folder with its `export.json` and with the rules of its engine.
+
+    Raises:
+        ValueError: if it is no exported folder.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    door = door_of(record.door)
+    problems = _changes(folder, record) or door.problems(folder, record)
+    problems += [found for found in (door.path_problem(folder),) if found]
+    notes = [found for found in (_other_version(door),) if found]
+    return Checked(record, problems, notes, door.commands(record, str(folder)))
+
+
+def _record_of(adapter: Adapter, door: Door, sources: dict[str, str], with_base: bool) -> ExportRecord:
+    metadata, acceptance = adapter.metadata, None
+    if door.counted is not None:
+        acceptance = expected_acceptance(metadata, door.counted, door.exact_tokens)
+    return ExportRecord(
+        door=door.name,
+        engine=door.engine,
+        checked_against=door.tested,
+        num_speculative_tokens=metadata.num_speculative_tokens,
+        base=metadata.base,
+        architecture=metadata.fingerprint.architecture,
+        with_base=with_base,
+        acceptance=acceptance,
+        sources=sources,
+    )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def _changes(folder: Path, record: ExportRecord) -> list[str]:
+    """Files that are missing, changed, or there beside those that were written, where an engine would read them."""
+    found = []
+    for name, expected in record.files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path}: expected a file of the export, found none")
+        elif (digest := file_sha256(path)) != expected:
+            found.append(f"{path}: expected sha256 {expected[:12]}, found {digest[:12]}: the file was changed")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix in _READ_BY_ENGINES and name not in (*record.files, *_OWN):
+            found.append(f"{path}: expected only files of the export, found one more")
+    return found
+
+
+def _other_version(door: Door) -> str | None:
+    try:
+        installed = version(door.engine)
+    except PackageNotFoundError:
+        return None
+    if installed == door.tested:
+        return None
+    return f"{door.engine}: expected {door.tested}, which this form was checked against, found {installed}; going on"
+
+
+def _settle(folder: Path) -> None:
+    """Puts all files on the disk for good, readable for those who serve them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)  # safetensors lets only the owner read
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

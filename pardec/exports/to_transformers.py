@@ -1,0 +1,111 @@
+"""transformers: a folder whose `custom_generate/generate.py` decodes with the adapter, with or without the base."""
+
+import json
+import shlex
+import shutil
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pardec.adapters.adapter import Adapter
+from pardec.adapters.files import load_adapter, save_adapter
+from pardec.errors import first_line
+from pardec.exports import custom_generate
+from pardec.exports.base_folder import LoadedBase, copy_weights, copy_what_is_beside
+from pardec.exports.door import Door, base_in_python
+from pardec.exports.record import ExportRecord
+from pardec.training.model_folder import without_folder
+
+GENERATE_FILE = "custom_generate/generate.py"
+REQUIREMENTS_FILE = "custom_generate/requirements.txt"
+
+
+def _refusal(adapter: Adapter) -> str | None:
+    return None
+
+
+def _write(adapter: Adapter, base: LoadedBase | None, folder: Path) -> None:
+    save_adapter(_to_be_shown(adapter), folder)
+    (folder / GENERATE_FILE).parent.mkdir()
+    shutil.copyfile(custom_generate.__file__, folder / GENERATE_FILE)
+    (folder / REQUIREMENTS_FILE).write_text(f"pardec>={version('pardec')}\n")
+    if base is not None:
+        copy_weights(base, folder)
+        copy_what_is_beside(base, folder)
+
+
+def _to_be_shown(adapter: Adapter) -> Adapter:
+    """The adapter without the folders of the machine that trained it."""
+    metadata, lora = adapter.metadata, adapter.lora
+    shown = metadata.model_copy(update={"training": _without_folders(metadata.training)})
+    if lora is not None:
+        lora = replace(lora, config=lora.config | {"base_model_name_or_path": metadata.base.name})
+    return replace(adapter, metadata=shown, lora=lora)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    try:
+        words = shlex.split(value)
+    except ValueError:  # a text that is no command
+        words = []
+    if len(words) < 2:
+        return without_folder(value)
+    bare = [without_folder(word) for word in words]
+    return value if bare == words else shlex.join(bare)
+
+
+def _problems(folder: Path, record: ExportRecord) -> list[str]:
+    from transformers import AutoConfig
+
+    try:
+        load_adapter(folder)
+        compile((folder / GENERATE_FILE).read_text(encoding="utf-8"), GENERATE_FILE, "exec")
+        if record.with_base:
+            AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers' own reading, of whatever somebody has written
+        return [f"{folder}: expected a folder that transformers and pardec read, found {first_line(error)}"]
+    return []
+
+
+def _commands(record: ExportRecord, folder: str) -> str:
+    source, needed = (json.dumps(folder), "") if record.with_base else base_in_python(record.base.name)
+    trusted = ", trust_remote_code=True"
+    load = source + trusted * record.with_base
+    more = "" if record.with_base else f", custom_generate={json.dumps(folder)}{trusted}"
+    return (
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer\n{needed}\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({source})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({load})\n"
+        f'inputs = tokenizer("def quicksort(xs):", return_tensors="pt")\n'
+        f"out = model.generate(**inputs, max_new_tokens=64{more})\n"
+        "print(tokenizer.decode(out[0], skip_special_tokens=True))"
+    )
+
+
+def _notes(record: ExportRecord, folder: Path) -> str:
+    return (
+        "It needs the package pardec. Greedy search and sampling, batches padded on the left, `streamer=` and "
+        "pipelines work as ever; `num_speculative_tokens=`, `mode=` (fused, two_pass, plain) and `use_head=` may be "
+        "given as well."
+    )
+
+
+TRANSFORMERS = Door(
+    name="transformers",
+    engine="transformers",
+    tested="5.23.0",
+    refusal=_refusal,
+    write=_write,
+    problems=_problems,
+    commands=_commands,
+    language="python",
+    notes=_notes,
+    counted="pardec's own mean acceptance length: the accepted drafts and the bonus token of one forward",
+)
