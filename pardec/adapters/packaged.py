@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pardec.run import cache_folder
 
-PACKAGED_ADAPTERS = ("smollm2",)
+PACKAGED_ADAPTERS = ("smollm2", "smollm2_embeddings")
 
 
 def adapter_folder(directory: str | os.PathLike[str]) -> Path:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
-from pardec.adapters.packaged import tuned_folder
+from pardec.adapters.packaged import adapter_folder, tuned_folder
 from pardec.errors import problem, shown
 from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
 
@@ -102,6 +102,16 @@ def read_tuned(
     """
     wanted = (device, str(dtype).removeprefix("torch."), compile)
     fresh = [one for one in _read_fresh(Path(directory), files) if _key(one) == wanted]
+    return fresh[0] if fresh else None
+
+
+def shipped_choice(directory: str | Path, *, files: Mapping[str, str] | None = None) -> TunedChoice | None:
+    """What a packaged adapter was tuned to on a CPU before it shipped: a start for others; None without one.
+
+    Arguments and errors as in `read_tuned`.
+    """
+    folder = adapter_folder(directory)
+    fresh = [] if folder == Path(directory) else _read_fresh(folder, files)
     return fresh[0] if fresh else None
 
 

@@ -9,6 +9,7 @@ import torch
 import pardec
 from pardec.adapters.files import load_adapter
 from pardec.adapters.packaged import PACKAGED_ADAPTERS, adapter_folder, tuned_folder
+from pardec.adapters.tuned import shipped_choice
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import load_recipe
 from pardec.target.base import BUILT_IN_BASES
@@ -65,3 +66,14 @@ def test_the_recipe_beside_it_is_the_one_it_was_trained_by(name):
     recipe = load_recipe(RECIPES / f"{name}.yaml", (), Recipe).model_dump()
     for part in ("base", "data", "adapter", "train"):
         assert trained[part] == recipe[part]
+
+
+@pytest.mark.parametrize("name", PACKAGED_ADAPTERS)
+def test_it_ships_with_a_choice_that_a_cpu_starts_with(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    choice = shipped_choice(name)
+    assert choice is not None
+    assert choice.measured_tokens_per_second > choice.plain_tokens_per_second
+    assert shipped_choice(ASSETS / name) is None  # a folder's own file is what `read_tuned` reads
+    Path(name).mkdir()
+    assert shipped_choice(name) is None
