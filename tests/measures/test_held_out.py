@@ -119,7 +119,7 @@ def test_block_verification_is_measured_and_told_and_changes_no_greedy_figure(wi
 def test_what_was_trained_is_measured_and_not_what_was_tuned():
     model = tiny()
     expected = measure_held_out(model, PROMPTS, **SETTINGS).to_dict()
-    model.tuned = SimpleNamespace(block_lengths=(1, 1))
+    model.tuned = SimpleNamespace(mode="fused", block_lengths=(1, 1), use_head=True)
     assert len(model.generate(PROMPTS, max_new_tokens=16).stats.acceptance_rate_per_position["unconditional"]) == 1
     assert measure_held_out(model, PROMPTS, **SETTINGS).to_dict() == expected
     fewer = measure_held_out(model, PROMPTS, num_speculative_tokens=1, **SETTINGS)
