@@ -15,9 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 def lines_of(target: str) -> list[list[str]]:
     """The command lines of a target, without running any, as if nothing were set up."""
-    made = subprocess.run(
-        ["make", "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    asked = ["make", "--dry-run", "--always-make", "--no-print-directory", target]  # also where make runs the tests
+    made = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
     return [shlex.split(line) for line in made.stdout.replace("\\\n", " ").splitlines()]
 
 
