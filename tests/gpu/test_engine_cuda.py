@@ -185,6 +185,7 @@ def test_bfloat16_captured_and_uncaptured_steps_give_one_anothers_tokens():
 # ---------------------------------------------------------------------- what a step does to the device
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("law", ["greedy", "sampled"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows", "gpt2", "llama-eager"])
@@ -271,6 +272,38 @@ def test_the_graphs_of_one_engine_survive_those_of_another():
         assert all(bool(scribble.isnan().all()) for scribble in scribbles)  # nobody has written into them
 
 
+def test_graphs_do_not_use_workspaces_that_others_may_free():
+    """torch's own graph trees, and so torch.compile with reduce-overhead, free those of all streams."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 64, "num_attention_heads": 16} | LONG
+    model = tiny_model("llama", dtype=torch.float32, **sizes).cuda()
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
+    rows = prompts(V, (11, 3))
+    expected = ours.generate(rows, max_new_tokens=40).token_ids
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    scribbles = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(64)]
+    assert ours.generate(rows, max_new_tokens=40).token_ids == expected
+    assert all(bool(scribble.isnan().all()) for scribble in scribbles)
+
+
+def test_memory_that_runs_out_in_prefill_is_taken_from_engines_that_wait():
+    model = tiny_model("llama", dtype=torch.float32, **LONG).cuda()
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
+    rows = prompts(V, (11,))
+    expected = ours.generate(rows, max_new_tokens=40).token_ids
+    failed = []
+
+    def runs_out(module, args, kwargs):
+        if not failed:
+            failed.append(torch.cuda.memory_allocated())
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    handle = model.register_forward_pre_hook(runs_out, with_kwargs=True)
+    assert ours.generate(rows, max_new_tokens=40, mode="plain").token_ids == expected
+    handle.remove()
+    assert failed
+
+
 def test_engines_are_given_up_with_their_memory():
     model = tiny_model("llama", dtype=torch.float32).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
@@ -329,6 +362,7 @@ def test_a_model_on_another_device_than_the_current_one_is_captured_there():
 # ---------------------------------------------------------------------- compiled
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize(("mode", "head_width"), [("plain", 0), ("fused", 0), ("fused", 6)])
 def test_compiled_steps_give_generates_tokens_up_to_ties(mode, head_width):
     model = tiny_model("llama", dtype=torch.float32, num_hidden_layers=2).cuda()
