@@ -7,10 +7,10 @@ PEFT's layers hold it, see `pardec.training.peft_lora`. Legend: B batch, R rows,
 import math
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from pardec.arguments import flag, integer, real
 from pardec.errors import shown
 from pardec.target.placement import execution_devices
 
+Returned = TypeVar("Returned")
 _PREFIX = "base_model.model."
 _UNSUPPORTED = {
     "use_dora": False,
@@ -114,9 +115,13 @@ def _short(name: str) -> str:
     return name if len(name) <= 150 and name.isprintable() else shown(name)
 
 
-class _OpenRows(threading.local):
+class _OpenRows:
     rows: slice | Tensor | None = None
     shape: tuple[int, int] = (0, 0)  # (B, R) of the coming forward
+
+
+class _OpenRowsOfThread(_OpenRows, threading.local):
+    pass
 
 
 class LoraGate:
@@ -127,7 +132,8 @@ class LoraGate:
 
     def __init__(self, base: nn.Module, weights: LoraWeights):
         # of the thread that runs a step: others that run the base meanwhile find the gate closed
-        self._here = _OpenRows()
+        self._here = _OpenRowsOfThread()
+        self._traced = _OpenRows()
         self._lock = threading.RLock()
         self._num_attached: Counter[nn.Module] = Counter()
         self._handles: dict[nn.Module, RemovableHandle] = {}
@@ -189,6 +195,24 @@ class LoraGate:
         finally:
             self._here.rows = None
 
+    def around(self, run: Callable[..., Returned], rows: slice) -> Callable[..., Returned]:
+        """`run` with the gate open at `rows`, for torch.compile; its first argument has shape [B, R, D].
+
+        Of what a thread has for itself torch 2.11 sees only the defaults while it compiles, so `open` is of no use.
+        """
+
+        def run_open(inputs: Tensor, *args) -> Returned:
+            self._traced.rows, self._traced.shape = rows, (inputs.shape[0], inputs.shape[1])
+            out = run(inputs, *args)
+            self._traced.rows = None
+            return out
+
+        return run_open
+
+    @property
+    def _open(self) -> _OpenRows:
+        return self._traced if torch.compiler.is_compiling() else self._here
+
     def stacked(self, modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
         """The LoRA of layers that read one input, as one: A, shape [sum r, in], and B, block-diagonal.
 
@@ -212,10 +236,10 @@ class LoraGate:
             low: A x of every row, shape [B, R, sum r].
             b: from `stacked`.
         """
-        rows = self._here.rows
+        rows = self._open.rows
         if rows is None:
             return
-        if output.shape[:-1] != self._here.shape:
+        if output.shape[:-1] != self._open.shape:
             output, low = self._unflatten(output), self._unflatten(low)
         if isinstance(rows, Tensor):
             index = rows[:, :, None]
@@ -228,11 +252,11 @@ class LoraGate:
 
     def _make_hook(self, a_t: Tensor, b_t: Tensor):
         def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = self._here.rows
+            rows = self._open.rows
             if rows is None:
                 return
             x = args[0]
-            if x.shape[:-1] != self._here.shape:
+            if x.shape[:-1] != self._open.shape:
                 x, output = self._unflatten(x), self._unflatten(output)
             if not x.dtype == output.dtype == a_t.dtype:  # under autocast
                 with torch.autocast(x.device.type, enabled=False):
@@ -259,7 +283,7 @@ class LoraGate:
 
     def _unflatten(self, x: Tensor) -> Tensor:
         """Some models flatten batch and rows for a part of a layer; the view shares memory with what they return."""
-        B, R = self._here.shape
+        B, R = self._open.shape
         if x.dim() != 2 or x.shape[0] != B * R:
             raise ValueError(f"lora: expected module inputs of {(B, R)} rows, found {tuple(x.shape)}")
         return x.view(B, R, -1)
