@@ -3,6 +3,7 @@
 Knows that a step reads and writes the tensors of a state; not what it computes.
 """
 
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ def record_cuda_graph(
             _usable_after_failure(generator, device),
             torch.cuda.stream(torch.cuda.current_stream(device)),
             _own_workspaces(),
+            _no_collection(),
             torch.cuda.graph(graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"),
         ):
             run()
@@ -89,6 +91,18 @@ def _own_workspaces() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python's cycle collector from freeing graphs, events and pinned memory, which would end a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager
