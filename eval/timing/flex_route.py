@@ -94,7 +94,8 @@ def _options(query: Tensor, key: Tensor, value: Tensor) -> FlexKernelOptions | N
     """
     if query.shape[2] >= BLOCK or query.device.type != "cuda":
         return None
-    options = {"num_warps": 8 if query.shape[2] > BLOCK // 2 else 4, "SPLIT_KV": num_parts(query, key, value)}
+    splits = num_parts(query.narrow(2, 0, 1), key, value)  # one block takes all rows, as if they were one
+    options = {"num_warps": 8 if query.shape[2] > BLOCK // 2 else 4, "SPLIT_KV": splits}
     return cast(FlexKernelOptions, options)  # which names the splits no more than torch's pages do
 
 

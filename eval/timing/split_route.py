@@ -18,7 +18,7 @@ from pardec.target.forward import config_value, text_config
 
 ROUTE = "pardec_split"
 BLOCK_ROWS = 64  # grouped rows of one thread block, in the kernels for half precision and heads of up to 128
-BLOCKS_PER_MULTIPROCESSOR = 2
+BLOCKS_PER_MULTIPROCESSOR = 1  # more parts would hide more of their reading, and cost more in combining
 LEAST_SLOTS = 64  # of a part: combining shorter ones costs more than they save
 ALIGNMENT = 16  # parts begin at multiples of so many slots: kernels load masks by up to 32 bytes
 # added to hidden scores: -inf would make NaN of a part in which a row sees nothing; of this its weight is exactly 0
