@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_samples import attention_inputs
 from greedy_oracle import plain_generate, prompts
 from timing import shapes, split_route
 from timing.split_route import finite_mask, num_parts, split_attention
@@ -24,18 +25,6 @@ def multiprocessors(monkeypatch):
     return set_to
 
 
-def inputs(B, H, G, R, S, D, dtype=torch.float32):
-    """Query, key and value as layers give them, from a cache of more sequences and slots; a step's random mask."""
-    cache = torch.randn(2, B + 1, H, 2 * S, D).to(dtype)
-    query = torch.randn(B, R, H * G, D).to(dtype).transpose(1, 2)
-    visible = torch.rand(B, 1, R, S) < 0.5
-    visible[..., S // 2 :] = False  # stale slots, which fill whole parts
-    visible[:, :, 0] = False  # a row with one part that it sees at all, and one slot of that
-    visible[:, :, 0, S // 4 + 1] = True
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, float("-inf"))
-    return query, cache[0, :B, :, :S], cache[1, :B, :, :S], mask.repeat(1, 1, G, 1)
-
-
 SIZES = [(1, 2, 2, 9, 256, 16), (1, 3, 3, 25, 320, 24), (3, 2, 4, 4, 512, 64), (1, 8, 4, 1, 1024, 128)]
 
 
@@ -43,7 +32,7 @@ SIZES = [(1, 2, 2, 9, 256, 16), (1, 3, 3, 25, 320, 24), (3, 2, 4, 4, 512, 64), (
 @pytest.mark.parametrize("of_all_heads", [True, False])
 def test_it_is_grouped_attention(size, of_all_heads, multiprocessors):
     torch.manual_seed(0)
-    query, key, value, mask = inputs(*size)
+    query, key, value, mask = attention_inputs(*size)
     assert num_parts(query, key, value) >= 4
     expected, _ = grouped_attention(torch.nn.Module(), query, key, value, mask, scaling=0.3)
     finite = finite_mask(mask, key.shape[1] if of_all_heads else None)
@@ -54,7 +43,7 @@ def test_it_is_grouped_attention(size, of_all_heads, multiprocessors):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_it_is_as_near_to_the_truth_as_grouped_attention(dtype, multiprocessors):
     torch.manual_seed(0)
-    query, key, value, mask = inputs(2, 2, 4, 9, 512, 64, dtype)
+    query, key, value, mask = attention_inputs(2, 2, 4, 9, 512, 64, dtype)
     truth, _ = grouped_attention(torch.nn.Module(), query.double(), key.double(), value.double(), mask.double())
     grouped, _ = grouped_attention(torch.nn.Module(), query, key, value, mask)
     split, _ = split_attention(torch.nn.Module(), query, key, value, finite_mask(mask, 2))
@@ -64,7 +53,7 @@ def test_in_half_precision_it_is_as_near_to_the_truth_as_grouped_attention(dtype
 
 @pytest.mark.parametrize("score", [-1e4, 1e4])
 def test_parts_in_which_a_row_sees_nothing_have_no_weight_whatever_the_scores(score, multiprocessors):
-    query, key, value, mask = inputs(1, 2, 1, 3, 256, 16)
+    query, key, value, mask = attention_inputs(1, 2, 1, 3, 256, 16)
     query[..., 0], key[..., 0] = score, 1.0
     key[:, :, 128:, 0] = -1.0  # what is hidden scores otherwise
     finite = finite_mask(mask, None)
@@ -85,7 +74,7 @@ def test_parts_in_which_a_row_sees_nothing_have_no_weight_whatever_the_scores(sc
     ],
 )
 def test_what_its_kernels_do_not_serve_is_left_to_grouped_attention(dtype, head_size, kind, multiprocessors):
-    query, key, value, mask = inputs(1, 2, 1, 3, 256, head_size, dtype)
+    query, key, value, mask = attention_inputs(1, 2, 1, 3, 256, head_size, dtype)
     mask = {"additive": finite_mask(mask, None), "none": None, "bool": mask == 0}[kind]
     layer = torch.nn.Module()
     layer.is_causal = False
@@ -135,7 +124,7 @@ class _Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize("num_sequences", [1, 3])
 def test_neither_keys_nor_values_nor_masks_are_copied_in_a_layer(num_sequences, multiprocessors):
-    query, key, value, mask = inputs(num_sequences, 2, 2, 4, 512, 16)
+    query, key, value, mask = attention_inputs(num_sequences, 2, 2, 4, 512, 16)
     finite = finite_mask(mask, 2)
     with _Calls() as seen:
         split_attention(torch.nn.Module(), query, key, value, finite)
