@@ -18,8 +18,8 @@ from pardec.target.forward import config_value, text_config
 
 ROUTE = "pardec_split"
 BLOCK_ROWS = 64  # grouped rows of one thread block, in the kernels for half precision and heads of up to 128
-BLOCKS_PER_MULTIPROCESSOR = 1  # more parts would hide more of their reading, and cost more in combining
-LEAST_SLOTS = 64  # of a part: combining shorter ones costs more than they save
+BLOCKS_PER_MULTIPROCESSOR = 1  # one wave: the output of every further part is written and read once more
+LEAST_SLOTS = 64  # of a part: kernels take up to 128 at a time, and less than half of that would be waste
 ALIGNMENT = 16  # parts begin at multiples of so many slots: kernels load masks by up to 32 bytes
 # added to hidden scores: -inf would make NaN of a part in which a row sees nothing; of this its weight is exactly 0
 HIDDEN = -1e30
