@@ -40,12 +40,17 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def write_files(result: dict, stem: Path, markdown: str, draw: Callable[[Path], None]) -> None:
     """Writes `stem`.json, .md and .png; `draw` makes the picture at the path that it is given."""
+    write_page(result, stem, markdown)
+    with written_aside(stem.with_name(stem.name + ".png")) as aside:
+        draw(aside)
+
+
+def write_page(result: dict, stem: Path, markdown: str) -> None:
+    """Writes `stem`.json and .md."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_json(result, stem.with_name(stem.name + ".json"))
     with written_aside(stem.with_name(stem.name + ".md")) as aside:
         aside.write_text(markdown)
-    with written_aside(stem.with_name(stem.name + ".png")) as aside:
-        draw(aside)
 
 
 def write_json(values: dict[str, Any], path: Path) -> None:

@@ -27,7 +27,8 @@ from pardec.training.peft_lora import lora_enabled
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
 
-_ATTENTION_KERNELS = [
+# of sdpa, where there are gradients; see _run_mask_rows
+ATTENTION_KERNELS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -240,7 +241,7 @@ class MaskTokenTrainer(nn.Module):
             self._takes_blocks = supports(target, self.drafter.num_speculative_tokens)
         with ExitStack() as stack:
             # the backward of cuDNN's attention gives NaN for some numbers of keys: pytorch issue 196678
-            stack.enter_context(sdpa_kernel(_ATTENTION_KERNELS))
+            stack.enter_context(sdpa_kernel(ATTENTION_KERNELS))
             if self._takes_blocks:
                 stack.enter_context(block_route(target, layout))
                 mask = real_bias(target, layout, target.dtype)
