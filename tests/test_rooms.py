@@ -31,6 +31,7 @@ FLOORS = (
     ),
     ("train", "eval/timing", "eval/reporting"),
     ("eval/studies", "eval/matrix"),
+    ("eval/card",),
     ("eval",),
 )
 
