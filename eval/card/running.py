@@ -42,7 +42,7 @@ def record_file(output: Path, step: Step) -> Path:
 def run_step(output: Path, step: Step, limit_seconds: float) -> int:
     """Runs a step with its output in a log; returns its exit code, `CUT_OFF` if it took too long."""
     print(f"{step.name}: python {' '.join(step.command)}", flush=True)
-    log, start = output / f"{step.name}.log", time.monotonic()
+    log, start, began = output / f"{step.name}.log", time.monotonic(), time.time()
     (output / "work").mkdir(exist_ok=True)
     with log.open("w") as file:
         command = [sys.executable, *step.command]
@@ -55,7 +55,9 @@ def run_step(output: Path, step: Step, limit_seconds: float) -> int:
         finally:
             end_group(process)
     seconds = round(time.monotonic() - start, 1)
-    gathered = [gather(path, output) for path in step.results if path.exists()] if code == 0 else []
+    # a program that found something wrong, or was cut off, may have written what it had
+    left = [path for path in step.results if path.exists() and (code == 0 or is_newer(path, began))]
+    gathered = [gather(path, output) for path in left]
     record = {"command": list(step.command), "code": code, "seconds": seconds, "results": gathered}
     write_json(record, record_file(output, step))
     said = "done" if code == 0 else "cut off; run again to continue" if code == CUT_OFF else f"failed, see {log}"
@@ -81,6 +83,13 @@ def end_group(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def is_newer(path: Path, began: float) -> bool:
+    """Whether a file, or one in a folder, was written since; `began` in seconds since the epoch."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    # the clock of a file system may be a moment behind
+    return any(file.stat().st_mtime > began - 0.1 for file in files)
 
 
 def gather(path: Path, output: Path) -> str:

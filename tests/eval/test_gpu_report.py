@@ -1,6 +1,7 @@
 """The GPU report's bookkeeping: steps that are done stay done, a failed or cut-off one is run again."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -81,6 +82,20 @@ def test_a_failed_step_does_not_stop_the_others_and_is_run_again(run, tmp_path):
     flag.touch()
     assert run(steps)[0] == 0
     assert (times(tmp_path, "one"), times(tmp_path, "two")) == (2, 1)
+
+
+def test_what_a_failed_step_has_found_stands_in_the_report_and_what_is_older_does_not(run, tmp_path):
+    old, new = tmp_path / "old.md", tmp_path / "folder" / "new.md"
+    new.parent.mkdir()
+    for path in (old, new):
+        path.write_text("of another run")
+        os.utime(path, (1e9, 1e9))
+    write = f"open({str(new)!r}, 'w').write('this is wrong'); raise SystemExit(1)"
+    code, folder = run([Step("one", ["-c", write], [old, new.parent])])
+    assert code == 1
+    text = (folder / "REPORT.md").read_text()
+    assert "this is wrong" in text
+    assert "of another run" not in text
 
 
 @pytest.fixture
