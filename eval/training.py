@@ -148,7 +148,7 @@ def measure(
     rows = [
         {"learned": learned, "form": name, "num_learned": num_learned, "mask_rows": mask_rows}
         | figures(form, forms.get(PREFIX_CACHED), mask_rows)
-        | {"estimate_gib": round(estimate / 2**30, 3) if name == PREFIX_CACHED else None}
+        | {"estimate_gib": round(estimate / 2**30, 6) if name == PREFIX_CACHED else None}
         for name, form in forms.items()
     ]
     return rows, left_out
@@ -193,7 +193,7 @@ def figures(form: Form, reference: Form | None, mask_rows: int) -> dict:
         "ms_per_step": round(median, 3),
         "ms_per_step_quartiles": [round(low, 3), round(high, 3)],
         "mask_rows_per_second": round(mask_rows / statistics.median(form.seconds), 1),
-        "peak_memory_gib": round(form.peak_bytes / 2**30, 3) if form.peak_bytes else None,
+        "peak_memory_gib": round(form.peak_bytes / 2**30, 6) if form.peak_bytes else None,
         "ratio_to_prefix_cached": None,
     }
     if reference is not None:

@@ -90,11 +90,11 @@ def test_what_a_failed_step_has_found_stands_in_the_report_and_what_is_older_doe
     for path in (old, new):
         path.write_text("of another run")
         os.utime(path, (1e9, 1e9))
-    write = f"open({str(new)!r}, 'w').write('this is wrong'); raise SystemExit(1)"
+    write = f"open({str(new)!r}, 'w').write('this is wrong'.upper()); raise SystemExit(1)"
     code, folder = run([Step("one", ["-c", write], [old, new.parent])])
     assert code == 1
     text = (folder / "REPORT.md").read_text()
-    assert "this is wrong" in text
+    assert "THIS IS WRONG" in text  # the command is in it too
     assert "of another run" not in text
 
 

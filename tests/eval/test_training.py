@@ -88,7 +88,7 @@ def test_both_forms_take_turns_and_the_estimate_is_that_of_training(tmp_path):
     numbers = 4 * 64 + sum(p.numel() for name, p in trainer.named_parameters() if "lora_" in name)
     assert rows[2]["num_learned"] == numbers
     expected = weights + adapter_bytes(trainer.target, 8, 8, numbers)
-    assert rows[2]["estimate_gib"] == round(expected / 2**30, 3)
+    assert rows[2]["estimate_gib"] == round(expected / 2**30, 6)
     page = (tmp_path / "found.md").read_text()
     assert page.count("| dense joint |") == 2
     assert "estimate GiB" in ended.out
