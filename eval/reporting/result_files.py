@@ -3,10 +3,12 @@
 import json
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from pardec.run import command_line, device_name, git_commit, library_versions, written_aside
 
@@ -39,10 +41,25 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def write_files(result: dict, stem: Path, markdown: str, draw: Callable[[Path], None]) -> None:
-    """Writes `stem`.json, .md and .png; `draw` makes the picture at the path that it is given."""
+    """Writes `stem`.json, .md and .png; `draw` makes the picture at the path that it is given.
+
+    Without matplotlib there is no picture, which is said once.
+    """
     write_page(result, stem, markdown)
+    if not _can_draw():
+        return
     with written_aside(stem.with_name(stem.name + ".png")) as aside:
         draw(aside)
+
+
+@cache
+def _can_draw() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        tqdm.write(f"no picture: {error}; pip install 'pardec[plots]' brings it")
+        return False
+    return True
 
 
 def write_page(result: dict, stem: Path, markdown: str) -> None:
