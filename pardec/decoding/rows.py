@@ -106,6 +106,11 @@ class RowForward:
                 stack.enter_context(self.gate.attached(but=packed))
             yield
 
+    @property
+    def held(self) -> object:
+        """What steps read besides the base's own weights: whoever captures one keeps it alive."""
+        return None if self.linears is None else self.linears.forwards
+
     def packed(self) -> AbstractContextManager[None]:
         """Inside `attached`, what makes forwards of this thread use the packed weights, if there are any."""
         return nullcontext() if self.linears is None else self.linears.active()
@@ -183,8 +188,9 @@ class RowForward:
         assert self.compile_step is not None
         key = (plan.mask_rows.start, plan.mask_rows.stop)
         if key not in self._compiled:
-            takes_lora = self.gate is not None and plan.has_mask_rows
-            run = self.gate.around(self._run, plan.mask_rows) if takes_lora else self._run
+            run = self._run
+            if self.gate is not None and plan.has_mask_rows:
+                run = self.gate.around(run, plan.mask_rows)
             self._compiled[key] = self.compile_step(run)
         return self._compiled[key]
 
