@@ -116,8 +116,9 @@ def _short(name: str) -> str:
 
 
 class _OpenRows:
-    rows: slice | Tensor | None = None
-    shape: tuple[int, int] = (0, 0)  # (B, R) of the coming forward
+    def __init__(self) -> None:
+        self.rows: slice | Tensor | None = None
+        self.shape = (0, 0)  # (B, R) of the coming forward
 
 
 class _OpenRowsOfThread(_OpenRows, threading.local):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import TypeVar
 
 import psutil
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from pardec.adapters.gated_lora import LoraGate
 
+Returned = TypeVar("Returned")
 # rows that oneDNN packs for; any other number is computed correctly, thousands as fast as if packed for them
 _TYPICAL_ROWS = 16
 
@@ -47,6 +49,7 @@ class PackedLinears:
         self._gate = gate
         self.num_packed = 0
         self.forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
+        self._dispatchers: dict[nn.Linear, _Dispatcher] = {}
         self._groups: list[_Group] = []
         self._checksums: list[Tensor] = []
 
@@ -87,7 +90,8 @@ class PackedLinears:
                 if module in _num_open:
                     _num_open[module] += 1
                 elif "forward" not in vars(module):  # someone else's own forward stays
-                    vars(module)["forward"] = _Dispatcher(module)  # found before the class's method
+                    # found before the class's method; always the same, which compiled code looks at
+                    vars(module)["forward"] = self._dispatchers.setdefault(module, _Dispatcher(module))
                     _num_open[module] = 1
                 else:
                     continue
@@ -102,6 +106,18 @@ class PackedLinears:
                         del _num_open[module]
                         if isinstance(vars(module).get("forward"), _Dispatcher):  # not what someone put there since
                             del vars(module)["forward"]
+
+    def around(self, run: Callable[..., Returned]) -> Callable[..., Returned]:
+        """`run` inside of `active`, for torch.compile: see `LoraGate.around`."""
+
+        def run_packed(*args) -> Returned:
+            _traced.forwards = self.forwards
+            out = run(*args)
+            _traced.forwards = _traced.group = _traced.input = None
+            _traced.outputs = ()
+            return out
+
+        return run_packed
 
     def active(self) -> "_Active":
         """Context inside which, in this thread, installed layers use the packed weights."""
@@ -126,17 +142,21 @@ class _Active:
         _here.group, _here.input, _here.outputs = None, None, ()
 
 
-class _Here(threading.local):
+class _Packed:
+    def __init__(self) -> None:
+        self.forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] | None = None
+        self.group: object = None  # whose outputs these are
+        self.input: Tensor | None = None
+        self.version = 0
+        self.outputs: Sequence[Tensor] = ()
+
+
+class _PackedOfThread(_Packed, threading.local):
     """Of the thread that runs the step: others that run the base meanwhile get its own arithmetic."""
 
-    forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] | None = None
-    group: object = None  # whose outputs these are
-    input: Tensor | None = None
-    version: int = 0
-    outputs: Sequence[Tensor] = ()
 
-
-_here = _Here()
+_here = _PackedOfThread()
+_traced = _Packed()
 
 
 class _Dispatcher:
@@ -146,8 +166,8 @@ class _Dispatcher:
         self._module = module
 
     def __call__(self, x: Tensor) -> Tensor:
-        module = self._module
-        own = None if _here.forwards is None else _here.forwards.get(module)
+        module, here = self._module, _traced if torch.compiler.is_compiling() else _here
+        own = None if here.forwards is None else here.forwards.get(module)
         return nn.functional.linear(x, module.weight, module.bias) if own is None else own(x)
 
 
@@ -172,7 +192,16 @@ def _sibling_forward(
 ) -> Callable[[Tensor], Tensor]:
     """Whichever of the siblings comes first computes all; the others find their part if their input is the same."""
 
+    def traced(x: Tensor) -> Tensor:
+        here = _traced  # versions are not known while code is traced; `survey` has seen that nobody writes to the input
+        if here.group is not group or here.input is not x:
+            here.group, here.input = group, x
+            here.outputs = product(x).split(sizes, dim=-1)
+        return here.outputs[index]
+
     def forward(x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return traced(x)
         here = _here
         # tensors of inference mode do not count their versions, so that nobody could tell if one was written to
         version = None if x.is_inference() else x._version

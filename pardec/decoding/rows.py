@@ -88,8 +88,8 @@ class RowForward:
         self._limit = self.target.max_positions
         # without windows what a row sees follows from the kind of slot alone
         self._mixes_windows = self.target.attention.layer_types != (FULL,)
-        if self.compile_step is not None:
-            self.linears = None  # compiled code has weights of its own
+        if self.compile_step is not None and self.target.device.type == "cpu":
+            self.linears = None  # compiled code packs weights by itself
         self._route = None if self.query_group is None else AttentionRoute(self.target.base)
 
     @contextmanager
@@ -189,6 +189,8 @@ class RowForward:
         key = (plan.mask_rows.start, plan.mask_rows.stop)
         if key not in self._compiled:
             run = self._run
+            if self.linears is not None:
+                run = self.linears.around(run)
             if self.gate is not None and plan.has_mask_rows:
                 run = self.gate.around(run, plan.mask_rows)
             self._compiled[key] = self.compile_step(run)

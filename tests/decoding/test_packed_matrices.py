@@ -8,7 +8,12 @@ from tiny_models import make_adapter, tiny_model
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
 from pardec.decoding import prepack
 from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.rows import RowForward
+from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.step import Decoder
 from pardec.model import SelfSpeculativeModel
+from pardec.target.forward import TargetModel
+from pardec.target.survey import survey
 
 
 @pytest.fixture
@@ -69,3 +74,40 @@ def test_what_a_graph_reads_outlives_packing_anew(as_on_cuda):
     assert linears.num_packed == before + 1
     assert forward.held is not held
     assert held.keys() == forward.held.keys()
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_compiled_steps_take_packed_matrices_and_are_compiled_once(has_lora, as_on_cuda):
+    graphs = []
+
+    def collect(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    def compile_step(run):
+        return torch.compile(run, backend=collect, dynamic=False, fullgraph=True)
+
+    model = tiny_model("llama", num_hidden_layers=2)
+    adapter, target, facts = (
+        make_adapter(model, 3, lora_rank=2),
+        TargetModel.wrap(model),
+        survey(TargetModel.wrap(model)),
+    )
+    gate = LoraGate(model, adapter.lora) if has_lora else None
+    packed = PackedLinears(facts.siblings, gate)
+    packed.refresh()
+    masks, found = adapter.mask_embeddings.to(target.dtype), []
+    for linears in (None, packed):
+        forward = RowForward(target, masks, gate, query_group=facts.query_group, compile_step=compile_step)
+        forward.linears = linears  # which on a CPU compiled steps do without
+        decoder = Decoder(forward, "fused", 3, TokenLaw(True), 9, torch.empty(0, dtype=torch.long))
+        with decoder.attached():
+            state = decoder.prefill([[5, 9, 2, 7], [3, 8]])
+        for _ in range(3):
+            with decoder.attached():
+                decoder.step(state)
+        found.append((state.output.tolist(), state.rounds()))
+    assert found[0] == found[1]
+    assert len(graphs) == 2
+    own, shared = ([target for target in graph if target is torch._C._nn.linear] for graph in graphs)
+    assert (len(own), len(shared)) == (2 * 7 + 1, 2 * 4 + 1)
