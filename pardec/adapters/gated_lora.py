@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
+from pardec.adapters.open_rows import OpenRows, add_product, rows_of
 from pardec.arguments import flag, integer, real
 from pardec.errors import shown
 from pardec.target.placement import execution_devices
@@ -114,11 +115,6 @@ def _short(name: str) -> str:
     return name if len(name) <= 150 and name.isprintable() else shown(name)
 
 
-class _OpenRows(threading.local):
-    rows: slice | Tensor | None = None
-    shape: tuple[int, int] = (0, 0)  # (B, R) of the coming forward
-
-
 class LoraGate:
     """Adds a LoRA to the mask rows of decoding forwards.
 
@@ -127,11 +123,12 @@ class LoraGate:
 
     def __init__(self, base: nn.Module, weights: LoraWeights):
         # of the thread that runs a step: others that run the base meanwhile find the gate closed
-        self._here = _OpenRows()
+        self._here = OpenRows()
         self._lock = threading.RLock()
         self._num_attached: Counter[nn.Module] = Counter()
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._targets: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._stacks: dict[tuple[nn.Module, ...], Tensor] = {}  # kept for good: captured steps read them
         devices = execution_devices(base)
         for name, (a, b) in weights.pairs().items():
             module = _base_module(base, name)
@@ -152,18 +149,22 @@ class LoraGate:
             self._targets[module] = (a_t, b_t)
 
     @contextmanager
-    def attached(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
+    def attached(self, but: Collection[nn.Module] = (), siblings: Sequence[Sequence[nn.Module]] = ()) -> Iterator[None]:
         """Keeps the hooks on the base for the time of the context; contexts may overlap.
 
         Args:
             but: layers that apply the LoRA themselves, by `add_stacked`.
+            siblings: tuples of layers that read the same input tensor, in the order in which they run; the first of
+                them multiplies it with the A of all.
         """
         served = set(but)
         modules = [module for module in self._targets if module not in served]
         with self._lock:
+            shared = self._shared(siblings, served)
             for module in modules:
                 if not self._num_attached[module]:
-                    self._handles[module] = module.register_forward_hook(self._make_hook(*self._targets[module]))
+                    hook = self._make_hook(*self._targets[module], shared.get(module))
+                    self._handles[module] = module.register_forward_hook(hook)
             self._num_attached.update(modules)
         try:
             yield
@@ -187,7 +188,7 @@ class LoraGate:
         try:
             yield
         finally:
-            self._here.rows = None
+            self._here.close()
 
     def stacked(self, modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
         """The LoRA of layers that read one input, as one: A, shape [sum r, in], and B, block-diagonal.
@@ -216,36 +217,39 @@ class LoraGate:
         if rows is None:
             return
         if output.shape[:-1] != self._here.shape:
-            output, low = self._unflatten(output), self._unflatten(low)
-        if isinstance(rows, Tensor):
-            index = rows[:, :, None]
-            added = low.gather(1, index.expand(-1, -1, low.shape[2])) @ b
-            output.scatter_add_(1, index.expand(-1, -1, output.shape[2]), added)
-        elif output.shape[0] == 1:
-            output[0, rows].addmm_(low[0, rows], b)
-        else:
-            output[:, rows].baddbmm_(low[:, rows], b.expand(output.shape[0], -1, -1))
+            output, low = self._here.unflatten(output), self._here.unflatten(low)
+        add_product(output, rows_of(low, rows), b, rows)
 
-    def _make_hook(self, a_t: Tensor, b_t: Tensor):
+    def _shared(
+        self, siblings: Sequence[Sequence[nn.Module]], served: Collection[nn.Module]
+    ) -> dict[nn.Module, tuple[Tensor, slice]]:
+        """A of layers that read one input side by side, shape [in, sum r], and each layer's columns of it."""
+        found = {}
+        for group in siblings:
+            mine = tuple(module for module in group if module in self._targets and module not in served)
+            halves = [self._targets[module][0] for module in mine]
+            if len({(a_t.shape[0], a_t.dtype, a_t.device) for a_t in halves}) != 1 or len(mine) < 2:
+                continue
+            if mine not in self._stacks:
+                with torch.inference_mode(False):  # also used outside of it
+                    self._stacks[mine] = torch.cat(halves, dim=1)
+            r = halves[0].shape[1]
+            found |= {module: (self._stacks[mine], slice(n * r, n * r + r)) for n, module in enumerate(mine)}
+        return found
+
+    def _make_hook(self, a_t: Tensor, b_t: Tensor, shared: tuple[Tensor, slice] | None = None):
         def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             rows = self._here.rows
             if rows is None:
                 return
-            x = args[0]
+            x = given = args[0]
             if x.shape[:-1] != self._here.shape:
-                x, output = self._unflatten(x), self._unflatten(output)
+                x, output = self._here.unflatten(x), self._here.unflatten(output)
             if not x.dtype == output.dtype == a_t.dtype:  # under autocast
                 with torch.autocast(x.device.type, enabled=False):
                     self._add_cast(x, output, a_t, b_t, rows)
-            elif isinstance(rows, slice):
-                if x.shape[0] == 1:
-                    output[0, rows].addmm_(torch.mm(x[0, rows], a_t), b_t)
-                else:
-                    output[:, rows].baddbmm_(x[:, rows] @ a_t, b_t.expand(x.shape[0], -1, -1))
             else:
-                index = rows[:, :, None]
-                mask_rows = x.gather(1, index.expand(-1, -1, x.shape[2]))
-                output.scatter_add_(1, index.expand(-1, -1, output.shape[2]), mask_rows @ a_t @ b_t)
+                add_product(output, self._here.low(given, x, a_t, shared), b_t, rows)
 
         return add_to_mask_rows
 
@@ -256,13 +260,6 @@ class LoraGate:
         else:
             index = rows[:, :, None].expand(-1, -1, output.shape[2])
             output.scatter_add_(1, index, added.gather(1, index))
-
-    def _unflatten(self, x: Tensor) -> Tensor:
-        """Some models flatten batch and rows for a part of a layer; the view shares memory with what they return."""
-        B, R = self._here.shape
-        if x.dim() != 2 or x.shape[0] != B * R:
-            raise ValueError(f"lora: expected module inputs of {(B, R)} rows, found {tuple(x.shape)}")
-        return x.view(B, R, -1)
 
 
 def _base_module(base: nn.Module, name: str) -> nn.Module:

@@ -28,11 +28,14 @@ class PackedLinears:
 
     They take as much memory as the layers themselves, and are left out where that is more than half of what is
     free. `refresh` packs weights that have changed anew.
+
+    Attributes:
+        siblings: tuples of layers that read the same input, also where none can be packed.
     """
 
     def __init__(self, siblings: Sequence[Sequence[nn.Module]], gate: LoraGate | None = None):
         """Packs the layers of `siblings`, tuples that read the same input; with `gate`, its LoRA into them."""
-        self._siblings = siblings
+        self.siblings = siblings
         self._gate = gate
         self._groups: list[_Group] = []
         self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
@@ -45,7 +48,7 @@ class PackedLinears:
 
     def refresh(self) -> None:
         """Packs the weights if there are none packed or they are no longer what was packed."""
-        groups = [group for siblings in self._siblings for group in _packable(siblings)]
+        groups = [group for siblings in self.siblings for group in _packable(siblings)]
         linears = [module for group in groups for module in group]
         needed = sum(module.weight.nbytes for module in linears)
         if linears != self.modules and needed > psutil.virtual_memory().available / 2:
