@@ -52,12 +52,8 @@ class _SlotLayer(CacheLayerMixin):
             self.keys[:B, :, :R] = key_states
             self.values[:B, :, :R] = value_states
             return key_states, value_states
-        for buffer, states in ((self.keys[:B], key_states), (self.values[:B], value_states)):
-            if B == 1:
-                buffer.index_copy_(2, slots[0], states)
-            else:
-                index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                buffer.scatter_(2, index, states)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            _write(buffer, slots, states)
         num_used = self.owner.num_used
         return self.keys[:B, :, :num_used], self.values[:B, :, :num_used]
 
@@ -70,6 +66,19 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.owner.num_slots
+
+
+def _write(buffer: Tensor, slots: Tensor, states: Tensor) -> None:
+    """Puts states, shape [B, H, R, D], into the slots of the first B sequences of a buffer; slots of shape [B, R]."""
+    B, H, _, D = states.shape
+    if torch.compiler.is_compiling():
+        # into a part of the buffer, or by a scatter, compiled code writes by copying the whole buffer there and back
+        sequence = torch.arange(B, device=slots.device)[:, None]
+        buffer[sequence, :, slots] = states.transpose(1, 2)
+    elif B == 1:
+        buffer[:1].index_copy_(2, slots[0], states)
+    else:
+        buffer[:B].scatter_(2, slots[:, None, :, None].expand(-1, H, -1, D), states)
 
 
 def _make_finite(states: Tensor, rows: slice | Tensor) -> None:
