@@ -179,7 +179,7 @@ def test_prompts_are_spread_to_the_sequences_that_continue_them(source):
     for layer in range(LAYERS):
         cache.update(*random_states(generator, 2, 9), layer)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    cache.spread(torch.tensor(source), 6)
+    cache.spread(source, 6)
     for layer, buffers in zip(cache.layers, before, strict=True):
         for found, old in zip((layer.keys, layer.values), buffers, strict=True):
             for b in range(4):
