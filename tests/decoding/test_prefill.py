@@ -304,7 +304,7 @@ def test_prefill_asks_for_no_value(mode, head_width, lengths, chunked, monkeypat
     for options in ({}, {"repeats": 3, "num_unused": 2}):
         state = decoder.prefill(prompts(V, lengths), **options)
         assert state.drafts.device.type == "meta"
-    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta"):
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
         torch.arange(3, device="meta").unique()  # what this rests on
 
 
