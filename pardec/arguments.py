@@ -79,6 +79,11 @@ def usable_device(device: object) -> torch.device:
             raise RuntimeError
         usable = torch.device(device)
         torch.zeros(1, device=usable).item()
+        torch.zeros(1, device=usable, dtype=torch.float64).item()
+    except TypeError:  # MPS
+        raise ValueError(
+            f"device: expected one that computes in float64, in which tokens are drawn, found {usable}; cpu does"
+        ) from None
     except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         found = str(device) if isinstance(device, torch.device) else device
         raise ValueError(

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ def exit_on_unusable_input() -> Iterator[None]:
         if sys.stderr is not None:
             tqdm.write("stopped", file=sys.stderr)
         sys.exit(128 + 2)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
         if os.environ.get("PARDEC_TRACEBACK") == "1":
             raise
         message = " ".join((str(error) or type(error).__name__).split())
@@ -84,9 +84,16 @@ def cache_folder() -> Path:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what results depend on."""
-    names = ("torch", "transformers", "peft", "accelerate", "safetensors")
-    return {"python": platform.python_version(), "pardec": version("pardec")} | {n: version(n) for n in names}
+    """Versions of what results depend on; `unknown` for what was not installed but is found on the path."""
+    names = ("pardec", "torch", "transformers", "peft", "accelerate", "safetensors")
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def device_name(device: torch.device) -> str:

@@ -96,7 +96,7 @@ OF_NO_MATTER = {
     "speculation_type": "dflash",
     "return_dict_in_generate": False,
 }
-OF_THE_FILE = {"transformers_version", "_from_model_config", "continuous_batching_config"}
+OF_THE_FILE = {"transformers_version", "_from_model_config", "_commit_hash", "continuous_batching_config"}
 
 
 @pytest.fixture(scope="module")

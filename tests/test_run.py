@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from programs import ROOT
 from safetensors import SafetensorError
 
 import pardec.run
-from pardec.run import exit_on_unusable_input, has_bfloat16, save_tensors
+from pardec.run import exit_on_unusable_input, has_bfloat16, library_versions, save_tensors
 
 WRITES = "from pardec.run import exit_on_unusable_input\nwith exit_on_unusable_input():\n    {}\n"
 
@@ -38,7 +39,7 @@ def test_a_cpu_says_whether_it_has_instructions_for_bfloat16(monkeypatch, capabi
     assert not has_bfloat16(torch.device("meta"))
 
 
-@pytest.mark.parametrize("error", [ValueError, OSError, SafetensorError])
+@pytest.mark.parametrize("error", [ValueError, OSError, SafetensorError, torch.OutOfMemoryError])
 def test_what_cannot_be_used_is_one_line_and_exit_code_2(error, capsys, monkeypatch):
     monkeypatch.delenv("PARDEC_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as stopped, exit_on_unusable_input():
@@ -86,3 +87,16 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_its_size(tmp_path, monk
     monkeypatch.setattr(pardec.run, "save_file", save_on_a_full_disk)
     with pytest.raises(OSError, match=r"a\.safetensors: expected room for 4,000 bytes, found .*No space left"):
         save_tensors({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
+
+
+def test_versions_are_told_where_nothing_was_installed_but_is_on_the_path(monkeypatch):
+    def version(name):
+        if name == "pardec":
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr(pardec.run, "version", version)
+    found = library_versions()
+    assert found.pop("python") == platform.python_version()
+    assert found.pop("pardec") == "unknown"
+    assert set(found.values()) == {"1.2"}

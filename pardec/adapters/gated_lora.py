@@ -7,21 +7,22 @@ PEFT's layers hold it, see `pardec.training.peft_lora`. Legend: B batch, R rows,
 import math
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from pardec.adapters.open_rows import OpenRows, add_product, rows_of
+from pardec.adapters.open_rows import OpenRows, OpenRowsOfThread, add_cast, add_product, rows_of
 from pardec.arguments import flag, integer, real
 from pardec.errors import shown
 from pardec.target.placement import execution_devices
 
+Returned = TypeVar("Returned")
 _PREFIX = "base_model.model."
 _UNSUPPORTED = {
     "use_dora": False,
@@ -123,7 +124,8 @@ class LoraGate:
 
     def __init__(self, base: nn.Module, weights: LoraWeights):
         # of the thread that runs a step: others that run the base meanwhile find the gate closed
-        self._here = OpenRows()
+        self._here = OpenRowsOfThread()
+        self._traced = OpenRows()
         self._lock = threading.RLock()
         self._num_attached: Counter[nn.Module] = Counter()
         self._handles: dict[nn.Module, RemovableHandle] = {}
@@ -190,6 +192,24 @@ class LoraGate:
         finally:
             self._here.close()
 
+    def around(self, run: Callable[..., Returned], rows: slice) -> Callable[..., Returned]:
+        """`run` with the gate open at `rows`, for torch.compile; its first argument has shape [B, R, D].
+
+        Of what a thread has for itself torch 2.11 sees only the defaults while it compiles, so `open` is of no use.
+        """
+
+        def run_open(inputs: Tensor, *args) -> Returned:
+            self._traced.rows, self._traced.shape = rows, (inputs.shape[0], inputs.shape[1])
+            out = run(inputs, *args)
+            self._traced.rows = None
+            return out
+
+        return run_open
+
+    @property
+    def _open(self) -> OpenRows:
+        return self._traced if torch.compiler.is_compiling() else self._here
+
     def stacked(self, modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
         """The LoRA of layers that read one input, as one: A, shape [sum r, in], and B, block-diagonal.
 
@@ -213,11 +233,11 @@ class LoraGate:
             low: A x of every row, shape [B, R, sum r].
             b: from `stacked`.
         """
-        rows = self._here.rows
+        rows = self._open.rows
         if rows is None:
             return
-        if output.shape[:-1] != self._here.shape:
-            output, low = self._here.unflatten(output), self._here.unflatten(low)
+        if output.shape[:-1] != self._open.shape:
+            output, low = self._open.unflatten(output), self._open.unflatten(low)
         add_product(output, rows_of(low, rows), b, rows)
 
     def _shared(
@@ -239,27 +259,20 @@ class LoraGate:
 
     def _make_hook(self, a_t: Tensor, b_t: Tensor, shared: tuple[Tensor, slice] | None = None):
         def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = self._here.rows
+            here = self._open
+            rows = here.rows
             if rows is None:
                 return
             x = given = args[0]
-            if x.shape[:-1] != self._here.shape:
-                x, output = self._here.unflatten(x), self._here.unflatten(output)
+            if x.shape[:-1] != here.shape:
+                x, output = here.unflatten(x), here.unflatten(output)
             if not x.dtype == output.dtype == a_t.dtype:  # under autocast
                 with torch.autocast(x.device.type, enabled=False):
-                    self._add_cast(x, output, a_t, b_t, rows)
+                    add_cast(output, x, a_t, b_t, rows)
             else:
-                add_product(output, self._here.low(given, x, a_t, shared), b_t, rows)
+                add_product(output, here.low(given, x, a_t, shared), b_t, rows)
 
         return add_to_mask_rows
-
-    def _add_cast(self, x: Tensor, output: Tensor, a_t: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:
-        added = (x.to(a_t.dtype) @ a_t @ b_t).to(output.dtype)
-        if isinstance(rows, slice):
-            output[:, rows] += added[:, rows]
-        else:
-            index = rows[:, :, None].expand(-1, -1, output.shape[2])
-            output.scatter_add_(1, index, added.gather(1, index))
 
 
 def _base_module(base: nn.Module, name: str) -> nn.Module:

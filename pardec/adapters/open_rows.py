@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 
-class OpenRows(threading.local):
-    """Of one thread; closed where `rows` is None.
+class OpenRows:
+    """Closed where `rows` is None.
 
     Attributes:
         rows: of the coming forward: a slice of its rows, or an index of shape [B, M], int64.
@@ -63,6 +63,10 @@ class OpenRows(threading.local):
         return self._low[..., columns]
 
 
+class OpenRowsOfThread(OpenRows, threading.local):
+    """Every thread has its own."""
+
+
 def rows_of(x: Tensor, rows: slice | Tensor) -> Tensor:
     """Some rows of x, shape [B, R, n]: [M, n] of one sequence by a slice, else [B, M, n]."""
     if isinstance(rows, Tensor):
@@ -85,3 +89,16 @@ def add_product(output: Tensor, low: Tensor, b_t: Tensor, rows: slice | Tensor) 
         output[0, rows].addmm_(low, b_t)
     else:
         output[:, rows].baddbmm_(low, b_t.expand(output.shape[0], -1, -1))
+
+
+def add_cast(output: Tensor, x: Tensor, a_t: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:
+    """Adds `x @ a_t @ b_t`, computed in their dtype, to some rows of an `output` of another one, in place.
+
+    Args: as in `add_product`; x: shape [B, R, in].
+    """
+    added = (x.to(a_t.dtype) @ a_t @ b_t).to(output.dtype)
+    if isinstance(rows, slice):
+        output[:, rows] += added[:, rows]
+    else:
+        index = rows[:, :, None].expand(-1, -1, output.shape[2])
+        output.scatter_add_(1, index, added.gather(1, index))

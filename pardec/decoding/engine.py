@@ -7,10 +7,12 @@ Legend: B sequences.
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import psutil
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from pardec.decoding.graphs import CapturedSteps, Recorder, record_cuda_graph
@@ -62,13 +64,13 @@ class Engine:
             bytes_per_slot: of the cache, per token and sequence.
             captured: steps run as graphs.
             recorder: makes a graph.
-            make_room: frees what it can when a cache does not fit.
+            make_room: frees what it can when a cache, prefill or a capture does not fit.
         """
         self.decoder = decoder
         self.state: DecodeState | None = None
         self._bytes_per_slot = bytes_per_slot
-        self._make_room = make_room
-        self._graphs = CapturedSteps(decoder, recorder) if captured else None
+        self._free = partial(_free, make_room)  # no method: its engine would be freed by the cycle collector alone
+        self._graphs = CapturedSteps(decoder, recorder, self._free) if captured else None
 
     def run(
         self,
@@ -135,7 +137,18 @@ class Engine:
         return None
 
     def _begin(self, prompts: list[list[int]], repeats: int, kept: SlotCache | None, num_kept: int) -> DecodeState:
-        """The state after prefill."""
+        """The state after prefill, which is begun anew once if memory runs out."""
+        try:
+            return self._begun(prompts, repeats, kept, num_kept)
+        except torch.OutOfMemoryError:
+            pass  # as long as the error is being handled it keeps what was allocated before
+        self.state = None
+        if self._graphs is not None:
+            self._graphs.forget()
+        self._free()
+        return self._begun(prompts, repeats, kept, num_kept)
+
+    def _begun(self, prompts: list[list[int]], repeats: int, kept: SlotCache | None, num_kept: int) -> DecodeState:
         decoder, num_sequences = self.decoder, len(prompts) * repeats
         num_slots = decoder.num_slots(max(len(prompt) for prompt in prompts))
         if self._graphs is None:
@@ -152,7 +165,8 @@ class Engine:
             for buffer, begun in zip(cache.buffers, kept.buffers if kept is not None else (), strict=False):
                 buffer[:, :, :num_kept] = begun[:, :, :num_kept]
         else:
-            self._graphs.state = self.state = None  # free what is too small
+            self.state = None  # free what is too small
+            self._graphs.forget()
             capacity = self._bucket(capacity)
             cache = self._new_cache(B, self._bucket(num_slots), kept, num_kept)
         unused = B - num_sequences
@@ -166,7 +180,7 @@ class Engine:
         try:
             check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
         except ValueError:
-            self._make_room()
+            self._free()
             check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
         if kept is not None:
             return kept.stretched(torch.arange(num_kept, device=target.device), num_slots)
@@ -205,14 +219,15 @@ def check_memory(device: torch.device, bytes_per_slot: int, num_sequences: int, 
     Raises:
         ValueError: naming what it takes, what is free, and what would fit.
     """
+    needed = bytes_per_slot * num_sequences * num_slots
     if device.type == "cuda":
-        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + reusable
+        free = torch.cuda.mem_get_info(device)[0]
+        if needed > free:
+            free += _reusable_bytes(device)
     elif device.type == "cpu":
         free = psutil.virtual_memory().available
     else:
         return
-    needed = bytes_per_slot * num_sequences * num_slots
     if needed > free:
         fits = free // bytes_per_slot
         raise ValueError(
@@ -220,6 +235,19 @@ def check_memory(device: torch.device, bytes_per_slot: int, num_sequences: int, 
             f"{num_sequences} sequences of {num_slots} tokens; {fits // num_slots} such sequences or "
             f"{fits // num_sequences} tokens for each would fit"
         )
+
+
+def _free(make_room: Callable[[], None]) -> None:
+    make_room()
+    clear_device_cache(garbage_collection=True)
+
+
+def _reusable_bytes(device: torch.device) -> int:
+    """What torch has reserved on a CUDA device and nobody uses, without the pools of graphs, which serve only them."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    segments = [one for one in torch.cuda.memory_snapshot() if one["device"] == index]
+    common = [one for one in segments if tuple(one["segment_pool_id"]) == (0, 0)]
+    return sum(one["total_size"] - one["allocated_size"] for one in common)
 
 
 class _Reports:

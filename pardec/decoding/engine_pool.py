@@ -56,5 +56,6 @@ def arithmetic(device: torch.device) -> Hashable:
     """What the caller may have switched on around a call, and graphs and compiled code would not notice."""
     kind = device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    tf32 = torch.backends.cuda.matmul.allow_tf32 if kind == "cuda" else None
-    return torch.is_inference_mode_enabled(), autocast, tf32
+    # not `allow_tf32`, which refuses to be read once this has been set
+    precision = torch.backends.cuda.matmul.fp32_precision if kind == "cuda" else None
+    return torch.is_inference_mode_enabled(), autocast, precision

@@ -3,8 +3,11 @@
 Knows that a step reads and writes the tensors of a state; not what it computes.
 """
 
+import gc
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,8 +24,7 @@ class CaptureSite:
     """Where the graphs of one state are captured.
 
     Attributes:
-        stream: of their own: torch's common capture stream would share its workspaces with all other graphs, which
-            die with any one of them. It also names the device.
+        stream: work is warmed up and captured here; also names the device.
         pool: memory that they share, as they never run side by side.
     """
 
@@ -40,6 +42,14 @@ class CaptureSite:
 Recorder = Callable[[Callable[[], None], torch.Generator | None, CaptureSite | None], Callable[[], None]]
 
 
+# torch has 32 streams, which it gives out in turn: two threads may have got the same
+_one_at_a_time = threading.Lock()
+# from here on torch finds by itself the generators that a graph draws from
+_FINDS_GENERATORS = (2, 14)
+# cudaErrorStreamCapture...: what is not allowed while a stream is being captured, and what follows from it
+_CAPTURE_ERRORS = range(900, 910)
+
+
 def record_cuda_graph(
     run: Callable[[], None], generator: torch.Generator | None, site: CaptureSite | None
 ) -> Callable[[], None]:
@@ -52,34 +62,108 @@ def record_cuda_graph(
     """
     if site is None:
         raise RuntimeError("expected a CUDA device")
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    before = torch.cuda.current_stream(site.stream.device)
-    # a capture that fails must not leave this thread on its stream; other threads may use the device meanwhile
-    with (
-        torch.cuda.stream(before),
-        torch.cuda.graph(graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"),
-    ):
-        run()
+    device = site.stream.device
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None and torch.__version__ < _FINDS_GENERATORS:
+            graph.register_generator_state(generator)
+        # a capture that fails must not leave this thread on its stream; other threads may use the device meanwhile
+        with (
+            _usable_after_failure(generator, device),
+            torch.cuda.stream(torch.cuda.current_stream(device)),
+            _own_workspaces(),
+            _no_collection(),
+            torch.cuda.graph(graph, pool=site.pool, stream=site.stream, capture_error_mode="thread_local"),
+        ):
+            run()
     return graph.replay
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Lets a graph take the workspaces of its matrix products from its own pool, where they live as long as it does.
+
+    torch keeps one for each stream in a map that anybody may clear, as its own graph trees do before and behind each
+    capture; a graph that was captured with one of these would go on writing to memory that is somebody else's by then.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps Python's cycle collector from freeing graphs, events and pinned memory, which would end a capture."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def _usable_after_failure(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """Gives generators that a capture could have drawn from a fresh state if it fails: theirs may stay in capture."""
+    used = [torch.cuda.default_generators[device.index], *([] if generator is None else [generator])]
+    states = [one.clone_state() for one in used]
+    try:
+        yield
+    except BaseException:
+        for one, state in zip(used, states, strict=True):
+            one.graphsafe_set_state(state)
+        raise
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what was being handled when it came up, the first of all last."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; the end of a capture that fails for want of it raises another error."""
+    return any(isinstance(one, torch.OutOfMemoryError) for one in _causes(error))
+
+
+def _forbids_capture(error: BaseException) -> bool:
+    """Whether steps that are not captured may well run; a device that has broken down, or is full, they would not."""
+    codes = [one.error_code for one in _causes(error) if isinstance(getattr(one, "error_code", None), int)]
+    return not _is_out_of_memory(error) and all(code in _CAPTURE_ERRORS for code in codes)
 
 
 class CapturedSteps:
     """Runs a decoder's steps on one state whose tensors stay where they are, by replaying graphs.
 
     The state's cache and shapes are fixed by the first state that is taken over; `fits` says whether another one can
-    be. Where a capture fails, steps run uncaptured, after one warning.
+    be. Where a step cannot be captured, steps run uncaptured, after one warning.
     """
 
-    def __init__(self, decoder: Decoder, recorder: Recorder = record_cuda_graph):
+    def __init__(
+        self,
+        decoder: Decoder,
+        recorder: Recorder = record_cuda_graph,
+        make_room: Callable[[], None] = lambda: None,
+    ):
+        """Args: decoder; recorder: makes a graph; make_room: frees what it can where a capture runs out of memory."""
         self.decoder = decoder
+        self._make_room = make_room
         self.state: DecodeState | None = None
         self._recorder = recorder
         self._replays: dict[int, Callable[[], None]] = {}
         self._report: Tensor = torch.empty(0)
         self._site: CaptureSite | None = None
         self._failed = False
+
+    def forget(self) -> None:
+        """Frees graphs and state; the next state is taken over whatever its shapes are."""
+        self.state = self._site = None
+        self._report = torch.empty(0)
+        self._replays.clear()
 
     def fits(self, batch_size: int, num_slots: int, capacity: int) -> bool:
         """Whether a state of that many sequences, cache slots and new tokens can be taken over."""
@@ -109,19 +193,25 @@ class CapturedSteps:
         return self.state
 
     def step(self) -> Tensor | None:
-        """One step on the state, whose attention sees `state.cache.num_used` slots; returns its report if captured."""
+        """One step on the state, whose attention sees `state.cache.num_used` slots; returns its report if captured.
+
+        Raises:
+            torch.OutOfMemoryError: if there is no room to capture it, also after room was made.
+        """
         assert self.state is not None
         if self._failed:
             return self._uncaptured()
         num_used = self.state.cache.num_used
         if num_used not in self._replays:
             try:
-                self._replays[num_used] = self._capture(self.state)
+                self._replays[num_used] = self._captured(self.state)
             except (RuntimeError, NotImplementedError) as error:
+                if not _forbids_capture(error):
+                    raise
                 B, R = self.state.lengths.shape[0], self.decoder.rows_per_step
                 warnings.warn(
                     f"a step of {B} sequences and {R} rows cannot be captured as a CUDA graph "
-                    f"({first_line(error)}); steps run uncaptured, which is slower",
+                    f"({first_line([*_causes(error)][-1])}); steps run uncaptured, which is slower",
                     stacklevel=2,
                 )
                 self._failed = True
@@ -133,6 +223,16 @@ class CapturedSteps:
         assert self.state is not None
         with self.decoder.attached():
             self.decoder.step(self.state)
+
+    def _captured(self, state: DecodeState) -> Callable[[], None]:
+        """As `_capture`, a second time if memory runs out."""
+        try:
+            return self._capture(state)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        self._make_room()
+        return self._capture(state)
 
     def _capture(self, state: DecodeState) -> Callable[[], None]:
         """A graph of one step for the cache's present bucket; the state is left as it was."""
@@ -148,11 +248,12 @@ class CapturedSteps:
             self._report.copy_(work.report())
 
         try:
-            # kernels are chosen, compiled and given their workspaces before the capture; slots behind the committed
-            # tokens are overwritten by the next step, so the cache needs no saving
-            _warm_up(run, self._site)
-            _copy(saved, state)
-            return self._recorder(run, generator, self._site)
+            # kernels are chosen and compiled before the capture; slots behind the committed tokens are overwritten by
+            # the next step, so the cache needs no saving
+            with _one_at_a_time:
+                _warm_up(run, self._site)
+                _copy(saved, state)
+                return self._recorder(run, generator, self._site)
         finally:
             _copy(saved, state)
             if generator is not None and drawn is not None:

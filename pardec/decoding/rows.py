@@ -79,10 +79,11 @@ class RowForward:
     tap: HiddenTap | None = None
     hidden: Tensor | None = field(default=None, init=False)
     _slot_index: dict[int, Tensor] = field(default_factory=dict)  # 1..num_used by num_used, kept for graphs
+    _compiled: dict[tuple[int, int], Callable[..., Any]] = field(default_factory=dict)  # by the mask rows of plans
 
     def __post_init__(self) -> None:
         run = self.target.run if self.tap is None else _with_hidden(self.target.run, self.tap)
-        self._forward: Callable[..., Any] = run if self.compile_step is None else self.compile_step(run)
+        self._run: Callable[..., Any] = run
         self._embed = self.target.base.get_input_embeddings()
         self._limit = self.target.max_positions
         # without windows what a row sees follows from the kind of slot alone
@@ -166,15 +167,26 @@ class RowForward:
         cache.slots = behind + plan.row_index
         cache.mask_rows = plan.mask_rows if plan.has_mask_rows else None
         with ExitStack() as stack:
-            if self.gate is not None and plan.has_mask_rows:
+            if self.gate is not None and plan.has_mask_rows and self.compile_step is None:
                 stack.enter_context(self.gate.open(plan.mask_rows, *embeds.shape[:2]))
             stack.enter_context(self.packed())
             if self._route is not None:
                 stack.enter_context(self._route)
+            forward = self._run if self.compile_step is None else self._compiled_for(plan)
             if self.tap is None:
-                return self._forward(embeds, positions, mask, cache)
-            logits, self.hidden = self._forward(embeds, positions, mask, cache)
+                return forward(embeds, positions, mask, cache)
+            logits, self.hidden = forward(embeds, positions, mask, cache)
             return logits
+
+    def _compiled_for(self, plan: RowPlan) -> Callable[..., Any]:
+        """The forward as `compile_step` makes it, which opens the gate by itself."""
+        assert self.compile_step is not None
+        key = (plan.mask_rows.start, plan.mask_rows.stop)
+        if key not in self._compiled:
+            takes_lora = self.gate is not None and plan.has_mask_rows
+            run = self.gate.around(self._run, plan.mask_rows) if takes_lora else self._run
+            self._compiled[key] = self.compile_step(run)
+        return self._compiled[key]
 
     def _mask(self, plan: RowPlan, cache: SlotCache, behind: Tensor, positions: Tensor):
         """What the rows attend to, in the form that the attention takes."""

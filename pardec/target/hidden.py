@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,6 +37,7 @@ class HiddenTap:
             raise ValueError("adapter.head: expected a base whose output head has a weight matrix, found none")
         self._output = output
         self._here = _Seen()
+        self._traced: Tensor | None = None
 
     @property
     def output_embeddings(self) -> Tensor:
@@ -50,8 +52,10 @@ class HiddenTap:
     @property
     def hidden(self) -> Tensor:
         """Shape [..., H], rows as they are in the logits of the last forward."""
-        assert self._here.hidden is not None
-        return self._here.hidden
+        # torch 2.11 reads from a `threading.local` what stood there before the code that it compiles
+        hidden = self._traced if torch.compiler.is_compiling() else self._here.hidden
+        assert hidden is not None
+        return hidden
 
     def keep(self, rows: Tensor) -> None:
         """Keeps only some rows of each sequence, as `rows` of the logits were; shape [B, n], int64."""
@@ -68,4 +72,8 @@ class HiddenTap:
             self._here.hidden = None
 
     def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._here.hidden = args[0] if args else None
+        hidden = args[0] if args else None
+        if torch.compiler.is_compiling():
+            self._traced = hidden
+        else:
+            self._here.hidden = hidden

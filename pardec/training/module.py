@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pardec.adapters.head import SamplerHead
 from pardec.layout import TrainingLayout, nested_block_lengths, training_layout
@@ -25,6 +26,13 @@ from pardec.training.peft_lora import lora_enabled
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
+
+_ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.OVERRIDEABLE,
+]
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,8 @@ class MaskTokenTrainer(nn.Module):
         if self._takes_blocks is None:
             self._takes_blocks = supports(target, self.drafter.num_speculative_tokens)
         with ExitStack() as stack:
+            # the backward of cuDNN's attention gives NaN for some numbers of keys: pytorch issue 196678
+            stack.enter_context(sdpa_kernel(_ATTENTION_KERNELS))
             if self._takes_blocks:
                 stack.enter_context(block_route(target, layout))
                 mask = real_bias(target, layout, target.dtype)
