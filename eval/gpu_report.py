@@ -88,7 +88,7 @@ def latency_steps(work: Path, quick: bool) -> list[Step]:
     wanted = {
         "latency": "--profile",
         "latency-compiled": "--profile --compile --rows 1,25,81 --contexts 1024",
-        "latency-attention": "--attention grouped,stock,flex --rows 1,25,81 --contexts 1024,4096 --lora no",
+        "latency-attention": "--attention grouped,stock,split,flex --rows 1,25,81 --contexts 1024,4096 --lora no",
     }
     command = ["eval/latency.py", "--shape", "llama-8b"]
     return [measuring(name, work / name, [*command, *options.split()]) for name, options in wanted.items()]

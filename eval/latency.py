@@ -3,38 +3,48 @@
     python eval/latency.py --shape llama-8b [--rows 1,25,81] [--contexts 1024] [--compile both] [--profile]
     python eval/latency.py runs/quickstart
     python eval/latency.py --quick
+    python eval/latency.py --shape llama-8b --predict h100,l40s
 
 Times plain steps (1 row) and full fused chains of (K + 1)^2 rows, of random weights in a named shape or of an adapter
 directory and its base. All row counts take turns in one process, so that ratios compare neighbours in time. Prints a
 table for every context; writes JSON, Markdown and a picture into eval/results; the last line is one JSON object.
+With --predict nothing is timed: the table says what devices that are not here would take, and no file is written.
 """
 
 import argparse
 import json
 import math
+from pathlib import Path
 
 import torch
 from reporting.latency_tables import print_results, write_results
+from reporting.prediction_tables import beside_measured, matching_result, print_prediction, read_result
 from reporting.result_files import output_stem, provenance
 from timing.bandwidth import StepBound, copy_bandwidth, lora_bytes_per_step, weight_bytes_per_step
 from timing.options import full_or_quick, integers
+from timing.prediction import ShapeOnly, constants, figures
+from timing.published_peaks import PEAKS, peaks_of
 from timing.shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
 from timing.step_groups import Plan, measure_group
-from timing.steps import FLEX, GROUPED, STOCK, Subject, Variant
+from timing.steps import FLEX, GROUPED, SPLIT, STOCK, Subject, Variant
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import pardec
 from pardec.adapters.files import load_adapter
-from pardec.run import exit_on_unusable_input
+from pardec.run import command_line, exit_on_unusable_input, git_commit, library_versions
 from pardec.target.forward import TargetModel
 
 FULL = {"rows": "1,4,9,16,25,36,49,64,81", "contexts": "256,1024,4096", "repetitions": 10}
 QUICK = {"rows": "1,4,9", "contexts": "64,128", "repetitions": 3}
 QUICK_SHAPE = "tiny"
+RESULTS = Path(__file__).parent / "results"
+PREDICTED = {"rows": "1,9,25,49,81"}
+# what only makes sense where steps are timed
+TIMING = ("directory", "compile", "head", "attention", "forced_acceptance", "profile", "repetitions", "device", "seed")
 # with these, and the default repetitions and contexts, no row count moves on to another cache bucket
 STEPS_PER_BLOCK = {"cuda": 10, "cpu": 1}
-ATTENTIONS = (GROUPED, STOCK, FLEX)
+ATTENTIONS = (GROUPED, STOCK, SPLIT, FLEX)
 YES, NO, BOTH = "yes", "no", "both"
 SETTINGS = {NO: [False], YES: [True], BOTH: [False, True]}
 
@@ -60,14 +70,25 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/latency_<device>")
     add("--quick", action="store_true", help="few rows, short contexts: runs/latency_quick")
-    args = full_or_quick(parser, FULL, QUICK)
+    add("--predict", metavar="DEVICES", help=f"time nothing: a table on paper for {', '.join(PEAKS)}, with commas")
+    add("--measured", metavar="FILE", help="a JSON file of this program, to stand beside the prediction for a device")
+    predicting = parser.parse_known_args()[0].predict is not None
+    args = full_or_quick(parser, FULL | PREDICTED if predicting else FULL, QUICK)
     with exit_on_unusable_input():
-        report(args)
+        if not predicting:
+            report(args)
+            return
+        timing = [name for name in (*TIMING, "quick", "output") if getattr(args, name) != parser.get_default(name)]
+        if timing:
+            raise ValueError(f"predict: expected no options of steps that are timed, found {', '.join(timing)}")
+        predict(args)
 
 
 def report(args: argparse.Namespace) -> None:
     """The whole measurement; results are written anew after every group, so that a run cut off leaves what it had."""
     logging.disable_progress_bar()
+    if args.measured is not None:
+        raise ValueError("measured: expected --predict beside it, found none")
     device = device_of(args.device)
     plan = plan_of(args, device)
     subject = load_subject(args, device, max(plan.drafted))
@@ -100,7 +121,47 @@ def report(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
+def predict(args: argparse.Namespace) -> None:
+    """The table on paper: counts the steps of a shape, and what each device would take for them."""
+    devices, dtype = peaks_of(args.predict), args.dtype or "bfloat16"
+    if args.shape is None:
+        raise ValueError("predict: expected a --shape, found none")
+    if dtype == "float32":
+        raise ValueError("dtype: expected bfloat16 or float16, whose peaks are known, found float32")
+    if args.lora_rank < 1:
+        raise ValueError(f"lora_rank: expected an integer >= 1, found {args.lora_rank}")
+    measured = given_result(args.measured, args.shape, dtype, len(devices))
+    contexts, drafted = integers("contexts", args.contexts), sorted({0, *drafted_of(args.rows)})
+    steps = [(0, False), *((K, lora) for lora in SETTINGS[args.lora] for K in drafted if K)]
+    places = [(*step, context) for context in contexts for step in steps]
+    shape = ShapeOnly(config_of(args.shape), getattr(torch, dtype), args.lora_rank)
+    counted = [shape.count(*place) for place in tqdm(places, unit="step")]
+    result = {"model": args.shape, "dtype": dtype, **constants(), "devices": []}
+    for peaks in devices:
+        found = measured or matching_result(args.shape, dtype, peaks.reported_as, RESULTS)
+        rows = beside_measured(figures(counted, peaks, args.lora_rank), found)
+        measured_on = None if found is None else found["device"]
+        result["devices"].append(vars(peaks) | {"measured_on": measured_on, "rows": rows})
+    result |= {"versions": library_versions(), "git_commit": git_commit(), "command": command_line()}
+    print_prediction(result)
+    print(json.dumps(result))
+
+
 # ---------------------------------------------------------------------- what is asked for
+
+
+def given_result(path: str | None, shape: str, dtype: str, num_devices: int) -> dict | None:
+    """What --measured names, if it was measured with this shape and dtype; on which device, the table will say."""
+    if path is None:
+        return None
+    if num_devices > 1:
+        raise ValueError(f"measured: expected a file beside one device, found one beside {num_devices}")
+    result = read_result(Path(path))
+    if (result["model"], result["dtype"]) != (shape, dtype):
+        raise ValueError(
+            f"measured: expected {shape} in {dtype}, found {result['model']} in {result['dtype']} in {path}"
+        )
+    return result
 
 
 def device_of(name: str | None) -> torch.device:
@@ -129,14 +190,12 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
             raise ValueError(f"{option}: expected an integer >= 1, found {getattr(args, option)}")
     if args.profile and device.type != "cuda":
         raise ValueError(f"profile: expected a CUDA device, found {device.type}")
-    drafted = [math.isqrt(rows) - 1 for rows in integers("rows", args.rows)]
-    if [(K + 1) ** 2 for K in drafted] != integers("rows", args.rows):
-        raise ValueError(f"rows: expected squares (K + 1)^2 such as 1, 4, 9, found {args.rows}")
+    drafted = drafted_of(args.rows)
     forced = args.forced_acceptance
     if forced is not None and not 0 <= forced <= max(drafted):
         raise ValueError(f"forced_acceptance: expected 0 to {max(drafted)} drafts, which the rows hold, found {forced}")
     attentions = list(dict.fromkeys(args.attention.split(",")))
-    usable = ATTENTIONS if device.type == "cuda" else ATTENTIONS[:2]  # FlexAttention has no fast kernel for a CPU
+    usable = ATTENTIONS if device.type == "cuda" else ATTENTIONS[:3]  # FlexAttention has no fast kernel for a CPU
     if not set(attentions) <= set(usable):
         raise ValueError(f"attention: expected some of {', '.join(usable)} on this device, found {args.attention!r}")
     has_head = args.directory is not None and load_adapter(args.directory).metadata.head is not None
@@ -156,6 +215,14 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
         profile=args.profile,
         seed=args.seed,
     )
+
+
+def drafted_of(rows: str) -> list[int]:
+    """K of every row count, ascending."""
+    drafted = [math.isqrt(number) - 1 for number in integers("rows", rows)]
+    if [(K + 1) ** 2 for K in drafted] != integers("rows", rows):
+        raise ValueError(f"rows: expected squares (K + 1)^2 such as 1, 4, 9, found {rows}")
+    return drafted
 
 
 def load_subject(args: argparse.Namespace, device: torch.device, max_drafted: int) -> Subject:

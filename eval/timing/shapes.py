@@ -4,6 +4,7 @@ Built from configurations in memory; nothing is downloaded and there is no token
 Legend: K num_speculative_tokens, D width of an input embedding, V vocabulary, r rank.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -104,9 +105,7 @@ def random_model(config: PretrainedConfig, device: torch.device, dtype: torch.dt
 
 def check_fits(config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Refuses a model whose weights alone are more than the memory that is free."""
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config, dtype=dtype).num_parameters()
-    needed = parameters * dtype.itemsize
+    needed = model_without_numbers(config, dtype).num_parameters() * dtype.itemsize
     on_cuda = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
     if needed > free:
@@ -126,15 +125,38 @@ def random_mask_embeddings(base: PreTrainedModel, num_speculative_tokens: int, s
 
 def random_lora(base: PreTrainedModel, rank: int, seed: int) -> LoraWeights:
     """A LoRA of random numbers on every linear layer but the head, in the names and shapes that PEFT writes."""
-    head = base.get_output_embeddings()
     device = embedding_weight(base).device
     generator = torch.Generator(device).manual_seed(seed)
-    tensors = {}
+    tensors = {
+        name: torch.randn(shape, generator=generator, device=device) * 0.2 / shape[1] ** 0.5
+        for name, shape in _lora_shapes(base, rank)
+    }
+    return LoraWeights(_lora_config(rank), tensors)
+
+
+def model_without_numbers(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose tensors have shapes and no memory, on the device `meta`, in eval mode, without gradients."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+def lora_without_numbers(base: PreTrainedModel, rank: int) -> LoraWeights:
+    """The LoRA of `random_lora`, of a single zero that stands in every place."""
+    return LoraWeights(
+        _lora_config(rank), {name: torch.zeros(()).expand(shape) for name, shape in _lora_shapes(base, rank)}
+    )
+
+
+def _lora_config(rank: int) -> dict[str, Any]:
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+
+
+def _lora_shapes(base: PreTrainedModel, rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    head = base.get_output_embeddings()
     for name, module in base.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or module is head:
             continue
         features_out, features_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
-        for half, shape in (("lora_A", (rank, features_in)), ("lora_B", (features_out, rank))):
-            values = torch.randn(shape, generator=generator, device=device) * 0.2 / shape[1] ** 0.5
-            tensors[f"base_model.model.{name}.{half}.weight"] = values
-    return LoraWeights({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}, tensors)
+        yield f"base_model.model.{name}.lora_A.weight", (rank, features_in)
+        yield f"base_model.model.{name}.lora_B.weight", (features_out, rank)

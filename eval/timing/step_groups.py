@@ -28,6 +28,7 @@ from timing.steps import (
 )
 from torch import Tensor
 
+from pardec.errors import first_line
 from pardec.target.forward import FULL
 
 PROFILED_STEPS = 10
@@ -109,8 +110,9 @@ def measure_group(
                 runner = make(K)
                 runner.begin()
                 runners[K] = stack.enter_context(closing(runner))
-            except (ValueError, torch.OutOfMemoryError) as error:
-                reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else str(error)
+            except (ValueError, RuntimeError) as error:
+                # a kernel that a device cannot compile or run must not cost the figures of the others
+                reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else first_line(error)
                 left_out.append(place | {"rows": (K + 1) ** 2, "reason": reason})
             on_block()
         if 0 not in runners:  # there is nothing to compare with

@@ -1,0 +1,112 @@
+"""What a step asks of a device, proved without one: kernel launches, no wait, nothing from the host, aligned masks.
+
+Steps run on tensors without numbers, on the device `meta`, in bfloat16 and the way that a CUDA device takes: no packed
+weights, the LoRA through hooks. Every operation that reaches a backend is a launch unless it is a view or an
+allocation (`timing.launches`). What a layer launches is the difference between models of few and of more layers.
+"""
+
+import pytest
+import torch
+from recorded_steps import sampled
+from timing.launches import StepCount, counted_step
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError, FakeTensorMode
+from without_numbers import tiny_decoder, tiny_state
+
+from pardec.decoding.sampling import TokenLaw
+
+FUSED_WITH_HEAD = "fused with head"
+# launches for each layer, and beside the layers, of a greedy step with one id that ends a text; a head's for K = 3.
+# A fused layer makes keys and values of mask rows finite, 2 launches more than a plain one. Where heads share keys, no
+# view has them side by side: every layer copies what attention brings, beyond the 40 launches of its own arithmetic,
+# and a fused one its queries. Lower these where launches go
+BUDGETS = {
+    "llama": {"plain": (41, 39), "two_pass": (86, 82), "fused": (44, 54), FUSED_WITH_HEAD: (44, 114)},
+    "gemma3-mixed-windows": {"plain": (85, 68), "two_pass": (174, 140), "fused": (88, 83), FUSED_WITH_HEAD: (88, 146)},
+    "gpt2": {"plain": (19, 24), "two_pass": (40, 52), "fused": (21, 39), FUSED_WITH_HEAD: (21, 99)},
+}
+# two products for each linear layer; to be lowered when layers that read one input share theirs
+LORA_LAUNCHES_A_LAYER = {"llama": 14, "gemma3-mixed-windows": 14, "gpt2": 8}
+# enough for every kind of layer
+NUM_LAYERS = {"llama": (1, 3), "gemma3-mixed-windows": (3, 6), "gpt2": (1, 3)}
+BATCH_SIZES = (1, 2)
+
+
+def counted(family: str, mode: str, num_layers: int, batch_size: int, **options) -> StepCount:
+    decoder = tiny_decoder(family, mode.split()[0], num_layers, head=mode == FUSED_WITH_HEAD, **options)
+    with torch.no_grad(), decoder.attached():
+        state = tiny_state(decoder, batch_size)
+        decoder.step(state)  # the first allocates
+        with counted_step() as count:
+            decoder.step(state)
+    return count
+
+
+def launches(family: str, mode: str, batch_size: int, **options) -> tuple[float, float]:
+    """For each layer, and beside the layers."""
+    few, more = NUM_LAYERS[family]
+    at_few, at_more = (counted(family, mode, n, batch_size, **options).num_launches for n in (few, more))
+    each = (at_more - at_few) / (more - few)
+    return each, at_few - few * each
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize(("family", "mode"), [(family, mode) for family, modes in BUDGETS.items() for mode in modes])
+def test_a_step_keeps_within_its_budget_of_launches(family, mode, batch_size):
+    each, beside = launches(family, mode, batch_size)
+    budget = BUDGETS[family][mode]
+    assert each <= budget[0]
+    assert beside <= budget[1]
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("family", BUDGETS)
+def test_a_lora_launches_its_products_and_nothing_beside_the_layers(family, batch_size):
+    without, with_lora = launches(family, "fused", batch_size), launches(family, "fused", batch_size, lora=True)
+    assert without[0] < with_lora[0] <= without[0] + LORA_LAUNCHES_A_LAYER[family]
+    assert with_lora[1] == without[1]
+
+
+LAWS = {"greedy": TokenLaw(greedy=True), "sampled": TokenLaw(False, sampled().processors)}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("mode", BUDGETS["llama"])
+@pytest.mark.parametrize("family", BUDGETS)
+def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, batch_size, law):
+    lora = mode == "fused"
+    count = counted(family, mode, NUM_LAYERS[family][0], batch_size, lora=lora, law=LAWS[law])
+    assert count.num_launches
+    assert count.asked == []
+    assert count.on_host == []
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
+@pytest.mark.parametrize("family", BUDGETS)
+def test_masks_are_as_attention_kernels_take_them(family, mode, batch_size):
+    num_layers = NUM_LAYERS[family][0]
+    count = counted(family, mode, num_layers, batch_size)
+    assert len(count.masks) == num_layers * (2 if mode == "two_pass" else 1)
+    for mask, query in zip(count.masks, count.queries, strict=True):
+        assert mask is not None
+        assert mask.dtype == query.dtype == torch.bfloat16
+        # the memory-efficient kernel pads a mask, in every layer, unless rows begin at multiples of 8 numbers
+        *strides, last = mask.stride()
+        assert last == 1
+        assert not any(stride % 8 for stride in strides)
+        assert mask.storage_offset() % 8 == 0
+
+
+@pytest.mark.parametrize("mode", BUDGETS["llama"])
+@pytest.mark.parametrize("family", BUDGETS)
+def test_a_step_over_two_devices_is_refused(family, mode):
+    """By fakes of the two devices for which torch is at home on any machine."""
+    few, has_head = NUM_LAYERS[family][0], mode == FUSED_WITH_HEAD
+    decoder = tiny_decoder(family, mode.split()[0], few, lora=mode == "fused", head=has_head, device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), decoder.attached():
+        state = tiny_state(decoder, 1, "cpu")
+        decoder.step(state)
+        assert isinstance(state.bonus, FakeTensor)
+        with pytest.raises(FakeTensorDeviceMismatchError, match="found at least two devices"):
+            decoder.step(tiny_state(decoder, 1, "meta"))

@@ -1,0 +1,75 @@
+"""Decoders and states whose tensors have shapes, strides and a device, and no numbers."""
+
+import torch
+from tiny_models import FAMILIES, make_adapter, tiny_model
+
+from pardec.adapters.gated_lora import LoraGate
+from pardec.decoding.drafting import HeadDrafter
+from pardec.decoding.rows import RowForward
+from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.state import DecodeState
+from pardec.decoding.step import Decoder
+from pardec.target.attention import query_group
+from pardec.target.cache import SlotCache
+from pardec.target.forward import TargetModel
+
+K = 3
+NUM_SLOTS, CAPACITY = 256, 32  # a bucket of slots on CUDA
+
+
+def tiny_decoder(
+    family: str,
+    mode: str,
+    num_layers: int,
+    *,
+    lora: bool = False,
+    head: bool = False,
+    law: TokenLaw | None = None,
+    device: str = "meta",
+) -> Decoder:
+    """A decoder of a tiny model in bfloat16 as it is put together on CUDA: no weights are packed, attention is grouped.
+
+    Args:
+        family: whose attention is sdpa; where it mixes kinds of layers, these take turns.
+        mode: of the decoder.
+        num_layers: of the model.
+        lora: on every linear layer.
+        head: draws the drafts.
+        law: default the greedy one.
+        device: `meta`, or one that has numbers.
+    """
+    values = FAMILIES[family][1]
+    layers = "n_layer" if "n_layer" in values else "num_hidden_layers"
+    kinds = values.get("layer_types", [])
+    changes = {"layer_types": [kinds[i % len(kinds)] for i in range(num_layers)]} if kinds else {}
+    model = tiny_model(family, dtype=torch.bfloat16, **{layers: num_layers}, **changes)
+    adapter = make_adapter(model, K, lora_rank=2 if lora else 0, head_width=8 if head else 0)
+    model.to(device)  # type: ignore[arg-type]
+    target, group, law = TargetModel.wrap(model), query_group(model), law or TokenLaw(greedy=True)
+    eos = torch.zeros(1, dtype=torch.long, device=device)
+    if mode == "plain":
+        return Decoder(RowForward(target, query_group=group), mode, 0, law, CAPACITY, eos)
+    assert adapter.mask_embeddings is not None
+    masks = adapter.mask_embeddings.to(device, target.dtype)
+    gate = None if adapter.lora is None else LoraGate(model, adapter.lora)
+    drafter = HeadDrafter.of(adapter, target)
+    forward = RowForward(target, masks, gate, query_group=group, tap=drafter and drafter.tap)
+    return Decoder(forward, mode, K, law, CAPACITY, eos, head=drafter)
+
+
+def tiny_state(decoder: Decoder, batch_size: int, device: str = "meta") -> DecodeState:
+    """What prefill leaves; the numbers, where there are any, are whatever they are."""
+    lengths = torch.empty(batch_size, dtype=torch.long, device=device)
+    drafts = lengths.new_empty(batch_size, decoder.num_speculative_tokens)
+    vocabulary = decoder.target.vocab_size
+    return DecodeState.begin(
+        SlotCache(decoder.target.num_layers, NUM_SLOTS, batch_size),
+        lengths[:, None],
+        lengths,
+        decoder.eos_token_ids,
+        room=lengths,
+        drafts=drafts,
+        draft_probs=None if decoder.law.greedy else torch.empty(*drafts.shape, vocabulary, device=device),
+        width=decoder.tokens_per_step,
+        capacity=CAPACITY,
+    )
