@@ -183,8 +183,9 @@ class RowForward:
         assert self.compile_step is not None
         key = (plan.mask_rows.start, plan.mask_rows.stop)
         if key not in self._compiled:
-            takes_lora = self.gate is not None and plan.has_mask_rows
-            run = self.gate.around(self._run, plan.mask_rows) if takes_lora else self._run
+            run = self._run
+            if self.gate is not None and plan.has_mask_rows:
+                run = self.gate.around(run, plan.mask_rows)
             self._compiled[key] = self.compile_step(run)
         return self._compiled[key]
 
