@@ -210,6 +210,15 @@ class LoraGate:
     def _open(self) -> OpenRows:
         return self._traced if torch.compiler.is_compiling() else self._here
 
+    @property
+    def is_open(self) -> bool:
+        """Whether this thread runs a forward with mask rows."""
+        return self._open.rows is not None
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether a layer has a LoRA."""
+        return module in self._targets
+
     def stacked(self, modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
         """The LoRA of layers that read one input, as one: A, shape [sum r, in], and B, block-diagonal.
 

@@ -1,10 +1,10 @@
-"""Weights packed once for prefill and the few rows of a decoding step, on CPUs.
+"""Weights packed once for prefill and the few rows of a decoding step.
 
 A CPU's matrix product repacks the weight matrix at every call, which for a handful of rows costs more than the product
-itself. oneDNN takes weights that were packed before, float32 and, where it has kernels for it, bfloat16. Layers that
-read the same input become one product, and where a LoRA is given its A matrices ride along in it. Packed weights are
-used inside of prefill and steps only, and only by the thread that runs them; whoever runs the base meanwhile gets its
-own arithmetic.
+itself; oneDNN takes weights that were packed before, float32 and, where it has kernels for it, bfloat16. On a GPU a
+step of few rows is mostly launches. So layers that read the same input become one product, and where a LoRA is given
+its A matrices ride along in it. Packed weights are used inside of prefill and steps only, and only by the thread that
+runs them; whoever runs the base meanwhile gets its own arithmetic.
 Legend: R rows, r rank.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import psutil
 import torch
@@ -23,22 +24,31 @@ from pardec.adapters.gated_lora import LoraGate
 _TYPICAL_ROWS = 16
 
 
-class PackedLinears:
-    """Packed copies of the float32 and bfloat16 `nn.Linear` layers of a model on a CPU; empty elsewhere.
+# of the memory that is free: what packed weights may take
+_SHARE = {"cpu": 1 / 2, "cuda": 1 / 4}
 
-    They take as much memory as the layers themselves, and are left out where that is more than half of what is
-    free. `refresh` packs weights that have changed anew.
+
+class PackedLinears:
+    """Packed copies of the `nn.Linear` layers of a model on a CPU, float32 and bfloat16, or on CUDA.
+
+    On CUDA only layers that share an input or have a LoRA are packed. They take as much memory as the layers
+    themselves, and are left out where that is more than a share of what is free. `refresh` packs weights that have
+    changed anew.
 
     Attributes:
-        siblings: tuples of layers that read the same input, also where none can be packed.
+        siblings: tuples of layers that read the same input, also where none are packed.
+        num_packed: how often weights were packed; what was captured before the last time holds on to `forwards` of
+            then.
+        forwards: of the packed layers, by layer; replaced, never changed.
     """
 
     def __init__(self, siblings: Sequence[Sequence[nn.Module]], gate: LoraGate | None = None):
         """Packs the layers of `siblings`, tuples that read the same input; with `gate`, its LoRA into them."""
         self.siblings = siblings
         self._gate = gate
+        self.num_packed = 0
+        self.forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         self._groups: list[_Group] = []
-        self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         self._checksums: list[Tensor] = []
 
     @property
@@ -48,19 +58,23 @@ class PackedLinears:
 
     def refresh(self) -> None:
         """Packs the weights if there are none packed or they are no longer what was packed."""
-        groups = [group for siblings in self.siblings for group in _packable(siblings)]
+        groups = [group for siblings in self.siblings for group in _packable(siblings) if self._is_worth_it(group)]
         linears = [module for group in groups for module in group]
-        needed = sum(module.weight.nbytes for module in linears)
-        if linears != self.modules and needed > psutil.virtual_memory().available / 2:
+        if linears != self.modules and not _fits(linears):
             groups = linears = []
         checksums = [_checksum(t.detach()) for m in linears for t in (m.weight, m.bias) if t is not None]
-        unchanged = linears == self.modules and len(checksums) == len(self._checksums)
-        unchanged = unchanged and all(map(torch.equal, checksums, self._checksums))
+        unchanged = linears == self.modules and _equal(checksums, self._checksums)
         if not unchanged:
+            self.num_packed += 1
             self._groups = [_Group.pack(group, self._gate) for group in groups]
             pairs = [zip(group.modules, group.forwards, strict=True) for group in self._groups]
-            self._forwards = dict(pair for group in pairs for pair in group)
+            self.forwards = dict(pair for group in pairs for pair in group)
             self._checksums = checksums
+
+    def _is_worth_it(self, group: Sequence[nn.Linear]) -> bool:
+        """Whether packing saves something: on CUDA a launch."""
+        has_lora = self._gate is not None and any(map(self._gate.serves, group))
+        return group[0].weight.device.type == "cpu" or len(group) > 1 or has_lora
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -70,7 +84,7 @@ class PackedLinears:
         """
         installed = []
         with _lock:
-            for module in self._forwards:
+            for module in self.forwards:
                 if module in _num_open:
                     _num_open[module] += 1
                 elif "forward" not in vars(module):  # someone else's own forward stays
@@ -93,7 +107,8 @@ class PackedLinears:
     def active(self) -> "_Active":
         """Context inside which, in this thread, installed layers use the packed weights."""
         # where autocast is on the caller wants another dtype
-        return _Active(None if torch.is_autocast_enabled("cpu") else self._forwards)
+        kinds = {module.weight.device.type for module in self.forwards}
+        return _Active(None if any(map(torch.is_autocast_enabled, kinds)) else self.forwards)
 
 
 _lock = threading.RLock()
@@ -176,23 +191,52 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
     bias = None
     if any(module.bias is not None for module in modules):
         bias = torch.cat([m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules])
-    linear, num_outputs = torch.ops.mkldnn._linear_pointwise.default, weight.shape[0]
+    num_outputs = weight.shape[0]
     pairs = None if gate is None else gate.stacked(modules)
     if gate is None or pairs is None:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
-        return lambda x: linear(x, packed, bias, "none", [], "")
+        return _linear(weight, bias)
     a, b = pairs
-    packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([weight, a]), _TYPICAL_ROWS)
-    if bias is not None:
-        bias = torch.cat([bias, bias.new_zeros(a.shape[0])])
+    wide = torch.cat([weight, a])
+    wide_bias = None if bias is None else torch.cat([bias, bias.new_zeros(a.shape[0])])
+    wide_linear, r = _linear(wide, wide_bias), a.shape[0]
+    # a CPU packs them into another form, of which a part is none
+    closed = _linear(wide[:num_outputs], bias) if _keeps_form(weight) else None
 
     def product(x: Tensor) -> Tensor:
-        y = linear(x, packed, bias, "none", [], "")
+        if closed is not None and not gate.is_open:
+            return closed(x)
+        y = wide_linear(x)
         outputs = y.narrow(-1, 0, num_outputs)
-        gate.add_stacked(outputs, y.narrow(-1, num_outputs, a.shape[0]), b)
+        gate.add_stacked(outputs, y.narrow(-1, num_outputs, r), b)
         return outputs
 
     return product
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x -> x W^T + bias, by what the device does for weights that stay."""
+    if _keeps_form(weight):
+        return partial(nn.functional.linear, weight=weight, bias=bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+    product = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: product(x, packed, bias, "none", [], "")
+
+
+def _keeps_form(weight: Tensor) -> bool:
+    """Whether the device multiplies with a matrix as it lies."""
+    return not weight.is_cpu
+
+
+def _fits(modules: Sequence[nn.Linear]) -> bool:
+    """Whether copies of these layers take no more of the memory of any device than they may."""
+    needed: dict[torch.device, int] = {}
+    for module in modules:
+        needed[module.weight.device] = needed.get(module.weight.device, 0) + module.weight.nbytes
+    return all(size <= _free_bytes(device) * _SHARE[device.type] for device, size in needed.items())
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _packable(siblings: Sequence[nn.Module]) -> list[list[nn.Linear]]:
@@ -207,7 +251,8 @@ def _can_be_packed(module: nn.Linear) -> bool:
         return False
     if type(module.weight) not in (nn.Parameter, Tensor):  # as do quantised weights
         return False
-    return module.weight.device.type == "cpu" and _has_kernels(module.weight.dtype)
+    kind, dtype = module.weight.device.type, module.weight.dtype
+    return (kind == "cuda" and dtype.is_floating_point) or (kind == "cpu" and _has_kernels(dtype))
 
 
 def _has_kernels(dtype: torch.dtype) -> bool:
@@ -217,14 +262,28 @@ def _has_kernels(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether all tensors are the same, told by each device at once."""
+    if [one.shape for one in some] != [one.shape for one in others]:
+        return False
+    differ: dict[torch.device, list[Tensor]] = {}
+    for one, other in zip(some, others, strict=True):
+        differ.setdefault(one.device, []).append((one != other).any())
+    return not any(bool(torch.stack(flags).any()) for flags in differ.values())
+
+
 @torch.no_grad()
 def _checksum(tensor: Tensor) -> Tensor:
     """Sums of the bit patterns along rows, each place with a factor of its own: integers, so that nothing is lost."""
     row_bytes = tensor.shape[-1] * tensor.element_size()
     bits = next(word for word in (torch.int64, torch.int32, torch.int16) if row_bytes % word.itemsize == 0)
     words = tensor.contiguous().view(bits)
-    factors = _FACTORS[torch.arange(words.shape[-1]) % len(_FACTORS)]
-    return (words * factors).sum(dim=-1)
+    return (words * _factors(words.shape[-1], words.device)).sum(dim=-1)
+
+
+@lru_cache(maxsize=32)
+def _factors(num_words: int, device: torch.device) -> Tensor:
+    return _FACTORS[torch.arange(num_words) % len(_FACTORS)].to(device)
 
 
 _FACTORS = torch.randint(2**62, (8191,), generator=torch.Generator().manual_seed(0)) * 2 + 1

@@ -106,6 +106,11 @@ class RowForward:
                 stack.enter_context(self.gate.attached(but=packed, siblings=siblings))
             yield
 
+    @property
+    def held(self) -> object:
+        """What steps read besides the base's own weights: whoever captures one keeps it alive."""
+        return None if self.linears is None else self.linears.forwards
+
     def packed(self) -> AbstractContextManager[None]:
         """Inside `attached`, what makes forwards of this thread use the packed weights, if there are any."""
         return nullcontext() if self.linears is None else self.linears.active()
