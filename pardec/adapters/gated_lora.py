@@ -15,8 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
+from pardec.adapters.named_layers import linear_shape, named_layer, short_name
 from pardec.adapters.open_rows import OpenRows, OpenRowsOfThread, add_cast, add_product, rows_of
 from pardec.arguments import flag, integer, real
 from pardec.errors import shown
@@ -62,7 +62,7 @@ class LoraWeights:
             if self.config.get(key, plain) not in (plain, None):
                 raise ValueError(f"lora: expected {key}={plain!r}, found {shown(self.config[key])}")
         for key, tensor in self.tensors.items():
-            check_numbers(f"lora: {_short(key)}", tensor)
+            check_numbers(f"lora: {short_name(key)}", tensor)
 
     @property
     def rank(self) -> int:
@@ -87,14 +87,16 @@ class LoraWeights:
             if half not in ("lora_A", "lora_B") or not key.startswith(_PREFIX):
                 raise ValueError(f"lora: expected names {_PREFIX}*.lora_A|lora_B.weight, found {shown(key)}")
             if tensor.dim() != 2:
-                raise ValueError(f"lora: {_short(key)}: expected a matrix, found shape {list(tensor.shape)}")
+                raise ValueError(f"lora: {short_name(key)}: expected a matrix, found shape {list(tensor.shape)}")
             halves.setdefault(name, {})[half] = tensor
         for name, half in halves.items():
             if len(half) != 2:
-                raise ValueError(f"lora: {_short(name)}: expected lora_A and lora_B, found only {next(iter(half))}")
+                raise ValueError(f"lora: {short_name(name)}: expected lora_A and lora_B, found only {next(iter(half))}")
             ranks = (half["lora_A"].shape[0], half["lora_B"].shape[1])
             if ranks != (self.rank, self.rank):
-                raise ValueError(f"lora: {_short(name)}: expected rank {self.rank}, found {ranks} in lora_A and lora_B")
+                raise ValueError(
+                    f"lora: {short_name(name)}: expected rank {self.rank}, found {ranks} in lora_A and lora_B"
+                )
         return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
 
 
@@ -109,11 +111,6 @@ def check_numbers(what: str, tensor: Tensor) -> None:
         raise ValueError(f"{what}: expected one of {names}, found {str(tensor.dtype).removeprefix('torch.')}")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{what}: expected finite numbers, found NaN or infinity")
-
-
-def _short(name: str) -> str:
-    """A tensor's name in one line, whatever somebody has called it."""
-    return name if len(name) <= 150 and name.isprintable() else shown(name)
 
 
 class LoraGate:
@@ -133,17 +130,16 @@ class LoraGate:
         self._stacks: dict[tuple[nn.Module, ...], Tensor] = {}  # kept for good: captured steps read them
         devices = execution_devices(base)
         for name, (a, b) in weights.pairs().items():
-            module = _base_module(base, name)
+            module = named_layer(base, name)
             weight = cast(Tensor, module.weight)
-            if (b.shape[0], a.shape[1]) != _linear_shape(module):
-                raise ValueError(
-                    f"lora: {_short(name)}: expected {_linear_shape(module)} features, found {(b.shape[0], a.shape[1])}"
-                )
+            if (b.shape[0], a.shape[1]) != linear_shape(module):
+                expected, found = linear_shape(module), (b.shape[0], a.shape[1])
+                raise ValueError(f"lora: {short_name(name)}: expected {expected} features, found {found}")
             dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
             halves = (a.to(dtype), (b.to(torch.float32) * weights.scaling).to(dtype))
             if not all(bool(torch.isfinite(half).all()) for half in halves):
                 raise ValueError(
-                    f"lora: {_short(name)}: expected numbers that are finite in {dtype}, found some that are not"
+                    f"lora: {short_name(name)}: expected numbers that are finite in {dtype}, found some that are not"
                 )
             a_t, b_t = (
                 half.to(devices.get(module, weight.device)).T.contiguous() for half in halves
@@ -230,7 +226,7 @@ class LoraGate:
             return None
         some = next(pair for pair in pairs if pair)
         a = torch.cat([pair[0] for pair in pairs if pair], dim=1)
-        nothing = [some[1].new_zeros(0, _linear_shape(module)[0]) for module in modules]
+        nothing = [some[1].new_zeros(0, linear_shape(module)[0]) for module in modules]
         b = torch.block_diag(*[pair[1] if pair else none for pair, none in zip(pairs, nothing, strict=True)])
         return a.T.contiguous(), b.contiguous()
 
@@ -282,25 +278,3 @@ class LoraGate:
                 add_product(output, here.low(given, x, a_t, shared), b_t, rows)
 
         return add_to_mask_rows
-
-
-def _base_module(base: nn.Module, name: str) -> nn.Module:
-    try:
-        module = base.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"lora: expected modules of the base, found {_short(name)!r}, which it has not") from None
-    # during training PEFT has wrapped the module
-    inner = module.base_layer if hasattr(module, "base_layer") else module
-    if not isinstance(getattr(inner, "weight", None), Tensor) or not (
-        hasattr(inner, "out_features") or isinstance(inner, Conv1D)
-    ):
-        raise ValueError(f"lora: module {_short(name)}: expected a linear layer, found {type(inner).__name__}")
-    return inner  # type: ignore[return-value]
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) features."""
-    if hasattr(module, "out_features"):
-        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    weight = cast(Tensor, module.weight)
-    return int(weight.shape[1]), int(weight.shape[0])  # transformers' Conv1D keeps [in, out]
