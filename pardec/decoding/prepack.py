@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import TypeVar
 
 import psutil
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pardec.adapters.gated_lora import LoraGate
+from pardec.target.checksums import all_equal, checksum
 
 Returned = TypeVar("Returned")
 # rows that oneDNN packs for; any other number is computed correctly, thousands as fast as if packed for them
@@ -38,6 +39,7 @@ class PackedLinears:
     changed anew.
 
     Attributes:
+        siblings: tuples of layers that read the same input, also where none are packed.
         num_packed: how often weights were packed; what was captured before the last time holds on to `forwards` of
             then.
         forwards: of the packed layers, by layer; replaced, never changed.
@@ -45,7 +47,7 @@ class PackedLinears:
 
     def __init__(self, siblings: Sequence[Sequence[nn.Module]], gate: LoraGate | None = None):
         """Packs the layers of `siblings`, tuples that read the same input; with `gate`, its LoRA into them."""
-        self._siblings = siblings
+        self.siblings = siblings
         self._gate = gate
         self.num_packed = 0
         self.forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
@@ -60,12 +62,12 @@ class PackedLinears:
 
     def refresh(self) -> None:
         """Packs the weights if there are none packed or they are no longer what was packed."""
-        groups = [group for siblings in self._siblings for group in _packable(siblings) if self._is_worth_it(group)]
+        groups = [group for siblings in self.siblings for group in _packable(siblings) if self._is_worth_it(group)]
         linears = [module for group in groups for module in group]
         if linears != self.modules and not _fits(linears):
             groups = linears = []
-        checksums = [_checksum(t.detach()) for m in linears for t in (m.weight, m.bias) if t is not None]
-        unchanged = linears == self.modules and _equal(checksums, self._checksums)
+        checksums = [checksum(t.detach()) for m in linears for t in (m.weight, m.bias) if t is not None]
+        unchanged = linears == self.modules and all_equal(checksums, self._checksums)
         if not unchanged:
             self.num_packed += 1
             self._groups = [_Group.pack(group, self._gate) for group in groups]
@@ -288,30 +290,3 @@ def _has_kernels(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether all tensors are the same, told by each device at once."""
-    if [one.shape for one in some] != [one.shape for one in others]:
-        return False
-    differ: dict[torch.device, list[Tensor]] = {}
-    for one, other in zip(some, others, strict=True):
-        differ.setdefault(one.device, []).append((one != other).any())
-    return not any(bool(torch.stack(flags).any()) for flags in differ.values())
-
-
-@torch.no_grad()
-def _checksum(tensor: Tensor) -> Tensor:
-    """Sums of the bit patterns along rows, each place with a factor of its own: integers, so that nothing is lost."""
-    row_bytes = tensor.shape[-1] * tensor.element_size()
-    bits = next(word for word in (torch.int64, torch.int32, torch.int16) if row_bytes % word.itemsize == 0)
-    words = tensor.contiguous().view(bits)
-    return (words * _factors(words.shape[-1], words.device)).sum(dim=-1)
-
-
-@lru_cache(maxsize=32)
-def _factors(num_words: int, device: torch.device) -> Tensor:
-    return _FACTORS[torch.arange(num_words) % len(_FACTORS)].to(device)
-
-
-_FACTORS = torch.randint(2**62, (8191,), generator=torch.Generator().manual_seed(0)) * 2 + 1

@@ -102,8 +102,8 @@ class RowForward:
                 stack.enter_context(self.linears.installed())
             if self.gate is not None:
                 # packed layers add their LoRA themselves
-                packed = [] if self.linears is None else self.linears.modules
-                stack.enter_context(self.gate.attached(but=packed))
+                packed, siblings = ([], ()) if self.linears is None else (self.linears.modules, self.linears.siblings)
+                stack.enter_context(self.gate.attached(but=packed, siblings=siblings))
             yield
 
     @property
