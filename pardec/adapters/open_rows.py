@@ -19,7 +19,7 @@ class OpenRows:
 
     def __init__(self) -> None:
         self.rows: slice | Tensor | None = None
-        self.shape = (0, 0)
+        self.shape: tuple[int, int] = (0, 0)
         # the last product for layers that read one input: their A, that input as it then was, and A x
         self._stack: Tensor | None = None
         self._input: Tensor | None = None
