@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from reporting.result_files import output_stem, provenance
 from reporting.speed_tables import print_results, write_results
-from timing.baselines import Setting, check_assistant, model_bytes, ways_for
+from timing.baselines import ALWAYS, Setting, check_assistant, model_bytes, ways_for
 from timing.calls import rows_of, time_ways
 from timing.options import add_prompt_options, check_device, full_or_quick, integers
 from timing.references import References
@@ -53,6 +53,12 @@ def main() -> None:
     add("--batch-sizes", help=f"numbers with commas, default {FULL['batch_sizes']}")
     add("--num-speculative-tokens", help="of fused mode, with commas; default 1,2,4 and what was trained")
     add("--tuned-only", action="store_true", help="of what drafts with mask tokens, only what pardec tune chose")
+    add(
+        "--without",
+        default="",
+        metavar="WAYS",
+        help="names of ways to leave out, with commas: 'prompt lookup,two_pass'",
+    )
     add("--temperature", type=float, default=0.8, help="of the sampled setting")
     add("--top-k", type=int, default=10, help="of the sampled setting")
     only = parser.add_mutually_exclusive_group()
@@ -87,8 +93,9 @@ def report(args: argparse.Namespace) -> int:
             f"batch_sizes: expected at most {len(prompts)}, the number of prompts, found {batch_sizes[-1]}"
         )
     batches = {size: batches_of(prompts, size) for size in batch_sizes}
+    which = {"tuned_only": args.tuned_only, "without": left_out_names(args.without)}
     plan = [
-        (setting, size, *ways_for(models, asked_k, assistant, setting, size, tuned_only=args.tuned_only))
+        (setting, size, *ways_for(models, asked_k, assistant, setting, size, **which))
         for setting in settings
         for size in batch_sizes
     ]
@@ -145,6 +152,14 @@ def check_options(args: argparse.Namespace) -> tuple[list[Setting], list[int], l
     settings = [greedy] * (not args.sampled_only) + [sampled] * (not args.greedy_only)
     asked = args.num_speculative_tokens
     return settings, batch_sizes, None if asked is None else integers("num_speculative_tokens", asked)
+
+
+def left_out_names(asked: str) -> list[str]:
+    """Names of ways that are not to be timed; refuses those that every table has."""
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    if set(names) & set(ALWAYS):
+        raise ValueError(f"without: expected none of {', '.join(ALWAYS)}, to which all is compared, found {asked!r}")
+    return names
 
 
 def labelled(directories: Sequence[str]) -> dict[str, str]:

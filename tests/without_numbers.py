@@ -5,6 +5,7 @@ from tiny_models import FAMILIES, make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.drafting import HeadDrafter
+from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
@@ -12,6 +13,7 @@ from pardec.decoding.step import Decoder
 from pardec.target.attention import query_group
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
+from pardec.target.survey import survey
 
 K = 3
 NUM_SLOTS, CAPACITY = 256, 32  # a bucket of slots on CUDA
@@ -44,6 +46,7 @@ def tiny_decoder(
     changes = {"layer_types": [kinds[i % len(kinds)] for i in range(num_layers)]} if kinds else {}
     model = tiny_model(family, dtype=torch.bfloat16, **{layers: num_layers}, **changes)
     adapter = make_adapter(model, K, lora_rank=2 if lora else 0, head_width=8 if head else 0)
+    siblings = survey(TargetModel.wrap(model)).siblings
     model.to(device)  # type: ignore[arg-type]
     target, group, law = TargetModel.wrap(model), query_group(model), law or TokenLaw(greedy=True)
     eos = torch.zeros(1, dtype=torch.long, device=device)
@@ -53,7 +56,8 @@ def tiny_decoder(
     masks = adapter.mask_embeddings.to(device, target.dtype)
     gate = None if adapter.lora is None else LoraGate(model, adapter.lora)
     drafter = HeadDrafter.of(adapter, target)
-    forward = RowForward(target, masks, gate, query_group=group, tap=drafter and drafter.tap)
+    linears = PackedLinears(siblings, gate)  # not made up to date: none are packed
+    forward = RowForward(target, masks, gate, linears, group, tap=drafter and drafter.tap)
     return Decoder(forward, mode, K, law, CAPACITY, eos, head=drafter)
 
 

@@ -4,7 +4,7 @@ Each is a function from prompts to tokens and counts. Knows no clock and no tabl
 Legend: B prompts, P tokens of the longest prompt, K num_speculative_tokens.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,9 @@ PROMPT_LOOKUP_TOKENS = 10
 FUSED_K = (1, 2, 4)  # and what the adapter was trained with
 NO_TUNED_CHOICE = "nothing tuned for this device, dtype and compile setting: `pardec tune` does that"
 BATCH_1_ONLY = "transformers' assisted decoding takes one prompt at a time, with the dynamic cache"
+NOT_ASKED_FOR = "left out by --without"
+# what every table has: ratios and exactness are told by them
+ALWAYS = ("plain", "generate")
 CUDA_ONLY = "transformers compiles the static cache's forward on CUDA only"
 
 
@@ -97,8 +100,12 @@ def ways_for(
     batch_size: int,
     *,
     tuned_only: bool = False,
+    without: Collection[str] = (),
 ) -> tuple[list[Way], list[dict[str, str]]]:
-    """What is timed, and what is left out: its way, adapter and reason; `tuned_only` leaves untuned drafts out."""
+    """What is timed, and what is left out: its way, adapter and reason; `tuned_only` leaves untuned drafts out.
+
+    Ways whose names are in `without` are left out too.
+    """
     first = next(iter(models.values()))
     base = first.base_model
     ways, left_out = [pardec_way(first, setting, name="plain", mode="plain")], []
@@ -132,7 +139,9 @@ def ways_for(
             ways.append(assisted_way(base, setting, name=name, assistant=drafter))
         else:
             left_out.append({"way": name, "adapter": "", "reason": BATCH_1_ONLY})
-    return ways, left_out
+    kept = [way for way in ways if way.name not in without]
+    left_out += [{"way": w.name, "adapter": w.adapter, "reason": NOT_ASKED_FOR} for w in ways if w not in kept]
+    return kept, left_out
 
 
 def pardec_way(

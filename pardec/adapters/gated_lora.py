@@ -15,8 +15,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
+from pardec.adapters.named_layers import linear_shape, named_layer, short_name
+from pardec.adapters.open_rows import OpenRows, OpenRowsOfThread, add_cast, add_product, rows_of
 from pardec.arguments import flag, integer, real
 from pardec.errors import shown
 from pardec.target.placement import execution_devices
@@ -61,7 +62,7 @@ class LoraWeights:
             if self.config.get(key, plain) not in (plain, None):
                 raise ValueError(f"lora: expected {key}={plain!r}, found {shown(self.config[key])}")
         for key, tensor in self.tensors.items():
-            check_numbers(f"lora: {_short(key)}", tensor)
+            check_numbers(f"lora: {short_name(key)}", tensor)
 
     @property
     def rank(self) -> int:
@@ -86,14 +87,16 @@ class LoraWeights:
             if half not in ("lora_A", "lora_B") or not key.startswith(_PREFIX):
                 raise ValueError(f"lora: expected names {_PREFIX}*.lora_A|lora_B.weight, found {shown(key)}")
             if tensor.dim() != 2:
-                raise ValueError(f"lora: {_short(key)}: expected a matrix, found shape {list(tensor.shape)}")
+                raise ValueError(f"lora: {short_name(key)}: expected a matrix, found shape {list(tensor.shape)}")
             halves.setdefault(name, {})[half] = tensor
         for name, half in halves.items():
             if len(half) != 2:
-                raise ValueError(f"lora: {_short(name)}: expected lora_A and lora_B, found only {next(iter(half))}")
+                raise ValueError(f"lora: {short_name(name)}: expected lora_A and lora_B, found only {next(iter(half))}")
             ranks = (half["lora_A"].shape[0], half["lora_B"].shape[1])
             if ranks != (self.rank, self.rank):
-                raise ValueError(f"lora: {_short(name)}: expected rank {self.rank}, found {ranks} in lora_A and lora_B")
+                raise ValueError(
+                    f"lora: {short_name(name)}: expected rank {self.rank}, found {ranks} in lora_A and lora_B"
+                )
         return {name: (half["lora_A"], half["lora_B"]) for name, half in halves.items()}
 
 
@@ -110,20 +113,6 @@ def check_numbers(what: str, tensor: Tensor) -> None:
         raise ValueError(f"{what}: expected finite numbers, found NaN or infinity")
 
 
-def _short(name: str) -> str:
-    """A tensor's name in one line, whatever somebody has called it."""
-    return name if len(name) <= 150 and name.isprintable() else shown(name)
-
-
-class _OpenRows:
-    rows: slice | Tensor | None = None
-    shape: tuple[int, int] = (0, 0)  # (B, R) of the coming forward
-
-
-class _OpenRowsOfThread(_OpenRows, threading.local):
-    pass
-
-
 class LoraGate:
     """Adds a LoRA to the mask rows of decoding forwards.
 
@@ -132,25 +121,25 @@ class LoraGate:
 
     def __init__(self, base: nn.Module, weights: LoraWeights):
         # of the thread that runs a step: others that run the base meanwhile find the gate closed
-        self._here = _OpenRowsOfThread()
-        self._traced = _OpenRows()
+        self._here = OpenRowsOfThread()
+        self._traced = OpenRows()
         self._lock = threading.RLock()
         self._num_attached: Counter[nn.Module] = Counter()
         self._handles: dict[nn.Module, RemovableHandle] = {}
         self._targets: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._stacks: dict[tuple[nn.Module, ...], Tensor] = {}  # kept for good: captured steps read them
         devices = execution_devices(base)
         for name, (a, b) in weights.pairs().items():
-            module = _base_module(base, name)
+            module = named_layer(base, name)
             weight = cast(Tensor, module.weight)
-            if (b.shape[0], a.shape[1]) != _linear_shape(module):
-                raise ValueError(
-                    f"lora: {_short(name)}: expected {_linear_shape(module)} features, found {(b.shape[0], a.shape[1])}"
-                )
+            if (b.shape[0], a.shape[1]) != linear_shape(module):
+                expected, found = linear_shape(module), (b.shape[0], a.shape[1])
+                raise ValueError(f"lora: {short_name(name)}: expected {expected} features, found {found}")
             dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
             halves = (a.to(dtype), (b.to(torch.float32) * weights.scaling).to(dtype))
             if not all(bool(torch.isfinite(half).all()) for half in halves):
                 raise ValueError(
-                    f"lora: {_short(name)}: expected numbers that are finite in {dtype}, found some that are not"
+                    f"lora: {short_name(name)}: expected numbers that are finite in {dtype}, found some that are not"
                 )
             a_t, b_t = (
                 half.to(devices.get(module, weight.device)).T.contiguous() for half in halves
@@ -158,18 +147,22 @@ class LoraGate:
             self._targets[module] = (a_t, b_t)
 
     @contextmanager
-    def attached(self, but: Collection[nn.Module] = ()) -> Iterator[None]:
+    def attached(self, but: Collection[nn.Module] = (), siblings: Sequence[Sequence[nn.Module]] = ()) -> Iterator[None]:
         """Keeps the hooks on the base for the time of the context; contexts may overlap.
 
         Args:
             but: layers that apply the LoRA themselves, by `add_stacked`.
+            siblings: tuples of layers that read the same input tensor, in the order in which they run; the first of
+                them multiplies it with the A of all.
         """
         served = set(but)
         modules = [module for module in self._targets if module not in served]
         with self._lock:
+            shared = self._shared(siblings, served)
             for module in modules:
                 if not self._num_attached[module]:
-                    self._handles[module] = module.register_forward_hook(self._make_hook(*self._targets[module]))
+                    hook = self._make_hook(*self._targets[module], shared.get(module))
+                    self._handles[module] = module.register_forward_hook(hook)
             self._num_attached.update(modules)
         try:
             yield
@@ -193,7 +186,7 @@ class LoraGate:
         try:
             yield
         finally:
-            self._here.rows = None
+            self._here.close()
 
     def around(self, run: Callable[..., Returned], rows: slice) -> Callable[..., Returned]:
         """`run` with the gate open at `rows`, for torch.compile; its first argument has shape [B, R, D].
@@ -210,8 +203,17 @@ class LoraGate:
         return run_open
 
     @property
-    def _open(self) -> _OpenRows:
+    def _open(self) -> OpenRows:
         return self._traced if torch.compiler.is_compiling() else self._here
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this thread runs a forward with mask rows."""
+        return self._open.rows is not None
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether a layer has a LoRA."""
+        return module in self._targets
 
     def stacked(self, modules: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
         """The LoRA of layers that read one input, as one: A, shape [sum r, in], and B, block-diagonal.
@@ -224,7 +226,7 @@ class LoraGate:
             return None
         some = next(pair for pair in pairs if pair)
         a = torch.cat([pair[0] for pair in pairs if pair], dim=1)
-        nothing = [some[1].new_zeros(0, _linear_shape(module)[0]) for module in modules]
+        nothing = [some[1].new_zeros(0, linear_shape(module)[0]) for module in modules]
         b = torch.block_diag(*[pair[1] if pair else none for pair, none in zip(pairs, nothing, strict=True)])
         return a.T.contiguous(), b.contiguous()
 
@@ -240,72 +242,39 @@ class LoraGate:
         if rows is None:
             return
         if output.shape[:-1] != self._open.shape:
-            output, low = self._unflatten(output), self._unflatten(low)
-        if isinstance(rows, Tensor):
-            index = rows[:, :, None]
-            added = low.gather(1, index.expand(-1, -1, low.shape[2])) @ b
-            output.scatter_add_(1, index.expand(-1, -1, output.shape[2]), added)
-        elif output.shape[0] == 1:
-            output[0, rows].addmm_(low[0, rows], b)
-        else:
-            output[:, rows].baddbmm_(low[:, rows], b.expand(output.shape[0], -1, -1))
+            output, low = self._open.unflatten(output), self._open.unflatten(low)
+        add_product(output, rows_of(low, rows), b, rows)
 
-    def _make_hook(self, a_t: Tensor, b_t: Tensor):
+    def _shared(
+        self, siblings: Sequence[Sequence[nn.Module]], served: Collection[nn.Module]
+    ) -> dict[nn.Module, tuple[Tensor, slice]]:
+        """A of layers that read one input side by side, shape [in, sum r], and each layer's columns of it."""
+        found = {}
+        for group in siblings:
+            mine = tuple(module for module in group if module in self._targets and module not in served)
+            halves = [self._targets[module][0] for module in mine]
+            if len({(a_t.shape[0], a_t.dtype, a_t.device) for a_t in halves}) != 1 or len(mine) < 2:
+                continue
+            if mine not in self._stacks:
+                with torch.inference_mode(False):  # also used outside of it
+                    self._stacks[mine] = torch.cat(halves, dim=1)
+            r = halves[0].shape[1]
+            found |= {module: (self._stacks[mine], slice(n * r, n * r + r)) for n, module in enumerate(mine)}
+        return found
+
+    def _make_hook(self, a_t: Tensor, b_t: Tensor, shared: tuple[Tensor, slice] | None = None):
         def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = self._open.rows
+            here = self._open
+            rows = here.rows
             if rows is None:
                 return
-            x = args[0]
-            if x.shape[:-1] != self._open.shape:
-                x, output = self._unflatten(x), self._unflatten(output)
+            x = given = args[0]
+            if x.shape[:-1] != here.shape:
+                x, output = here.unflatten(x), here.unflatten(output)
             if not x.dtype == output.dtype == a_t.dtype:  # under autocast
                 with torch.autocast(x.device.type, enabled=False):
-                    self._add_cast(x, output, a_t, b_t, rows)
-            elif isinstance(rows, slice):
-                if x.shape[0] == 1:
-                    output[0, rows].addmm_(torch.mm(x[0, rows], a_t), b_t)
-                else:
-                    output[:, rows].baddbmm_(x[:, rows] @ a_t, b_t.expand(x.shape[0], -1, -1))
+                    add_cast(output, x, a_t, b_t, rows)
             else:
-                index = rows[:, :, None]
-                mask_rows = x.gather(1, index.expand(-1, -1, x.shape[2]))
-                output.scatter_add_(1, index.expand(-1, -1, output.shape[2]), mask_rows @ a_t @ b_t)
+                add_product(output, here.low(given, x, a_t, shared), b_t, rows)
 
         return add_to_mask_rows
-
-    def _add_cast(self, x: Tensor, output: Tensor, a_t: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:
-        added = (x.to(a_t.dtype) @ a_t @ b_t).to(output.dtype)
-        if isinstance(rows, slice):
-            output[:, rows] += added[:, rows]
-        else:
-            index = rows[:, :, None].expand(-1, -1, output.shape[2])
-            output.scatter_add_(1, index, added.gather(1, index))
-
-    def _unflatten(self, x: Tensor) -> Tensor:
-        """Some models flatten batch and rows for a part of a layer; the view shares memory with what they return."""
-        B, R = self._open.shape
-        if x.dim() != 2 or x.shape[0] != B * R:
-            raise ValueError(f"lora: expected module inputs of {(B, R)} rows, found {tuple(x.shape)}")
-        return x.view(B, R, -1)
-
-
-def _base_module(base: nn.Module, name: str) -> nn.Module:
-    try:
-        module = base.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"lora: expected modules of the base, found {_short(name)!r}, which it has not") from None
-    # during training PEFT has wrapped the module
-    inner = module.base_layer if hasattr(module, "base_layer") else module
-    if not isinstance(getattr(inner, "weight", None), Tensor) or not (
-        hasattr(inner, "out_features") or isinstance(inner, Conv1D)
-    ):
-        raise ValueError(f"lora: module {_short(name)}: expected a linear layer, found {type(inner).__name__}")
-    return inner  # type: ignore[return-value]
-
-
-def _linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) features."""
-    if hasattr(module, "out_features"):
-        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    weight = cast(Tensor, module.weight)
-    return int(weight.shape[1]), int(weight.shape[0])  # transformers' Conv1D keeps [in, out]

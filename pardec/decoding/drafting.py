@@ -1,7 +1,7 @@
 """A sampler head at work on one model: its weights there, what it reads, and what it scores.
 
 Knows no layout, no cache and no verification. Legend: B batch, K num_speculative_tokens, V vocabulary,
-H width of the hidden state, D width of an input embedding.
+S tokens of a shortlist, H width of the hidden state, D width of an input embedding.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,13 @@ from torch import Tensor
 
 from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.head import SamplerHead
-from pardec.decoding.sampling import TokenLaw, largest
+from pardec.decoding.sampling import TokenLaw, largest, likeliest
+from pardec.decoding.verify import sample_from
 from pardec.target.forward import TargetModel
-from pardec.target.hidden import HiddenTap
+from pardec.target.hidden import HiddenTap, rows_of_each
+
+# that are scored at once; bounds memory, and what is computed for pairs that no draft takes
+_MOST_PAIRED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class HeadDrafter:
         return cls(target, head, tap, adapter.metadata.head.shortlist)
 
     def draft(self, law: TokenLaw, logits: Tensor, hidden: Tensor, previous: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drafts from a block's rows and their law q; see `draft_in_turn`.
+        """Drafts from a block's rows and their law q; see `draft_in_turn` and `draft_from_pairs`.
 
         Args:
             law: how tokens are chosen.
@@ -67,7 +71,11 @@ class HeadDrafter:
             hidden: shape [B, K, H].
             previous: the token before the first draft, shape [B].
         """
-        return draft_in_turn(
+        B, K, _ = logits.shape
+        # a CPU would pay for all pairs, where other devices have the arithmetic to spare and pay for launches
+        in_turn = logits.device.type == "cpu" or K == 1 or B * K * self.shortlist > _MOST_PAIRED_TOKENS
+        draft = draft_in_turn if in_turn else draft_from_pairs
+        return draft(
             self.head, law, logits, hidden, previous, self.target.embed, self.tap.output_embeddings, self.shortlist
         )
 
@@ -111,8 +119,46 @@ def draft_in_turn(
         tokens.append(previous)
         if q is not None:
             laws.append(q)
-    drafts = torch.stack(tokens, dim=1)
+    return torch.stack(tokens, dim=1), _everywhere(laws, ids, logits)
+
+
+def draft_from_pairs(
+    head: SamplerHead,
+    law: TokenLaw,
+    logits: Tensor,
+    hidden: Tensor,
+    bonus: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    output_embeddings: Tensor,
+    shortlist: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`draft_in_turn` by other means: every shortlist is scored behind each token that may come before it.
+
+    What is computed is S times as much, in a few products for all drafts; in turn they are only looked up and drawn.
+    """
+    values, ids = largest(logits, min(shortlist, logits.shape[2]))
+    before = torch.cat([bonus[:, None, None].expand(-1, 1, ids.shape[2]), ids[:, :-1]], dim=1)
+    vectors = F.embedding(ids, output_embeddings)
+    corrections = head.correct(head.read(hidden)[:, :, None], embed(before))  # [B, K, S before, H]
+    scores = values[:, :, None] + corrections @ vectors.transpose(2, 3)  # [B, K, S before, S]
+    places, laws = [], []  # behind the bonus token all rows are the same
+    if law.greedy:
+        best = likeliest(scores)  # [B, K, S before]
+        places.append(best[:, 0, :1])
+        for j in range(1, ids.shape[1]):
+            places.append(best[:, j].gather(1, places[-1]))
+    else:
+        q = law.probs(scores.flatten(1, 2)).view_as(scores)
+        for j in range(ids.shape[1]):
+            behind = q[:, j, :1] if not j else rows_of_each(q[:, j], places[-1])
+            places.append(sample_from(behind, law.generator))
+            laws.append(behind)
+    drafts = ids.gather(2, torch.cat(places, dim=1)[:, :, None]).squeeze(2)
+    return drafts, _everywhere(laws, ids, logits)
+
+
+def _everywhere(laws: list[Tensor], ids: Tensor, logits: Tensor) -> Tensor | None:
+    """The law over the vocabulary, shape of `logits`, of laws over shortlists, each [B, 1, S]; None of none."""
     if not laws:
-        return drafts, None
-    everywhere = torch.zeros_like(logits, dtype=torch.float32)
-    return drafts, everywhere.scatter_(2, ids, torch.cat(laws, dim=1))
+        return None
+    return torch.zeros_like(logits, dtype=torch.float32).scatter_(2, ids, torch.cat(laws, dim=1))

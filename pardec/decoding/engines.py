@@ -241,14 +241,23 @@ class Engines:
         eos_ids = eos_token_ids(target.base) if eos is None else eos
         if self._survey is None:
             self._survey = survey(target)
-        linears = self._packed(self._survey, with_lora=drafting.mode != "plain" and self.gate is not None)
+        # on a CPU what a LoRA adds to a packed weight costs plain steps something
+        drafts = drafting.mode != "plain" or target.device.type != "cpu"
+        linears = self._packed(self._survey, with_lora=drafts and self.gate is not None)
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
             way = (drafting.mode, drafting.block_lengths, drafting.head is not None, drafting.verification)
             shape = (*way, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
-            on = (self.capture, self.compile, sequences, signature(target.base), arithmetic(target.device))
+            on = (
+                self.capture,
+                self.compile,
+                sequences,
+                signature(target.base),
+                arithmetic(target.device),
+                linears.num_packed,
+            )
             key = (shape, on)
         engine = None if key is None else self._pool.take(key)
         if engine is None:
@@ -288,12 +297,16 @@ class Engines:
         return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
 
     def _packed(self, facts: Survey, with_lora: bool) -> PackedLinears:
-        """Packed weights, up to date; empty on other devices than a CPU."""
+        """Packed weights, up to date; empty where packing brings nothing, and unused by compiled steps."""
         if with_lora not in self._linears:
             self._linears[with_lora] = PackedLinears(facts.siblings, self.gate if with_lora else None)
+        linears = self._linears[with_lora]
         if not self.compile:
-            self._linears[with_lora].refresh()
-        return self._linears[with_lora]
+            before = linears.num_packed
+            linears.refresh()
+            if before not in (0, linears.num_packed):
+                self._pool.clear()  # graphs hold on to what was packed before
+        return linears
 
 
 def _check_finite(what: str, tensor: Tensor) -> None:

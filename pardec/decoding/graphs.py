@@ -45,7 +45,7 @@ Recorder = Callable[[Callable[[], None], torch.Generator | None, CaptureSite | N
 # torch has 32 streams, which it gives out in turn: two threads may have got the same
 _one_at_a_time = threading.Lock()
 # from here on torch finds by itself the generators that a graph draws from
-_FINDS_GENERATORS = (2, 14)
+_FINDS_GENERATORS = "2.14"  # compared as a version
 # cudaErrorStreamCapture...: what is not allowed while a stream is being captured, and what follows from it
 _CAPTURE_ERRORS = range(900, 910)
 
@@ -118,22 +118,23 @@ def _usable_after_failure(generator: torch.Generator | None, device: torch.devic
         raise
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def _causes(error: Exception) -> Iterator[Exception]:
     """An error and what was being handled when it came up, the first of all last."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    cause: BaseException | None = error
+    while isinstance(cause, Exception):
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out; the end of a capture that fails for want of it raises another error."""
     return any(isinstance(one, torch.OutOfMemoryError) for one in _causes(error))
 
 
-def _forbids_capture(error: BaseException) -> bool:
+def _forbids_capture(error: Exception) -> bool:
     """Whether steps that are not captured may well run; a device that has broken down, or is full, they would not."""
-    codes = [one.error_code for one in _causes(error) if isinstance(getattr(one, "error_code", None), int)]
-    return not _is_out_of_memory(error) and all(code in _CAPTURE_ERRORS for code in codes)
+    codes = [getattr(one, "error_code", None) for one in _causes(error)]
+    return not _is_out_of_memory(error) and all(code is None or code in _CAPTURE_ERRORS for code in codes)
 
 
 class CapturedSteps:
@@ -155,6 +156,7 @@ class CapturedSteps:
         self.state: DecodeState | None = None
         self._recorder = recorder
         self._replays: dict[int, Callable[[], None]] = {}
+        self._held: list[object] = []
         self._report: Tensor = torch.empty(0)
         self._site: CaptureSite | None = None
         self._failed = False
@@ -164,6 +166,7 @@ class CapturedSteps:
         self.state = self._site = None
         self._report = torch.empty(0)
         self._replays.clear()
+        self._held.clear()
 
     def fits(self, batch_size: int, num_slots: int, capacity: int) -> bool:
         """Whether a state of that many sequences, cache slots and new tokens can be taken over."""
@@ -186,6 +189,7 @@ class CapturedSteps:
             self.state = state
             self._report = state.report()
             self._replays.clear()
+            self._held.clear()
             self._site = CaptureSite.on(state.lengths.device)
             return state
         self.state.prompts = state.prompts  # of another width; read by no graph
@@ -253,6 +257,7 @@ class CapturedSteps:
             with _one_at_a_time:
                 _warm_up(run, self._site)
                 _copy(saved, state)
+                self._held.append(self.decoder.forward.held)
                 return self._recorder(run, generator, self._site)
         finally:
             _copy(saved, state)

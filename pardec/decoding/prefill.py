@@ -86,7 +86,7 @@ def prefill_prompts(
             gate_open = gate.open(rows, B, P + num_masks)
     positions = target.clamp_positions(torch.arange(P + num_masks, device=padded.device).expand(B, -1))
     with gate_open:
-        return target.run_at(keep, embeds, positions, None, cache, tap)
+        return target.run_at(keep, embeds, positions, None, cache, tap, rising=True)
 
 
 def _run_chunks(target: TargetModel, padded: Tensor, cache: SlotCache, chunk: int, first: int) -> None:

@@ -1,10 +1,10 @@
-"""Weights packed once for prefill and the few rows of a decoding step, on CPUs.
+"""Weights packed once for prefill and the few rows of a decoding step.
 
 A CPU's matrix product repacks the weight matrix at every call, which for a handful of rows costs more than the product
-itself. oneDNN takes weights that were packed before, float32 and, where it has kernels for it, bfloat16. Layers that
-read the same input become one product, and where a LoRA is given its A matrices ride along in it. Packed weights are
-used inside of prefill and steps only, and only by the thread that runs them; whoever runs the base meanwhile gets its
-own arithmetic.
+itself; oneDNN takes weights that were packed before, float32 and, where it has kernels for it, bfloat16. On a GPU a
+step of few rows is mostly launches. So layers that read the same input become one product, and where a LoRA is given
+its A matrices ride along in it. Packed weights are used inside of prefill and steps only, and only by the thread that
+runs them; whoever runs the base meanwhile gets its own arithmetic.
 Legend: R rows, r rank.
 """
 
@@ -12,30 +12,47 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from pardec.adapters.gated_lora import LoraGate
+from pardec.target.checksums import all_equal, checksum
 
+Returned = TypeVar("Returned")
 # rows that oneDNN packs for; any other number is computed correctly, thousands as fast as if packed for them
 _TYPICAL_ROWS = 16
 
 
-class PackedLinears:
-    """Packed copies of the float32 and bfloat16 `nn.Linear` layers of a model on a CPU; empty elsewhere.
+# of the memory that is free: what packed weights may take
+_SHARE = {"cpu": 1 / 2, "cuda": 1 / 4}
 
-    They take as much memory as the layers themselves, and are left out where that is more than half of what is
-    free. `refresh` packs weights that have changed anew.
+
+class PackedLinears:
+    """Packed copies of the `nn.Linear` layers of a model on a CPU, float32 and bfloat16, or on CUDA.
+
+    On CUDA only layers that share an input or have a LoRA are packed. They take as much memory as the layers
+    themselves, and are left out where that is more than a share of what is free. `refresh` packs weights that have
+    changed anew.
+
+    Attributes:
+        siblings: tuples of layers that read the same input, also where none are packed.
+        num_packed: how often weights were packed; what was captured before the last time holds on to `forwards` of
+            then.
+        forwards: of the packed layers, by layer; replaced, never changed.
     """
 
     def __init__(self, siblings: Sequence[Sequence[nn.Module]], gate: LoraGate | None = None):
         """Packs the layers of `siblings`, tuples that read the same input; with `gate`, its LoRA into them."""
-        self._siblings = siblings
+        self.siblings = siblings
         self._gate = gate
+        self.num_packed = 0
+        self.forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
+        self._dispatchers: dict[nn.Linear, _Dispatcher] = {}
         self._groups: list[_Group] = []
-        self._forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         self._checksums: list[Tensor] = []
 
     @property
@@ -45,19 +62,23 @@ class PackedLinears:
 
     def refresh(self) -> None:
         """Packs the weights if there are none packed or they are no longer what was packed."""
-        groups = [group for siblings in self._siblings for group in _packable(siblings)]
+        groups = [group for siblings in self.siblings for group in _packable(siblings) if self._is_worth_it(group)]
         linears = [module for group in groups for module in group]
-        needed = sum(module.weight.nbytes for module in linears)
-        if linears != self.modules and needed > psutil.virtual_memory().available / 2:
+        if linears != self.modules and not _fits(linears):
             groups = linears = []
-        checksums = [_checksum(t.detach()) for m in linears for t in (m.weight, m.bias) if t is not None]
-        unchanged = linears == self.modules and len(checksums) == len(self._checksums)
-        unchanged = unchanged and all(map(torch.equal, checksums, self._checksums))
+        checksums = [checksum(t.detach()) for m in linears for t in (m.weight, m.bias) if t is not None]
+        unchanged = linears == self.modules and all_equal(checksums, self._checksums)
         if not unchanged:
+            self.num_packed += 1
             self._groups = [_Group.pack(group, self._gate) for group in groups]
             pairs = [zip(group.modules, group.forwards, strict=True) for group in self._groups]
-            self._forwards = dict(pair for group in pairs for pair in group)
+            self.forwards = dict(pair for group in pairs for pair in group)
             self._checksums = checksums
+
+    def _is_worth_it(self, group: Sequence[nn.Linear]) -> bool:
+        """Whether packing saves something: on CUDA a launch."""
+        has_lora = self._gate is not None and any(map(self._gate.serves, group))
+        return group[0].weight.device.type == "cpu" or len(group) > 1 or has_lora
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -67,11 +88,12 @@ class PackedLinears:
         """
         installed = []
         with _lock:
-            for module in self._forwards:
+            for module in self.forwards:
                 if module in _num_open:
                     _num_open[module] += 1
                 elif "forward" not in vars(module):  # someone else's own forward stays
-                    vars(module)["forward"] = _Dispatcher(module)  # found before the class's method
+                    # found before the class's method; always the same, which compiled code looks at
+                    vars(module)["forward"] = self._dispatchers.setdefault(module, _Dispatcher(module))
                     _num_open[module] = 1
                 else:
                     continue
@@ -87,10 +109,23 @@ class PackedLinears:
                         if isinstance(vars(module).get("forward"), _Dispatcher):  # not what someone put there since
                             del vars(module)["forward"]
 
+    def around(self, run: Callable[..., Returned]) -> Callable[..., Returned]:
+        """`run` inside of `active`, for torch.compile: see `LoraGate.around`."""
+
+        def run_packed(*args) -> Returned:
+            _traced.forwards = self.forwards
+            out = run(*args)
+            _traced.forwards = _traced.group = _traced.input = None
+            _traced.outputs = ()
+            return out
+
+        return run_packed
+
     def active(self) -> "_Active":
         """Context inside which, in this thread, installed layers use the packed weights."""
         # where autocast is on the caller wants another dtype
-        return _Active(None if torch.is_autocast_enabled("cpu") else self._forwards)
+        kinds = {module.weight.device.type for module in self.forwards}
+        return _Active(None if any(map(torch.is_autocast_enabled, kinds)) else self.forwards)
 
 
 _lock = threading.RLock()
@@ -109,17 +144,21 @@ class _Active:
         _here.group, _here.input, _here.outputs = None, None, ()
 
 
-class _Here(threading.local):
+class _Packed:
+    def __init__(self) -> None:
+        self.forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] | None = None
+        self.group: object = None  # whose outputs these are
+        self.input: Tensor | None = None
+        self.version = 0
+        self.outputs: Sequence[Tensor] = ()
+
+
+class _PackedOfThread(_Packed, threading.local):
     """Of the thread that runs the step: others that run the base meanwhile get its own arithmetic."""
 
-    forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] | None = None
-    group: object = None  # whose outputs these are
-    input: Tensor | None = None
-    version: int = 0
-    outputs: Sequence[Tensor] = ()
 
-
-_here = _Here()
+_here = _PackedOfThread()
+_traced = _Packed()
 
 
 class _Dispatcher:
@@ -129,8 +168,8 @@ class _Dispatcher:
         self._module = module
 
     def __call__(self, x: Tensor) -> Tensor:
-        module = self._module
-        own = None if _here.forwards is None else _here.forwards.get(module)
+        module, here = self._module, _traced if torch.compiler.is_compiling() else _here
+        own = None if here.forwards is None else here.forwards.get(module)
         return nn.functional.linear(x, module.weight, module.bias) if own is None else own(x)
 
 
@@ -155,7 +194,16 @@ def _sibling_forward(
 ) -> Callable[[Tensor], Tensor]:
     """Whichever of the siblings comes first computes all; the others find their part if their input is the same."""
 
+    def traced(x: Tensor) -> Tensor:
+        here = _traced  # versions are not known while code is traced; `survey` has seen that nobody writes to the input
+        if here.group is not group or here.input is not x:
+            here.group, here.input = group, x
+            here.outputs = product(x).split(sizes, dim=-1)
+        return here.outputs[index]
+
     def forward(x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return traced(x)
         here = _here
         # tensors of inference mode do not count their versions, so that nobody could tell if one was written to
         version = None if x.is_inference() else x._version
@@ -173,23 +221,52 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
     bias = None
     if any(module.bias is not None for module in modules):
         bias = torch.cat([m.weight.new_zeros(m.out_features) if m.bias is None else m.bias for m in modules])
-    linear, num_outputs = torch.ops.mkldnn._linear_pointwise.default, weight.shape[0]
+    num_outputs = weight.shape[0]
     pairs = None if gate is None else gate.stacked(modules)
     if gate is None or pairs is None:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
-        return lambda x: linear(x, packed, bias, "none", [], "")
+        return _linear(weight, bias)
     a, b = pairs
-    packed = torch.ops.mkldnn._reorder_linear_weight(torch.cat([weight, a]), _TYPICAL_ROWS)
-    if bias is not None:
-        bias = torch.cat([bias, bias.new_zeros(a.shape[0])])
+    wide = torch.cat([weight, a])
+    wide_bias = None if bias is None else torch.cat([bias, bias.new_zeros(a.shape[0])])
+    wide_linear, r = _linear(wide, wide_bias), a.shape[0]
+    # a CPU packs them into another form, of which a part is none
+    closed = _linear(wide[:num_outputs], bias) if _keeps_form(weight) else None
 
     def product(x: Tensor) -> Tensor:
-        y = linear(x, packed, bias, "none", [], "")
+        if closed is not None and not gate.is_open:
+            return closed(x)
+        y = wide_linear(x)
         outputs = y.narrow(-1, 0, num_outputs)
-        gate.add_stacked(outputs, y.narrow(-1, num_outputs, a.shape[0]), b)
+        gate.add_stacked(outputs, y.narrow(-1, num_outputs, r), b)
         return outputs
 
     return product
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x -> x W^T + bias, by what the device does for weights that stay."""
+    if _keeps_form(weight):
+        return partial(nn.functional.linear, weight=weight, bias=bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+    product = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: product(x, packed, bias, "none", [], "")
+
+
+def _keeps_form(weight: Tensor) -> bool:
+    """Whether the device multiplies with a matrix as it lies."""
+    return not weight.is_cpu
+
+
+def _fits(modules: Sequence[nn.Linear]) -> bool:
+    """Whether copies of these layers take no more of the memory of any device than they may."""
+    needed: dict[torch.device, int] = {}
+    for module in modules:
+        needed[module.weight.device] = needed.get(module.weight.device, 0) + module.weight.nbytes
+    return all(size <= _free_bytes(device) * _SHARE[device.type] for device, size in needed.items())
+
+
+def _free_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _packable(siblings: Sequence[nn.Module]) -> list[list[nn.Linear]]:
@@ -204,7 +281,8 @@ def _can_be_packed(module: nn.Linear) -> bool:
         return False
     if type(module.weight) not in (nn.Parameter, Tensor):  # as do quantised weights
         return False
-    return module.weight.device.type == "cpu" and _has_kernels(module.weight.dtype)
+    kind, dtype = module.weight.device.type, module.weight.dtype
+    return (kind == "cuda" and dtype.is_floating_point) or (kind == "cpu" and _has_kernels(dtype))
 
 
 def _has_kernels(dtype: torch.dtype) -> bool:
@@ -212,16 +290,3 @@ def _has_kernels(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@torch.no_grad()
-def _checksum(tensor: Tensor) -> Tensor:
-    """Sums of the bit patterns along rows, each place with a factor of its own: integers, so that nothing is lost."""
-    row_bytes = tensor.shape[-1] * tensor.element_size()
-    bits = next(word for word in (torch.int64, torch.int32, torch.int16) if row_bytes % word.itemsize == 0)
-    words = tensor.contiguous().view(bits)
-    factors = _FACTORS[torch.arange(words.shape[-1]) % len(_FACTORS)]
-    return (words * factors).sum(dim=-1)
-
-
-_FACTORS = torch.randint(2**62, (8191,), generator=torch.Generator().manual_seed(0)) * 2 + 1

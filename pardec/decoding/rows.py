@@ -88,8 +88,8 @@ class RowForward:
         self._limit = self.target.max_positions
         # without windows what a row sees follows from the kind of slot alone
         self._mixes_windows = self.target.attention.layer_types != (FULL,)
-        if self.compile_step is not None:
-            self.linears = None  # compiled code has weights of its own
+        if self.compile_step is not None and self.target.device.type == "cpu":
+            self.linears = None  # compiled code packs weights by itself
         self._route = None if self.query_group is None else AttentionRoute(self.target.base)
 
     @contextmanager
@@ -102,9 +102,14 @@ class RowForward:
                 stack.enter_context(self.linears.installed())
             if self.gate is not None:
                 # packed layers add their LoRA themselves
-                packed = [] if self.linears is None else self.linears.modules
-                stack.enter_context(self.gate.attached(but=packed))
+                packed, siblings = ([], ()) if self.linears is None else (self.linears.modules, self.linears.siblings)
+                stack.enter_context(self.gate.attached(but=packed, siblings=siblings))
             yield
+
+    @property
+    def held(self) -> object:
+        """What steps read besides the base's own weights: whoever captures one keeps it alive."""
+        return None if self.linears is None else self.linears.forwards
 
     def packed(self) -> AbstractContextManager[None]:
         """Inside `attached`, what makes forwards of this thread use the packed weights, if there are any."""
@@ -183,8 +188,11 @@ class RowForward:
         assert self.compile_step is not None
         key = (plan.mask_rows.start, plan.mask_rows.stop)
         if key not in self._compiled:
-            takes_lora = self.gate is not None and plan.has_mask_rows
-            run = self.gate.around(self._run, plan.mask_rows) if takes_lora else self._run
+            run = self._run
+            if self.linears is not None:
+                run = self.linears.around(run)
+            if self.gate is not None and plan.has_mask_rows:
+                run = self.gate.around(run, plan.mask_rows)
             self._compiled[key] = self.compile_step(run)
         return self._compiled[key]
 

@@ -161,16 +161,15 @@ class TokenLaw:
         The processors see the m largest scores alone, which to them is the vocabulary: what they would find in the rest
         has score -inf after top-k.
         """
-        place = next((i for i, p in enumerate(self.processors) if type(p) is TopKLogitsWarper), None)
-        if place is None or logits.device.type != "cpu" or self.needs_prefix:
+        place = self._top_k_place(self.processors, logits.shape[-1])
+        if place is None or logits.device.type != "cpu":
             return None
-        top_k, m = self.processors[place].top_k, self.processors[place].top_k + _MANY_TIES  # type: ignore[union-attr]
-        # before it only what keeps the order of scores, behind it nothing that goes by the order of equal ones
-        before, behind = self.processors[:place], self.processors[place + 1 :]
-        if 4 * m > logits.shape[-1] or any(type(p) is not TemperatureLogitsWarper for p in before):
-            return None
+        # behind top-k nothing that goes by the order of equal scores
+        behind = self.processors[place + 1 :]
         if any(type(p) not in (MinPLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper) for p in behind):
             return None
+        top_k = self.processors[place].top_k  # type: ignore[union-attr]
+        m = top_k + _MANY_TIES
         scores, ids = largest(logits.float(), m)
         flat = scores.view(-1, m)
         no_ids = torch.empty(flat.shape[0], 0, dtype=torch.long)
@@ -188,8 +187,35 @@ class TokenLaw:
         """
         if self.greedy:
             return likeliest(logits), None
+        # a CPU draws by a number that goes through the tokens in their order; a seed must bring what it always brought
+        listed = None if logits.device.type == "cpu" else self._draw_listed(logits)
+        if listed is not None:
+            return listed
         q = self.probs(logits)
         return sample_from(q, self.generator), q
+
+    def _draw_listed(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`draw` from the tokens that top-k leaves, so that no row is sorted as a whole; None for want of top-k.
+
+        Of more than `_MANY_TIES` tokens that tie with its last score some are left out, and top-p may cut among equal
+        ones elsewhere. So it serves drafts, whose law is free, and not the target.
+        """
+        warpers = tuple(processor for processor in self.processors if type(processor) in _WARPERS)
+        place = self._top_k_place(warpers, logits.shape[-1])
+        if place is None:
+            return None
+        values, ids = largest(logits, warpers[place].top_k + _MANY_TIES)  # type: ignore[union-attr]
+        law = self.probs(values)
+        tokens = ids.gather(-1, sample_from(law, self.generator)[..., None])[..., 0]
+        return tokens, torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, ids, law)
+
+    @staticmethod
+    def _top_k_place(processors: tuple[LogitsProcessor, ...], vocab_size: int) -> int | None:
+        """Where top-k stands among processors, if it leaves a small part and all before it keep the order of scores."""
+        place = next((i for i, p in enumerate(processors) if type(p) is TopKLogitsWarper), None)
+        if place is None or 4 * (processors[place].top_k + _MANY_TIES) > vocab_size:  # type: ignore[union-attr]
+            return None
+        return place if all(type(p) is TemperatureLogitsWarper for p in processors[:place]) else None
 
     def _process_row(self, scores: Tensor, prefix: Tensor) -> Tensor:
         row, ids = scores[None], prefix[None]

@@ -191,7 +191,7 @@ class LiveRows:
         movers = (row for row in range(num_left, len(self.sequences)) if not done[self.sequences[row]])
         rows = [next(movers) if done[self.sequences[row]] else row for row in range(num_left)]
         if rows:
-            self.state.cache.spread(self._index(rows), self.state.cache.num_used)
+            self.state.cache.spread(rows, self.state.cache.num_used)
         self.state = self.state.of_rows(self._index(rows)) if rows else self._whole
         self.sequences = [self.sequences[row] for row in rows]
 

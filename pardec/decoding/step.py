@@ -113,9 +113,10 @@ class Decoder:
             num_cached: tokens at the beginning of every prompt whose keys and values `cache` holds already.
         """
         device, K = self.target.device, self.num_speculative_tokens
-        source = torch.arange(len(prompts), device=device).repeat_interleave(repeats)
-        source = torch.cat([source, source.new_zeros(num_unused)])
+        source = [prompt for prompt in range(len(prompts)) for _ in range(repeats)] + [0] * num_unused
         B, P = len(source), max(len(prompt) for prompt in prompts)
+        # all that the device is told, it is told before it has anything to do that the host would wait for
+        rows = torch.tensor(source, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
         cache = cache or SlotCache(self.target.num_layers, self.num_slots(P), B)
@@ -123,8 +124,8 @@ class Decoder:
         hidden = self._block_hidden()
         if len(prompts) < B:
             cache.spread(source, P + K)
-            padded, lengths, logits = padded[source], lengths[source], logits[source]
-            hidden = None if hidden is None else hidden[source]
+            padded, lengths, logits = padded[rows], lengths[rows], logits[rows]
+            hidden = None if hidden is None else hidden[rows]
         state = DecodeState.begin(
             cache,
             padded,

@@ -4,6 +4,7 @@ Both give every layer, sliding-window ones too, keys and values of full length; 
 Knows nothing of tokens or masks. Legend: B batch, H key/value heads, R rows of the forward, S slots, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +53,8 @@ class _SlotLayer(CacheLayerMixin):
             self.keys[:B, :, :R] = key_states
             self.values[:B, :, :R] = value_states
             return key_states, value_states
-        for buffer, states in ((self.keys[:B], key_states), (self.values[:B], value_states)):
-            if B == 1:
-                buffer.index_copy_(2, slots[0], states)
-            else:
-                index = slots[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-                buffer.scatter_(2, index, states)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            _write(buffer, slots, states)
         num_used = self.owner.num_used
         return self.keys[:B, :, :num_used], self.values[:B, :, :num_used]
 
@@ -70,6 +67,19 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.owner.num_slots
+
+
+def _write(buffer: Tensor, slots: Tensor, states: Tensor) -> None:
+    """Puts states, shape [B, H, R, D], into the slots of the first B sequences of a buffer; slots of shape [B, R]."""
+    B, H, _, D = states.shape
+    if torch.compiler.is_compiling():
+        # into a part of the buffer, or by a scatter, compiled code writes by copying the whole buffer there and back
+        sequence = torch.arange(B, device=slots.device)[:, None]
+        buffer[sequence, :, slots] = states.transpose(1, 2)
+    elif B == 1:
+        buffer[:1].index_copy_(2, slots[0], states)
+    else:
+        buffer[:B].scatter_(2, slots[:, None, :, None].expand(-1, H, -1, D), states)
 
 
 def _make_finite(states: Tensor, rows: slice | Tensor) -> None:
@@ -140,17 +150,23 @@ class SlotCache(Cache):
         found = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]  # type: ignore[union-attr]
         return [buffer for buffer in found if buffer is not None]
 
-    def spread(self, source: Tensor, num_slots: int) -> None:
+    def spread(self, source: Sequence[int], num_slots: int) -> None:
         """Row b takes the first `num_slots` slots of row `source[b]`: prompts that were run once serve several rows.
 
         Args:
-            source: shape [B], int64; B up to `num_sequences`.
+            source: a row for each of up to `num_sequences` rows.
             num_slots: slots that are worth copying.
         """
-        moved = (source != torch.arange(source.shape[0], device=source.device)).nonzero()[:, 0]
-        for buffer in self.buffers:
+        moves = [(row, origin) for row, origin in enumerate(source) if origin != row]
+        buffers = self.buffers
+        if not moves or not buffers:
+            return
+        device = buffers[0].device
+        # from pinned memory, so that the host need not wait for the forward that is still under way
+        rows, origins = torch.tensor(moves, pin_memory=device.type == "cuda").to(device, non_blocking=True).unbind(1)
+        for buffer in buffers:
             # the selection is a copy, so rows may be read and overwritten in any order
-            buffer[moved, :, :num_slots] = buffer[source[moved], :, :num_slots]
+            buffer[rows, :, :num_slots] = buffer[origins, :, :num_slots]
 
     def take(self, other: "SlotCache", rows: Tensor) -> None:
         """Row `rows[b]` takes all slots of row b of a smaller cache of the same model; `rows` of shape [B], int64."""

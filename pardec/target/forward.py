@@ -210,20 +210,24 @@ class TargetModel:
         attention_mask: Tensor | Mapping[str, Tensor] | None,
         cache: Cache,
         tap: HiddenTap | None = None,
+        *,
+        rising: bool = False,
     ) -> Tensor:
         """Logits of rows that differ between sequences, shape [B, n, V]; `rows`, shape [B, n], the rest as in `run`.
 
-        A `tap` that is attached keeps the hidden states of the same rows.
+        A `tap` that is attached keeps the hidden states of the same rows. With `rising`, where the rows of a sequence
+        rise, none of them twice, nothing waits for the device to tell which they are.
         """
+        where = None
         if rows.shape[0] > 1 and _TAKES_ROWS_OF_EACH:
-            where = None
-            logits = self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=rows)
-            asked = rows.shape[1]
+            asked = rows
+        elif rows.shape[0] == 1 and rising:
+            asked = rows[0]
         else:  # one set of rows for all sequences, out of which each takes its own
-            columns = rows.unique()
-            logits = self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=columns)
-            where, asked = torch.searchsorted(columns, rows), columns.shape[0]
-        if logits.shape[1] != asked:  # models that know no logits_to_keep give the logits of all rows
+            asked = rows.unique()
+            where = torch.searchsorted(asked, rows)
+        logits = self.run(inputs_embeds, position_ids, attention_mask, cache, logits_to_keep=asked)
+        if logits.shape[1] != asked.shape[-1]:  # models that know no logits_to_keep give the logits of all rows
             where = rows
         if where is None:
             return logits

@@ -77,14 +77,14 @@ def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def _observed_inputs(base: PreTrainedModel) -> Iterator[list[tuple[nn.Module, Tensor]]]:
-    """Collects (linear layer, its input) of the forwards of this thread inside."""
-    inputs: list[tuple[nn.Module, Tensor]] = []
+def _observed_inputs(base: PreTrainedModel) -> Iterator[list[tuple[nn.Module, Tensor, int | None]]]:
+    """Collects (linear layer, its input, how often that was written to) of the forwards of this thread inside."""
+    inputs: list[tuple[nn.Module, Tensor, int | None]] = []
     thread = threading.get_ident()
 
     def observe(module: nn.Module, args: tuple) -> None:
         if threading.get_ident() == thread and len(args) == 1:
-            inputs.append((module, args[0]))
+            inputs.append((module, args[0], None if args[0].is_inference() else args[0]._version))
 
     weighted = [m for m in base.modules() if isinstance(getattr(m, "weight", None), Tensor)]
     handles = [module.register_forward_pre_hook(observe) for module in weighted if module.weight.dim() == 2]  # type: ignore[union-attr]
@@ -95,17 +95,17 @@ def _observed_inputs(base: PreTrainedModel) -> Iterator[list[tuple[nn.Module, Te
             handle.remove()
 
 
-def _siblings(inputs: list[tuple[nn.Module, Tensor]]) -> tuple[tuple[nn.Module, ...], ...]:
-    runs = [module for module, _ in inputs]
+def _siblings(inputs: list[tuple[nn.Module, Tensor, int | None]]) -> tuple[tuple[nn.Module, ...], ...]:
+    runs = [module for module, _, _ in inputs]
     groups: list[list[nn.Module]] = []
-    previous = None
-    for module, x in inputs:
+    previous: tuple[Tensor | None, int | None] = (None, None)
+    for module, x, version in inputs:
         if runs.count(module) > 1:  # a layer that runs twice in a forward belongs to no group
-            previous = None
+            previous = (None, None)
             groups.append([module])
-        elif x is previous:
+        elif x is previous[0] and version == previous[1]:
             groups[-1].append(module)
         else:
             groups.append([module])
-            previous = x
+            previous = (x, version)
     return tuple(tuple(group) for group in groups)

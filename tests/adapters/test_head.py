@@ -1,14 +1,17 @@
 """The sampler head's arithmetic and drafting in turn, against loops over the whole vocabulary."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sampling_oracle import WARPERS, warped
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import EpsilonLogitsWarper, EtaLogitsWarper, TypicalLogitsWarper
 
 from pardec.adapters.head import SamplerHead
-from pardec.decoding.drafting import draft_in_turn
+from pardec.decoding import drafting
+from pardec.decoding.drafting import HeadDrafter, draft_from_pairs, draft_in_turn
 from pardec.decoding.sampling import TokenLaw, make_warpers
 
 B, K, V, H, D, W = 3, 4, 17, 6, 5, 7
@@ -20,6 +23,12 @@ def random_head(seed: int = 0) -> SamplerHead:
     for parameter in head.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return head
+
+
+@pytest.fixture(params=[draft_in_turn, draft_from_pairs])
+def draft(request):
+    """Both ways to draft are held against the same loops."""
+    return request.param
 
 
 @pytest.fixture
@@ -39,9 +48,9 @@ def block():
     }
 
 
-def run(head, law, block, shortlist):
+def run(draft, head, law, block, shortlist):
     embed, outputs = torch.nn.Embedding.from_pretrained(block["inputs"]), block["outputs"]
-    return draft_in_turn(head, law, block["logits"], block["hidden"], block["bonus"], embed, outputs, shortlist)
+    return draft(head, law, block["logits"], block["hidden"], block["bonus"], embed, outputs, shortlist)
 
 
 def correction(head, hidden: torch.Tensor, previous: torch.Tensor, output: torch.Tensor) -> float:
@@ -96,9 +105,9 @@ def test_both_inputs_count_whatever_their_scale(block):
 
 
 @pytest.mark.parametrize("shortlist", [1, 3, V, V + 5])
-def test_greedy_drafts_are_those_of_a_loop_over_the_vocabulary(block, shortlist):
+def test_greedy_drafts_are_those_of_a_loop_over_the_vocabulary(block, shortlist, draft):
     head = random_head()
-    tokens, q = run(head, TokenLaw(greedy=True), block, shortlist)
+    tokens, q = run(draft, head, TokenLaw(greedy=True), block, shortlist)
     assert q is None
     for b in range(B):
         previous = int(block["bonus"][b])
@@ -112,10 +121,10 @@ def test_greedy_drafts_are_those_of_a_loop_over_the_vocabulary(block, shortlist)
 
 @pytest.mark.parametrize("shortlist", [1, 3, V])
 @pytest.mark.parametrize("warper", list(WARPERS))
-def test_sampled_drafts_come_with_the_law_that_they_were_drawn_from(block, warper, shortlist):
+def test_sampled_drafts_come_with_the_law_that_they_were_drawn_from(block, warper, shortlist, draft):
     head, options = random_head(), WARPERS[warper]
     law = TokenLaw(False, tuple(make_warpers(**options)), torch.Generator().manual_seed(2))
-    tokens, q = run(head, law, block, shortlist)
+    tokens, q = run(draft, head, law, block, shortlist)
     assert (q.shape, q.dtype) == ((B, K, V), torch.float32)
     for b in range(B):
         previous = int(block["bonus"][b])
@@ -126,11 +135,11 @@ def test_sampled_drafts_come_with_the_law_that_they_were_drawn_from(block, warpe
             assert expected[previous] > 0
 
 
-def test_drafts_follow_their_law(block):
+def test_drafts_follow_their_law(block, draft):
     """The second draft given the first, over many rows of the same block."""
     head, law = random_head(), TokenLaw(False, (), torch.Generator().manual_seed(0))
     many = {name: tensor[:1].expand(4000, *tensor.shape[1:]) for name, tensor in block.items() if "puts" not in name}
-    tokens, q = run(head, law, block | many, shortlist=4)
+    tokens, q = run(draft, head, law, block | many, shortlist=4)
     first = int(tokens[:, 0].mode().values)
     rows = tokens[:, 0] == first
     found = torch.bincount(tokens[rows, 1], minlength=V) / rows.sum()
@@ -138,6 +147,69 @@ def test_drafts_follow_their_law(block):
     torch.testing.assert_close(q[rows, 1], law_after.expand_as(q[rows, 1]), rtol=0, atol=1e-5)
     torch.testing.assert_close(found, law_after, rtol=0, atol=0.04)
     assert (q[:, 1] - law_after).abs().max() > 0.1  # another first draft, another law
+
+
+@pytest.mark.parametrize("warper", list(WARPERS))
+def test_both_ways_to_draft_draw_the_same_from_one_seed(block, warper):
+    drawn = []
+    for draft in (draft_in_turn, draft_from_pairs):
+        law = TokenLaw(False, tuple(make_warpers(**WARPERS[warper])), torch.Generator().manual_seed(5))
+        drawn.append(run(draft, random_head(), law, block, 6))
+    (tokens, q), (others, law_of_others) = drawn
+    assert torch.equal(tokens, others)
+    torch.testing.assert_close(law_of_others, q, rtol=0, atol=1e-6)
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operations that are more than a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += not func.is_view and "empty" not in func.__name__ and "_unsafe_view" not in func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def launches(draft, num_drafts: int, *, greedy: bool) -> int:
+    """Of drafting on a device that is no CPU; a sampled law has a temperature."""
+    head, law = random_head().to("meta"), TokenLaw(greedy, () if greedy else tuple(make_warpers(0.8, None, None, None)))
+    logits, hidden = torch.empty(1, num_drafts, V, device="meta"), torch.empty(1, num_drafts, H, device="meta").double()
+    block = {"logits": logits, "hidden": hidden, "bonus": torch.empty(1, dtype=torch.long, device="meta")}
+    tables = {"inputs": torch.empty(V, D, device="meta").double(), "outputs": torch.empty(V, H, device="meta").double()}
+    with torch.no_grad(), _Launches() as counted:
+        run(draft, head, law, block | tables, 6)
+    return counted.num
+
+
+def test_from_pairs_a_further_draft_is_a_look_up_and_a_draw():
+    """Greedily one launch, drawn five; in turn it is a forward of the head."""
+    found = {
+        (draft, greedy): [launches(draft, num_drafts, greedy=greedy) for num_drafts in (2, 3, 8)]
+        for draft in (draft_in_turn, draft_from_pairs)
+        for greedy in (True, False)
+    }
+    steps = {key: (b - a, (c - b) / 5) for key, (a, b, c) in found.items()}
+    assert steps[draft_from_pairs, True] == (1, 1)
+    assert steps[draft_from_pairs, False] == (5, 5)
+    assert min(steps[draft_in_turn, True]) >= 10
+    assert min(steps[draft_in_turn, False]) >= 16
+    assert all(found[draft_from_pairs, greedy][0] <= found[draft_in_turn, greedy][0] for greedy in (True, False))
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "num_drafts", "in_turn"),
+    [("cpu", 1, 4, True), ("meta", 1, 4, False), ("meta", 1, 1, True), ("meta", 32, 4, False), ("meta", 33, 4, True)],
+)
+def test_pairs_are_scored_where_arithmetic_costs_less_than_launches(device, batch, num_drafts, in_turn, monkeypatch):
+    used = []
+    for way in (draft_in_turn, draft_from_pairs):
+        monkeypatch.setattr(drafting, way.__name__, lambda *args, name=way.__name__: used.append(name))
+    drafter = HeadDrafter(SimpleNamespace(embed=None), None, SimpleNamespace(output_embeddings=None), 64)
+    logits = torch.empty(batch, num_drafts, V, device=device)
+    drafter.draft(TokenLaw(True), logits, logits, logits)
+    assert used == ["draft_in_turn" if in_turn else "draft_from_pairs"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

@@ -1,5 +1,7 @@
 """Prefill, whole and in chunks, against generate and plain forwards; prompts that serve several sequences run once."""
 
+import dataclasses
+
 import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
@@ -7,6 +9,7 @@ from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding import prefill
+from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.output import counts_of
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
@@ -45,13 +48,15 @@ class Widths:
         self.handle.remove()
 
 
-def decoder_for(model, mode: str = "fused", *, new_tokens: int = 8) -> Decoder:
-    target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2)
+def decoder_for(model, mode: str = "fused", *, new_tokens: int = 8, head_width: int = 0) -> Decoder:
+    target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
     no_eos = torch.empty(0, dtype=torch.long)
     if mode == "plain":
         return Decoder(RowForward(target), mode, 0, TokenLaw(greedy=True), new_tokens, no_eos)
     masks, gate = adapter.mask_embeddings.to(target.dtype), LoraGate(model, adapter.lora)
-    return Decoder(RowForward(target, masks, gate), mode, K, TokenLaw(greedy=True), new_tokens, no_eos)
+    head = HeadDrafter.of(adapter, target)
+    forward = RowForward(target, masks, gate, tap=head and head.tap)
+    return Decoder(forward, mode, K, TokenLaw(greedy=True), new_tokens, no_eos, head=head)
 
 
 # ---------------------------------------------------------------------- chunks
@@ -272,6 +277,35 @@ def test_unused_rows_of_a_batch_are_done_from_the_beginning_and_disturb_nobody(m
     assert state.output[:3, :8].tolist() == [plain_generate(model, row, 8) for row in rows]
     assert state.num_new.tolist() == [8] * 3 + [0] * 2
     assert [one.accepted for one in counts_of(state, mode, 5)[3:]] == [[], []]
+
+
+# ---------------------------------------------------------------------- no wait for the device
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("lengths", [(9,), (9, 3)], ids=["one", "two"])
+@pytest.mark.parametrize(("mode", "head_width"), [("plain", 0), ("two_pass", 0), ("fused", 0), ("fused", 6)])
+def test_prefill_asks_for_no_value(mode, head_width, lengths, chunked, monkeypatch):
+    """On the meta device, where tensors have none: whatever asks for one raises."""
+    if chunked:
+        monkeypatch.setattr(prefill, "_TOKENS_PER_FORWARD", 4)
+        monkeypatch.setattr(prefill, "_MIN_CHUNK_TOKENS", 4)
+    model = tiny_model("gemma3-mixed-windows")
+    here, adapter = decoder_for(model, mode, head_width=head_width), make_adapter(model, K, lora_rank=2)
+    headed = make_adapter(model, K, head_width=6)
+    model.to("meta")
+    target = TargetModel.wrap(model)
+    forward, head = RowForward(target), None
+    if mode != "plain":
+        head = HeadDrafter.of(headed, target) if head_width else None
+        masks = here.forward.mask_embeddings.to("meta")
+        forward = RowForward(target, masks, LoraGate(model, adapter.lora), tap=head and head.tap)
+    decoder = dataclasses.replace(here, forward=forward, head=head, eos_token_ids=here.eos_token_ids.to("meta"))
+    for options in ({}, {"repeats": 3, "num_unused": 2}):
+        state = decoder.prefill(prompts(V, lengths), **options)
+        assert state.drafts.device.type == "meta"
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)meta"):
+        torch.arange(3, device="meta").unique()  # what this rests on
 
 
 def test_a_cache_that_held_other_prompts_serves_again():

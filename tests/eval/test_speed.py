@@ -191,6 +191,18 @@ def test_all_ways_decode_the_same_greedy_tokens_and_as_many_sampled_ones(make_ll
         assert again[0] == again[1] != again[2]
 
 
+def test_ways_that_are_not_asked_for_are_named_as_left_out(make_llama):
+    base = make_llama()
+    model = SelfSpeculativeModel(base, None, make_adapter(base, 2))
+    found, left_out = baselines.ways_for({"a": model}, [1], None, GREEDY, 1, without=["two_pass", "prompt lookup"])
+    assert [way.name for way in found] == ["plain", "fused", "generate"]
+    unasked = [one["way"] for one in left_out if one["reason"] == baselines.NOT_ASKED_FOR]
+    assert unasked == ["two_pass", "prompt lookup"]
+    assert speed.left_out_names(" two_pass, generate static,") == ["two_pass", "generate static"]
+    with pytest.raises(ValueError, match=r"without: expected none of plain, generate, .* found 'plain'"):
+        speed.left_out_names("plain")
+
+
 def test_tuned_only_leaves_out_what_drafts_otherwise(make_llama):
     model = small_model(make_llama)
     model.tuned = tuned(block_lengths=(2, 1, 0))

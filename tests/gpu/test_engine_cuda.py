@@ -341,6 +341,20 @@ def test_a_base_that_waits_for_the_device_runs_uncaptured_after_one_warning(opti
     assert torch.rand(3, device="cuda").shape == (3,)  # torch's own generator serves as before
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_that_change_between_calls_are_those_of_the_next_call(mode):
+    """Graphs read copies of weights that share an input; PEFT merges past what counts versions."""
+    model = tiny_model("llama").cuda()
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
+    rows, layer = prompts(V, (11, 3)), model.model.layers[0]
+    for weight in (None, layer.self_attn.k_proj.weight, layer.mlp.up_proj.weight):
+        if weight is not None:
+            weight.data[:3] += 0.5
+        expected = [plain_generate(model, row, 30) for row in rows]
+        for _ in range(2):
+            assert ours.generate(rows, max_new_tokens=30, mode=mode).token_ids == expected
+
+
 def test_garbage_that_is_collected_while_a_step_is_captured_does_no_harm():
     """Graphs and pinned memory in cycles of references, which Python frees whenever it likes."""
     model = tiny_model("llama", dtype=torch.float32).cuda()

@@ -1,5 +1,8 @@
 """Caches against a dictionary of slots, and against autograd over plain concatenation."""
 
+import re
+import shutil
+
 import pytest
 import torch
 
@@ -140,6 +143,35 @@ def test_room_for_more_sequences_than_the_first_forward_has():
     assert torch.equal(keys[torch.arange(4), :, cache.slots[:, 0]], step[0][:, :, 0])
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+@pytest.mark.parametrize(("batch", "num_sequences"), [(1, 1), (2, 3)])
+def test_compiled_code_writes_the_slots_alone_and_makes_no_buffer_anew(batch, num_sequences):
+    """At several gigabytes a step copies of the whole cache would cost more than the forward."""
+    from torch._inductor.utils import run_and_get_code
+
+    generator = torch.Generator().manual_seed(8)
+    prompt, rows = random_states(generator, batch, 3), random_states(generator, batch, 2)
+    caches = [SlotCache(1, SLOTS, num_sequences) for _ in range(2)]
+    for cache in caches:
+        cache.update(*prompt, 0)
+        cache.slots, cache.num_used = torch.tensor([[3, 4], [7, 2]])[:batch], 16
+
+    def attend(keys, values, cache):
+        return torch.nn.functional.scaled_dot_product_attention(keys, *cache.update(keys, values, 0))
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = attend(*rows, caches[0])
+        found, code = run_and_get_code(torch.compile(attend, dynamic=False), *rows, caches[1])
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(caches[1].buffers, caches[0].buffers, strict=True):
+        assert torch.equal(one, other)
+    made = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", "".join(code))
+    assert not [shape for shape in made if str(SLOTS) in shape.split(", ")]
+    loops = re.findall(r"< ?static_cast<int64_t>\((\d+)L\)", "".join(code))
+    assert max(map(int, loops)) < SLOTS * H * D
+
+
 @pytest.mark.parametrize("source", [[0, 0, 0, 0], [0, 0, 1, 1], [1, 0, 1, 0], [1, 1, 0, 0], [1, 0], [0]], ids=str)
 def test_prompts_are_spread_to_the_sequences_that_continue_them(source):
     generator = torch.Generator().manual_seed(6)
@@ -147,7 +179,7 @@ def test_prompts_are_spread_to_the_sequences_that_continue_them(source):
     for layer in range(LAYERS):
         cache.update(*random_states(generator, 2, 9), layer)
     before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-    cache.spread(torch.tensor(source), 6)
+    cache.spread(source, 6)
     for layer, buffers in zip(cache.layers, before, strict=True):
         for found, old in zip((layer.keys, layer.values), buffers, strict=True):
             for b in range(4):
