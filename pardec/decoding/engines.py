@@ -297,11 +297,11 @@ class Engines:
         return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
 
     def _packed(self, facts: Survey, with_lora: bool) -> PackedLinears:
-        """Packed weights, up to date; empty where packing brings nothing, and unused by compiled steps."""
+        """Packed weights, up to date; empty where packing brings nothing."""
         if with_lora not in self._linears:
             self._linears[with_lora] = PackedLinears(facts.siblings, self.gate if with_lora else None)
         linears = self._linears[with_lora]
-        if not self.compile:
+        if not self.compile or self.target.device.type != "cpu":  # there compiled code packs weights by itself
             before = linears.num_packed
             linears.refresh()
             if before not in (0, linears.num_packed):
