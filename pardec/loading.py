@@ -81,8 +81,10 @@ def load(
     )
     if model.tuned is None and loaded.device.type == "cpu":  # all K drafts would slow any CPU down
         model.tuned = shipped_choice(directory, files=adapter.metadata.files)
-    if loaded.device.type == "cpu" and model.target.dtype == torch.bfloat16 and not has_bfloat16(loaded.device):
-        warnings.warn("dtype: expected a CPU with instructions for bfloat16, found none: it is slow here", stacklevel=2)
+    kind = {"cpu": "CPU", "cuda": "GPU"}.get(loaded.device.type)
+    if kind and model.target.dtype == torch.bfloat16 and not has_bfloat16(loaded.device):
+        told = f"dtype: expected a {kind} with instructions for bfloat16, found none: it is slow here"
+        warnings.warn(told, stacklevel=2)
     masks, D = adapter.mask_embeddings, model.target.embedding_dim
     if masks is not None and masks.shape[1] != D:
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
