@@ -230,7 +230,7 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
     pairs = None if gate is None else gate.stacked(modules)
     if gate is None or pairs is None:
         return _linear(weight, bias)
-    a, b = pairs
+    a, b = (half.to(weight) for half in pairs)  # the base may have been converted since
     wide = torch.cat([weight, a])
     wide_bias = None if bias is None else torch.cat([bias, bias.new_zeros(a.shape[0])])
     wide_linear, r = _linear(wide, wide_bias), a.shape[0]
