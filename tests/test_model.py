@@ -23,6 +23,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 import pardec
 from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import save_adapter
+from pardec.decoding import prepack
 from pardec.decoding.probe import probe
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel, UnsupportedModelError
@@ -493,3 +494,18 @@ def test_a_cache_that_does_not_fit_is_refused_with_what_would(llama, monkeypatch
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Short)
     with pytest.raises(ValueError, match=r"cache: expected at most 0\.00 GiB, free on cpu, found .* would fit"):
         ours.generate([ROWS[0]], max_new_tokens=60)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("head_width", [0, 4])
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+def test_a_base_that_is_converted_later_is_followed(as_on_cuda, head_width, dtype, monkeypatch):
+    if as_on_cuda:
+        monkeypatch.setattr(prepack, "_keeps_form", lambda weight: True)
+        monkeypatch.setattr(prepack, "_has_kernels", lambda dtype: True)
+    base = tiny_model("llama", dtype=torch.float32)
+    ours = SelfSpeculativeModel(base, None, make_adapter(base, 3, lora_rank=2, head_width=head_width))
+    ours.generate([[5, 9, 2]], max_new_tokens=4)
+    base.to(dtype)
+    plain = ours.generate([[5, 9, 2]], max_new_tokens=12, mode="plain")
+    assert ours.generate([[5, 9, 2]], max_new_tokens=12).token_ids == plain.token_ids

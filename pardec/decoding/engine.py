@@ -137,7 +137,9 @@ class Engine:
         return None
 
     def _begin(self, prompts: list[list[int]], repeats: int, kept: SlotCache | None, num_kept: int) -> DecodeState:
-        """The state after prefill, which is begun anew once if memory runs out."""
+        """The state after prefill, which is begun anew once, with the same random numbers, if memory runs out."""
+        generator = self.decoder.law.generator
+        drawn = None if generator is None else generator.get_state()
         try:
             return self._begun(prompts, repeats, kept, num_kept)
         except torch.OutOfMemoryError:
@@ -146,6 +148,8 @@ class Engine:
         if self._graphs is not None:
             self._graphs.forget()
         self._free()
+        if generator is not None and drawn is not None:
+            generator.set_state(drawn)
         return self._begun(prompts, repeats, kept, num_kept)
 
     def _begun(self, prompts: list[list[int]], repeats: int, kept: SlotCache | None, num_kept: int) -> DecodeState:

@@ -8,12 +8,14 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from pardec.decoding.engine import Engine
 
 # each holds a cache; the one that was used least recently goes first
 _MAX_ENGINES = 8
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))  # among them parameters, buffers, modules and hooks
 
 
 class EnginePool:
@@ -43,13 +45,29 @@ class EnginePool:
 
 
 def signature(base: PreTrainedModel) -> int:
-    """Changes when weights are replaced, or modules, their hooks, their forward or their mode."""
+    """Changes when weights are replaced, or modules, their hooks, their forward, their mode or other settings.
+
+    Settings are plain values that modules keep, such as which of PEFT's adapters are active and with what factor.
+    """
     modules = (
-        (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")), m.training)
+        (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")), m.training, *_settings(m))
         for m in base.modules()
     )
     tensors = (tensor.data_ptr() for both in (base.parameters(), base.buffers()) for tensor in both)
     return hash((*modules, *tensors))
+
+
+def _settings(module: nn.Module) -> tuple[Hashable, ...]:
+    return tuple((name, _setting(value)) for name, value in vars(module).items() if name not in _OF_ALL_MODULES)
+
+
+def _setting(value: object) -> Hashable:
+    """A value that can be compared later; None of what is not plain."""
+    if isinstance(value, dict):
+        return tuple((key, _setting(one)) for key, one in value.items())
+    if isinstance(value, list | tuple | set):
+        return tuple(map(_setting, value))
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def arithmetic(device: torch.device) -> Hashable:

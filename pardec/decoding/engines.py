@@ -162,6 +162,8 @@ class Engines:
         """
         if use_head is not None and flag("use_head", use_head) and self.head is None:
             raise ValueError("use_head: expected an adapter with a sampler head, found none")
+        if self.head is not None and self.head.head.inner.weight.dtype != self.target.dtype:
+            self.head.head.to(self.target.dtype)  # the base was converted since
         return None if use_head is False else self.head
 
     def row_forward(

@@ -9,7 +9,7 @@ Legend: R rows, r rank.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,8 +57,15 @@ class PackedLinears:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The layers that are packed; a LoRA on them is applied by `active`, not by hooks."""
+        """The layers that are packed."""
         return [module for group in self._groups for module in group.modules]
+
+    @property
+    def replaced(self) -> Collection[nn.Module]:
+        """The layers that `active` replaces now; a LoRA on them is applied there, not by hooks."""
+        # where autocast is on the caller wants another dtype
+        kinds = {module.weight.device.type for module in self.forwards}
+        return () if any(map(torch.is_autocast_enabled, kinds)) else self.forwards.keys()
 
     def refresh(self) -> None:
         """Packs the weights if there are none packed or they are no longer what was packed."""
@@ -123,9 +130,7 @@ class PackedLinears:
 
     def active(self) -> "_Active":
         """Context inside which, in this thread, installed layers use the packed weights."""
-        # where autocast is on the caller wants another dtype
-        kinds = {module.weight.device.type for module in self.forwards}
-        return _Active(None if any(map(torch.is_autocast_enabled, kinds)) else self.forwards)
+        return _Active(self.forwards if self.replaced else None)
 
 
 _lock = threading.RLock()
@@ -225,7 +230,7 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
     pairs = None if gate is None else gate.stacked(modules)
     if gate is None or pairs is None:
         return _linear(weight, bias)
-    a, b = pairs
+    a, b = (half.to(weight) for half in pairs)  # the base may have been converted since
     wide = torch.cat([weight, a])
     wide_bias = None if bias is None else torch.cat([bias, bias.new_zeros(a.shape[0])])
     wide_linear, r = _linear(wide, wide_bias), a.shape[0]

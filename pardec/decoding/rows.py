@@ -102,7 +102,7 @@ class RowForward:
                 stack.enter_context(self.linears.installed())
             if self.gate is not None:
                 # packed layers add their LoRA themselves
-                packed, siblings = ([], ()) if self.linears is None else (self.linears.modules, self.linears.siblings)
+                packed, siblings = ((), ()) if self.linears is None else (self.linears.replaced, self.linears.siblings)
                 stack.enter_context(self.gate.attached(but=packed, siblings=siblings))
             yield
 

@@ -102,7 +102,7 @@ def _siblings(inputs: list[tuple[nn.Module, Tensor, int | None]]) -> tuple[tuple
     for module, x, version in inputs:
         if runs.count(module) > 1:  # a layer that runs twice in a forward belongs to no group
             previous = (None, None)
-            groups.append([module])
+            groups += [] if [module] in groups else [[module]]
         elif x is previous[0] and version == previous[1]:
             groups[-1].append(module)
         else:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
+from peft import LoraConfig
 from recorded_steps import rerun, tape
 from tiny_models import make_adapter, tiny_model
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
@@ -10,6 +11,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from pardec.decoding import engine_pool
 from pardec.decoding.engine import Engine
 from pardec.decoding.engine_pool import EnginePool
+from pardec.decoding.kept_cache import KeptCache
 from pardec.model import SelfSpeculativeModel
 
 K = 3
@@ -243,3 +245,41 @@ def test_the_door_runs_captured_and_honours_its_own_arguments(capturing):
             ids[:1], max_new_tokens=NEW, repetition_penalty=1.7, do_sample=False, custom_generate=ours
         )
     assert torch.equal(found, base.generate(ids[:1], max_new_tokens=NEW, repetition_penalty=1.7, do_sample=False))
+
+
+def test_other_settings_of_a_layer_are_noticed(capturing):
+    """Such as which of PEFT's adapters are active on the base, and with what factor."""
+    wrap, made = capturing
+    base = tiny_model("llama")
+    base.add_adapter(LoraConfig(r=2, lora_alpha=32, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    ours, row = wrap(base.eval()), prompts(V, (5,))[0]
+    found = []
+
+    def settle() -> None:
+        found.append(plain_generate(base, row, NEW))
+        for _ in range(2):
+            assert ours.generate([row], max_new_tokens=NEW).token_ids == found[-1:]
+
+    settle()
+    base.disable_adapters()
+    settle()
+    base.enable_adapters()
+    settle()
+    assert len(made) == 2  # what was captured before serves again
+    base.model.layers[0].self_attn.q_proj.scaling["default"] = -8.0
+    settle()
+    base.model.layers[1].input_layernorm.variance_epsilon = 5.0
+    settle()
+    assert found[0] == found[2]
+    assert len(set(map(tuple, found))) == 4
+
+
+def test_kept_keys_and_values_are_of_no_use_under_other_settings():
+    base = tiny_model("llama")
+    base.add_adapter(LoraConfig(r=2, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    ours, row, kept = SelfSpeculativeModel(base.eval(), None, None), prompts(V, (5,))[0], KeptCache()
+    for switch in (base.enable_adapters, base.disable_adapters):
+        switch()
+        steps = list(ours.stream(row, max_new_tokens=NEW, mode="plain", kept=kept))
+        assert [token for step in steps for token in step.token_ids] == plain_generate(base, row, NEW)
+    assert kept.num_reused == 0

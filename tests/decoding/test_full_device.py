@@ -6,11 +6,12 @@ import weakref
 import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
-from recorded_steps import decoder_for, rerun, results, tape
+from recorded_steps import decoder_for, rerun, results, sampled, tape
 from tiny_models import tiny_model
 
 from pardec.decoding.engine import Engine
 from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.state import DecodeState
 
 V = 61
 NEW = 16
@@ -95,6 +96,25 @@ def test_prefill_that_runs_out_of_memory_is_begun_anew_once_there_is_room(captur
     model.register_forward_pre_hook(runs_out, with_kwargs=True)
     assert run(engine, rows) == expected
     assert room == [1]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_seed_brings_the_same_tokens_where_prefill_runs_out_of_memory_late(captured, monkeypatch):
+    rows, found, fails = prompts(V, (5, 2)), [], []
+    begin = DecodeState.emit
+
+    def emit(*args):
+        if fails:
+            raise torch.OutOfMemoryError(fails.pop())
+        return begin(*args)
+
+    monkeypatch.setattr(DecodeState, "emit", emit)
+    for failure in ([], ["Tried to allocate 2.00 GiB"]):
+        engine = Engine(decoder_for(tiny_model("llama"), "fused", sampled(3)), 1, captured=captured, recorder=rerun)
+        fails += failure
+        found.append(run(engine, rows))
+        assert not fails
+    assert found[0] == found[1]
 
 
 def test_an_engine_that_is_let_go_frees_its_cache_at_once():

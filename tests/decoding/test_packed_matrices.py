@@ -111,3 +111,14 @@ def test_compiled_steps_take_packed_matrices_and_are_compiled_once(has_lora, as_
     assert len(graphs) == 2
     own, shared = ([target for target in graph if target is torch._C._nn.linear] for graph in graphs)
     assert (len(own), len(shared)) == (2 * 7 + 1, 2 * 4 + 1)
+
+
+def test_under_autocast_hooks_apply_the_lora_that_packed_layers_would(as_on_cuda):
+    model = tiny_model("llama", dtype=torch.float32)
+    ours, unpacked = (SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=3)) for _ in range(2))
+    unpacked.engines._packed = lambda facts, with_lora: prepack.PackedLinears(())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, other = (one.generate([[5, 9, 2, 7]], max_new_tokens=16) for one in (ours, unpacked))
+    assert found.token_ids == other.token_ids
+    assert found.counts[0].accepted == other.counts[0].accepted
+    assert found.stats.mean_acceptance_length > 1
