@@ -184,6 +184,15 @@ def test_results_of_something_else_are_not_found(tmp_path, changes):
     assert found is None
 
 
+def test_a_comparison_of_attention_routes_is_not_what_the_engine_takes(tmp_path):
+    both = [row | {"attention": name} for name in ("grouped", "stock") for row in measured_result()["rows"]]
+    written(tmp_path / "latency_attention.json", measured_result(rows=both))
+    device = measured_result()["device"]
+    assert prediction_tables.matching_result("tiny", "bfloat16", device, tmp_path) is None
+    written(tmp_path / "latency_h100.json", measured_result())
+    assert prediction_tables.matching_result("tiny", "bfloat16", device, tmp_path) == measured_result()
+
+
 def test_results_that_are_kept_can_be_read():
     for path in latency.RESULTS.glob("latency_*.json"):
         assert prediction_tables.read_result(path)["rows"]
