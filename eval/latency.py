@@ -26,7 +26,7 @@ from timing.prediction import ShapeOnly, constants, figures
 from timing.published_peaks import PEAKS, peaks_of
 from timing.shapes import SHAPES, config_of, random_lora, random_mask_embeddings, random_model
 from timing.step_groups import Plan, measure_group
-from timing.steps import FLEX, GROUPED, SPLIT, STOCK, Subject, Variant
+from timing.steps import GROUPED, STOCK, WHOLE, Subject, Variant
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -44,7 +44,7 @@ PREDICTED = {"rows": "1,9,25,49,81"}
 TIMING = ("directory", "compile", "head", "attention", "forced_acceptance", "profile", "repetitions", "device", "seed")
 # with these, and the default repetitions and contexts, no row count moves on to another cache bucket
 STEPS_PER_BLOCK = {"cuda": 10, "cpu": 1}
-ATTENTIONS = (GROUPED, STOCK, SPLIT, FLEX)
+ATTENTIONS = (GROUPED, WHOLE, STOCK)
 YES, NO, BOTH = "yes", "no", "both"
 SETTINGS = {NO: [False], YES: [True], BOTH: [False, True]}
 
@@ -61,7 +61,7 @@ def main() -> None:
     add("--lora", default=BOTH, choices=list(SETTINGS), help="a LoRA at mask rows")
     add("--head", choices=list(SETTINGS), help="drafts drawn by the sampler head; default both, if there is one")
     add("--lora-rank", type=int, default=16, help="of the random LoRA of a --shape")
-    add("--attention", default=GROUPED, help=f"of steps, with commas: {', '.join(ATTENTIONS)}")
+    add("--attention", default=GROUPED, help=f"of steps, with commas: {', '.join(ATTENTIONS)}; default {GROUPED}")
     add("--forced-acceptance", type=int, metavar="N", help="an oracle makes every step accept N drafts")
     add("--profile", action="store_true", help="what the device does in a step (CUDA only)")
     add("--repetitions", type=int, help=f"counted blocks of steps, default {FULL['repetitions']}")
@@ -195,9 +195,8 @@ def plan_of(args: argparse.Namespace, device: torch.device) -> Plan:
     if forced is not None and not 0 <= forced <= max(drafted):
         raise ValueError(f"forced_acceptance: expected 0 to {max(drafted)} drafts, which the rows hold, found {forced}")
     attentions = list(dict.fromkeys(args.attention.split(",")))
-    usable = ATTENTIONS if device.type == "cuda" else ATTENTIONS[:3]  # FlexAttention has no fast kernel for a CPU
-    if not set(attentions) <= set(usable):
-        raise ValueError(f"attention: expected some of {', '.join(usable)} on this device, found {args.attention!r}")
+    if not set(attentions) <= set(ATTENTIONS):
+        raise ValueError(f"attention: expected some of {', '.join(ATTENTIONS)}, found {args.attention!r}")
     has_head = args.directory is not None and load_adapter(args.directory).metadata.head is not None
     return Plan(
         variants=[

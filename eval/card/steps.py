@@ -107,9 +107,9 @@ def latency_steps(work: Path, quick: bool) -> list[Step]:
             "How many tokens a second are that, where every step accepts two drafts?",
         ),
         "latency-attention": (
-            "--attention grouped,stock,flex,split --rows 1,25 --contexts 1024,4096 --lora no --repetitions 3",
-            "--attention grouped,stock,split --rows 1,4 --contexts 64 --lora no", 4,
-            "Which attention route is fastest?",
+            "--attention grouped,whole,stock --rows 1,25 --contexts 1024,4096 --lora no --repetitions 3",
+            "--attention grouped,whole,stock --rows 1,4 --contexts 64 --lora no", 4,
+            "Are keys in parts faster than whole ones, and than the model's own attention?",
         ),
         "latency-compiled": (
             "--compile --rows 1,25 --contexts 1024 --lora no", "--compile --rows 1 --contexts 64 --lora no", 4,

@@ -16,6 +16,8 @@ MEASURED_HEADER = ("measured ms", "x plain, measured", "measured / predicted")
 def matching_result(model: str, dtype: str, device: str, folder: Path) -> dict[str, Any] | None:
     """The result of `latency.py` that was measured on this device with this shape and dtype; None without one.
 
+    One that compares ways to attend does not count: its names are those of the time when the way was chosen.
+
     Args:
         model: name of the shape.
         dtype: of its weights.
@@ -24,7 +26,8 @@ def matching_result(model: str, dtype: str, device: str, folder: Path) -> dict[s
     """
     for path in sorted(folder.glob("latency_*.json")):
         result = read_result(path)
-        if (result["model"], result["dtype"], result["device"]) == (model, dtype, device):
+        compares = len({row.get("attention") for row in result["rows"]}) > 1
+        if (result["model"], result["dtype"], result["device"]) == (model, dtype, device) and not compares:
             return result
     return None
 

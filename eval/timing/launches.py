@@ -4,7 +4,8 @@ A step is run on tensors that have shapes and no numbers (the device `meta`, or 
 operation that reaches a backend is looked at. One that is neither a view nor an allocation counts as one launch, so
 top-k and sorting, which take several, are counted too low. Bytes are those that each operation reads and writes, as if
 nothing stayed in a cache between two. Attention is taken as CUDA's memory-efficient kernel, the one that takes a mask
-in every version and head size: what torch chooses for tensors without numbers is a formula of a dozen operations.
+in every version and head size: what torch chooses for tensors without numbers is a formula of a dozen operations. Its
+keys are in as many parts as on a large GPU.
 Knows tensors only: no model, no device's speed.
 """
 
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_ATTENTION = torch.ops.aten._scaled_dot_product_efficient_attention
 # return what they were given, or memory that nobody has written to
 _NO_LAUNCH = {
     "_unsafe_view", "_reshape_alias", "lift_fresh", "detach", "device", "empty", "empty_like", "empty_strided",
@@ -45,7 +47,7 @@ class StepCount:
         num_bytes: read and written.
         asked: operations whose values the host waits for.
         on_host: operations with a tensor that lies on the host, or that move one from it or to it.
-        masks: of attention, as it was given them.
+        masks: of attention, as its kernel was given them.
         queries: of attention, beside them.
     """
 
@@ -83,10 +85,7 @@ class _Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask=None, *, scale=None, **options) -> Tensor:
-        self._count.masks.append(attn_mask)
-        self._count.queries.append(query)
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(query, key, value, attn_mask, compute_log_sumexp=False, scale=scale)[0]
+        return _ATTENTION(query, key, value, attn_mask, compute_log_sumexp=False, scale=scale)[0]
 
 
 def _has_list(index: Any) -> bool:
@@ -104,6 +103,9 @@ class _Operations(TorchDispatchMode):
         count = self._count
         if name in _ASKING:
             count.asked.append(name)
+        if name == _ATTENTION.__name__:
+            count.queries.append(args[0])
+            count.masks.append(args[3])
         out = func(*args, **kwargs)
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         written = [x for x in tree_leaves(out) if isinstance(x, Tensor)]

@@ -15,7 +15,6 @@ from timing.bandwidth import StepBound, flops_per_step
 from timing.clock import quartiles
 from timing.step_profile import profile_steps
 from timing.steps import (
-    FLEX,
     STOCK,
     Block,
     Runner,
@@ -29,7 +28,6 @@ from timing.steps import (
 from torch import Tensor
 
 from pardec.errors import first_line
-from pardec.target.forward import FULL
 
 PROFILED_STEPS = 10
 # the context whose steps are profiled, or the nearest to it
@@ -134,10 +132,7 @@ def _why_not(subject: Subject, variant: Variant) -> str | None:
         return "the adapter has no LoRA"
     if variant.head and subject.drafter is None:
         return "the adapter has no sampler head"
-    takes_it = subject.facts.query_group is not None
-    if variant.attention == FLEX:
-        takes_it &= subject.target.attention.layer_types == (FULL,)
-    if variant.attention != STOCK and not takes_it:
+    if variant.attention != STOCK and subject.facts.query_group is None:
         return f"the model does not take the {variant.attention} route; --attention stock measures its own attention"
     return None
 

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 
 import torch
 from timing.clock import seconds_of
+from timing.whole_route import WholeForward
 from torch import Tensor
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
@@ -30,7 +31,7 @@ WARM_UP_STEPS = 4
 LEAD_IN_STEPS = 1
 # a block in which the engine moves on to another cache bucket is timed again
 MAX_TRIES = 3
-GROUPED, STOCK, FLEX, SPLIT = "grouped", "stock", "flex", "split"
+GROUPED, WHOLE, STOCK = "grouped", "whole", "stock"
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Variant:
     Attributes:
         compile: under torch.compile.
         lora: added at mask rows; plain steps have none.
-        attention: `grouped`, the engine's own route, `stock`, the model's, or `flex` or `split`, which are only here to
-            compare.
+        attention: `grouped`, the engine's own route, which splits keys on CUDA, `whole`, the same without that, or
+            `stock`, the model's.
         head: draws the drafts; plain steps have none.
     """
 
@@ -84,7 +85,7 @@ class Subject:
         gate = self.gate if K and variant.lora else None
         head = self.drafter if K and variant.head else None
         device = self.target.device
-        forward = _row_forward(variant.attention)(
+        forward = (WholeForward if variant.attention == WHOLE else RowForward)(
             self.target,
             self.mask_embeddings[:K] if K else None,
             gate,
@@ -111,20 +112,6 @@ class Subject:
             self._packed[with_lora] = PackedLinears(self.facts.siblings, gate)
             self._packed[with_lora].refresh()
         return self._packed[with_lora]
-
-
-def _row_forward(attention: str) -> type[RowForward]:
-    """The kind of forward that attends so; those that are not the engine's register their route when they are first
-    asked for."""
-    if attention == FLEX:
-        from timing.flex_route import FlexForward
-
-        return FlexForward
-    if attention == SPLIT:
-        from timing.split_route import SplitForward
-
-        return SplitForward
-    return RowForward
 
 
 def force_acceptance(decoder: Decoder, continuation: Tensor, num_accepted_tokens: int) -> None:

@@ -17,7 +17,7 @@ from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.decoding.prepack import PackedLinears
 from pardec.layout import RowLayout
-from pardec.target.attention import AttentionRoute, group_rows
+from pardec.target.attention import AttentionRoute, group_rows, split_heads
 from pardec.target.cache import SlotCache
 from pardec.target.forward import FULL, TargetModel
 from pardec.target.hidden import HiddenTap
@@ -91,6 +91,7 @@ class RowForward:
         if self.compile_step is not None and self.target.device.type == "cpu":
             self.linears = None  # compiled code packs weights by itself
         self._route = None if self.query_group is None else AttentionRoute(self.target.base)
+        self._split_heads = split_heads(self.target.base, self.target.device)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -127,9 +128,9 @@ class RowForward:
             assert self.mask_embeddings is not None
             mask_embeds = self.mask_embeddings[layout.mask_indices.to(self.mask_embeddings.device)][None]
         if self.query_group is not None and not self._mixes_windows:
-            mask = group_rows(visible.T[None, None], self.query_group, self.target.dtype)
+            mask = group_rows(visible.T[None, None], self.query_group, self.target.dtype, self._split_heads)
             assert isinstance(mask, Tensor)
-            bias = mask.contiguous()
+            bias = mask[:, :1].contiguous()
         return RowPlan(
             layout=layout,
             mask_embeds=mask_embeds,
@@ -203,9 +204,7 @@ class RowForward:
         # 0: committed, 1..R: rows of this forward, R + 1: stale
         kind = (self._slot_index[cache.num_used] - behind).clamp_(0, plan.layout.num_rows + 1)
         if plan.bias_by_kind is not None:
-            if kind.dim() == 1:
-                return plan.bias_by_kind.index_select(3, kind)
-            return plan.bias_by_kind[0, 0][:, kind].transpose(0, 1)[:, None]
+            return _bias(plan.bias_by_kind, kind, self._split_heads)
         kind, behind = kind.view(-1, cache.num_used), behind.view(-1, 1)
         attention = self.target.attention
         visible = plan.visible_by_kind[kind].transpose(1, 2)
@@ -214,7 +213,20 @@ class RowForward:
         if self._mixes_windows:
             key_positions = torch.where(kind == 0, slot, behind + plan.offset_by_kind[kind])
         mask = attention.render(visible, positions, key_positions, self.target.dtype)
-        return mask if self.query_group is None else group_rows(mask, self.query_group, self.target.dtype)
+        if self.query_group is None:
+            return mask
+        return group_rows(mask, self.query_group, self.target.dtype, self._split_heads)
+
+
+def _bias(by_kind: Tensor, kind: Tensor, num_kv_heads: int | None) -> Tensor:
+    """The mask of kinds of slots, [S] or [B, S], as `group_rows` would make it of what is visible, in one launch."""
+    if kind.dim() == 1:
+        mask = by_kind.index_select(3, kind)
+        return mask if num_kv_heads is None else mask.expand(-1, num_kv_heads, -1, -1)
+    if num_kv_heads is None:
+        return by_kind[0, 0][:, kind].transpose(0, 1)[:, None]
+    kind = kind[:, None, None].expand(-1, num_kv_heads, by_kind.shape[2], -1)
+    return by_kind.expand(kind.shape[0], num_kv_heads, -1, -1).gather(3, kind)
 
 
 def _with_hidden(run: Callable[..., Tensor], tap: HiddenTap) -> Callable[..., tuple[Tensor, Tensor]]:

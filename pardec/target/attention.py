@@ -2,7 +2,8 @@
 
 With an explicit mask transformers' sdpa repeats the keys and values for every query head of a group, which reads and
 writes the whole context several times over. Here the query heads of a group become further rows of one attention, so
-nothing is repeated. The route is on a model only while a step runs.
+nothing is repeated; where that leaves a GPU idle, by parts of the keys (`split_keys`). The route is on a model only
+while a step runs.
 Legend: B batch, H key/value heads, G query heads for each of them, R rows, S slots.
 """
 
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from pardec.target.forward import config_value
+from pardec.target.split_keys import attention_by_parts, hidden_score, num_parts, worth_splitting
 
 ROUTE = "pardec_grouped"
 STOCK = "sdpa"
@@ -33,20 +35,23 @@ def grouped_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    in_parts: bool = True,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of a step in transformers' attention interface; any other call is passed on to its sdpa.
 
-    A step is told by its mask, which `group_rows` has made G R rows tall.
+    A step is told by its mask, which `group_rows` has made G R rows tall. It goes by parts of the keys where the device
+    has use for them and the mask is for all heads, which a mask that was not made for parts hardly ever is.
 
     Args:
         module: the attention layer.
         query: shape [B, H G, R, D].
         key: shape [B, H, S, D].
         value: shape [B, H, S, D'].
-        attention_mask: additive, shape [B, 1, G R, S].
+        attention_mask: additive, shape [B, 1, G R, S], or [B, H, G R, S] and finite.
         dropout: 0 in a frozen model.
         scaling: of the scores.
+        in_parts: False never splits keys.
         kwargs: what transformers passes to every attention function.
     """
     (B, num_heads, R, D), H = query.shape, key.shape[1]
@@ -58,8 +63,14 @@ def grouped_attention(
         _here.calls.append(module)
     rows = query.reshape(B, H, -1, D)  # heads of a group lie side by side
     mask = attention_mask.to(query.dtype)
-    out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
+    n = num_parts(rows, key, value) if in_parts and mask.shape[1] == H else 1
+    if n > 1:
+        out = attention_by_parts(rows, key, value, mask, n=n, scaling=scaling)
+    else:
+        out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scaling)
     out = out.unflatten(2, (-1, R)).permute(0, 3, 1, 2, 4)  # [B, R, H, G, D'], in whatever strides the kernel chose
+    if n > 1:
+        out = out.to(query.dtype, memory_format=torch.contiguous_format)  # by one kernel
     return out.reshape(B, R, num_heads, -1), None
 
 
@@ -90,27 +101,35 @@ def grouped_attention_calls() -> Iterator[list[torch.nn.Module]]:
         _here.calls = None
 
 
-def group_rows(mask: Tensor | Mapping[str, Tensor], group: int, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def group_rows(
+    mask: Tensor | Mapping[str, Tensor], group: int, dtype: torch.dtype, num_kv_heads: int | None = None
+) -> Tensor | dict[str, Tensor]:
     """Masks of a step as the route takes them: additive, with the rows of a group of query heads stacked.
 
     Args:
         mask: bool, shape [B, 1, R, S], or one for each kind of layer.
         group: G.
         dtype: of the queries.
+        num_kv_heads: H where keys may be split, as `split_heads` says, for a finite mask of all heads; None for -inf
+            and one head.
 
     Returns:
-        shape [B, 1, G R, S]; row g R + r is row r.
+        shape [B, 1, G R, S], or [B, H, G R, S]; row g R + r is row r.
     """
     if isinstance(mask, Mapping):
-        return {kind: _grouped(one, group, dtype) for kind, one in mask.items()}
-    return _grouped(mask, group, dtype)
+        return {kind: _grouped(one, group, dtype, num_kv_heads) for kind, one in mask.items()}
+    return _grouped(mask, group, dtype, num_kv_heads)
 
 
-def _grouped(mask: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+def _grouped(mask: Tensor, group: int, dtype: torch.dtype, num_kv_heads: int | None) -> Tensor:
     # made additive once for all layers: attention kernels would turn a boolean mask into this in every layer
     zero = torch.zeros((), dtype=dtype, device=mask.device)
-    additive = torch.where(mask, zero, float("-inf"))
-    return additive.repeat(1, 1, group, 1) if group > 1 else additive
+    additive = torch.where(mask, zero, float("-inf") if num_kv_heads is None else hidden_score(dtype))
+    # heads of one sequence are a view; those of several a copy, lest every layer makes one: parts need sequences and
+    # heads one stride apart
+    copies = 1 if num_kv_heads is None or mask.shape[0] == 1 else num_kv_heads
+    additive = additive.repeat(1, copies, group, 1) if copies * group > 1 else additive
+    return additive if num_kv_heads is None else additive.expand(-1, num_kv_heads, -1, -1)
 
 
 class AttentionRoute:
@@ -139,8 +158,19 @@ class AttentionRoute:
 
 def query_group(base: PreTrainedModel) -> int:
     """G of a model whose configuration names its head counts; 1 where they differ between layers or are not named."""
+    heads, kv_heads = _head_counts(base)
+    return 1 if heads is None or kv_heads is None or heads % kv_heads else heads // kv_heads
+
+
+def split_heads(base: PreTrainedModel, device: torch.device) -> int | None:
+    """H where steps on this device may split keys; None where they may not, or no one number is named."""
+    return _head_counts(base)[1] if worth_splitting(device) else None
+
+
+def _head_counts(base: PreTrainedModel) -> tuple[int | None, int | None]:
+    """Query heads and key/value heads, as many where only the first are named."""
     config = base.config.get_text_config(decoder=True)
     heads, kv_heads = config_value(config, "num_attention_heads"), config_value(config, "num_key_value_heads")
-    if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
-        return 1
-    return heads // kv_heads
+    heads = heads if isinstance(heads, int) else None
+    kv_heads = heads if kv_heads is None else kv_heads
+    return heads, kv_heads if isinstance(kv_heads, int) else None

@@ -13,9 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pardec.target.attention import STOCK, AttentionRoute, group_rows, grouped_attention_calls, query_group
+from pardec.target.attention import (
+    STOCK,
+    AttentionRoute,
+    group_rows,
+    grouped_attention_calls,
+    query_group,
+    split_heads,
+)
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel, text_config
+from pardec.target.split_keys import LEAST_SLOTS, worth_splitting
 
 _ROWS = 2
 # largest difference of the route from sdpa, in units of the spread of the logits
@@ -51,12 +59,15 @@ def survey(target: TargetModel) -> Survey:
 
 def _run(target: TargetModel, group: int | None) -> tuple[Tensor, SlotCache]:
     ids = torch.arange(_ROWS, device=target.device)[None] % target.vocab_size
-    cache = SlotCache(target.num_layers, _ROWS)
+    # enough for two parts, where keys are split: a device may lack the kernel for them
+    num_slots = 2 * LEAST_SLOTS if worth_splitting(target.device) else _ROWS
+    cache = SlotCache(target.num_layers, num_slots)
     cache.slots = torch.arange(_ROWS, device=target.device)[None]
-    visible = torch.ones(1, _ROWS, _ROWS, dtype=torch.bool, device=target.device).tril()
-    mask = target.attention.render(visible, cache.slots, cache.slots, target.dtype)
+    visible = torch.ones(1, _ROWS, num_slots, dtype=torch.bool, device=target.device).tril()
+    key_positions = torch.arange(num_slots, device=target.device)[None]
+    mask = target.attention.render(visible, cache.slots, key_positions, target.dtype)
     if group is not None:
-        mask = group_rows(mask, group, target.dtype)
+        mask = group_rows(mask, group, target.dtype, split_heads(target.base, target.device))
     return target.run(target.embed(ids), cache.slots, mask, cache), cache
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from programs import run, run_in_own_process
 from reporting import latency_tables
-from timing import bandwidth, flex_route, shapes, step_groups, step_profile, steps
-from timing.steps import FLEX, GROUPED, SPLIT, STOCK, Runner, Subject, Variant
+from timing import bandwidth, shapes, step_groups, step_profile, steps
+from timing.steps import GROUPED, STOCK, WHOLE, Runner, Subject, Variant
 from tiny_models import make_adapter, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +18,7 @@ from pardec.adapters.files import save_adapter
 from pardec.decoding.engine import Engine
 from pardec.decoding.sampling import TokenLaw
 from pardec.model import SelfSpeculativeModel
+from pardec.target import attention, split_keys
 from pardec.target.forward import TargetModel
 
 CPU = torch.device("cpu")
@@ -245,26 +246,33 @@ def prompt_of(num_tokens):
 
 
 @pytest.mark.parametrize(("num_drafted", "num_prompt_tokens"), [(0, 127), (2, 128), (3, 130)])
-def test_every_route_gives_the_same_logits(sensitive, num_drafted, num_prompt_tokens, recwarn):
-    found = {}
-    for attention in (GROUPED, STOCK, SPLIT, FLEX):
-        decoder = sensitive.engine(num_drafted, Variant(compile=False, lora=False, attention=attention), 8).decoder
-        assert isinstance(decoder.forward, flex_route.FlexForward) == (attention == FLEX)
-        found[attention] = decoder.step_logits(decoder.prefill([prompt_of(num_prompt_tokens)]))
-    recwarn.clear()  # FlexAttention says that it is slow uncompiled
-    for attention in (STOCK, SPLIT, FLEX):
-        torch.testing.assert_close(found[attention], found[GROUPED], rtol=0, atol=1e-5)
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_every_route_gives_the_same_logits(sensitive, num_drafted, num_prompt_tokens, multiprocessors, monkeypatch):
+    monkeypatch.setattr(split_keys, "num_multiprocessors", lambda device: multiprocessors)
+    calls, parts, found, split = [], {}, {}, attention.attention_by_parts
+    monkeypatch.setattr(
+        attention, "attention_by_parts", lambda *args, **rest: calls.append(args) or split(*args, **rest)
+    )
+    for name in (WHOLE, STOCK, GROUPED):
+        decoder = sensitive.engine(num_drafted, Variant(compile=False, lora=False, attention=name), 40).decoder
+        state = decoder.prefill([prompt_of(num_prompt_tokens)])
+        state.cache.num_used = 160  # two parts of 80
+        calls.clear()
+        found[name] = decoder.step_logits(state)
+        parts[name] = len(calls)
+    assert parts == {WHOLE: 0, STOCK: 0, GROUPED: sensitive.target.num_layers if multiprocessors > 1 else 0}
+    for name in (STOCK, WHOLE):
+        torch.testing.assert_close(found[name], found[GROUPED], rtol=0, atol=1e-5)
     assert sensitive.target.base.config._attn_implementation == "sdpa"
 
 
-def test_every_route_drafts_with_the_lora(sensitive, recwarn):
+def test_every_route_drafts_with_the_lora(sensitive):
     found = {}
-    for lora, attention in ((True, GROUPED), (True, STOCK), (True, FLEX), (False, GROUPED)):
-        engine = sensitive.engine(3, Variant(compile=False, lora=lora, attention=attention), 8)
+    for lora, name in ((True, GROUPED), (True, STOCK), (True, WHOLE), (False, GROUPED)):
+        engine = sensitive.engine(3, Variant(compile=False, lora=lora, attention=name), 8)
         drafts = [(step.tokens, engine.state.drafts.tolist()) for step in engine.run([prompt_of(40)])]
-        found[lora, attention] = drafts
-    recwarn.clear()
-    assert found[True, GROUPED] == found[True, STOCK] == found[True, FLEX] != found[False, GROUPED]
+        found[lora, name] = drafts
+    assert found[True, GROUPED] == found[True, STOCK] == found[True, WHOLE] != found[False, GROUPED]
 
 
 # ---------------------------------------------------------------------- the profile
@@ -370,7 +378,7 @@ def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters):
         (["--quick", "--forced-acceptance", "3"], "forced_acceptance: expected 0 to 2"),
         (
             ["--quick", "--attention", "stock,flash"],
-            "attention: expected some of grouped, stock, split on this device, found 'stock,flash'",
+            "attention: expected some of grouped, whole, stock, found 'stock,flash'",
         ),
         (["--quick", "--device", "abacus"], "device: expected a CPU or CUDA device"),
         (["--quick", "--device", "cpu", "--profile"], "profile: expected a CUDA device, found cpu"),
