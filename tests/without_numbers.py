@@ -26,10 +26,11 @@ def tiny_decoder(
     *,
     lora: bool = False,
     head: bool = False,
+    packed: bool = False,
     law: TokenLaw | None = None,
     device: str = "meta",
 ) -> Decoder:
-    """A decoder of a tiny model in bfloat16 as it is put together on CUDA: no weights are packed, attention is grouped.
+    """A decoder of a tiny model in bfloat16 as it is put together on CUDA, where attention is grouped.
 
     Args:
         family: whose attention is sdpa; where it mixes kinds of layers, these take turns.
@@ -37,6 +38,7 @@ def tiny_decoder(
         num_layers: of the model.
         lora: on every linear layer.
         head: draws the drafts.
+        packed: layers that share an input are one, as where there is memory for it.
         law: default the greedy one.
         device: `meta`, or one that has numbers.
     """
@@ -50,13 +52,15 @@ def tiny_decoder(
     model.to(device)  # type: ignore[arg-type]
     target, group, law = TargetModel.wrap(model), query_group(model), law or TokenLaw(greedy=True)
     eos = torch.zeros(1, dtype=torch.long, device=device)
+    gate = None if adapter.lora is None else LoraGate(model, adapter.lora)
+    linears = PackedLinears(siblings, gate)
+    if packed:
+        linears.refresh()
     if mode == "plain":
-        return Decoder(RowForward(target, query_group=group), mode, 0, law, CAPACITY, eos)
+        return Decoder(RowForward(target, linears=linears, query_group=group), mode, 0, law, CAPACITY, eos)
     assert adapter.mask_embeddings is not None
     masks = adapter.mask_embeddings.to(device, target.dtype)
-    gate = None if adapter.lora is None else LoraGate(model, adapter.lora)
     drafter = HeadDrafter.of(adapter, target)
-    linears = PackedLinears(siblings, gate)  # not made up to date: none are packed
     forward = RowForward(target, masks, gate, linears, group, tap=drafter and drafter.tap)
     return Decoder(forward, mode, K, law, CAPACITY, eos, head=drafter)
 

@@ -4,6 +4,7 @@ What it is compared with is the base alone: its own `generate`, and PEFT's layer
 the results stand in. Legend: K num_speculative_tokens.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,7 @@ def _trained(
 def _expect_gate_serves(base: PreTrainedModel, adapter: Adapter, ids: Tensor) -> None:
     """With the gate open on all rows the logits are those of PEFT's own layers."""
     assert adapter.lora is not None
+    base = copy.deepcopy(base).double()  # rounding in float32 may send a token to another expert
     without = base(ids, use_cache=False).logits
     with lora_enabled(base):
         expected = base(ids, use_cache=False).logits

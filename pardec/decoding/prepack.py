@@ -8,6 +8,7 @@ runs them; whoever runs the base meanwhile gets its own arithmetic.
 Legend: R rows, r rank.
 """
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ _TYPICAL_ROWS = 16
 
 
 # of the memory that is free: what packed weights may take
-_SHARE = {"cpu": 1 / 2, "cuda": 1 / 4}
+_SHARE = {"cpu": 1 / 2, "cuda": 1 / 4, "meta": 1.0}
 
 
 class PackedLinears:
@@ -52,6 +53,7 @@ class PackedLinears:
         self.num_packed = 0
         self.forwards: dict[nn.Linear, Callable[[Tensor], Tensor]] = {}
         self._dispatchers: dict[nn.Linear, _Dispatcher] = {}
+        self._kinds: set[str] = set()  # of the devices of packed layers
         self._groups: list[_Group] = []
         self._checksums: list[Tensor] = []
 
@@ -64,8 +66,7 @@ class PackedLinears:
     def replaced(self) -> Collection[nn.Module]:
         """The layers that `active` replaces now; a LoRA on them is applied there, not by hooks."""
         # where autocast is on the caller wants another dtype
-        kinds = {module.weight.device.type for module in self.forwards}
-        return () if any(map(torch.is_autocast_enabled, kinds)) else self.forwards.keys()
+        return () if any(map(torch.is_autocast_enabled, self._kinds)) else self.forwards.keys()
 
     def refresh(self) -> None:
         """Packs the weights if there are none packed or they are no longer what was packed."""
@@ -80,6 +81,7 @@ class PackedLinears:
             self._groups = [_Group.pack(group, self._gate) for group in groups]
             pairs = [zip(group.modules, group.forwards, strict=True) for group in self._groups]
             self.forwards = dict(pair for group in pairs for pair in group)
+            self._kinds = {module.weight.device.type for module in linears} - {"meta"}
             self._checksums = checksums
 
     def _is_worth_it(self, group: Sequence[nn.Linear]) -> bool:
@@ -270,7 +272,9 @@ def _fits(modules: Sequence[nn.Linear]) -> bool:
     return all(size <= _free_bytes(device) * _SHARE[device.type] for device, size in needed.items())
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> float:
+    if device.type == "meta":
+        return math.inf
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
@@ -287,7 +291,8 @@ def _can_be_packed(module: nn.Linear) -> bool:
     if type(module.weight) not in (nn.Parameter, Tensor):  # as do quantised weights
         return False
     kind, dtype = module.weight.device.type, module.weight.dtype
-    return (kind == "cuda" and dtype.is_floating_point) or (kind == "cpu" and _has_kernels(dtype))
+    # steps are counted on the device `meta` as they run on CUDA
+    return (kind in ("cuda", "meta") and dtype.is_floating_point) or (kind == "cpu" and _has_kernels(dtype))
 
 
 def _has_kernels(dtype: torch.dtype) -> bool:

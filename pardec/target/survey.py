@@ -57,6 +57,14 @@ def survey(target: TargetModel) -> Survey:
     return Survey(bytes_per_slot // cache.num_slots, _siblings(inputs), group)
 
 
+@torch.no_grad()
+def siblings_of(target: TargetModel) -> tuple[tuple[nn.Module, ...], ...]:
+    """`Survey.siblings` alone, which shapes are enough for: of a model on the device `meta` too."""
+    with _observed_inputs(target.base) as inputs:
+        _run(target, group=None)
+    return _siblings(inputs)
+
+
 def _run(target: TargetModel, group: int | None) -> tuple[Tensor, SlotCache]:
     ids = torch.arange(_ROWS, device=target.device)[None] % target.vocab_size
     # enough for two parts, where keys are split: a device may lack the kernel for them

@@ -1,8 +1,9 @@
 """What a step asks of a device, proved without one: kernel launches, no wait, nothing from the host, aligned masks.
 
-Steps run on tensors without numbers, on the device `meta`, in bfloat16 and the way that a CUDA device takes: no packed
-weights, the LoRA through hooks, keys in parts. Every operation that reaches a backend is a launch unless it is a view
-or an allocation (`timing.launches`). What a layer launches is the difference between models of few and of more layers.
+Steps run on tensors without numbers, on the device `meta`, in bfloat16 and the way that a CUDA device takes: keys in
+parts, weights packed or, for want of memory, as they are with the LoRA through hooks. Every operation that reaches a
+backend is a launch unless it is a view or an allocation (`timing.launches`). What a layer launches is the difference
+between models of few and of more layers.
 """
 
 import pytest
@@ -27,6 +28,8 @@ BUDGETS = {
 }
 # a product with B for each linear layer, and one with A for each input: q, k and v share theirs, and so do gate and up
 LORA_LAUNCHES_A_LAYER = {"llama": 11, "gemma3-mixed-windows": 11, "gpt2": 8}
+# of layers that share an input three products become one, and two become one; A rides along, B is one for each input
+PACKED_SAVES, PACKED_LORA_LAUNCHES = 3, 4
 # enough for every kind of layer
 NUM_LAYERS = {"llama": (1, 3), "gemma3-mixed-windows": (3, 6), "gpt2": (1, 3)}
 BATCH_SIZES = (1, 2)
@@ -65,6 +68,20 @@ def test_a_lora_launches_its_products_and_nothing_beside_the_layers(family, batc
     without, with_lora = launches(family, "fused", batch_size), launches(family, "fused", batch_size, lora=True)
     assert without[0] < with_lora[0] <= without[0] + LORA_LAUNCHES_A_LAYER[family]
     assert with_lora[1] == without[1]
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows"])
+def test_packed_weights_save_products_and_make_a_lora_one_for_each_input(family, batch_size):
+    for mode in ("plain", "fused"):
+        own, packed = (launches(family, mode, batch_size, packed=packed) for packed in (False, True))
+        assert packed == (own[0] - PACKED_SAVES, own[1])
+    with_lora = launches(family, "fused", batch_size, packed=True, lora=True)
+    assert packed[0] < with_lora[0] <= packed[0] + PACKED_LORA_LAUNCHES
+    assert with_lora[1] == packed[1]
+    assert launches(family, "plain", batch_size, packed=True, lora=True) == launches(
+        family, "plain", batch_size, packed=True
+    )
 
 
 LAWS = {"greedy": TokenLaw(greedy=True), "sampled": TokenLaw(False, sampled().processors)}
