@@ -130,6 +130,7 @@ def write_report(output: Path, planned: Sequence[Step], without: Sequence[str], 
         for name in record["results"]:
             found = output / name
             pages = sorted(found.glob("*.md")) if found.is_dir() else [found] if found.suffix == ".md" else []
+            pages = [page for page in pages if page.exists()]  # a result that somebody took away costs no report
             # a table that several steps add to stands behind the last of them
             kept = {page: text for page, text in tables.items() if page not in pages}
             texts = {page: page.read_text().replace(f"{output}/", "") for page in pages}

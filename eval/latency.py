@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 import pardec
 from pardec.adapters.files import load_adapter
+from pardec.layout import MAX_SPECULATIVE_TOKENS
 from pardec.run import command_line, exit_on_unusable_input, git_commit, library_versions
 from pardec.target.forward import TargetModel
 
@@ -221,6 +222,9 @@ def drafted_of(rows: str) -> list[int]:
     drafted = [math.isqrt(number) - 1 for number in integers("rows", rows)]
     if [(K + 1) ** 2 for K in drafted] != integers("rows", rows):
         raise ValueError(f"rows: expected squares (K + 1)^2 such as 1, 4, 9, found {rows}")
+    most = (MAX_SPECULATIVE_TOKENS + 1) ** 2
+    if (drafted[-1] + 1) ** 2 > most:
+        raise ValueError(f"rows: expected at most {most}, found {rows}")
     return drafted
 
 

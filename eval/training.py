@@ -29,6 +29,7 @@ from timing.shapes import SHAPES, config_of, random_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pardec.layout import MAX_SPECULATIVE_TOKENS
 from pardec.run import exit_on_unusable_input
 from pardec.training.memory import adapter_bytes
 from pardec.training.module import Drafter, MaskTokenTrainer
@@ -91,6 +92,10 @@ def report(args: argparse.Namespace) -> None:
     for option in ("batch_size", "length", "anchors", "num_speculative_tokens", "lora_rank", "repetitions"):
         if getattr(args, option) < 1:
             raise ValueError(f"{option}: expected an integer >= 1, found {getattr(args, option)}")
+    if args.num_speculative_tokens > MAX_SPECULATIVE_TOKENS:
+        raise ValueError(
+            f"num_speculative_tokens: expected at most {MAX_SPECULATIVE_TOKENS}, found {args.num_speculative_tokens}"
+        )
     if args.anchors > args.length:
         raise ValueError(f"anchors: expected at most {args.length}, the length, found {args.anchors}")
     accelerator = make_accelerator("auto")

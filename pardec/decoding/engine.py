@@ -72,6 +72,7 @@ class Engine:
         self._free = partial(_free, make_room)  # no method: its engine would be freed by the cycle collector alone
         self._graphs = CapturedSteps(decoder, recorder, self._free) if captured else None
 
+    @torch.inference_mode(False)  # whose tensors do not count how often they were written to: packed layers go by that
     def run(
         self,
         prompts: list[list[int]],

@@ -218,6 +218,7 @@ class Engines:
     # ------------------------------------------------------------------ engines
 
     @contextmanager
+    @torch.inference_mode(False)  # as steps run, for which tensors are made here
     def lend(
         self,
         prompts: list[list[int]],

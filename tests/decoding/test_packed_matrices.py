@@ -122,3 +122,24 @@ def test_under_autocast_hooks_apply_the_lora_that_packed_layers_would(as_on_cuda
     assert found.token_ids == other.token_ids
     assert found.counts[0].accepted == other.counts[0].accepted
     assert found.stats.mean_acceptance_length > 1
+
+
+def test_in_inference_mode_layers_that_share_an_input_are_one_product_too(monkeypatch):
+    """Tensors of that mode do not tell whether somebody has written to them."""
+    model, products = tiny_model("llama", dtype=torch.float32), []
+    original = prepack._packed_product
+
+    def counted(modules, gate):
+        product = original(modules, gate)
+        return lambda x: products.append(len(modules)) or product(x)
+
+    monkeypatch.setattr(prepack, "_packed_product", counted)
+    expected, counts = plain_generate(model, [5, 9, 2, 7], 16), []
+    for mode in (torch.no_grad, torch.inference_mode):
+        ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2, head_width=4))
+        for way in ("plain", "fused"):
+            with mode():
+                found = ours.generate([[5, 9, 2, 7]], max_new_tokens=16, mode=way)
+            assert found.token_ids == [expected]
+        counts.append(len(products))
+    assert counts[1] == 2 * counts[0]

@@ -392,3 +392,13 @@ def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, mo
     study = json.loads((folder / "study.json").read_text())
     done = [row["view"] for row in study["rows"] if row["status"] == "done"]
     assert done == ["head", "no head"]
+
+
+def test_a_result_that_somebody_took_away_costs_no_report(run, tmp_path):
+    steps = [counting(tmp_path, "one"), counting(tmp_path, "two")]
+    _, folder = run(steps)
+    (folder / "one.md").unlink()
+    assert run(steps)[0] == 0
+    text = (folder / "REPORT.md").read_text()
+    assert "\n\ntable of two" in text
+    assert "\n\ntable of one" not in text

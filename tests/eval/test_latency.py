@@ -373,6 +373,7 @@ def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters):
         (["runs/no-such-adapter"], "expected an adapter directory, found nothing"),
         ([], "expected an adapter directory, --shape or --quick"),
         (["--quick", "--rows", "1,5"], "rows: expected squares"),
+        (["--quick", "--rows", "1,1000000"], "rows: expected at most 4225, found 1,1000000"),
         (["--quick", "--contexts", "many"], "contexts: expected integers"),
         (["--quick", "--repetitions", "0"], "repetitions: expected an integer >= 1, found 0"),
         (["--quick", "--forced-acceptance", "3"], "forced_acceptance: expected 0 to 2"),

@@ -112,6 +112,7 @@ def test_a_form_that_does_not_fit_is_left_out_and_the_other_is_measured(tmp_path
     [
         (("--shape", "huge"), "shape: expected one of tiny"),
         (("--anchors", "100"), "anchors: expected at most 64, the length, found 100"),
+        (("--num-speculative-tokens", "65"), "num_speculative_tokens: expected at most 64, found 65"),
         (("--repetitions", "0"), "repetitions: expected an integer >= 1, found 0"),
     ],
 )
