@@ -30,7 +30,7 @@ from pardec.decoding.verify import VERIFICATIONS, Verification
 from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
-from pardec.target.compiling import compiled
+from pardec.target.compiling import compiled, refuse_compiled
 from pardec.target.forward import TargetModel
 from pardec.target.placement import is_offloaded
 from pardec.target.survey import Survey, survey
@@ -81,6 +81,7 @@ class Engines:
         self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
         self.tuned: TunedChoice | None = None
         self._survey: Survey | None = None
+        self._surveyed: int | None = None  # the signature of the base then
         self._linears: dict[bool, PackedLinears] = {}
         self._pool = EnginePool()
 
@@ -242,8 +243,14 @@ class Engines:
         self.check(prompts, max_new_tokens, num_sequences or len(prompts))
         target = self.target
         eos_ids = eos_token_ids(target.base) if eos is None else eos
+        if drafting.mode != "plain" and (self.gate is not None or drafting.head is not None):
+            refuse_compiled(target.base)
         if self._survey is None:
             self._survey = survey(target)
+        now = signature(target.base)
+        if self.compile and self._surveyed not in (None, now):  # code that is traced goes by what was seen of inputs
+            self._survey, self._linears = survey(target), {}
+        self._surveyed = now
         # on a CPU what a LoRA adds to a packed weight costs plain steps something
         drafts = drafting.mode != "plain" or target.device.type != "cpu"
         linears = self._packed(self._survey, with_lora=drafts and self.gate is not None)
@@ -257,7 +264,7 @@ class Engines:
                 self.capture,
                 self.compile,
                 sequences,
-                signature(target.base),
+                now,
                 arithmetic(target.device),
                 linears.num_packed,
             )

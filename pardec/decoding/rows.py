@@ -79,7 +79,7 @@ class RowForward:
     tap: HiddenTap | None = None
     hidden: Tensor | None = field(default=None, init=False)
     _slot_index: dict[int, Tensor] = field(default_factory=dict)  # 1..num_used by num_used, kept for graphs
-    _compiled: dict[tuple[int, int], Callable[..., Any]] = field(default_factory=dict)  # by the mask rows of plans
+    _compiled: dict[tuple[int, int, bool], Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         run = self.target.run if self.tap is None else _with_hidden(self.target.run, self.tap)
@@ -187,10 +187,11 @@ class RowForward:
     def _compiled_for(self, plan: RowPlan) -> Callable[..., Any]:
         """The forward as `compile_step` makes it, which opens the gate by itself."""
         assert self.compile_step is not None
-        key = (plan.mask_rows.start, plan.mask_rows.stop)
+        is_packed = self.linears is not None and bool(self.linears.replaced)
+        key = (plan.mask_rows.start, plan.mask_rows.stop, is_packed)
         if key not in self._compiled:
             run = self._run
-            if self.linears is not None:
+            if self.linears is not None and is_packed:
                 run = self.linears.around(run)
             if self.gate is not None and plan.has_mask_rows:
                 run = self.gate.around(run, plan.mask_rows)

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import nn
+
+from pardec.target.forward import UnsupportedModelError
 
 Returned = TypeVar("Returned")
 
@@ -20,3 +23,18 @@ def compiled(forward: Callable[..., Returned]) -> Callable[..., Returned]:
             return optimised(*args)
 
     return run
+
+
+def refuse_compiled(base: nn.Module) -> None:
+    """Refuses a base that its user has compiled: code of another's does not see what hooks of a step are told.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+    """
+    for module in base.modules():
+        own = vars(module)
+        if own.get("_compiled_call_impl") is not None or hasattr(own.get("forward"), "_torchdynamo_orig_callable"):
+            raise UnsupportedModelError(
+                f"base: expected no torch.compile of your own beside a LoRA or a sampler head, found it on "
+                f"{type(module).__name__}; pardec.load(..., compile=True) compiles steps"
+            )

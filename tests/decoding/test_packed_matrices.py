@@ -12,7 +12,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.model import SelfSpeculativeModel
-from pardec.target.forward import TargetModel
+from pardec.target.forward import TargetModel, UnsupportedModelError
 from pardec.target.survey import survey
 
 
@@ -143,3 +143,34 @@ def test_in_inference_mode_layers_that_share_an_input_are_one_product_too(monkey
             assert found.token_ids == [expected]
         counts.append(len(products))
     assert counts[1] == 2 * counts[0]
+
+
+def test_compiled_steps_of_a_base_that_writes_to_a_shared_input_since_take_layers_by_themselves(as_on_cuda):
+    model = tiny_model("llama", num_hidden_layers=2)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2), compile=True)
+    prompt, attention = [5, 9, 2, 7], model.model.layers[0].self_attn
+    ours.generate([prompt], max_new_tokens=4)
+    (before,) = ours.engines._linears.values()
+
+    def doubles(module, args):
+        args[0].mul_(2)
+
+    handle = attention.k_proj.register_forward_pre_hook(doubles)
+    assert ours.generate([prompt], max_new_tokens=9).token_ids == [plain_generate(model, prompt, 9)]
+    handle.remove()
+    (after,) = ours.engines._linears.values()
+    assert after is not before
+    assert (attention.k_proj,) not in before.siblings
+    assert len(after.siblings) > len(before.siblings)
+
+
+@pytest.mark.parametrize("where", ["forward", "call"])
+def test_a_base_that_its_user_has_compiled_is_refused_beside_a_lora(where):
+    model = tiny_model("llama", num_hidden_layers=1)
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 2, lora_rank=2))
+    if where == "forward":
+        model.model.layers[0].forward = torch.compile(model.model.layers[0].forward, backend="eager")
+    else:
+        model.compile(backend="eager")
+    with pytest.raises(UnsupportedModelError, match=r"base: expected no torch\.compile of your own beside a LoRA"):
+        ours.generate([[5, 9]], max_new_tokens=4)
