@@ -4,7 +4,12 @@ from typing import Annotated
 
 import typer
 
-Directory = Annotated[str, typer.Argument(help="adapter directory, e.g. runs/quickstart", show_default=False)]
+Directory = Annotated[
+    str,
+    typer.Argument(
+        help="adapter: a directory, e.g. runs/quickstart, or a hub name user/name[@revision]", show_default=False
+    ),
+]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="base model, if not the one that the adapter names", show_default=False)
 ]
