@@ -139,6 +139,7 @@ def hub(tmp_path, monkeypatch):
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # LFS, which is plain HTTP
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache/hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -101,7 +101,14 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(status, {"error": message}, **({"X_Error_Code": code} if code else {}), X_Error_Message=message)
 
     def body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def handle_any(self) -> None:
         path, content = unquote(urlsplit(self.path).path), self.body()
@@ -167,7 +174,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(content)
         name = f"{asked['organization']}/{asked['name']}"
         if name in self.hub.repos:
-            return self.refuse(409, "You already created this model repo")
+            return self.answer(409, {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"})
         self.hub.repos[name] = Repo(private=asked.get("visibility") == "private")
         self.hub.repos[name].commit("main", {".gitattributes": b""})
         return self.answer(200, {"url": f"{self.hub.url}/{name}"})

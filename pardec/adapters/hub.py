@@ -83,8 +83,7 @@ def hub_problem(name: HubName, error: Exception, file: str | None = None) -> str
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         if constants.HF_HUB_OFFLINE:
             return f"no {wanted} in the hub's cache {constants.HF_HUB_CACHE}, offline as HF_HUB_OFFLINE is set"
-        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        return f"no {wanted} from {where}: {_line(cause)}"
+        return f"no {wanted} from {where}: {_line(error)}"
     if isinstance(error, GatedRepoError):
         return f"a repository at {where} to which its owners give access one by one: ask there, and log in"
     if isinstance(error, RepositoryNotFoundError):
@@ -100,6 +99,9 @@ def hub_problem(name: HubName, error: Exception, file: str | None = None) -> str
 
 
 def _line(error: Exception) -> str:
+    """The first of an error's causes in one line, without the token."""
+    while isinstance(error.__cause__, Exception) and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
     text = first_line(error)
     if isinstance(error, HfHubHTTPError):
         text = f"HTTP {error.response.status_code} {error.server_message or error.response.reason_phrase}"
