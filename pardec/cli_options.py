@@ -7,7 +7,7 @@ import typer
 Directory = Annotated[
     str,
     typer.Argument(
-        help="adapter: a directory, e.g. runs/quickstart, or a hub name user/name[@revision]", show_default=False
+        help="adapter: a directory, e.g. runs/quickstart, or user/name@revision on the hub", show_default=False
     ),
 ]
 BaseOption = Annotated[

@@ -113,7 +113,8 @@ def _trained(training: dict[str, Any]) -> str:
     for key, name in (("step", "steps"), ("device", "trained on"), ("git_commit", "commit of pardec")):
         if training.get(key) is not None:
             rows.append((name, str(training[key])))
-    return "".join(f"| {name} | {value.replace('|', '&#124;')} |\n" for name, value in rows)
+    rows = [(name, " ".join(value.replace("|", r"\|").split())) for name, value in rows]
+    return "".join(f"| {name} | {value} |\n" for name, value in rows)
 
 
 def _acceptance(measured: dict[str, Any]) -> str:

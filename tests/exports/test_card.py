@@ -72,6 +72,12 @@ def test_an_interval_in_another_form_is_not_told(packaged_adapter, interval):
     assert "| greedy | 2.30 | not known |" in card(adapter)
 
 
+def test_a_command_stays_in_its_cell_of_the_table(packaged_adapter):
+    adapter = packaged_adapter(2)
+    adapter.metadata.training["command"] = "train_adapter.py 'a|b'\nmore"
+    assert "| training command | `train_adapter.py 'a\\|b' more` |\n" in card(adapter)
+
+
 def test_what_is_not_known_is_not_told(packaged_adapter):
     text = card(packaged_adapter(2))
     assert "The adapter was not measured, so nothing can be promised." in text
