@@ -1,4 +1,4 @@
-"""The command line: `pardec generate`, `pardec chat`, `pardec check`, `pardec tune` and `pardec export`.
+"""The command line: `pardec generate`, `chat`, `check`, `tune`, `export`, `import` and `push`.
 
 Imports torch and transformers inside the commands only, so that `--help` is quick.
 Exit codes: 0 done, 1 a check found a difference that is no tie of the dtype, 2 unusable input.
@@ -30,6 +30,8 @@ from pardec.cli_options import (
 )
 from pardec.data.prompt_files import read_prompts
 from pardec.export_command import export
+from pardec.import_command import import_lora
+from pardec.push_command import push
 
 if TYPE_CHECKING:
     from pardec.model import SelfSpeculativeModel
@@ -281,6 +283,8 @@ def tune(
 
 
 app.command()(export)
+app.command(name="import")(import_lora)
+app.command()(push)
 
 
 def _load(

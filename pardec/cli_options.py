@@ -4,7 +4,12 @@ from typing import Annotated
 
 import typer
 
-Directory = Annotated[str, typer.Argument(help="adapter directory, e.g. runs/quickstart", show_default=False)]
+Directory = Annotated[
+    str,
+    typer.Argument(
+        help="adapter: a directory, e.g. runs/quickstart, or user/name@revision on the hub", show_default=False
+    ),
+]
 BaseOption = Annotated[
     str | None, typer.Option("--base", help="base model, if not the one that the adapter names", show_default=False)
 ]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import load_adapter
+from pardec.adapters.hub import HubName, hub_name
 from pardec.adapters.packaged import tuned_folder
 from pardec.adapters.tuned import TUNED_FILE, fastest_dtype, read_tuned, shipped_choice
 from pardec.arguments import flag, known_dtype
@@ -33,11 +34,13 @@ def load(
     attn_implementation: str | None = None,
     compile: bool = False,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> SelfSpeculativeModel:
     """Loads an adapter and its base, and refuses pairs that do not belong together or cannot be exact.
 
     Args:
-        directory: of the adapter.
+        directory: of the adapter; or its name on the Hugging Face hub, `user/name` or `user/name@revision`, unless
+            there is a folder of that name.
         base: folder, hub name or loaded model; default the base that the adapter names.
         device: default CUDA where there is one, else the CPU.
         dtype: default float32 on a CPU, the checkpoint's own on CUDA; `tuned` for the one in which `pardec tune` found
@@ -46,6 +49,7 @@ def load(
         compile: compile the steps with torch.compile (inductor): the first call takes minutes, later ones are
             faster on CUDA; on a CPU packed weights, which it replaces, measured as fast.
         trust_remote_code: run code that comes with the base.
+        revision: branch, tag or commit of the adapter on the hub; the same as `user/name@revision`.
 
     Raises:
         ValueError: for arguments of another kind, and a device or dtype that is none here.
@@ -56,6 +60,7 @@ def load(
         flag(name, value)
     if base is not None and not isinstance(base, str | PreTrainedModel):
         raise ValueError(f"base: expected a folder, a hub name or a loaded model, found {shown(base)}")
+    directory = directory if revision is None else _at_revision(directory, revision)
     adapter = load_adapter(directory)
     reference = adapter.metadata.base
     if isinstance(dtype, str) and dtype == TUNED:
@@ -90,6 +95,24 @@ def load(
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
     _probe(model)
     return model
+
+
+def _at_revision(directory: object, revision: object) -> str:
+    """The adapter's name on the hub with its revision.
+
+    Raises:
+        ValueError: if it can have none.
+    """
+    name = hub_name(directory) if isinstance(directory, str) else None
+    if name is None or name.revision is not None:
+        raise ValueError(
+            "revision: expected None unless the adapter is user/name on the hub and no folder here has that name, "
+            f"found {shown(revision)} for {shown(directory)}"
+        )
+    whole = f"{name}@{revision}"
+    if not isinstance(revision, str) or HubName.parse(whole) is None:
+        raise ValueError(f"revision: expected a branch, a tag or a commit, found {shown(revision)}")
+    return whole
 
 
 def _tuned_dtype(

@@ -163,6 +163,7 @@ FIT_TO_LOAD = {
     "attn_implementation": {"none"},
     "compile": {"false", "true"},
     "trust_remote_code": {"false", "true"},
+    "revision": {"none"},
 }
 
 

@@ -25,6 +25,8 @@ FLOORS = (
         "pardec/chat_terminal",
         "pardec/race_terminal",
         "pardec/export_command",
+        "pardec/import_command",
+        "pardec/push_command",
         "pardec/cli",
         "pardec/cli_options",
         "pardec/__main__",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, AdapterError, AdapterMetadata
 from pardec.adapters.gated_lora import LoraWeights
+from pardec.adapters.hub import HubName, hub_file, hub_name
 from pardec.adapters.json_files import read_object
 from pardec.adapters.packaged import adapter_folder
 from pardec.errors import first_line, problem, short, shown
@@ -29,6 +30,8 @@ LORA_DIR = "lora"
 LORA_CONFIG_FILE = f"{LORA_DIR}/adapter_config.json"
 LORA_WEIGHTS_FILE = f"{LORA_DIR}/adapter_model.safetensors"
 LORA_README_FILE = f"{LORA_DIR}/README.md"
+# all that an adapter may consist of, but for METADATA_FILE
+PART_FILES = (EMBEDDINGS_FILE, HEAD_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE)
 _INCOMING, _WRITING, _REMOVED = ".incoming", ".writing-", ".removed-"
 _LORA_README = (
     "This LoRA is only valid at the rows of pardec's mask tokens. "
@@ -110,7 +113,7 @@ def _publish(incoming: Path, directory: Path) -> None:
 
 def _remove_stale(directory: Path, names: list[str]) -> None:
     """An older adapter's files that are not among the new one's `names`; whatever else someone keeps there stays."""
-    for name in {EMBEDDINGS_FILE, HEAD_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE}.difference(names):
+    for name in set(PART_FILES).difference(names):
         (directory / name).unlink(missing_ok=True)
     folder = directory / LORA_DIR
     if folder.is_dir() and not any(folder.iterdir()):
@@ -118,14 +121,18 @@ def _remove_stale(directory: Path, names: list[str]) -> None:
 
 
 def load_adapter(directory: str | Path) -> Adapter:
-    """Reads an adapter directory, or an adapter that ships with the package, by its name.
+    """Reads an adapter: a directory, one that ships with the package, by its name, or one of the Hugging Face hub.
+
+    Args:
+        directory: what is there on the disk comes first, then packaged names, then `user/name` or
+            `user/name@revision` on the hub.
 
     Raises:
         AdapterError: if it is missing, incomplete, damaged, foreign or of a later format.
     """
     if not isinstance(directory, str | os.PathLike):
         raise AdapterError(f"directory: expected the path of an adapter, found {shown(directory)}")
-    folder = adapter_folder(directory)
+    folder = folder_of(directory)
     try:
         found = None if folder.is_dir() else _what(folder)
     except OSError as error:  # of a name that no file system takes
@@ -153,6 +160,30 @@ def load_adapter(directory: str | Path) -> Adapter:
     if HEAD_FILE in metadata.files:
         head = _read_tensors(root / HEAD_FILE)
     return Adapter(masks, metadata, lora, head)
+
+
+def folder_of(directory: str | os.PathLike[str]) -> Path:
+    """Where an adapter's files are, whether anything is there or not; of one of the hub they are brought first.
+
+    Raises:
+        AdapterError: if the hub has no such adapter.
+    """
+    name = hub_name(directory)
+    return adapter_folder(directory) if name is None else _from_hub(name)
+
+
+def _from_hub(name: HubName) -> Path:
+    """The folder of an adapter's files in the hub's cache, all of one commit; no other file is asked for."""
+    folder = hub_file(name, METADATA_FILE).parent
+    files = _read_metadata(folder).files
+    foreign = sorted(set(files).difference(PART_FILES))
+    if foreign:
+        raise AdapterError(
+            f"{name}: {METADATA_FILE}: expected files of {', '.join(PART_FILES)}, found {shown(foreign[0])}"
+        )
+    for file in files:
+        hub_file(HubName(name.repo, revision=folder.name), file)
+    return folder
 
 
 def _read_metadata(root: Path) -> AdapterMetadata:

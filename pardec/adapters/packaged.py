@@ -6,6 +6,7 @@ Knows where they lie, nothing of what is in them.
 import os
 from pathlib import Path
 
+from pardec.adapters.hub import hub_name
 from pardec.run import cache_folder
 
 PACKAGED_ADAPTERS = ("smollm2", "smollm2_embeddings")
@@ -18,11 +19,13 @@ def adapter_folder(directory: str | os.PathLike[str]) -> Path:
 
 
 def tuned_folder(directory: str | os.PathLike[str]) -> Path:
-    """Where `tuned.json` of an adapter is kept: in its folder, or in the user's cache for a packaged one.
+    """Where `tuned.json` of an adapter is kept: in its folder; of a packaged one or one of the hub in the user's cache.
 
-    What is installed may be shared, read-only, or gone with the next version.
+    What is installed or downloaded may be shared, read-only, or gone with the next version.
     """
-    folder = Path(directory)
+    folder, name = Path(directory), hub_name(directory)
+    if name is not None:
+        return cache_folder() / "tuned" / name.repo.replace("/", "--")
     return cache_folder() / "tuned" / folder.name if _is_packaged(folder) else folder
 
 

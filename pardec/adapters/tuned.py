@@ -101,7 +101,7 @@ def read_tuned(
         ValueError: if the file is there and is not one of ours, naming it.
     """
     wanted = (device, str(dtype).removeprefix("torch."), compile)
-    fresh = [one for one in _read_fresh(Path(directory), files) if _key(one) == wanted]
+    fresh = [one for one in fresh_choices(directory, files) if _key(one) == wanted]
     return fresh[0] if fresh else None
 
 
@@ -111,7 +111,7 @@ def shipped_choice(directory: str | Path, *, files: Mapping[str, str] | None = N
     Arguments and errors as in `read_tuned`.
     """
     folder = adapter_folder(directory)
-    fresh = [] if folder == Path(directory) else _read_fresh(folder, files)
+    fresh = [] if folder == Path(directory) else fresh_choices(folder, files)
     return fresh[0] if fresh else None
 
 
@@ -122,7 +122,7 @@ def fastest_dtype(
 
     Arguments and errors as in `read_tuned`.
     """
-    fresh = _read_fresh(Path(directory), files)
+    fresh = fresh_choices(directory, files)
     compared = [one.by_dtype for one in fresh if (one.device, one.compile) == (device, compile) and one.by_dtype]
     return max(compared[-1], key=compared[-1].__getitem__) if compared else None
 
@@ -130,14 +130,14 @@ def fastest_dtype(
 def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
     """Adds `choice` to the adapter's file, in place of an older one of its device; returns the file.
 
-    Choices for other devices stay; those for weights that the adapter no longer has go. That of a packaged adapter is
-    kept in the user's cache.
+    Choices for other devices stay; those for other weights than its own go. That of a packaged adapter, or one of the
+    hub, is kept in the user's cache.
 
     Raises:
         ValueError: if the file is there and is not one of ours.
         OSError: if the folder cannot be written to.
     """
-    kept = [one for one in _read_fresh(Path(directory)) if _key(one) != _key(choice)]
+    kept = [one for one in fresh_choices(directory, choice.weights) if _key(one) != _key(choice)]
     content = {"format_version": FORMAT_VERSION, "choices": [asdict(one) for one in (*kept, choice)]}
     check_writable(directory)
     folder = tuned_folder(directory)
@@ -184,8 +184,8 @@ def _key(choice: TunedChoice) -> tuple[str, str, bool]:
     return choice.device, choice.dtype, choice.compile
 
 
-def _read_fresh(directory: Path, files: Mapping[str, str] | None = None) -> list[TunedChoice]:
-    """The choices that belong to the adapter's weights as they are now."""
+def fresh_choices(directory: str | Path, files: Mapping[str, str] | None = None) -> list[TunedChoice]:
+    """The choices that belong to the adapter's weights as they are now; arguments and errors as in `read_tuned`."""
     path = tuned_folder(directory) / TUNED_FILE
     if not path.exists():
         return []

@@ -8,22 +8,20 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import cast
 
-from pydantic import ValidationError
-
-from pardec.adapters.adapter import Adapter, BaseReference
-from pardec.adapters.files import METADATA_FILE, load_adapter
+from pardec.adapters.adapter import Adapter
+from pardec.adapters.files import METADATA_FILE, folder_of, load_adapter
 from pardec.adapters.tuned import TUNED_FILE
 from pardec.arguments import one_of
-from pardec.errors import problem
 from pardec.exports.base_folder import LoadedBase, load_own_base
 from pardec.exports.door import Door
 from pardec.exports.doors import door_of, refuse
 from pardec.exports.page import PAGE_FILE, page_of
+from pardec.exports.public_form import public_form
 from pardec.exports.record import (
     DOOR_NAMES,
     RECORD_FILE,
@@ -62,7 +60,7 @@ def export_adapter(
     """Writes an adapter in the form of an engine, and checks what was written.
 
     Args:
-        directory: of the adapter.
+        directory: of the adapter, or its name, as `pardec.load` takes it.
         to: a door: `vllm-stock`, `sglang`, `transformers` or `peft`.
         output: the folder to make.
         base: the base to name, and to load where a form holds it; default the one that the adapter names.
@@ -74,7 +72,8 @@ def export_adapter(
         OSError: if there is no room; nothing is left behind.
     """
     door = door_of(cast(DoorName, one_of("--to", to, DOOR_NAMES)))
-    adapter, output = load_adapter(directory), Path(os.path.normpath(output))
+    folder, output = folder_of(directory), Path(os.path.normpath(output))
+    adapter = load_adapter(folder)
     refuse(adapter, door)
     if with_base and door.name != "transformers":
         raise ValueError(f"--with-base: expected --to transformers, found --to {door.name}")
@@ -83,20 +82,11 @@ def export_adapter(
     wrong = door.path_problem(output)
     if wrong is not None:
         raise ValueError(wrong)
-    reference = adapter.metadata.base if base is None else _reference(base)
+    shown = public_form(adapter, base)
     loaded = load_own_base(str(directory), adapter, base) if door.needs_base or with_base else None
-    sources = {METADATA_FILE: file_sha256(Path(directory) / METADATA_FILE), **adapter.metadata.files}
-    public = reference.model_copy(update={"name": reference.public_name})
-    adapter = replace(adapter, metadata=adapter.metadata.model_copy(update={"base": public}))
-    _write(door, adapter, loaded, _record_of(adapter, door, sources, with_base), output)
+    sources = {METADATA_FILE: file_sha256(folder / METADATA_FILE), **adapter.metadata.files}
+    _write(door, shown, loaded, record_of(shown, door, sources=sources, with_base=with_base), output)
     return check_export(output)
-
-
-def _reference(name: str) -> BaseReference:
-    try:
-        return BaseReference(name=name)
-    except ValidationError as error:
-        raise ValueError(problem(error.errors()[0], "base")) from None
 
 
 def _write(door: Door, adapter: Adapter, loaded: LoadedBase | None, record: ExportRecord, output: Path) -> None:
@@ -133,7 +123,10 @@ def check_export(folder: str | Path) -> Checked:
     return Checked(record, problems, notes, door.commands(record, str(folder)))
 
 
-def _record_of(adapter: Adapter, door: Door, sources: dict[str, str], with_base: bool) -> ExportRecord:
+def record_of(
+    adapter: Adapter, door: Door, *, sources: dict[str, str] | None = None, with_base: bool = False
+) -> ExportRecord:
+    """What `export.json` says before there are files; arguments as in `ExportRecord`."""
     metadata, acceptance = adapter.metadata, None
     if door.counted is not None:
         acceptance = expected_acceptance(metadata, door.counted, door.exact_tokens)
@@ -146,7 +139,7 @@ def _record_of(adapter: Adapter, door: Door, sources: dict[str, str], with_base:
         architecture=metadata.fingerprint.architecture,
         with_base=with_base,
         acceptance=acceptance,
-        sources=sources,
+        sources=sources or {},
     )
 
 

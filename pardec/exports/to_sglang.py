@@ -38,10 +38,11 @@ def _refusal(adapter: Adapter) -> str | None:
             "expected no sampler head (recipes/tiny_python_noise.yaml trains an adapter without one), found one of "
             f"width {adapter.metadata.head.width if adapter.metadata.head else 0}"
         )
-    return _wrong_name(adapter.lora.pairs())
+    return wrong_name(adapter.lora.pairs())
 
 
-def _wrong_name(pairs: _Pairs) -> str | None:
+def wrong_name(pairs: _Pairs) -> str | None:
+    """What is wrong with the names of a LoRA's layers, as `expected .., found ..`; None if SGLang knows all of them."""
     for name in pairs:
         match = _NAME.fullmatch(name)
         if match is None or match[2] not in _SUFFIXES:
@@ -115,7 +116,7 @@ def _problems(folder: Path, record: ExportRecord) -> list[str]:
         found.append("use_rslora: expected false, as SGLang divides lora_alpha by r, found true")
     if targets != suffixes:
         found.append(f"target_modules: expected the list {suffixes}, found {targets!r}")
-    wrong = _wrong_name(pairs)
+    wrong = wrong_name(pairs)
     if wrong is not None:
         return [*found, wrong]
     num_layers = record.architecture.get("num_hidden_layers")

@@ -69,7 +69,8 @@ def tune(
         decode = _decoding(model, batches, bar, temperature, top_k, seed)
         found = measure(decode, len(batches), K, max_new_tokens, effort, warm_up, has_head)
         bar.total = bar.n  # fewer ways than allowed for may have been worth measuring
-    choice = _choice(model, directory, found, batch_size, temperature, top_k)
+    weights = weights_of(directory, model.adapter.metadata.files)
+    choice = _choice(model, weights, found, batch_size, temperature, top_k)
     path = write_tuned(directory, choice)
     untried = "bfloat16" if choice.dtype == "float32" and has_bfloat16(model.target.device) else None
     return TuneReport(choice, found, str(path), len(batches) * batch_size, max_new_tokens, untried)
@@ -77,7 +78,7 @@ def tune(
 
 def _choice(
     model: SelfSpeculativeModel,
-    directory: str | Path,
+    weights: dict[str, str],
     found: Findings,
     batch_size: int,
     temperature: float,
@@ -89,7 +90,7 @@ def _choice(
         dtype=str(model.target.dtype).removeprefix("torch."),
         compile=model.compile,
         block_lengths=best.candidate.way.block_lengths,
-        weights=weights_of(directory),
+        weights=weights,
         ms_per_step=best.ms_per_step,
         predicted_tokens_per_second=best.candidate.tokens_per_second,
         measured_tokens_per_second=best.tokens_per_second,

@@ -34,7 +34,7 @@ def test_what_lies_here_comes_first(tmp_path, monkeypatch):
 
 def test_other_paths_are_themselves(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for path in ("runs/smollm2", "./runs", str(tmp_path / "smollm2"), "smollm", ""):
+    for path in ("runs/mine/smollm2", "./runs", str(tmp_path / "smollm2"), "smollm", ""):
         assert adapter_folder(path) == tuned_folder(path) == Path(path)
 
 

@@ -5,6 +5,7 @@ import json
 import shlex
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from adapter_samples import files_in
@@ -336,6 +337,23 @@ def test_an_engine_of_another_version_is_told_and_used(saved, tmp_path, monkeypa
     assert found.problems == []
     told = "sglang: expected 0.5.23, which this form was checked against, found 9.9.9; going on"
     assert found.notes == ([] if installed == "0.5.23" else [told])
+
+
+# ---------------------------------------------------------------------- by a name
+
+
+def test_a_packaged_adapter_is_exported_by_its_name(tmp_path):
+    assert export_adapter("smollm2", "peft", tmp_path / "out").problems == []
+    assert read_record(tmp_path / "out").sources.keys() == {"pardec.json", *load_adapter("smollm2").metadata.files}
+
+
+def test_one_of_the_hub_is_exported_by_its_name(hub, saved, tmp_path):
+    hub.put("some/adapter", Path(saved()))
+    assert export_adapter("some/adapter@main", "sglang", tmp_path / "named").problems == []
+    export_adapter(saved(), "sglang", tmp_path / "out")
+    assert read_record(tmp_path / "named") == read_record(tmp_path / "out").model_copy(
+        update={"files": read_record(tmp_path / "named").files}
+    )
 
 
 def test_every_door_has_a_sample():

@@ -1,0 +1,91 @@
+"""The card of an adapter on the hub says what is known of it, and nothing else."""
+
+from dataclasses import replace
+
+import pytest
+import yaml
+from export_samples import sample
+
+from pardec.adapters.files import load_adapter
+from pardec.adapters.hub import HubName
+from pardec.adapters.packaged import PACKAGED_ADAPTERS
+from pardec.adapters.tuned import shipped_choice
+from pardec.exports.card import card_of
+from pardec.exports.public_form import public_form
+
+NAME = HubName("me/adapter")
+
+
+def card(adapter, choices=(), licence=None) -> str:
+    return card_of(public_form(adapter), NAME, choices, licence or {})
+
+
+def test_the_header_is_what_the_hub_reads(packaged_adapter):
+    adapter = sample(packaged_adapter, "transformers")
+    adapter.metadata.base.name = "some/base"
+    text = card(adapter, licence={"license": "mit"})
+    assert text.startswith("---\n")
+    assert yaml.safe_load(text.split("---\n")[1]) == {
+        "license": "mit",
+        "base_model": "some/base",
+        "base_model_relation": "adapter",
+        "library_name": "pardec",
+        "tags": ["parallel-decoding", "speculative-decoding", "lora"],
+    }
+    assert "lora" not in card(sample(packaged_adapter, "vllm-stock")).split("---\n")[1]
+
+
+def test_a_shipped_adapter_is_told_with_its_figures():
+    adapter, choice = load_adapter("smollm2"), shipped_choice("smollm2")
+    assert choice is not None
+    text = card(adapter, [choice])
+    for words in (
+        "| base | `smollm2-135m-instruct`, on the hub `HuggingFaceTB/SmolLM2-135M-Instruct` |",
+        "| drafted tokens (K) | 4 |",
+        "a LoRA of rank 16 that acts at draft rows only; a sampler head of width 256: 5,",
+        "| training command | `train_adapter.py recipes/smollm2.yaml data.path=runs/responses/smollm2.jsonl ",
+        "| sampled at temperature 0.8, top-k 10 | 1.95 | 1.86 to 2.07 |",
+        "| sampled without head at temperature 0.8, top-k 10 | 1.67 | 1.59 to 1.76 |",
+        "| greedy | 2.06 | 1.94 to 2.22 |",
+        "16 prompts of the validation split, 64 new tokens each (sha256 of the prompts 1c5bb43485d6)",
+        "| AMD EPYC, 2 threads | float32 | greedy, batch 1 | fused, K = 1 | 47.6 | 1.10 |",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("door", ["vllm-stock", "sglang", "transformers"])
+def test_every_door_that_can_serve_it_has_its_commands(packaged_adapter, door):
+    text = card(sample(packaged_adapter, door))
+    assert f"pardec export {NAME} --to {door} --output out\n" in text
+    assert "custom_generate=" in text  # transformers holds every adapter
+    assert ("sglang.launch_server" in text) == (door == "sglang")
+    assert ("vllm serve" in text) == (door == "vllm-stock")
+    assert "--to peft" not in text  # nothing drafts with it
+    assert f'pardec.load("{NAME}")' in text
+
+
+@pytest.mark.parametrize("interval", [None, [1.5], ["a", "b"], [2.0, 1.0], 3])
+def test_an_interval_in_another_form_is_not_told(packaged_adapter, interval):
+    adapter = sample(packaged_adapter, "transformers")
+    found = {"greedy": {"mean_acceptance_length": 2.3, "interval": interval}}
+    adapter = replace(adapter, metadata=adapter.metadata.model_copy(update={"measured": found}))
+    assert "| greedy | 2.30 | not known |" in card(adapter)
+
+
+def test_a_command_stays_in_its_cell_of_the_table(packaged_adapter):
+    adapter = packaged_adapter(2)
+    adapter.metadata.training["command"] = "train_adapter.py 'a|b'\nmore"
+    assert "| training command | `train_adapter.py 'a\\|b' more` |\n" in card(adapter)
+
+
+def test_what_is_not_known_is_not_told(packaged_adapter):
+    text = card(packaged_adapter(2))
+    assert "The adapter was not measured, so nothing can be promised." in text
+    assert "Not measured. It depends on the device" in text
+    assert "| licence of the base | not known here |" in text
+    assert "training command" not in text
+
+
+def test_every_shipped_adapter_has_a_card():
+    for name in PACKAGED_ADAPTERS:
+        assert "x plain" in card(load_adapter(name), [c for c in [shipped_choice(name)] if c])

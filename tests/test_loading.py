@@ -1,0 +1,78 @@
+"""`pardec.load` by a name on the hub: with its revision, offline, tuned in the user's cache."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import pardec
+from pardec.adapters.files import save_adapter
+from pardec.adapters.tuned import TunedChoice, check_writable, weights_of, write_tuned
+from pardec.run import cache_folder, device_name
+
+NAME = "some/adapter"
+
+
+@pytest.fixture
+def named(hub, packaged_adapter, tmp_path, monkeypatch):
+    """The hub with two revisions of an adapter, K = 2 on main and K = 3 on `three`; we are in an empty folder."""
+    for branch, K in (("main", 2), ("three", 3)):
+        save_adapter(packaged_adapter(K), tmp_path / branch)
+        hub.put(NAME, tmp_path / branch, branch)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return hub
+
+
+@pytest.mark.parametrize(
+    ("arguments", "K"),
+    [((NAME,), 2), ((f"{NAME}@three",), 3), ((NAME, "three"), 3)],
+    ids=["default branch", "in the name", "argument"],
+)
+def test_an_adapter_of_the_hub_decodes_as_one_from_a_folder(named, tiny_base, tmp_path, arguments, K):
+    name, revision = (*arguments, None)[:2]
+    model = pardec.load(name, base=tiny_base, revision=revision)
+    assert model.adapter is not None
+    assert model.adapter.metadata.num_speculative_tokens == K
+    folder = tmp_path / ("main" if K == 2 else "three")
+    expected = pardec.load(folder, base=tiny_base).generate([[5, 9, 2]], max_new_tokens=8)
+    assert model.generate([[5, 9, 2]], max_new_tokens=8).token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize(
+    ("directory", "revision", "words"),
+    [
+        ("runs", "v1", "revision: expected None unless the adapter is user/name on the hub and no folder here has"),
+        (
+            Path("runs/mine"),
+            "v1",
+            "revision: expected None unless the adapter is user/name on the hub and no folder here has",
+        ),
+        (f"{NAME}@three", "v1", f"found 'v1' for '{NAME}@three'"),
+        ("my/folder", "v1", "found 'v1' for 'my/folder'"),
+        (NAME, "", "revision: expected a branch, a tag or a commit, found ''"),
+        (NAME, "v 1", "revision: expected a branch, a tag or a commit, found 'v 1'"),
+        (NAME, 3, "revision: expected a branch, a tag or a commit, found 3"),
+        (NAME, "v9", f"{NAME}@v9: expected an adapter directory or a hub name, found no folder of that name in "),
+    ],
+)
+def test_a_revision_that_cannot_be_is_told(named, directory, revision, words):
+    Path("my/folder").mkdir(parents=True)
+    with pytest.raises(ValueError) as caught:
+        pardec.load(directory, revision=revision)
+    assert words in str(caught.value)
+
+
+def test_what_it_was_tuned_to_is_used_and_asked_of_nobody(named, tiny_base):
+    model = pardec.load(NAME, base=tiny_base)
+    assert model.adapter is not None
+    check_writable(NAME)
+    named.requests.clear()
+    device = device_name(torch.device("cpu"))
+    weights = weights_of(NAME, model.adapter.metadata.files)
+    choice = TunedChoice(device, "float32", False, (1, 1), weights, 1.0, 2.0, 2.0, 1.0, [0.5, 0.5])
+    path = write_tuned(NAME, choice)
+    assert path.parent == cache_folder() / "tuned/some--adapter"
+    assert named.requests == []
+    assert pardec.load(NAME, base=tiny_base).tuned == choice
+    assert pardec.load(f"{NAME}@three", base=tiny_base).tuned is None
