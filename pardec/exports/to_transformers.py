@@ -1,21 +1,18 @@
 """transformers: a folder whose `custom_generate/generate.py` decodes with the adapter, with or without the base."""
 
 import json
-import shlex
 import shutil
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from pardec.adapters.adapter import Adapter
-from pardec.adapters.files import load_adapter, save_adapter
+from pardec.adapters.files import load_adapter
 from pardec.errors import first_line
 from pardec.exports import custom_generate
+from pardec.exports.adapter_files import write_adapter
 from pardec.exports.base_folder import LoadedBase, copy_weights, copy_what_is_beside
 from pardec.exports.door import Door, base_in_python
 from pardec.exports.record import ExportRecord
-from pardec.training.model_folder import without_folder
 
 GENERATE_FILE = "custom_generate/generate.py"
 REQUIREMENTS_FILE = "custom_generate/requirements.txt"
@@ -26,39 +23,13 @@ def _refusal(adapter: Adapter) -> str | None:
 
 
 def _write(adapter: Adapter, base: LoadedBase | None, folder: Path) -> None:
-    save_adapter(_to_be_shown(adapter), folder)
+    write_adapter(adapter, folder)
     (folder / GENERATE_FILE).parent.mkdir()
     shutil.copyfile(custom_generate.__file__, folder / GENERATE_FILE)
     (folder / REQUIREMENTS_FILE).write_text(f"pardec>={version('pardec')}\n")
     if base is not None:
         copy_weights(base, folder)
         copy_what_is_beside(base, folder)
-
-
-def _to_be_shown(adapter: Adapter) -> Adapter:
-    """The adapter without the folders of the machine that trained it."""
-    metadata, lora = adapter.metadata, adapter.lora
-    shown = metadata.model_copy(update={"training": _without_folders(metadata.training)})
-    if lora is not None:
-        lora = replace(lora, config=lora.config | {"base_model_name_or_path": metadata.base.name})
-    return replace(adapter, metadata=shown, lora=lora)
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_folders(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(one) for one in value]
-    if not isinstance(value, str):
-        return value
-    try:
-        words = shlex.split(value)
-    except ValueError:  # a text that is no command
-        words = []
-    if len(words) < 2:
-        return without_folder(value)
-    bare = [without_folder(word) for word in words]
-    return value if bare == words else shlex.join(bare)
 
 
 def _problems(folder: Path, record: ExportRecord) -> list[str]:
