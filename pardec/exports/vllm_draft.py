@@ -35,7 +35,9 @@ def serve_command(record: ExportRecord, folder: str, *, drafts_in_turn: bool = F
     if drafts_in_turn:
         draft["use_local_argmax_reduction"] = True
     config = shlex.quote(json.dumps(draft, separators=(",", ":")))
-    return f"vllm serve {base_in_shell(record.base.name)} --speculative-config \\\n    {config}"
+    # vLLM keeps keys and values of windows apart from others, and wants those of a draft to lie together
+    together = " --disable-hybrid-kv-cache-manager" if record.architecture.get("sliding_window") else ""
+    return f"vllm serve {base_in_shell(record.base.name)}{together} --speculative-config \\\n    {config}"
 
 
 def config_problems(config: Mapping[str, Any], record: ExportRecord) -> list[str]:

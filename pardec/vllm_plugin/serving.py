@@ -29,6 +29,10 @@ def refuse_unserved(vllm_config: Any, adapter: Adapter) -> None:
             raise ValueError(f"pardec: expected {name} 1, found {getattr(parallel, name)}")
     if vllm_config.lora_config is not None:
         raise ValueError("pardec: expected a target without --enable-lora, as its layers are the draft's, found one")
+    kinds = set(getattr(vllm_config.model_config.hf_config, "layer_types", None) or ())
+    if len(kinds) > 1 and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        names = ", ".join(sorted(kinds))
+        raise ValueError(f"pardec: expected --disable-hybrid-kv-cache-manager for layers of {names}, found none")
     K, asked = adapter.metadata.num_speculative_tokens, speculative.num_speculative_tokens
     if not 2 <= asked <= K + 1:
         raise ValueError(

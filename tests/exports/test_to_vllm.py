@@ -65,6 +65,16 @@ def test_tokens_are_chosen_in_turn_where_there_is_a_head(packaged_adapter, parts
     assert ('"use_local_argmax_reduction":true' in page) == in_turn
 
 
+@pytest.mark.parametrize(("family", "windowed"), [("qwen3", False), ("gemma3-mixed-windows", True)])
+def test_keys_and_values_of_windows_lie_with_the_others(family, windowed, tmp_path):
+    base = tiny_model(family)
+    base.save_pretrained(tmp_path / "base")
+    adapter = make_adapter(base, K)
+    adapter.metadata.base.name = str(tmp_path / "base")
+    page = (exported(adapter, "vllm", tmp_path) / "README.md").read_text()
+    assert ("vllm serve base --disable-hybrid-kv-cache-manager --speculative-config" in page) == windowed
+
+
 @pytest.mark.parametrize(
     ("family", "words"),
     [("gpt_neox", "expected a base of model_type llama, "), ("opt", ", found opt; vllm-stock, transformers can serve")],

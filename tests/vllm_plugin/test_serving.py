@@ -12,6 +12,7 @@ def configuration(**changes):
     found = SimpleNamespace(
         speculative_config=SimpleNamespace(method="draft_model", parallel_drafting=True, num_speculative_tokens=4),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         lora_config=None,
         model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type="llama")),
     )
@@ -34,6 +35,12 @@ def test_one_token_more_than_the_adapter_drafts_or_fewer_are_served(adapter, ask
     refuse_unserved(configuration(speculative_config__num_speculative_tokens=asked), adapter)
 
 
+def test_layers_of_two_kinds_are_served_where_their_keys_lie_together(adapter):
+    two = {"model_config__hf_config__layer_types": ["sliding_attention", "full_attention"]}
+    refuse_unserved(configuration(scheduler_config__disable_hybrid_kv_cache_manager=True, **two), adapter)
+    refuse_unserved(configuration(model_config__hf_config__layer_types=["full_attention"] * 2), adapter)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -47,6 +54,10 @@ def test_one_token_more_than_the_adapter_drafts_or_fewer_are_served(adapter, ask
         ),
         ({"parallel_config__tensor_parallel_size": 2}, "pardec: expected tensor_parallel_size 1, found 2"),
         ({"parallel_config__pipeline_parallel_size": 4}, "pardec: expected pipeline_parallel_size 1, found 4"),
+        (
+            {"model_config__hf_config__layer_types": ["sliding_attention", "full_attention"]},
+            "expected --disable-hybrid-kv-cache-manager for layers of full_attention, sliding_attention, found none",
+        ),
         ({"lora_config": object()}, "pardec: expected a target without --enable-lora"),
         ({"model_config__hf_config__model_type": "opt"}, "pardec: expected a model_type of llama, .*, found opt"),
     ],
