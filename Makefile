@@ -8,7 +8,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 # a process per processor, the tests of a file in one of them; `pytest` alone runs them one after another
 TEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 .DELETE_ON_ERROR:
-.PHONY: setup try demo speed gpu-report lint test check clean
+.PHONY: setup try demo speed gpu-report lint test test-vllm check clean
 
 setup: .venv/.installed
 
@@ -48,6 +48,16 @@ lint: setup  ## lint, format, types
 
 test: setup  ## the whole test suite (GPU tests run only where asked for with -m gpu)
 	$(TEST)
+
+# vLLM wants another transformers than ours; its environment is kept
+VLLM := runs/engines/vllm
+$(VLLM)/.installed: tests/vllm_environment.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python tests/vllm_environment.py
+	touch $@
+
+test-vllm: setup $(VLLM)/.installed  ## vLLM itself serves what is exported: a first time 3 GB of packages, then minutes
+	$(BIN)/python -m pytest -m vllm tests/vllm_plugin
 
 check: lint  ## what a change must pass: lint, format, types, tests; names the ten slowest
 	$(TEST) --durations=10

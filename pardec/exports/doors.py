@@ -6,12 +6,15 @@ from pardec.exports.record import DOOR_NAMES, DoorName
 from pardec.exports.to_peft import PEFT
 from pardec.exports.to_sglang import SGLANG
 from pardec.exports.to_transformers import TRANSFORMERS
+from pardec.exports.to_vllm import VLLM
 from pardec.exports.to_vllm_stock import VLLM_STOCK
 
 
 def door_of(name: DoorName) -> Door:
     """The door of that name."""
     match name:
+        case "vllm":
+            return VLLM
         case "vllm-stock":
             return VLLM_STOCK
         case "sglang":

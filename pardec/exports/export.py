@@ -61,7 +61,7 @@ def export_adapter(
 
     Args:
         directory: of the adapter, or its name, as `pardec.load` takes it.
-        to: a door: `vllm-stock`, `sglang`, `transformers` or `peft`.
+        to: a door: `vllm`, `vllm-stock`, `sglang`, `transformers` or `peft`.
         output: the folder to make.
         base: the base to name, and to load where a form holds it; default the one that the adapter names.
         with_base: put the base's own files beside the adapter; `transformers` only.

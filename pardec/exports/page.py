@@ -22,7 +22,7 @@ def page_of(record: ExportRecord, door: Door, folder: Path, name: str) -> str:
     where = f"Run it in the folder that holds `{name}`."
     if "/" not in base and base not in BUILT_IN_BASES and not record.with_base:
         where += f" `{base}` is the folder or file of the base."
-    holds_base = record.with_base or door.needs_base
+    holds_base = record.with_base or door.holds_base
     what = "with the base's weights, whose licence stays what it was" if holds_base else "without the base's weights"
     return f"""# {name}
 

@@ -17,7 +17,7 @@ from pardec.layout import MAX_SPECULATIVE_TOKENS
 
 RECORD_FILE = "export.json"
 FORMAT_VERSION = 1
-DoorName = Literal["vllm-stock", "sglang", "transformers", "peft"]
+DoorName = Literal["vllm", "vllm-stock", "sglang", "transformers", "peft"]
 DOOR_NAMES: tuple[DoorName, ...] = get_args(DoorName)
 
 

