@@ -16,7 +16,8 @@ MEASURED_HEADER = ("measured ms", "x plain, measured", "measured / predicted")
 def matching_result(model: str, dtype: str, device: str, folder: Path) -> dict[str, Any] | None:
     """The result of `latency.py` that was measured on this device with this shape and dtype; None without one.
 
-    One that compares ways to attend does not count: its names are those of the time when the way was chosen.
+    One that compares ways to attend does not count: its names are those of the time when the way was chosen. Nor does
+    one of compiled steps alone, as predicted steps are not compiled.
 
     Args:
         model: name of the shape.
@@ -27,7 +28,9 @@ def matching_result(model: str, dtype: str, device: str, folder: Path) -> dict[s
     for path in sorted(folder.glob("latency_*.json")):
         result = read_result(path)
         compares = len({row.get("attention") for row in result["rows"]}) > 1
-        if (result["model"], result["dtype"], result["device"]) == (model, dtype, device) and not compares:
+        is_compiled = all(row.get("compile") for row in result["rows"])
+        is_same = (result["model"], result["dtype"], result["device"]) == (model, dtype, device)
+        if is_same and not compares and not is_compiled:
             return result
     return None
 

@@ -59,7 +59,8 @@ def test_every_door_that_can_serve_it_has_its_commands(packaged_adapter, door):
     assert f"pardec export {NAME} --to {door} --output out\n" in text
     assert "custom_generate=" in text  # transformers holds every adapter
     assert ("sglang.launch_server" in text) == (door == "sglang")
-    assert ("vllm serve" in text) == (door == "vllm-stock")
+    assert ("--to vllm-stock" in text) == (door == "vllm-stock")
+    assert ("vllm serve" in text) == (door != "sglang")  # the plugin takes what the stock form refuses
     assert "--to peft" not in text  # nothing drafts with it
     assert f'pardec.load("{NAME}")' in text
 
