@@ -9,7 +9,7 @@ from hub_server import GOOD, READING
 from huggingface_hub import constants
 
 from pardec.adapters.files import load_adapter, save_adapter
-from pardec.adapters.hub import HubName, hub_name
+from pardec.adapters.hub import HubName, hub_name, hub_problem
 from pardec.adapters.packaged import tuned_folder
 from pardec.run import cache_folder
 
@@ -193,6 +193,15 @@ def test_a_token_is_never_shown(hub, monkeypatch, token, words, caplog, capfd):
     said = refusal(NAME)
     assert words in said
     assert token not in said + caplog.text + "".join(capfd.readouterr())
+
+
+def test_a_token_that_another_librarys_error_quotes_is_left_out(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", GOOD)
+    try:
+        raise OSError("no connection") from ValueError(f"Illegal header value b'Bearer {GOOD}'")
+    except OSError as error:
+        said = hub_problem(HubName(NAME), error)
+    assert said == f"at {hub.url}/{NAME}: Illegal header value b'Bearer ...'"
 
 
 def test_offline_the_cache_that_was_looked_through_is_told(pushed, monkeypatch):
