@@ -370,7 +370,7 @@ def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["runs/no-such-adapter"], "expected an adapter directory, found nothing"),
+        (["runs/no-such-adapter"], "expected an adapter directory or a hub name, found no folder of that name"),
         ([], "expected an adapter directory, --shape or --quick"),
         (["--quick", "--rows", "1,5"], "rows: expected squares"),
         (["--quick", "--rows", "1,1000000"], "rows: expected at most 4225, found 1,1000000"),
