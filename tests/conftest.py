@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import setuptools  # noqa: F401 - brings its own distutils, before inductor imports Python's to look for a compiler
 import torch
 from data_samples import CHAT_TEMPLATE, source_names
 from hub_server import Hub
