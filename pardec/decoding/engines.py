@@ -247,7 +247,7 @@ class Engines:
             refuse_compiled(target.base)
         if self._survey is None:
             self._survey = survey(target)
-        now = signature(target.base)
+        now = signature(target.base) if self.capture or self.compile else None  # which takes milliseconds
         if self.compile and self._surveyed not in (None, now):  # code that is traced goes by what was seen of inputs
             self._survey, self._linears = survey(target), {}
         self._surveyed = now
