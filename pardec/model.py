@@ -26,6 +26,7 @@ from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.decoding.verify import Verification
 from pardec.door import generate_for_transformers
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
 from pardec.target.base import pad_token_id
 from pardec.target.forward import embedding_weight
@@ -121,6 +122,7 @@ class SelfSpeculativeModel:
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
         verification: Verification = "token",
+        tree: DraftTree | None = None,
     ) -> GenerationOutput:
         """Continues every prompt exactly as the base model alone would: the same tokens, or the same law.
 
@@ -145,6 +147,8 @@ class SelfSpeculativeModel:
                 `pardec tune` did not choose to leave it out.
             verification: of sampled drafts: `token` judges them one by one, `block` all of a step together, by which
                 more of them stand (arXiv:2403.10444); the law is the same.
+            tree: instead of K or block_lengths, many candidates that one forward verifies; default what `pardec tune`
+                chose, if it chose one. Its nodes are the likeliest tokens in order, also when sampling.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
@@ -152,7 +156,7 @@ class SelfSpeculativeModel:
         num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
         ids = self.prompt_ids(prompts, messages=messages, template_options=template_options)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification)
+        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification, tree)
         rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
         with self.engines.lend(ids, law, max_new_tokens, drafting, num_sequences=len(rows)) as engine:
             start = time.perf_counter()
@@ -181,6 +185,7 @@ class SelfSpeculativeModel:
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
         verification: Verification = "token",
+        tree: DraftTree | None = None,
         kept: KeptCache | None = None,
     ) -> Generator[StreamChunk, None, GenerationOutput]:
         """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
@@ -197,7 +202,7 @@ class SelfSpeculativeModel:
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification)
+        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification, tree)
         self.engines.check(ids, max_new_tokens, num_sequences=1)
         return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids, kept)
 
@@ -268,6 +273,7 @@ class SelfSpeculativeModel:
         mode: str | None = None,
         use_head: bool | None = None,
         verification: Verification = "token",
+        tree: DraftTree | None = None,
         **model_inputs,
     ):
         """`hf_model.generate(**inputs, custom_generate=model)`: our loop under transformers' own arguments.
@@ -293,5 +299,6 @@ class SelfSpeculativeModel:
             mode=mode,
             use_head=use_head,
             verification=verification,
+            tree=tree,
             streamer=self._streamer,
         )

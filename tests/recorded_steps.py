@@ -19,6 +19,7 @@ from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import Verification
+from pardec.draft_tree import DraftTree
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -121,6 +122,7 @@ def decoder_for(
     head_width: int = 0,
     noise: bool = False,
     verification: Verification = "token",
+    tree: DraftTree | None = None,
 ) -> Decoder:
     target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
     group = survey(target).query_group
@@ -131,7 +133,8 @@ def decoder_for(
     head, tokens = HeadDrafter.of(adapter, target), NoiseTokens.of(V, target.device) if noise else None
     masks = None if noise else masks
     forward = RowForward(target, masks, gate, query_group=group, noise=tokens, tap=head and head.tap)
-    return Decoder(forward, mode, K, law, new_tokens, eos_ids, head=head, verification=verification)
+    depth = K if tree is None else tree.num_speculative_tokens
+    return Decoder(forward, mode, depth, law, new_tokens, eos_ids, head=head, verification=verification, tree=tree)
 
 
 def tensors_of(state: DecodeState) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # from the ground up; CONTRIBUTING.md shows this map
 FLOORS = (
-    ("pardec/arguments", "pardec/errors", "pardec/layout", "pardec/run"),
+    ("pardec/arguments", "pardec/draft_tree", "pardec/errors", "pardec/layout", "pardec/run"),
     ("pardec/target",),
     ("pardec/adapters",),
-    ("pardec/decoding",),
+    ("pardec/decoding", "pardec/trees"),
     ("pardec/door", "pardec/model", "pardec/loading", "pardec/chat", "pardec/race", "pardec/__init__"),
     ("pardec/data",),
     ("pardec/training",),

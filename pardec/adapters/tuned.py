@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
 from pardec.adapters.packaged import adapter_folder, tuned_folder
+from pardec.draft_tree import DraftTree
 from pardec.errors import problem, shown
 from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
 
@@ -46,6 +47,7 @@ class TunedChoice:
         mode: of decoding; of files that do not say, fused, or plain by its block_lengths.
         use_head: whether the drafts are drawn by the adapter's sampler head, where it has one.
         by_dtype: tokens/s of what was chosen in each dtype, measured in turn; None where one was tuned by itself.
+        tree: the chosen shape where that is a tree; then block_lengths say only how deep it is.
     """
 
     device: str
@@ -65,12 +67,18 @@ class TunedChoice:
     mode: Literal["plain", "two_pass", "fused"] = "fused"
     use_head: bool = True
     by_dtype: dict[str, float] | None = None
+    tree: DraftTree | None = None
 
     def __post_init__(self) -> None:
         check_block_lengths(self.block_lengths)
         if self.block_lengths == PLAIN:
             object.__setattr__(self, "mode", "plain")
         K = self.num_speculative_tokens
+        if self.tree is not None and (self.block_lengths != full_blocks(K) or self.tree.num_speculative_tokens != K):
+            raise ValueError(
+                f"block_lengths: expected those of the full chain as long as the tree is deep, "
+                f"{self.tree.num_speculative_tokens}, found {shown(list(self.block_lengths))}"
+            )
         if self.mode != "fused" and self.block_lengths != full_blocks(0 if self.mode == "plain" else K):
             raise ValueError(f"block_lengths: expected those of {self.mode}, found {shown(list(self.block_lengths))}")
 

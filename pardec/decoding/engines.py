@@ -27,6 +27,7 @@ from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.shared_length import shared_length_limit
 from pardec.decoding.step import MODES, Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
@@ -45,12 +46,14 @@ class Drafting:
         block_lengths: of the fused chain; for two_pass only their number counts; (0,) for plain decoding.
         head: draws the drafts one after another; None to draw them from their rows as they are.
         verification: of drafts that were drawn.
+        tree: of candidates in place of the chain, as deep as the chain is long; its nodes are not drawn.
     """
 
     mode: str
     block_lengths: BlockLengths
     head: HeadDrafter | None
     verification: Verification = "token"
+    tree: DraftTree | None = None
 
 
 class Engines:
@@ -113,6 +116,7 @@ class Engines:
         block_lengths: Sequence[int] | None,
         use_head: bool | None,
         verification: Verification = "token",
+        tree: DraftTree | None = None,
     ) -> Drafting:
         """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
 
@@ -123,15 +127,19 @@ class Engines:
             one_of("mode", mode, MODES)
         one_of("verification", verification, VERIFICATIONS)
         tuned = self.tuned
-        if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
-            mode, blocks = tuned.mode, tuple(tuned.block_lengths)
+        if tree is not None:
+            mode, blocks = self._checked_tree(mode, asked, block_lengths, tree)
+        elif tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
+            mode, blocks, tree = tuned.mode, tuple(tuned.block_lengths), tuned.tree
             use_head = False if use_head is None and not tuned.use_head else use_head
         else:
             mode = mode or "fused"
             is_given = block_lengths is not None
             blocks = self._checked(mode, asked, block_lengths) if is_given else self._blocks_for(mode, asked)
         head = self.chosen_head(use_head)
-        return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head, verification)
+        if tree is not None:
+            self._check_ranks(tree, head)
+        return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head, verification, tree)
 
     def _blocks_for(self, mode: str, asked: int | None) -> BlockLengths:
         if asked is not None:
@@ -154,6 +162,33 @@ class Engines:
         if blocks != PLAIN and self.adapter is None:
             raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
         return blocks
+
+    def _checked_tree(
+        self, mode: str | None, asked: int | None, block_lengths: Sequence[int] | None, tree: DraftTree
+    ) -> tuple[str, BlockLengths]:
+        """The mode, and the block lengths of the full chain that is as long as the tree is deep."""
+        if not isinstance(tree, DraftTree):
+            raise ValueError(f"tree: expected a DraftTree, found {shown(tree)}")
+        if mode == "plain" or asked is not None or block_lengths is not None:
+            raise ValueError(
+                "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
+            )
+        if self.adapter is None:
+            raise ValueError("tree: expected an adapter that drafts its nodes, found none")
+        K, metadata = tree.num_speculative_tokens, self.adapter.metadata
+        if metadata.num_speculative_tokens < K and self.adapter.has_distinct_masks:
+            raise ValueError(
+                f"tree: expected a depth of at most {metadata.num_speculative_tokens}, the number of distinct mask "
+                f"tokens that the adapter was trained with, found {K}"
+            )
+        return mode or "fused", full_blocks(K)
+
+    def _check_ranks(self, tree: DraftTree, head: HeadDrafter | None) -> None:
+        """Refuses nodes of ranks that nothing has."""
+        limit = min(self.target.vocab_size, self.target.vocab_size if head is None else head.shortlist)
+        if max(tree.ranks) >= limit:
+            what = "of the vocabulary" if head is None else "on the sampler head's shortlist"
+            raise ValueError(f"tree: expected ranks below {limit}, the tokens {what}, found {max(tree.ranks)}")
 
     def chosen_head(self, use_head: bool | None) -> HeadDrafter | None:
         """The head that drafts; `use_head` as in `generate`.
@@ -257,7 +292,13 @@ class Engines:
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
-            way = (drafting.mode, drafting.block_lengths, drafting.head is not None, drafting.verification)
+            way = (
+                drafting.mode,
+                drafting.block_lengths,
+                drafting.head is not None,
+                drafting.verification,
+                drafting.tree,
+            )
             shape = (*way, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
             on = (
@@ -302,9 +343,12 @@ class Engines:
             drafting.block_lengths,
             drafting.head,
             drafting.verification,
+            drafting.tree,
         )
         captured = self.capture and law.is_capturable
-        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
+        # code is compiled for buffers of their own
+        kinds = facts.kinds if drafting.tree is not None and not self.compile else None
+        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear, kinds=kinds)
 
     def _packed(self, facts: Survey, with_lora: bool) -> PackedLinears:
         """Packed weights, up to date; empty where packing brings nothing."""

@@ -17,11 +17,14 @@ from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification, verify_greedy, verify_sample
-from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout
+from pardec.draft_tree import DraftTree
+from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout, tree_layout
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
 from pardec.target.placement import is_offloaded
+from pardec.trees.tree_steps import TreeSteps
+from pardec.trees.walk import Walk
 
 MODES = ("plain", "two_pass", "fused")
 
@@ -41,6 +44,8 @@ class Decoder:
         head: draws the drafts one after another by what the tap of `forward` sees; None to draw them from their rows
             as they are.
         verification: of drafts that were drawn.
+        tree: of candidates in place of the chain, K deep; then `block_lengths` do not count.
+        is_recorded: steps are recorded, to be run again on other numbers: they must not go by any.
     """
 
     forward: RowForward
@@ -52,18 +57,25 @@ class Decoder:
     block_lengths: Sequence[int] | None = None
     head: HeadDrafter | None = None
     verification: Verification = "token"
+    tree: DraftTree | None = None
+    is_recorded: bool = False
     _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.head is None) == (self.forward.tap is None)
         K = self.num_speculative_tokens
         blocks = tuple(full_blocks(K) if self.block_lengths is None else self.block_lengths)
-        layouts = {"step": chain_layout(blocks), "draft": block_layout(K)}
+        tree, draft = self.tree, block_layout(K)
+        assert tree is None or tree.num_speculative_tokens == K
+        step = chain_layout(blocks) if tree is None else tree_layout(tree.parents, tree.runs)
+        layouts = {"step": step, "draft": draft}
         if self.mode == "two_pass":
-            layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
+            verify = real_layout(K + 1) if tree is None else tree_layout(tree.parents, [0] * len(tree.runs))
+            layouts = {"draft": draft, "verify": verify}
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
         self._next_block = next_blocks(blocks).to(device)
+        self._tree = None if tree is None else TreeSteps.of(tree, device)
         self._token_index = torch.arange(self.tokens_per_step, device=device)
 
     @property
@@ -76,6 +88,11 @@ class Decoder:
         """Rows of the forwards of a step, summed."""
         names = ("draft", "verify") if self.mode == "two_pass" else ("step",)
         return sum(self._plans[name].layout.num_rows for name in names)
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafted tokens that a step verifies: K, or the nodes of the tree."""
+        return self.num_speculative_tokens if self.tree is None else self.tree.num_nodes
 
     @property
     def tokens_per_step(self) -> int:
@@ -132,8 +149,11 @@ class Decoder:
             lengths,
             self.eos_token_ids,
             room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
-            drafts=lengths.new_zeros(B, K),
-            draft_probs=None if self.law.greedy or not K else logits.new_zeros(B, K, logits.shape[2]).float(),
+            drafts=lengths.new_zeros(B, self.num_drafts),
+            draft_length=K,
+            draft_probs=None
+            if self.law.greedy or self.tree is not None or not K
+            else logits.new_zeros(B, K, logits.shape[2]).float(),
             width=self.tokens_per_step,
             capacity=capacity or self.max_new_tokens,
         )
@@ -189,17 +209,26 @@ class Decoder:
             self._fused_step(state)
 
     def step_logits(self, state: DecodeState) -> Tensor:
-        """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
+        """The forward of a plain or fused step: logits of `[bonus, drafts | block_0 .. ]`, [B, R, V]."""
         return self.forward.run(self._plans["step"], state.cache, state.lengths, self._uncommitted(state))
 
     def _uncommitted(self, state: DecodeState) -> Tensor:
-        """Ids of the real rows, shape [B, K + 1]."""
+        """Ids of the real rows, shape [B, 1 + drafts]."""
         bonus = state.bonus[:, None]
         return torch.cat([bonus, state.drafts], dim=1) if self.num_speculative_tokens else bonus
 
     def _fused_step(self, state: DecodeState) -> None:
         K = self.num_speculative_tokens
         logits = self.step_logits(state)
+        if self._tree is not None:
+            found = self._walk(
+                self._tree, state, logits[:, : self.num_drafts + 1], [state.bonus[:, None], state.drafts]
+            )
+            state.commit(found.tokens, found.num_accepted, self._token_index)
+            state.draft_length = found.next_length
+            hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, found.next_rows)
+            state.drafts, _ = self._draft(rows_of_each(logits, found.next_rows), hidden, state.bonus)
+            return
         # the argmax of all rows at once; processors and float64 models need scores of the real rows, a head of a block
         best = None
         if self.law.is_plain_argmax(logits.dtype):
@@ -226,8 +255,12 @@ class Decoder:
         state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, exact[:, 0])
         rows = torch.cat([exact, state.drafts], dim=1)
         logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
-        tokens, num_accepted = self._verify(state, logits, [bonus, rows])
-        state.mark(num_accepted)
+        if self._tree is not None:
+            found = self._walk(self._tree, state, logits, [bonus, rows])
+            tokens, num_accepted = found.tokens, found.num_accepted
+        else:
+            tokens, num_accepted = self._verify(state, logits, [bonus, rows])
+            state.mark(num_accepted)
         state.commit(torch.cat([exact, tokens], dim=1), num_accepted + 1, self._token_index)
 
     def _block_hidden(self) -> Tensor | None:
@@ -235,14 +268,36 @@ class Decoder:
         return None if self.forward.hidden is None else self.forward.hidden[:, 1:]
 
     def _draft(self, logits: Tensor, hidden: Tensor | None, previous: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drafts from a block's rows, shape [B, K], and the law q; `previous` = the token before the first, [B]."""
+        """Drafts from a block's rows, shape [B, K] or [B, N], and the law q of those that were drawn.
+
+        `previous` = the token before the first, shape [B].
+        """
+        if self._tree is not None:
+            return self._tree.draft(self.head, logits, hidden, previous), None
         if self.head is None or hidden is None:
             return self.law.draw(logits)
         return self.head.draft(self.law, logits, hidden, previous)
 
+    def _walk(self, tree: TreeSteps, state: DecodeState, real: Tensor, rows: list[Tensor]) -> Walk:
+        """Walks the tree by the target's choices at its rows, whose logits are `real`, and keeps what stands.
+
+        `rows` = ids not yet committed, those of the tree last, in the order of its rows.
+        """
+        prefix_of = None
+        if self.law.needs_prefix:
+            ids = torch.cat(rows, dim=1)
+            before = ids.shape[1] - self.num_drafts - 1
+            paths = [[*range(before), *(before + row for row in path)] for path in tree.tree.paths]
+            prefix_of = self._prefixes(state, ids, paths)
+        chosen = self.law.argmax(real, prefix_of) if self.law.greedy else self.law.sample(real, prefix_of)
+        found = tree.walk(chosen, state.drafts, state.draft_length)
+        state.mark(found.num_accepted)
+        tree.compact(state.cache, found.path, looks=real.is_cpu and not self.is_recorded)
+        return found
+
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
-        prefix_of = self._prefixes(state, since, first_row=since.shape[1])
+        prefix_of = self._prefixes(state, since, [range(since.shape[1])])
         if self.law.greedy:
             return self.law.argmax(logits, prefix_of)
         return verify_sample(
@@ -264,7 +319,8 @@ class Decoder:
         prefix_of = None
         if self.law.needs_prefix:
             ids = torch.cat(rows, dim=1)
-            prefix_of = self._prefixes(state, ids, first_row=ids.shape[1] - self.num_speculative_tokens)
+            first = ids.shape[1] - self.num_speculative_tokens
+            prefix_of = self._prefixes(state, ids, [range(end) for end in range(first, ids.shape[1] + 1)])
         if self.law.greedy:
             verdict = verify_greedy(self.law.argmax(real, prefix_of), state.drafts, state.draft_length)
         elif not self.num_speculative_tokens:
@@ -277,14 +333,16 @@ class Decoder:
             )
         return verdict.tokens, verdict.num_accepted
 
-    def _prefixes(self, state: DecodeState, since: Tensor, first_row: int) -> Callable[[int, int], Tensor] | None:
-        """The tokens before what row (b, r) predicts: prompt, committed output, the first ids of `since`."""
+    def _prefixes(
+        self, state: DecodeState, since: Tensor, paths: Sequence[Sequence[int]]
+    ) -> Callable[[int, int], Tensor] | None:
+        """The tokens before what row (b, r) predicts: prompt, committed output, the ids of `since` on its path."""
         if not self.law.needs_prefix:
             return None
 
         def prefix_of(b: int, r: int) -> Tensor:
             num_committed_new = int(state.lengths[b] - state.prompt_lengths[b])
             prompt = state.prompts[b, : int(state.prompt_lengths[b])]
-            return torch.cat([prompt, state.output[b, :num_committed_new], since[b, : first_row + r]])
+            return torch.cat([prompt, state.output[b, :num_committed_new], since[b, list(paths[r])]])
 
         return prefix_of
