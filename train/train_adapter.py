@@ -27,7 +27,7 @@ from pardec.config.recipe_files import recipe_of_command_line
 from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, prompts_with_room
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.measures.held_out import measure_held_out
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
