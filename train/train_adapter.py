@@ -41,7 +41,7 @@ from pardec.training.memory import adapter_bytes
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
 from pardec.training.processes import JsonlTracker, begin_run, idle_processors, made_by, make_accelerator
-from pardec.training.steps import Learner, build_optimizer, losses_of, make_schedule
+from pardec.training.steps import Learner, build_optimizer, depth_at, losses_of, make_schedule
 from pardec.training.warm_start import check_source, learned_adapter, warm_start
 
 
@@ -230,7 +230,8 @@ def take_steps(
         is_last = step == train.steps
         is_logged = step % train.log_every == 0 or is_last
         micro_batches = [next(batches) for _ in range(train.gradient_accumulation_steps)]
-        new, norm = learner.update(micro_batches, step, with_metrics=is_logged)
+        depth = depth_at(step, train.steps, train.grow_speculative_tokens)
+        new, norm = learner.update(micro_batches, step, max_depth=depth, with_metrics=is_logged)
         sums = sums + new
         progress.update()
         if is_logged:
