@@ -5,7 +5,7 @@ Legend: K num_speculative_tokens; a shape is given by its block_lengths, see `pa
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,12 @@ from pardec.tuning.choice import (
     spread_over_rows,
 )
 from pardec.tuning.timing import Call, Decode, Measured, StepCosts, measure_costs, measure_finalists
+from pardec.tuning.tree_ways import TreeWays
 
-_NUM_MODES = 2  # that draft: the best of each is measured, also if it is predicted to lose
+_NUM_MODES = 2  # that draft: the best chain and tree of each is measured, also if it is predicted to lose
+
+# ranks of what calls emitted with the head or without, [places, K] for each of their sequences, see `TreeWays`
+Rank = Callable[[bool, Sequence[Call]], Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -40,19 +44,21 @@ class Effort:
         num_finalists: that are measured on all batches, beside plain decoding, the full chain, and the best of every
             mode with and without the head.
         repetitions: of everything that is timed; medians count.
+        num_trees: whose milliseconds per step are measured besides, with the head and without.
     """
 
     num_shapes: int = 6  # with plain decoding no more than a model keeps engines for
     num_batches: int = 3
     num_finalists: int = 3
     repetitions: int = 3
+    num_trees: int = 3
 
     def num_shapes_of(self, num_heads: int) -> int:
         """Shapes that are timed with the head, and without, where there are two such ways."""
         return max(self.num_shapes // num_heads, 2)
 
 
-QUICK = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=2)
+QUICK = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=2, num_trees=2)
 
 
 @dataclass(frozen=True)
@@ -116,9 +122,9 @@ class _Acceptance:
 def max_calls(effort: Effort, num_batches: int, warm_up: int, has_head: bool = False) -> int:
     """At most so many calls of `generate`."""
     few, num_heads = min(effort.num_batches, num_batches), 2 if has_head else 1
-    num_timed = num_heads * effort.num_shapes_of(num_heads) + 1
+    num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + 1
     costs = num_timed * (min(warm_up, few) + 2 * few * effort.repetitions)
-    num_ways = effort.num_finalists + _NUM_MODES * num_heads + 2
+    num_ways = effort.num_finalists + 2 * _NUM_MODES * num_heads + 2
     return num_heads * num_batches + costs + num_ways * (min(warm_up, num_batches) + num_batches * effort.repetitions)
 
 
@@ -130,6 +136,8 @@ def measure(
     effort: Effort,
     warm_up: int,
     has_head: bool = False,
+    rank: Rank | None = None,
+    max_tree_rows: int = 64,
 ) -> Findings:
     """Everything that is measured and predicted, whatever `decode` runs.
 
@@ -141,6 +149,8 @@ def measure(
         effort: how much is measured.
         warm_up: batches that every way runs untimed first.
         has_head: whether ways with and without a sampler head differ.
+        rank: of what the calls of the full chain emitted; None measures no trees.
+        max_tree_rows: rows of the largest tree that is thought of.
 
     Raises:
         ValueError: if no prompt is continued by more than one token.
@@ -159,6 +169,10 @@ def measure(
         for head in heads
         for shape in spread_over_rows(accepted[head].shapes, accepted[head].tables, effort.num_shapes_of(len(heads)))
     ]
+    trees: list[TreeWays] = []
+    if rank is not None:
+        trees = [TreeWays.of(rank(head, accepted[head].calls), num_batches, max_tree_rows, head) for head in heads]
+        probes += [way for one in trees for way in one.probes(effort.num_trees)]
     costs = measure_costs(decode, probes, spread, max_new_tokens, effort.repetitions, warm_up)
     workload = Workload(
         new_tokens=[call.new_tokens for call in calls],
@@ -167,6 +181,7 @@ def measure(
         waiting=sum(call.num_steps for call in calls) / sum(call.mean_steps for call in calls),
     )
     predicted = [one for head in heads for one in _predicted(accepted[head], costs, workload, head)]
+    predicted += [candidate for one in trees for candidate in one.predicted(costs, workload)]
     plain = predict(PLAIN_WAY, [], costs.plain, workload)
     # plain decoding is the floor, the full chain what would be used untuned
     full = next(one for one in predicted if one.way == full_chain(K))
