@@ -156,7 +156,7 @@ class SelfSpeculativeModel:
         num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
         ids = self.prompt_ids(prompts, messages=messages, template_options=template_options)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification, tree)
+        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification, tree=tree)
         rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
         with self.engines.lend(ids, law, max_new_tokens, drafting, num_sequences=len(rows)) as engine:
             start = time.perf_counter()
@@ -202,7 +202,7 @@ class SelfSpeculativeModel:
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification, tree)
+        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification, tree=tree)
         self.engines.check(ids, max_new_tokens, num_sequences=1)
         return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids, kept)
 

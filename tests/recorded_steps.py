@@ -123,6 +123,7 @@ def decoder_for(
     noise: bool = False,
     verification: Verification = "token",
     tree: DraftTree | None = None,
+    copy_tokens: int = 0,
 ) -> Decoder:
     target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
     group = survey(target).query_group
@@ -134,7 +135,8 @@ def decoder_for(
     masks = None if noise else masks
     forward = RowForward(target, masks, gate, query_group=group, noise=tokens, tap=head and head.tap)
     depth = K if tree is None else tree.num_speculative_tokens
-    return Decoder(forward, mode, depth, law, new_tokens, eos_ids, head=head, verification=verification, tree=tree)
+    parts = {"head": head, "verification": verification, "copy_tokens": copy_tokens, "tree": tree}
+    return Decoder(forward, mode, depth, law, new_tokens, eos_ids, **parts)
 
 
 def tensors_of(state: DecodeState) -> dict[str, Tensor]:

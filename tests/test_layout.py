@@ -86,10 +86,13 @@ def test_block_starts_name_the_row_of_each_first_mask_token(block_lengths):
 
 
 @pytest.mark.parametrize("block_lengths", PRUNED, ids=str)
-def test_next_blocks_name_the_rows_of_the_block_behind_the_last_accepted_draft(block_lengths):
-    rows, K = pruned_rows(block_lengths), len(block_lengths) - 1
-    found = next_blocks(block_lengths)
-    assert found.shape == (K + 1, K + 1)
+@pytest.mark.parametrize("copy_tokens", [0, 1])
+def test_next_blocks_name_the_rows_of_the_block_behind_the_last_accepted_token(block_lengths, copy_tokens):
+    rows, num_real = pruned_rows(block_lengths), len(block_lengths)
+    if max(block_lengths) > num_real - 1 - copy_tokens:
+        return  # not a shape with a copied token
+    found = next_blocks(block_lengths, copy_tokens)
+    assert found.shape == (num_real, num_real - copy_tokens)
     for accepted, (*places, length) in enumerate(found.tolist()):
         own = [index for index, row in enumerate(rows) if row[0] == "mask" and row[1] == accepted]
         assert length == len(own) == block_lengths[accepted]
@@ -216,13 +219,12 @@ def test_the_chain_is_the_tree_with_one_child_each(block_lengths):
     assert found.num_real == chain.num_real
     for name in ("offsets", "visible", "mask_indices"):
         assert torch.equal(getattr(found, name), getattr(chain, name))
-    assert torch.equal(next_blocks(block_lengths, K), next_blocks(block_lengths))
 
 
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_the_run_behind_every_node_is_found_as_deep_as_the_tree_is(tree):
     rows, K = tree_rows(tree), tree.num_speculative_tokens
-    for node, (*places, length) in enumerate(next_blocks(tree.runs, K).tolist()):
+    for node, (*places, length) in enumerate(next_blocks(tree.runs, tree.num_nodes - K).tolist()):
         own = [index for index, row in enumerate(rows) if row[0] == "mask" and row[1] == node]
         assert length == len(own) == tree.runs[node]
         assert len(places) == K

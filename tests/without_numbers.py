@@ -30,6 +30,7 @@ def tiny_decoder(
     lora: bool = False,
     head: bool = False,
     packed: bool = False,
+    copy_tokens: int = 0,
     law: TokenLaw | None = None,
     device: str = "meta",
     tree: DraftTree | None = None,
@@ -42,6 +43,7 @@ def tiny_decoder(
         num_layers: of the model.
         lora: on every linear layer.
         head: draws the drafts.
+        copy_tokens: verified behind the drafts.
         packed: layers that share an input are one, as where there is memory for it.
         law: default the greedy one.
         device: `meta`, or one that has numbers.
@@ -68,7 +70,7 @@ def tiny_decoder(
     drafter = HeadDrafter.of(adapter, target)
     forward = RowForward(target, masks, gate, linears, group, tap=drafter and drafter.tap)
     depth = K if tree is None else tree.num_speculative_tokens
-    return Decoder(forward, mode, depth, law, CAPACITY, eos, head=drafter, tree=tree)
+    return Decoder(forward, mode, depth, law, CAPACITY, eos, head=drafter, copy_tokens=copy_tokens, tree=tree)
 
 
 def tiny_state(
@@ -91,4 +93,5 @@ def tiny_state(
         else torch.empty(*drafts.shape, vocabulary, device=device),
         width=decoder.tokens_per_step,
         capacity=CAPACITY,
+        copies=decoder.copy_tokens > 0,
     )

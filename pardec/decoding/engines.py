@@ -29,7 +29,7 @@ from pardec.decoding.step import MODES, Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
 from pardec.draft_tree import DraftTree
 from pardec.errors import shown
-from pardec.layout import MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
+from pardec.layout import MAX_COPY_TOKENS, MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
 from pardec.target.forward import TargetModel
@@ -43,9 +43,11 @@ class Drafting:
 
     Attributes:
         mode: one of `MODES`; plain where nothing is drafted.
-        block_lengths: of the fused chain; for two_pass only their number counts; (0,) for plain decoding.
+        block_lengths: of the fused chain, one for each copied token among them; for two_pass the largest counts alone;
+            (0,) for plain decoding.
         head: draws the drafts one after another; None to draw them from their rows as they are.
         verification: of drafts that were drawn.
+        copy_tokens: copied ones that are verified behind the drafts.
         tree: of candidates in place of the chain, as deep as the chain is long; its nodes are not drawn.
     """
 
@@ -53,7 +55,13 @@ class Drafting:
     block_lengths: BlockLengths
     head: HeadDrafter | None
     verification: Verification = "token"
+    copy_tokens: int = 0
     tree: DraftTree | None = None
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """K; 0 where nothing of the adapter is used."""
+        return max(self.block_lengths)
 
 
 class Engines:
@@ -116,6 +124,7 @@ class Engines:
         block_lengths: Sequence[int] | None,
         use_head: bool | None,
         verification: Verification = "token",
+        copy_tokens: int | None = None,
         tree: DraftTree | None = None,
     ) -> Drafting:
         """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
@@ -126,31 +135,46 @@ class Engines:
         if mode is not None:
             one_of("mode", mode, MODES)
         one_of("verification", verification, VERIFICATIONS)
+        L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
+        if L and mode == "plain":
+            raise ValueError(f"copy_tokens: expected 0 in plain mode, found {L}")
         tuned = self.tuned
         if tree is not None:
-            mode, blocks = self._checked_tree(mode, asked, block_lengths, tree)
+            mode, blocks = self._checked_tree(mode, asked, block_lengths, L, tree)
+            L = 0
         elif tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
             mode, blocks, tree = tuned.mode, tuple(tuned.block_lengths), tuned.tree
             use_head = False if use_head is None and not tuned.use_head else use_head
+            if L is None or (L == 0 and tree is not None):
+                L = tuned.copy_tokens
+            elif mode != "two_pass":  # copies of another number behind the same drafts
+                mode, blocks, tree = "fused", blocks[: max(blocks) + 1], None
+            else:
+                tree = None
         else:
-            mode = mode or "fused"
+            mode, L = mode or "fused", L or 0
             is_given = block_lengths is not None
-            blocks = self._checked(mode, asked, block_lengths) if is_given else self._blocks_for(mode, asked)
+            blocks = self._checked(mode, asked, block_lengths, L) if is_given else self._blocks_for(mode, asked, L)
         head = self.chosen_head(use_head)
         if tree is not None:
             self._check_ranks(tree, head)
-        return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head, verification, tree)
+        if blocks == PLAIN and not L:
+            return Drafting("plain", PLAIN, None)
+        if mode == "fused":
+            blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
+        return Drafting(mode, blocks, head if max(blocks) else None, verification, L, tree)
 
-    def _blocks_for(self, mode: str, asked: int | None) -> BlockLengths:
+    def _blocks_for(self, mode: str, asked: int | None, copy_tokens: int) -> BlockLengths:
         if asked is not None:
             asked = integer("num_speculative_tokens", asked, 0, MAX_SPECULATIVE_TOKENS)
-        if mode == "plain":
+        if mode == "plain" or (asked == 0 and copy_tokens and mode == "fused"):
             return PLAIN
         if self.adapter is None:
-            raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
+            also = " or num_speculative_tokens=0" if copy_tokens else ""
+            raise ValueError(f"mode: expected plain{also}, the only one without an adapter, found {mode!r}")
         return full_blocks(self.adapter.metadata.num_speculative_tokens if asked is None else asked)
 
-    def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int]) -> BlockLengths:
+    def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int], copy_tokens: int) -> BlockLengths:
         try:
             blocks = tuple(integer("block_lengths", length, 0) for length in block_lengths)
         except TypeError:
@@ -158,13 +182,19 @@ class Engines:
             raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K, found {found}") from None
         if mode != "fused" or asked is not None:
             raise ValueError("block_lengths: expected mode fused and no num_speculative_tokens beside it")
-        check_block_lengths(blocks)
+        # those behind copies may be left out, and are 0 then
+        check_block_lengths(blocks, max(0, min(len(blocks) - 1 - max(blocks, default=0), copy_tokens)))
         if blocks != PLAIN and self.adapter is None:
             raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
         return blocks
 
     def _checked_tree(
-        self, mode: str | None, asked: int | None, block_lengths: Sequence[int] | None, tree: DraftTree
+        self,
+        mode: str | None,
+        asked: int | None,
+        block_lengths: Sequence[int] | None,
+        copy_tokens: int | None,
+        tree: DraftTree,
     ) -> tuple[str, BlockLengths]:
         """The mode, and the block lengths of the full chain that is as long as the tree is deep."""
         if not isinstance(tree, DraftTree):
@@ -173,6 +203,8 @@ class Engines:
             raise ValueError(
                 "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
             )
+        if copy_tokens:
+            raise ValueError(f"copy_tokens: expected 0 beside a tree, found {copy_tokens}")
         if self.adapter is None:
             raise ValueError("tree: expected an adapter that drafts its nodes, found none")
         K, metadata = tree.num_speculative_tokens, self.adapter.metadata
@@ -278,7 +310,8 @@ class Engines:
         self.check(prompts, max_new_tokens, num_sequences or len(prompts))
         target = self.target
         eos_ids = eos_token_ids(target.base) if eos is None else eos
-        if drafting.mode != "plain" and (self.gate is not None or drafting.head is not None):
+        K = drafting.num_speculative_tokens
+        if K and (self.gate is not None or drafting.head is not None):
             refuse_compiled(target.base)
         if self._survey is None:
             self._survey = survey(target)
@@ -287,19 +320,13 @@ class Engines:
             self._survey, self._linears = survey(target), {}
         self._surveyed = now
         # on a CPU what a LoRA adds to a packed weight costs plain steps something
-        drafts = drafting.mode != "plain" or target.device.type != "cpu"
-        linears = self._packed(self._survey, with_lora=drafts and self.gate is not None)
+        with_lora = self.gate is not None and (K > 0 or target.device.type != "cpu")
+        linears = self._packed(self._survey, with_lora=with_lora)
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
-            way = (
-                drafting.mode,
-                drafting.block_lengths,
-                drafting.head is not None,
-                drafting.verification,
-                drafting.tree,
-            )
-            shape = (*way, law.key, len(eos_ids))
+            way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.tree)
+            shape = (*way, drafting.head is not None, drafting.verification, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
             on = (
                 self.capture,
@@ -330,7 +357,7 @@ class Engines:
                 self._pool.give_back(key, engine)
 
     def _new_engine(self, facts: Survey, law: TokenLaw, drafting: Drafting, linears: PackedLinears) -> Engine:
-        K, no_eos = len(drafting.block_lengths) - 1, torch.empty(0, dtype=torch.long)
+        K, no_eos = drafting.num_speculative_tokens, torch.empty(0, dtype=torch.long)
         forward = self.row_forward(K, drafting.head, linears, facts.query_group)
         max_new_tokens = 1  # set for each call, as are the EOS ids
         decoder = Decoder(
@@ -343,6 +370,7 @@ class Engines:
             drafting.block_lengths,
             drafting.head,
             drafting.verification,
+            drafting.copy_tokens,
             drafting.tree,
         )
         captured = self.capture and law.is_capturable

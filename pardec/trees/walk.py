@@ -40,7 +40,7 @@ class WalkTables:
         leads = torch.zeros(N + 1, N, dtype=torch.bool)
         for row, path in enumerate(paths):
             leads[row, [node - 1 for node in path[1:]]] = True
-        behind = next_blocks(tree.runs, K).tolist()
+        behind = next_blocks(tree.runs, N - K).tolist()
         lines = []
         for length in range(K + 1):
             for path in paths:

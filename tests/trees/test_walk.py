@@ -26,7 +26,7 @@ def tokens_for(tree: DraftTree, num: int, seed: int) -> tuple[torch.Tensor, torc
 def test_a_walk_goes_to_the_child_that_the_targets_token_is_and_no_deeper_than_nodes_exist(tree):
     K = tree.num_speculative_tokens
     tables = WalkTables.of(tree, torch.device("cpu"))
-    behind = next_blocks(tree.runs, K).tolist()
+    behind = next_blocks(tree.runs, tree.num_nodes - K).tolist()
     reached = set()
     for length in range(K + 1):
         target, nodes = tokens_for(tree, 60, length)
