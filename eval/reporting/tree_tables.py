@@ -72,9 +72,9 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         f"tokens, sampled at temperature {result['temperature']}, top-k {result['top_k']}; {result['dtype']}",
         "shapes are chosen on the validation split and reported on the test split; tree of N: the whole run behind "
         "each node; chain and tree: the best of up to so many rows",
-        "lengths: accepted tokens a step and the bonus token, steps that verify nothing among them; expected: the ranks "
-        "of the model's own tokens in its drafts, played again; of a sampled chain, whose drafts are drawn, that of the "
-        "likeliest drafts",
+        "lengths: accepted tokens a step and the bonus token, steps that verify nothing among them; expected: the "
+        "ranks of the model's own tokens in its drafts, played again; of a sampled chain, whose drafts are drawn, that "
+        "of the likeliest drafts",
         "gain: of accepted length outside repetition over the full chain's on the same prompts, which are resampled in "
         "pairs",
         "ms a step: batch 1, as trees of so many rows take here, between those that were timed on a line; x plain: "
