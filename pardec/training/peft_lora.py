@@ -158,9 +158,14 @@ def load_lora_weights(peft_model, weights: LoraWeights) -> None:
 
     present = lora_weights(peft_model)
     shapes = [{name: tuple(t.shape) for name, t in one.tensors.items()} for one in (present, weights)]
-    if shapes[0] != shapes[1] or present.scaling != weights.scaling:
+    facts = [(one.rank, one.scaling, len(one.tensors)) for one in (present, weights)]
+    if facts[0] != facts[1]:
         raise ValueError(
             f"lora: expected r {present.rank}, scaling {present.scaling} and {len(shapes[0])} matrices, as in the "
             f"recipe, found r {weights.rank}, scaling {weights.scaling} and {len(shapes[1])}"
         )
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        expected, found = (one.get(name) for one in shapes)
+        if expected != found:
+            raise ValueError(f"lora: {name}: expected shape {expected} as in the recipe, found {found}")
     set_peft_model_state_dict(peft_model, weights.tensors)
