@@ -158,13 +158,16 @@ def plot_floor(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Non
     Args:
         rows: of `eval/floor.py`.
     """
-    figure, grid = _figure((4.6 * len(rows) + 1, 3.6), len(rows), sharey=True)
+    figure, grid = _figure((4.6 * len(rows) + 1, 4), len(rows), sharey=True)
     for axes, row in zip(grid, rows, strict=True):
         depths = range(1, len(row["blind"]["mean"]) + 1)
-        for name, colour, label in (("blind", "#888888", "none"), ("behind_one", "#d9742b", "the one before")):
+        for name, colour, label in (
+            ("blind", "#888888", "no token between"),
+            ("behind_one", "#d9742b", "the token before"),
+        ):
             most, shown = row[name]["mean"], row[f"{name}_shown"]["mean"]
             axes.fill_between(depths, shown, most, color=colour, alpha=0.35, linewidth=0)
-            axes.plot(depths, most, ":", color=colour, label=f"possible, seeing {label} of the tokens between")
+            axes.plot(depths, most, ":", color=colour, label=f"possible, seeing {label}")
         for name, style, label in (("drafted", "-", "reached by mask rows"), ("with_head", "--", "with the head")):
             if name in row:
                 low, high = zip(*row[name]["interval"], strict=True)
@@ -179,7 +182,9 @@ def plot_floor(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Non
         axes.set_title(row["adapter"], fontsize=10)
         axes.set_ylim(0, 1.03)
     grid[0].set_ylabel("overlap of target and draft")
-    grid[0].legend(frameon=False, fontsize=7)
+    # of the panel that has most of them
+    handles = max((axes.get_legend_handles_labels() for axes in grid), key=lambda found: len(found[0]))
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=9)
     _save(figure, path)
 
