@@ -75,10 +75,11 @@ def train(recipe: Recipe) -> None:
     check_same(output, data)
 
     # what is learned, and what was learned before this run was cut off
-    module, peft_model, source = begin_module(recipe, target.base, identity)
+    module, peft_model, origin = begin_module(recipe, target.base, identity)
     learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
     rates = {"mask_embeddings": train.learning_rate, "lora": train.lora_learning_rate, "head": train.head_learning_rate}
     optimizer = build_optimizer(learned, rates)
+    source = origin["started_from"]
     checkpoints, kept = output / "checkpoints", {"recipe": depends_on, "started_from": source, **data}
     state = load_state(checkpoints, learned, [optimizer]) or {"best": 0.0, **kept}
     check_source(recipe.adapter.start_from, state.get("started_from"), source)
@@ -94,7 +95,7 @@ def train(recipe: Recipe) -> None:
     best = take_steps(
         recipe,
         learner,
-        Examiner(recipe, accelerator, module, peft_model, identity, source, tokenizer, prompts),
+        Examiner(recipe, accelerator, module, peft_model, identity, origin, tokenizer, prompts),
         loader,
         first_step,
         state["best"],
@@ -174,7 +175,7 @@ def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: i
 
 
 def begin_module(recipe: Recipe, base, identity: Fingerprint):
-    """The training module and PEFT's view of the base with their first numbers; files of the adapter they are of."""
+    """The training module and PEFT's view of the base with their first numbers, and what is told of their origin."""
     lora, keep, peft_model = recipe.adapter.lora, recipe.train.keep, None
     torch.manual_seed(recipe.train.seed)  # the first halves of LoRA and head start at random
     if lora is not None:
@@ -183,10 +184,10 @@ def begin_module(recipe: Recipe, base, identity: Fingerprint):
         base, recipe.adapter.drafter(), recipe.objective(), keep_ratio=keep.ratio, keep_floor=keep.floor
     )
     if recipe.adapter.start_from is None:
-        return module, peft_model, None
+        return module, peft_model, {"started_from": None}
     source = load_adapter(recipe.adapter.start_from)
-    warm_start(module, peft_model, source, identity, recipe.train.frozen)
-    return module, peft_model, source.metadata.files
+    moved = warm_start(module, peft_model, source, identity, recipe.train.frozen, transfer=recipe.adapter.transfer)
+    return module, peft_model, {"started_from": source.metadata.files, **({"moved_from": moved} if moved else {})}
 
 
 def sizes_of(
@@ -257,7 +258,7 @@ class Examiner:
     module: MaskTokenTrainer
     peft_model: Any
     identity: Fingerprint
-    started_from: dict[str, str] | None
+    origin: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
 
@@ -298,7 +299,7 @@ class Examiner:
             fingerprint=self.identity,
             training={
                 "recipe": self.recipe.model_dump(),
-                "started_from": self.started_from,
+                **self.origin,
                 **made_by(self.accelerator),
                 "step": step,
                 "cpu_minutes": round(time.process_time() / 60, 2),
