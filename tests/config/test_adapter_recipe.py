@@ -316,6 +316,36 @@ def test_frozen_parts_come_from_an_adapter_and_leave_something_to_learn(write):
     assert load_recipe(write(MINIMAL), [start, frozen, "adapter.head.width=8"]).train.frozen == ["mask_embeddings"]
 
 
+def test_what_is_moved_is_an_adapter_to_start_from(write):
+    assert "adapter.transfer: expected adapter.start_from" in refusal(write(MINIMAL), "adapter.transfer=true")
+    moving = load_recipe(write(MINIMAL), ["adapter.transfer=true", "adapter.start_from=runs/x"])
+    assert moving.adapter.transfer
+    # it allows, and changes nothing that is learned
+    assert moving.of_checkpoints() == load_recipe(write(MINIMAL), ["adapter.start_from=runs/x"]).of_checkpoints()
+
+
+def test_blocks_grow_to_k(write):
+    assert load_recipe(write(MINIMAL)).train.grow_speculative_tokens is None
+    growing = load_recipe(write(MINIMAL), ["train.grow_speculative_tokens=[1, 2, 4]"])
+    assert growing.train.grow_speculative_tokens == [1, 2, 4]
+
+
+@pytest.mark.parametrize("growth", ["[1, 2, 8]", "[1, 2]", "[2, 1, 4]", "[2, 2, 4]"])
+def test_growth_beyond_k_or_not_up_to_it_is_refused(write, growth):
+    message = refusal(write(MINIMAL), f"train.grow_speculative_tokens={growth}")
+    assert message.endswith(f"expected numbers that rise to K, here 4, found {growth}")
+
+
+@pytest.mark.parametrize("growth", ["[]", "[0, 4]", "[true, 4]", "[1.0, 4]", "4"])
+def test_growth_is_a_list_of_counts(write, growth):
+    assert ": train.grow_speculative_tokens" in refusal(write(MINIMAL), f"train.grow_speculative_tokens={growth}")
+
+
+def test_growth_has_a_step_for_each_number(write):
+    message = refusal(write(MINIMAL), "train.grow_speculative_tokens=[1, 2, 4]", "train.steps=2")
+    assert message.endswith("expected at most as many numbers as train.steps, 2, found 3")
+
+
 @pytest.mark.parametrize("override", ["train.keep.ratio=0", "train.keep.ratio=1.1", "train.keep.floor=-0.1"])
 def test_token_dropping_takes_shares(write, override):
     assert f"{override.partition('=')[0]}: " in refusal(write(MINIMAL), override)
