@@ -82,8 +82,8 @@ def load_base(
     except (OSError, ValueError, KeyError) as error:
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             raise ValueError(
-                f"base {short(repr(name), 120)}: expected a causal language model, found an adapter of PEFT alone; load "
-                "what it was trained for, bring it on by load_adapter, and give that model as the base"
+                f"base {short(repr(name), 120)}: expected a causal language model, found an adapter of PEFT alone; "
+                "load what it was trained for, bring it on by load_adapter, and give that model as the base"
             ) from None
         raise ValueError(
             f"base {short(repr(name), 120)}: expected a folder or hub name of a causal language model, "

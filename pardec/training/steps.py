@@ -49,7 +49,7 @@ def depth_at(step: int, steps: int, growth: Sequence[int] | None) -> int | None:
     Args:
         step: which.
         steps: of the run.
-        growth: numbers that rise to K, each for an equal share of the steps, the last step always K; None for no growth.
+        growth: numbers that rise to K, each for an equal share of the steps, the last step always K; None for K.
     """
     return growth[math.ceil(step * len(growth) / steps) - 1] if growth else None
 
