@@ -24,10 +24,11 @@ from pardec.adapters.files import METADATA_FILE, load_adapter, save_adapter
 from pardec.arguments import known_dtype
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import recipe_of_command_line
-from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, prompts_with_room
+from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
+from pardec.data.examples import AnchoredSequences, collate
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.measures.held_out import measure_held_out
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
@@ -167,8 +168,8 @@ def read_data(
 
 def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: int) -> DataLoader:
     """The examples that are still to come, in the order that every run of this recipe has."""
-    total = recipe.train.steps * global_batch
-    examples = AnchoredSequences(corpus.train, total, recipe.train.anchors_per_sequence, recipe.train.seed)
+    total, anchors = recipe.train.steps * global_batch, recipe.train.anchors_per_sequence
+    examples = AnchoredSequences(corpus.train, total, anchors, recipe.train.seed, examples_per_step=global_batch)
     rest = Subset(examples, range(first_step * global_batch, total))
     return DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
 

@@ -88,7 +88,8 @@ class AdapterConfig(Section):
             SGLang's UNO serves a LoRA.
         lora: a LoRA that is active at mask rows only; default none.
         head: a sampler head, which lets each draft know the token before it; default none.
-        start_from: folder of an adapter of the same base and shape whose parts this one starts with; default none.
+        start_from: folder of an adapter of the same base and shape whose parts this one starts with, a LoRA cut to
+            fewer layers and a lower rank where this one has them; default none.
         transfer: it may be of another base of the same shape, such as the one that this base was tuned from.
         dtype: of the numbers in the adapter's files, as which they are measured too; bfloat16 halves the files.
     """

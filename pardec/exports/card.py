@@ -179,7 +179,7 @@ def _doors(adapter: Adapter, name: HubName) -> str:
     for door in map(door_of, DOOR_NAMES):
         if door.counted is None or door.refusal(adapter) is not None:
             continue
-        commands = door.commands(record_of(adapter, door), "out")
+        commands = door.commands(record_of(adapter, door, sources=adapter.metadata.files), "out")
         found.append(
             f"With {door.engine} (checked against {door.tested}):\n\n"
             f"```\npardec export {name} --to {door.name} --output out\n```\n\n```{door.language}\n{commands}\n```\n"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.training.linear_layers import linear_layers
+from pardec.training.smaller_lora import cut_lora
 
 ALL_LINEAR = "all-linear"
 
@@ -156,23 +157,11 @@ def lora_weights(peft_model, base_name: str | None = None) -> LoraWeights:
 
 
 def load_lora_weights(peft_model, weights: LoraWeights) -> None:
-    """Puts a saved LoRA into the one inside `peft_model`.
+    """Puts a saved LoRA into the one inside `peft_model`, cut to its layers and rank if it has more.
 
     Raises:
-        ValueError: if it adapts other modules, or with another rank or scaling.
+        ValueError: if it lacks a layer, or has a lower rank.
     """
     from peft import set_peft_model_state_dict
 
-    present = lora_weights(peft_model)
-    shapes = [{name: tuple(t.shape) for name, t in one.tensors.items()} for one in (present, weights)]
-    facts = [(one.rank, one.scaling, len(one.tensors)) for one in (present, weights)]
-    if facts[0] != facts[1]:
-        raise ValueError(
-            f"lora: expected r {present.rank}, scaling {present.scaling} and {len(shapes[0])} matrices, as in the "
-            f"recipe, found r {weights.rank}, scaling {weights.scaling} and {len(shapes[1])}"
-        )
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        expected, found = (one.get(name) for one in shapes)
-        if expected != found:
-            raise ValueError(f"lora: {name}: expected shape {expected} as in the recipe, found {found}")
-    set_peft_model_state_dict(peft_model, weights.tensors)
+    set_peft_model_state_dict(peft_model, cut_lora(weights, lora_weights(peft_model)).tensors)
