@@ -85,6 +85,7 @@ FIT = {
     "block_lengths": {"none"},
     "use_head": {"none", "false"},
     "verification": set(),
+    "copy_tokens": {"none", "zero", *INTEGERS},
     "tree": {"none"},
 }
 FIT_TO_STREAM = {name: fit for name, fit in FIT.items() if name not in ("prompts", "num_return_sequences")}

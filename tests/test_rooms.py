@@ -9,7 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # from the ground up; CONTRIBUTING.md shows this map
 FLOORS = (
-    ("pardec/arguments", "pardec/draft_tree", "pardec/errors", "pardec/layout", "pardec/run"),
+    (
+        "pardec/arguments",
+        "pardec/all_cores",
+        "pardec/draft_tree",
+        "pardec/errors",
+        "pardec/layout",
+        "pardec/run",
+    ),
     ("pardec/target",),
     ("pardec/adapters",),
     ("pardec/decoding", "pardec/decoding/probing", "pardec/trees"),

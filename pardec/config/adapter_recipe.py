@@ -40,12 +40,16 @@ class DataConfig(RowsConfig):
         validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
             above; default a held-out part of `path`.
         test_path: likewise, of data that is reported.
+        streamed: a hub dataset is read as training comes to it, and not downloaded before; needs a validation_path.
+        cache: folder where tokenised data are kept; default `tokenised` in the user's cache.
     """
 
     max_length: int = Field(default=512, ge=8)
     min_kept_share: float = Field(default=0.5, ge=0, le=1)
     validation_path: str | None = None
     test_path: str | None = None
+    streamed: bool = False
+    cache: str | None = None
 
 
 class LoraSection(Section):
@@ -90,6 +94,7 @@ class AdapterConfig(Section):
         head: a sampler head, which lets each draft know the token before it; default none.
         start_from: folder of an adapter of the same base and shape whose parts this one starts with, a LoRA cut to
             fewer layers and a lower rank where this one has them; default none.
+        transfer: it may be of another base of the same shape, such as the one that this base was tuned from.
         dtype: of the numbers in the adapter's files, as which they are measured too; bfloat16 halves the files.
     """
 
@@ -100,6 +105,7 @@ class AdapterConfig(Section):
     lora: LoraSection | None = None
     head: HeadSection | None = None
     start_from: str | None = None
+    transfer: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def drafter(self) -> Drafter:
@@ -176,11 +182,6 @@ class Recipe(Section):
             raise ValueError(
                 f"train.grow_speculative_tokens: expected numbers that rise to K, here {K}, found {shown(growth)}"
             )
-        if len(growth) > self.train.steps:
-            raise ValueError(
-                f"train.grow_speculative_tokens: expected at most as many numbers as train.steps, {self.train.steps}, "
-                f"found {len(growth)}"
-            )
         return self
 
     @model_validator(mode="after")
@@ -199,6 +200,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _something_is_learned(self) -> "Recipe":
         adapter, frozen = self.adapter, set(self.train.frozen)
+        if adapter.transfer and adapter.start_from is None:
+            raise ValueError("adapter.transfer: expected adapter.start_from, what is moved here, found none")
         if frozen and adapter.start_from is None:
             raise ValueError("train.frozen: expected adapter.start_from, which frozen parts are taken from, found none")
         parts = {"mask_embeddings": adapter.draft_input == "mask_embeddings"}
@@ -210,7 +213,14 @@ class Recipe(Section):
     def of_checkpoints(self) -> dict[str, Any]:
         """The parts that what is learned depends on."""
         parts = self.model_dump(include={"base", "data", "adapter", "train"})
-        unasked = (("data", "min_kept_share"), ("adapter", "dtype"), *(("train", key) for key in _ONLY_TOLD))
+        # `transfer` only allows what `start_from` says
+        unasked = (
+            ("data", "min_kept_share"),
+            ("data", "cache"),
+            ("adapter", "dtype"),
+            ("adapter", "transfer"),
+            *(("train", key) for key in _ONLY_TOLD),
+        )
         for section, key in unasked:
             del parts[section][key]
         return parts

@@ -29,11 +29,18 @@ def inject_lora(base: PreTrainedModel, *, r: int, alpha: float, target_modules: 
             see `pardec.training.linear_layers`, but for the output head.
 
     Raises:
-        ValueError: if no module of the base is meant by `target_modules`, or one that a LoRA for mask rows alone
-            cannot act on.
+        ValueError: if the base has adapters of PEFT already, or if no module of it is meant by `target_modules`, or
+            one that a LoRA for mask rows alone cannot act on.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    others = sum(isinstance(module, BaseTunerLayer) for module in base.modules())
+    if others:  # they would be switched off with the gated LoRA, and the target's law with them
+        raise ValueError(
+            f"base: expected none that carries adapters of PEFT while a LoRA is trained, found {others} such layers; "
+            "merge them into it first (merge_and_unload)"
+        )
     modules, parameters = _targets(base, target_modules)
     config = LoraConfig(
         r=r,

@@ -66,6 +66,7 @@ def _figures(one: Measured, plain: Measured) -> dict[str, Any]:
         "block_lengths": list(predicted.way.block_lengths),
         "tree": None if predicted.way.tree is None else asdict(predicted.way.tree),
         "use_head": predicted.way.use_head,
+        "copy_tokens": predicted.way.copy_tokens,
         "rows": predicted.way.num_rows,
         "predicted_tokens_per_step": predicted.tokens_per_step,
         "measured_tokens_per_step": one.tokens_per_step,
@@ -162,7 +163,11 @@ def print_report(report: TuneReport, console: Console) -> None:
 
 def _name(way: Way, has_head: bool) -> str:
     """In a cell: the shape, or the mode and K; and that the head is left out where there is one."""
-    shape, K = " ".join(map(str, way.block_lengths)), way.num_speculative_tokens
+    blocks, L, K = way.block_lengths, way.copy_tokens, way.num_speculative_tokens
+    shape = " ".join(map(str, blocks[: len(blocks) - L]))
+    if L:
+        shape = f"{L} copies" if not any(blocks) else f"{shape} + {L} copies"
+        shape += f" of {blocks[-1]}" if blocks[-1] else ""
     names = {"plain": "plain", "two_pass": f"two_pass, K {K}", "fused": shape}
     if way.tree is not None:
         tree = f"tree of {way.tree.num_nodes}, K {K}"
@@ -174,7 +179,7 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
     """The choice in a few words; with `has_head` also whether the head drafts."""
     if choice.mode == "plain":
         return "plain decoding, as nothing measured was faster"
-    way = Way(choice.mode, choice.block_lengths, choice.use_head, choice.tree)
+    way = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens, choice.tree)
     ratio = choice.measured_tokens_per_second / choice.plain_tokens_per_second
     words = [f"K = {choice.num_speculative_tokens}"]
     if choice.mode == "two_pass":
@@ -183,7 +188,9 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
         words.append(f"blocks {' '.join(map(str, choice.block_lengths))}")
     if choice.tree is not None:
         words.append(f"a tree of {choice.tree.num_nodes} nodes")
-    if has_head:
+    if choice.copy_tokens:
+        words.append(f"{choice.copy_tokens} copied tokens")
+    if has_head and choice.num_speculative_tokens:
         words.append("with the head" if choice.use_head else "without the head")
     return ", ".join([*words, f"{way.num_rows} rows", f"{ratio:.2f} x plain"])
 
@@ -210,7 +217,7 @@ def plot_costs(report: TuneReport, path: Path) -> None:
         axes.plot(
             sorted(trees), [trees[r] for r in sorted(trees)], "o--", color="#3f8f5f", label="fused steps of trees"
         )
-    place = Way(choice.mode, choice.block_lengths, choice.use_head, choice.tree).num_rows
+    place = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens, choice.tree).num_rows
     axes.plot(place, chosen_ms, "*", color="#d9742b", markersize=14, label=describe(choice))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rows of a step")

@@ -106,6 +106,7 @@ def _choice(
         versions=library_versions(),
         mode=best.candidate.way.mode,
         use_head=best.candidate.way.use_head,
+        copy_tokens=best.candidate.way.copy_tokens,
         tree=best.candidate.way.tree,
     )
 
@@ -131,6 +132,7 @@ def _decoding(
             num_speculative_tokens=way.num_speculative_tokens if way.mode == "two_pass" and way.tree is None else None,
             block_lengths=way.block_lengths if way.mode == "fused" and way.tree is None else None,
             use_head=None if way.use_head else False,
+            copy_tokens=way.copy_tokens,
             tree=way.tree,
         )
         bar.update()
@@ -221,7 +223,7 @@ def _compared(
         def run(key: tuple[str, int]) -> Call:
             dtype, batch = key
             one = choices[dtype]
-            way = Way(one.mode, one.block_lengths, one.use_head, one.tree)
+            way = Way(one.mode, one.block_lengths, one.use_head, one.copy_tokens, one.tree)
             return decode[dtype](way, batch, max_new_tokens)
 
         calls = in_turn(run, keys, repetitions)

@@ -55,6 +55,20 @@ def test_a_shipped_adapter_is_told_with_its_figures():
         assert words in text
 
 
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ({"sampled": 1.753, "greedy": 2.0}, ", whose mean acceptance length there was 1.75 sampled, 2.00 greedy |"),
+        ({"sampled": None}, " |"),
+        ("nonsense", " |"),
+    ],
+)
+def test_a_moved_adapter_says_from_where(packaged_adapter, lengths, words):
+    adapter = sample(packaged_adapter, "transformers")
+    adapter.metadata.training["moved_from"] = {"base": "some/base", "mean_acceptance_length": lengths}
+    assert f"| moved from | an adapter of `some/base`{words}\n" in card(adapter)
+
+
 @pytest.mark.parametrize("door", ["vllm-stock", "sglang", "transformers"])
 def test_every_door_that_can_serve_it_has_its_commands(packaged_adapter, door):
     text = card(sample(packaged_adapter, door))

@@ -13,7 +13,7 @@ from pardec.tuning.tree_replay import RankReplay
 from pardec.tuning.tree_ways import TreeWays
 
 K, NEW, PREFILL_SECONDS = 3, 100, 0.02
-EFFORT = Effort(num_shapes=4, num_batches=2, num_finalists=3, repetitions=2, num_trees=3)
+EFFORT = Effort(num_shapes=4, num_batches=2, num_finalists=3, repetitions=2, num_trees=3, copy_tokens=())
 
 
 def text(seed: int) -> np.ndarray:
