@@ -13,8 +13,6 @@ from torch.nn.attention import sdpa_kernel
 
 from pardec.layout import training_layout
 from pardec.target.cache import PrefixCache
-from pardec.training.kl import entropies
-from pardec.training.loss import target_law
 from pardec.training.module import ATTENTION_KERNELS, METRICS, MaskTokenTrainer
 from pardec.training.peft_lora import lora_enabled
 
@@ -71,19 +69,11 @@ class JointForward(nn.Module):
                 PrefixCache(target.num_layers),
             )
         of_law, of_masks = logits.split(M, dim=1)
-        p = target_law(of_law.detach(), objective.temperature, objective.top_k)
         targets = layout.targets.clamp_max(T - 1)
         counts = ((layout.targets < T) & loss_mask.gather(1, targets)).flatten()
-        losses, _ = objective.weighted_losses(
-            of_masks.flatten(0, 1),
-            p.flatten(0, 1),
-            entropies(p).flatten(),
-            input_ids.gather(1, targets).flatten(),
-            counts,
-            layout,
-            K,
-            needs_overlap=False,
-        )
+        ids = input_ids.gather(1, targets).flatten()
+        law = objective.law(of_law.detach().flatten(0, 1))
+        losses, _ = objective.weighted_losses(of_masks.flatten(0, 1), law, ids, counts, layout, K)
         return losses.sum(), counts.sum(), torch.zeros(len(METRICS), K, device=losses.device)
 
     @contextmanager
