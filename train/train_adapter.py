@@ -24,10 +24,11 @@ from pardec.adapters.files import METADATA_FILE, load_adapter, save_adapter
 from pardec.arguments import known_dtype
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import recipe_of_command_line
-from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, prompts_with_room
+from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
+from pardec.data.examples import AnchoredSequences, collate
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.measures.held_out import measure_held_out
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
@@ -40,7 +41,7 @@ from pardec.training.memory import adapter_bytes
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
 from pardec.training.processes import JsonlTracker, begin_run, idle_processors, made_by, make_accelerator
-from pardec.training.steps import Learner, build_optimizer, losses_of, make_schedule
+from pardec.training.steps import Learner, build_optimizer, depth_at, losses_of, make_schedule
 from pardec.training.warm_start import check_source, learned_adapter, warm_start
 
 
@@ -69,15 +70,16 @@ def train(recipe: Recipe) -> None:
     target, tokenizer = load_target(recipe, accelerator)
     identity = fingerprint(target.base, tokenizer)
     global_batch = train.batch_size * train.gradient_accumulation_steps * accelerator.num_processes
-    corpus, prompts = read_data(recipe, target, tokenizer, accelerator, max_sequences=train.steps * global_batch)
+    corpus, prompts = read_data(recipe, target, tokenizer, accelerator)
     data["data_sha256"] = corpus.digest()
     check_same(output, data)
 
     # what is learned, and what was learned before this run was cut off
-    module, peft_model, source = begin_module(recipe, target.base, identity)
+    module, peft_model, origin = begin_module(recipe, target.base, identity)
     learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
     rates = {"mask_embeddings": train.learning_rate, "lora": train.lora_learning_rate, "head": train.head_learning_rate}
     optimizer = build_optimizer(learned, rates)
+    source = origin["started_from"]
     checkpoints, kept = output / "checkpoints", {"recipe": depends_on, "started_from": source, **data}
     state = load_state(checkpoints, learned, [optimizer]) or {"best": 0.0, **kept}
     check_source(recipe.adapter.start_from, state.get("started_from"), source)
@@ -85,7 +87,7 @@ def train(recipe: Recipe) -> None:
     loader = make_loader(recipe, corpus, first_step, global_batch)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
 
-    sizes = sizes_of(recipe, module.target, learned, corpus, prompts)
+    sizes = sizes_of(recipe, module.target, learned, prompts)
     begin_run(accelerator, recipe.output_dir, sizes + idle_processors(accelerator), first_step)
     learner = Learner(
         accelerator, wrapped, learned, optimizer, schedule, train.seed, train.anchors_per_forward, train.max_grad_norm
@@ -93,7 +95,7 @@ def train(recipe: Recipe) -> None:
     best = take_steps(
         recipe,
         learner,
-        Examiner(recipe, accelerator, module, peft_model, identity, source, tokenizer, prompts),
+        Examiner(recipe, accelerator, module, peft_model, identity, origin, tokenizer, prompts),
         loader,
         first_step,
         state["best"],
@@ -133,9 +135,9 @@ def load_target(recipe: Recipe, accelerator: Accelerator):
 
 
 def read_data(
-    recipe: Recipe, target: TargetModel, tokenizer, accelerator: Accelerator, max_sequences: int
+    recipe: Recipe, target: TargetModel, tokenizer, accelerator: Accelerator
 ) -> tuple[Corpus, list[list[int]]]:
-    """The data, read by the main process first, so that a cache is written once, and the validation prompts.
+    """The data, of which the main process tokenises the first before others read them, and the validation prompts.
 
     Refused if the base has no embeddings or no positions for them.
     """
@@ -145,7 +147,8 @@ def read_data(
         corpus = load_corpus(
             **data.model_dump(),  # the section's keys are named as the arguments
             tokenizer=tokenizer,
-            max_tokens=max_sequences * data.max_length,
+            num_embeddings=embedding_weight(target.base).shape[0],
+            num_prompts=recipe.eval.num_prompts,
             seed=recipe.train.seed,
             show_progress=accelerator.is_main_process,
         )
@@ -159,21 +162,21 @@ def read_data(
     )
     if too_long:
         accelerator.print(told_long(too_long))
-    largest = max(int(document.input_ids.max()) for document in (*corpus.train, *corpus.validation))
+    largest = max(int(document.input_ids.max()) for document in corpus.validation)
     check_token_ids(largest, embedding_weight(target.base).shape[0], "the base", data.path)
     return corpus, prompts
 
 
 def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: int) -> DataLoader:
     """The examples that are still to come, in the order that every run of this recipe has."""
-    total = recipe.train.steps * global_batch
-    examples = AnchoredSequences(corpus.train, total, recipe.train.anchors_per_sequence, recipe.train.seed)
+    total, anchors = recipe.train.steps * global_batch, recipe.train.anchors_per_sequence
+    examples = AnchoredSequences(corpus.train, total, anchors, recipe.train.seed, examples_per_step=global_batch)
     rest = Subset(examples, range(first_step * global_batch, total))
     return DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
 
 
 def begin_module(recipe: Recipe, base, identity: Fingerprint):
-    """The training module and PEFT's view of the base with their first numbers; files of the adapter they are of."""
+    """The training module and PEFT's view of the base with their first numbers, and what is told of their origin."""
     lora, keep, peft_model = recipe.adapter.lora, recipe.train.keep, None
     torch.manual_seed(recipe.train.seed)  # the first halves of LoRA and head start at random
     if lora is not None:
@@ -182,15 +185,13 @@ def begin_module(recipe: Recipe, base, identity: Fingerprint):
         base, recipe.adapter.drafter(), recipe.objective(), keep_ratio=keep.ratio, keep_floor=keep.floor
     )
     if recipe.adapter.start_from is None:
-        return module, peft_model, None
+        return module, peft_model, {"started_from": None}
     source = load_adapter(recipe.adapter.start_from)
-    warm_start(module, peft_model, source, identity, recipe.train.frozen)
-    return module, peft_model, source.metadata.files
+    moved = warm_start(module, peft_model, source, identity, recipe.train.frozen, transfer=recipe.adapter.transfer)
+    return module, peft_model, {"started_from": source.metadata.files, **({"moved_from": moved} if moved else {})}
 
 
-def sizes_of(
-    recipe: Recipe, target: TargetModel, learned: Mapping[str, Tensor], corpus: Corpus, prompts: list[list[int]]
-) -> str:
+def sizes_of(recipe: Recipe, target: TargetModel, learned: Mapping[str, Tensor], prompts: list[list[int]]) -> str:
     """Sizes and a memory estimate."""
     weights = sum(p.numel() * p.element_size() for p in target.base.parameters())
     N, num_learned = recipe.train.anchors_per_sequence, sum(p.numel() for p in learned.values())
@@ -198,7 +199,7 @@ def sizes_of(
     memory = weights + adapter_bytes(target, recipe.mask_rows(N), mask_rows, num_learned)
     return (
         f"base {recipe.base}: {weights / 2**20:,.0f} MiB; learned: {num_learned:,} numbers; "
-        f"{len(corpus.train):,} sequences; {len(prompts)} validation prompts\n"
+        f"{len(prompts)} validation prompts\n"
         f"per forward: {recipe.train.batch_size * recipe.data.max_length:,} real rows, {mask_rows:,} mask rows; "
         f"memory estimate {memory / 2**30:.1f} GiB per process (less with fewer train.anchors_per_forward)"
     )
@@ -229,7 +230,8 @@ def take_steps(
         is_last = step == train.steps
         is_logged = step % train.log_every == 0 or is_last
         micro_batches = [next(batches) for _ in range(train.gradient_accumulation_steps)]
-        new, norm = learner.update(micro_batches, step, with_metrics=is_logged)
+        depth = depth_at(step, train.steps, train.grow_speculative_tokens)
+        new, norm = learner.update(micro_batches, step, max_depth=depth, with_metrics=is_logged)
         sums = sums + new
         progress.update()
         if is_logged:
@@ -255,7 +257,7 @@ class Examiner:
     module: MaskTokenTrainer
     peft_model: Any
     identity: Fingerprint
-    started_from: dict[str, str] | None
+    origin: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
 
@@ -296,7 +298,7 @@ class Examiner:
             fingerprint=self.identity,
             training={
                 "recipe": self.recipe.model_dump(),
-                "started_from": self.started_from,
+                **self.origin,
                 **made_by(self.accelerator),
                 "step": step,
                 "cpu_minutes": round(time.process_time() / 60, 2),

@@ -39,11 +39,12 @@ class JointForward(nn.Module):
         anchors: Tensor,
         first_anchor: int = 0,
         num_anchors: int | None = None,
+        max_depth: int | None = None,
         with_metrics: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `MaskTokenTrainer.forward`; its metrics are left 0."""
         target, drafter, objective = self.trainer.target, self.trainer.drafter, self.trainer.objective
-        (B, T), K = input_ids.shape, drafter.num_speculative_tokens
+        (B, T), K = input_ids.shape, max_depth or drafter.num_speculative_tokens
         mine = anchors[:, first_anchor : None if num_anchors is None else first_anchor + num_anchors]
         layout = training_layout(mine, (K,) * mine.shape[1], T)
         M = len(layout.depths)

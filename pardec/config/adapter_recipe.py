@@ -1,32 +1,16 @@
 """The recipe of `train/train_adapter.py`: base, data, what is learned, how, and how it is measured meanwhile."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from pardec.config.recipe_files import MixedPrecision, Section
+from pardec.config.recipe_files import Section
+from pardec.config.train_section import TrainConfig
 from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, nested_block_lengths
-from pardec.training.loss import WEIGHT_RULES
 from pardec.training.module import Drafter
 from pardec.training.objective import Objective
-
-
-def _number_or_rule(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) and value not in WEIGHT_RULES else value
-    except ValueError:
-        rules = ", ".join(WEIGHT_RULES)
-        raise ValueError(
-            f"train.position_weights: expected a number, numbers or {rules}, found {shown(value)}"
-        ) from None
-
-
-# YAML leaves 3e-1 a string
-PositionWeights = Annotated[
-    float | list[float] | Literal["expected_length", "prefix_product"], BeforeValidator(_number_or_rule)
-]
 
 
 class RowsConfig(Section):
@@ -56,12 +40,16 @@ class DataConfig(RowsConfig):
         validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
             above; default a held-out part of `path`.
         test_path: likewise, of data that is reported.
+        streamed: a hub dataset is read as training comes to it, and not downloaded before; needs a validation_path.
+        cache: folder where tokenised data are kept; default `tokenised` in the user's cache.
     """
 
     max_length: int = Field(default=512, ge=8)
     min_kept_share: float = Field(default=0.5, ge=0, le=1)
     validation_path: str | None = None
     test_path: str | None = None
+    streamed: bool = False
+    cache: str | None = None
 
 
 class LoraSection(Section):
@@ -104,7 +92,9 @@ class AdapterConfig(Section):
             SGLang's UNO serves a LoRA.
         lora: a LoRA that is active at mask rows only; default none.
         head: a sampler head, which lets each draft know the token before it; default none.
-        start_from: folder of an adapter of the same base and shape whose parts this one starts with; default none.
+        start_from: folder of an adapter of the same base and shape whose parts this one starts with, a LoRA cut to
+            fewer layers and a lower rank where this one has them; default none.
+        transfer: it may be of another base of the same shape, such as the one that this base was tuned from.
         dtype: of the numbers in the adapter's files, as which they are measured too; bfloat16 halves the files.
     """
 
@@ -115,6 +105,7 @@ class AdapterConfig(Section):
     lora: LoraSection | None = None
     head: HeadSection | None = None
     start_from: str | None = None
+    transfer: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def drafter(self) -> Drafter:
@@ -128,71 +119,6 @@ class AdapterConfig(Section):
             head_width=0 if self.head is None else self.head.width,
             joint_head=self.head is not None and self.head.joint,
         )
-
-
-class KeepSection(Section):
-    """Nested token dropping: at depth j only max(floor, ratio^(j-1)) of the blocks keep their mask token.
-
-    Attributes:
-        ratio: 1 keeps everything.
-        floor: see above.
-    """
-
-    ratio: float = Field(default=1.0, gt=0, le=1)
-    floor: float = Field(default=0.2, ge=0, le=1)
-
-
-class TrainConfig(Section):
-    """How it is learned.
-
-    Attributes:
-        steps: optimiser steps.
-        batch_size: sequences per process and forward.
-        gradient_accumulation_steps: forwards per step.
-        anchors_per_sequence: blocks of mask tokens per sequence.
-        anchors_per_forward: run so many of them at a time against the same prefix, to save memory.
-        learning_rate: of the mask embeddings.
-        lora_learning_rate: of the LoRA.
-        frozen: parts that stay as `adapter.start_from` has them.
-        warmup_steps: linear warm-up before the cosine decay.
-        max_grad_norm: gradients are clipped to this norm.
-        head_learning_rate: of the sampler head.
-        objective: `kl` to the model's own distribution, `cross_entropy` on data tokens, `cross_entropy_argmax` on
-            the model's likeliest token; `tv`, `lk` or `lk_hybrid`, which aim at acceptance when sampling;
-            `accepted_length`, which aims at how many drafts of a block are accepted, for the model's own samples.
-        position_weights: weight of each position; or one number d for weights d^0, d^1, ...; or weights that follow
-            how far drafts are accepted, `expected_length` or `prefix_product`.
-        temperature: at which draft and model are compared.
-        top_k: so many of the model's likeliest tokens are what drafts learn to follow; default all.
-        keep: nested token dropping, which makes deep blocks cheap.
-        mixed_precision: `auto` is bf16 where the device computes in it, else no.
-        seed: of data order and anchors.
-        log_every: steps between logged losses.
-        checkpoint_every: steps between resumable checkpoints.
-        trackers: besides the JSONL file, e.g. tensorboard.
-    """
-
-    steps: int = Field(default=300, ge=1)
-    batch_size: int = Field(default=4, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    anchors_per_sequence: int = Field(default=64, ge=1)
-    anchors_per_forward: int | None = Field(default=None, ge=1)
-    learning_rate: float = Field(default=1e-2, gt=0)
-    lora_learning_rate: float = Field(default=3e-3, gt=0)
-    head_learning_rate: float = Field(default=3e-3, gt=0)
-    frozen: list[Literal["mask_embeddings", "lora", "head"]] = Field(default=[])
-    warmup_steps: int = Field(default=20, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    objective: Literal["kl", "cross_entropy", "cross_entropy_argmax", "tv", "lk", "lk_hybrid", "accepted_length"] = "kl"
-    position_weights: PositionWeights = 1.0
-    temperature: float = Field(default=1.0, gt=0)
-    top_k: int | None = Field(default=None, ge=1)
-    keep: KeepSection = KeepSection()
-    mixed_precision: MixedPrecision = "auto"
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    log_every: int = Field(default=10, ge=1)
-    checkpoint_every: int = Field(default=100, ge=1)
-    trackers: list[str] = Field(default=[])
 
 
 class EvalConfig(Section):
@@ -250,6 +176,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _growth_fits(self) -> "Recipe":
+        growth, K = self.train.grow_speculative_tokens or [], self.adapter.num_speculative_tokens
+        if growth and (growth != sorted(set(growth)) or growth[-1] != K):
+            raise ValueError(
+                f"train.grow_speculative_tokens: expected numbers that rise to K, here {K}, found {shown(growth)}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _noise_fits(self) -> "Recipe":
         adapter = self.adapter
         if adapter.draft_input != "uniform_noise":
@@ -265,6 +200,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _something_is_learned(self) -> "Recipe":
         adapter, frozen = self.adapter, set(self.train.frozen)
+        if adapter.transfer and adapter.start_from is None:
+            raise ValueError("adapter.transfer: expected adapter.start_from, what is moved here, found none")
         if frozen and adapter.start_from is None:
             raise ValueError("train.frozen: expected adapter.start_from, which frozen parts are taken from, found none")
         parts = {"mask_embeddings": adapter.draft_input == "mask_embeddings"}
@@ -276,7 +213,14 @@ class Recipe(Section):
     def of_checkpoints(self) -> dict[str, Any]:
         """The parts that what is learned depends on."""
         parts = self.model_dump(include={"base", "data", "adapter", "train"})
-        unasked = (("data", "min_kept_share"), ("adapter", "dtype"), *(("train", key) for key in _ONLY_TOLD))
+        # `transfer` only allows what `start_from` says
+        unasked = (
+            ("data", "min_kept_share"),
+            ("data", "cache"),
+            ("adapter", "dtype"),
+            ("adapter", "transfer"),
+            *(("train", key) for key in _ONLY_TOLD),
+        )
         for section, key in unasked:
             del parts[section][key]
         return parts

@@ -46,12 +46,14 @@ class Checked:
         problems: what is changed or wrong, a line each.
         notes: what is worth knowing, a line each.
         commands: that serve it.
+        about: a paragraph on how it is served, as on its page; empty where something is wrong.
     """
 
     record: ExportRecord
     problems: list[str]
     notes: list[str]
     commands: str
+    about: str
 
 
 def export_adapter(
@@ -68,7 +70,7 @@ def export_adapter(
 
     Raises:
         ValueError: for an unknown door, an adapter that it cannot serve, a base that does not fit, or a folder that
-            is there already; nothing is written.
+            is there already or cannot be made; nothing is written.
         OSError: if there is no room; nothing is left behind.
     """
     door = door_of(cast(DoorName, one_of("--to", to, DOOR_NAMES)))
@@ -91,12 +93,15 @@ def export_adapter(
 
 def _write(door: Door, adapter: Adapter, loaded: LoadedBase | None, record: ExportRecord, output: Path) -> None:
     """All files into a folder beside, which becomes `output` once it is whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     begins = f".writing-{output.name}-"
-    for path in output.parent.iterdir():
-        if re.fullmatch(re.escape(begins) + "[a-z0-9_]{8}", path.name):
-            shutil.rmtree(path)  # of an export that was killed
-    aside = Path(tempfile.mkdtemp(prefix=begins, dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path in output.parent.iterdir():
+            if re.fullmatch(re.escape(begins) + "[a-z0-9_]{8}", path.name):
+                shutil.rmtree(path)  # of an export that was killed
+        aside = Path(tempfile.mkdtemp(prefix=begins, dir=output.parent))
+    except OSError as error:
+        raise ValueError(f"output: expected a folder that can be made, found {output}: {error.strerror}") from None
     try:
         door.write(adapter, loaded, aside)
         (aside / PAGE_FILE).write_text(page_of(record, door, aside, output.name), encoding="utf-8")
@@ -120,7 +125,8 @@ def check_export(folder: str | Path) -> Checked:
     problems = _changes(folder, record) or door.problems(folder, record)
     problems += [found for found in (door.path_problem(folder),) if found]
     notes = [found for found in (_other_version(door),) if found]
-    return Checked(record, problems, notes, door.commands(record, str(folder)))
+    about = "" if problems else door.notes(record, folder)
+    return Checked(record, problems, notes, door.commands(record, str(folder)), about)
 
 
 def record_of(

@@ -1,4 +1,4 @@
-"""A model in two halves, to make logits of a few rows at a time: hidden states by its body, logits by what is around it.
+"""A model in two halves, to make logits of a few rows at a time: hidden states by its body, logits by the rest.
 
 Models scale, shift and cap logits in their own forward. So that forward makes them, with the body's place taken by
 hidden states that are there already. Knows no layout and no adapter.

@@ -51,7 +51,7 @@ def test_every_key_of_the_file_arrives(write):
         write(
             "base: b\noutput_dir: o\n"
             "data: {path: p, format: jsonl, subset: s, split: t, max_length: 64,\n"
-            "  min_kept_share: 0.25, validation_path: v, test_path: w}\n"
+            "  min_kept_share: 0.25, validation_path: v, test_path: w, streamed: true, cache: c}\n"
             "adapter: {num_speculative_tokens: 2, mask_sharing: shared,\n"
             "  lora: {r: 8, alpha: 4, target_modules: [q]}}\n"
             "train: {steps: 7, batch_size: 3, objective: cross_entropy,\n"
@@ -61,7 +61,7 @@ def test_every_key_of_the_file_arrives(write):
     )
     assert recipe.data.model_dump() == {
         "path": "p", "format": "jsonl", "subset": "s", "split": "t", "max_length": 64, "min_kept_share": 0.25,
-        "validation_path": "v", "test_path": "w",
+        "validation_path": "v", "test_path": "w", "streamed": True, "cache": "c",
     }  # fmt: skip
     assert recipe.adapter.mask_sharing == "shared"
     assert recipe.adapter.lora is not None
@@ -314,6 +314,31 @@ def test_frozen_parts_come_from_an_adapter_and_leave_something_to_learn(write):
     start = "adapter.start_from=runs/x"
     assert refusal(write(MINIMAL), start, frozen).endswith("found all frozen: ['mask_embeddings']")
     assert load_recipe(write(MINIMAL), [start, frozen, "adapter.head.width=8"]).train.frozen == ["mask_embeddings"]
+
+
+def test_what_is_moved_is_an_adapter_to_start_from(write):
+    assert "adapter.transfer: expected adapter.start_from" in refusal(write(MINIMAL), "adapter.transfer=true")
+    moving = load_recipe(write(MINIMAL), ["adapter.transfer=true", "adapter.start_from=runs/x"])
+    assert moving.adapter.transfer
+    # it allows, and changes nothing that is learned
+    assert moving.of_checkpoints() == load_recipe(write(MINIMAL), ["adapter.start_from=runs/x"]).of_checkpoints()
+
+
+def test_blocks_grow_to_k(write):
+    assert load_recipe(write(MINIMAL)).train.grow_speculative_tokens is None
+    growing = load_recipe(write(MINIMAL), ["train.grow_speculative_tokens=[1, 2, 4]"])
+    assert growing.train.grow_speculative_tokens == [1, 2, 4]
+
+
+@pytest.mark.parametrize("growth", ["[1, 2, 8]", "[1, 2]", "[2, 1, 4]", "[2, 2, 4]"])
+def test_growth_beyond_k_or_not_up_to_it_is_refused(write, growth):
+    message = refusal(write(MINIMAL), f"train.grow_speculative_tokens={growth}")
+    assert message.endswith(f"expected numbers that rise to K, here 4, found {growth}")
+
+
+@pytest.mark.parametrize("growth", ["[]", "[0, 4]", "[true, 4]", "[1.0, 4]", "4"])
+def test_growth_is_a_list_of_counts(write, growth):
+    assert ": train.grow_speculative_tokens" in refusal(write(MINIMAL), f"train.grow_speculative_tokens={growth}")
 
 
 @pytest.mark.parametrize("override", ["train.keep.ratio=0", "train.keep.ratio=1.1", "train.keep.floor=-0.1"])
