@@ -207,8 +207,8 @@ def summaries(result: dict[str, Any]) -> list[str]:
     lengths = [first[name]["mean_acceptance_length"] for name in ("blind", "behind_one")]
     said = [
         f"mean acceptance length, bonus token included, where drafts follow the laws of the largest overlap: "
-        f"{lengths[0]:.2f} if they see no token between, {lengths[1]:.2f} if each sees the one before; both are judged by "
-        "the futures that the laws were fitted to, so on average too large"
+        f"{lengths[0]:.2f} if they see no token between, {lengths[1]:.2f} if each sees the one before; both are judged "
+        "by the futures that the laws were fitted to, so on average too large"
     ]
     for row in result["rows"]:
         words = f"{row['adapter']}: {_overall(row['share'])} of what is possible without a head"
