@@ -51,7 +51,7 @@ def test_every_key_of_the_file_arrives(write):
         write(
             "base: b\noutput_dir: o\n"
             "data: {path: p, format: jsonl, subset: s, split: t, max_length: 64,\n"
-            "  min_kept_share: 0.25, validation_path: v, test_path: w}\n"
+            "  min_kept_share: 0.25, validation_path: v, test_path: w, streamed: true, cache: c}\n"
             "adapter: {num_speculative_tokens: 2, mask_sharing: shared,\n"
             "  lora: {r: 8, alpha: 4, target_modules: [q]}}\n"
             "train: {steps: 7, batch_size: 3, objective: cross_entropy,\n"
@@ -61,7 +61,7 @@ def test_every_key_of_the_file_arrives(write):
     )
     assert recipe.data.model_dump() == {
         "path": "p", "format": "jsonl", "subset": "s", "split": "t", "max_length": 64, "min_kept_share": 0.25,
-        "validation_path": "v", "test_path": "w",
+        "validation_path": "v", "test_path": "w", "streamed": True, "cache": "c",
     }  # fmt: skip
     assert recipe.adapter.mask_sharing == "shared"
     assert recipe.adapter.lora is not None
