@@ -66,11 +66,12 @@ def test_what_a_stream_keeps_for_the_next_is_what_stood_of_its_trees():
     """Nodes off the first branch have moved to where the next call looks for them."""
     few = tiny_model("llama", vocab_size=7)
     model = SelfSpeculativeModel(few, None, make_adapter(few, 3, lora_rank=2))
-    kept, prompt = KeptCache(), [token % 7 for token in prompts(V)[0]]
+    kept, prompt = KeptCache(), prompts(7)[0]
     for _ in range(3):
         stream = model.stream(prompt, max_new_tokens=9, tree=BRANCHING, kept=kept)
         ids = [token for chunk in stream for token in chunk.token_ids]
-        assert ids == plain_generate(few, prompt, 9)
+        # `generate` takes 0 for padding
+        assert ids == model.generate([prompt], max_new_tokens=9, mode="plain").token_ids[0]
         prompt = [*prompt, *ids, 3, 1]
     assert kept.num_reused > 20
 
