@@ -72,7 +72,7 @@ def kill_itself(item: int) -> None:
 
 def test_a_process_that_is_killed_is_one_line(monkeypatch):
     monkeypatch.setattr(pardec.all_cores, "num_cores", lambda: 2)
-    with pytest.raises(OSError, match=r"^working: expected 2 processes to end, found one killed; is mem"):
+    with pytest.raises(OSError, match=r"^working: expected 2 processes to end, found one killed, as mem"):
         on_all_cores(kill_itself, range(3), title="working")
 
 
