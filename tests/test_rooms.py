@@ -29,6 +29,7 @@ FLOORS = (
         "pardec/import_command",
         "pardec/push_command",
         "pardec/cli",
+        "pardec/cli_loading",
         "pardec/cli_options",
         "pardec/__main__",
     ),
