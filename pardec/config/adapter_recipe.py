@@ -168,7 +168,10 @@ class TrainConfig(Section):
         mixed_precision: `auto` is bf16 where the device computes in it, else no.
         seed: of data order and anchors.
         log_every: steps between logged losses.
+        shard_base: the frozen base's layers are shared out over all processes (true), or over those of each `machine`,
+            instead of lying whole in each; for bases that are too large for one device.
         checkpoint_every: steps between resumable checkpoints.
+        checkpoint_keep: so many of the newest stay.
         trackers: besides the JSONL file, e.g. tensorboard.
     """
 
@@ -191,7 +194,9 @@ class TrainConfig(Section):
     mixed_precision: MixedPrecision = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: int = Field(default=10, ge=1)
+    shard_base: bool | Literal["machine"] = False
     checkpoint_every: int = Field(default=100, ge=1)
+    checkpoint_keep: int = Field(default=1, ge=1)
     trackers: list[str] = Field(default=[])
 
 
@@ -201,6 +206,8 @@ class EvalConfig(Section):
     Attributes:
         every: steps between measurements; the last step is always measured.
         num_prompts: validation prompts.
+        batch_size: prompts decoded together, shared out over the processes; default a process's share, 16 at most.
+            Sampled figures of the same adapter are the same by any number of processes only if this is.
         max_new_tokens: per prompt.
         temperature: of the sampled measurement, which chooses the best adapter.
         top_k: likewise.
@@ -208,13 +215,15 @@ class EvalConfig(Section):
 
     every: int = Field(default=100, ge=1)
     num_prompts: int = Field(default=16, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=0.8, gt=0)
     top_k: int | None = Field(default=10, ge=1)
 
 
-# of train, what says when something is written and to whom
-_ONLY_TOLD = ("checkpoint_every", "log_every", "trackers")
+# of train, what says when something is written and to whom, and how the same step is shared out
+_ONLY_TOLD = ("checkpoint_every", "checkpoint_keep", "log_every", "trackers")
+_SPLITS = ("batch_size", "gradient_accumulation_steps", "shard_base")
 
 
 class Recipe(Section):
@@ -274,9 +283,9 @@ class Recipe(Section):
         return self
 
     def of_checkpoints(self) -> dict[str, Any]:
-        """The parts that what is learned depends on."""
+        """The parts that what is learned depends on; the examples of a step are another matter than who runs which."""
         parts = self.model_dump(include={"base", "data", "adapter", "train"})
-        unasked = (("data", "min_kept_share"), ("adapter", "dtype"), *(("train", key) for key in _ONLY_TOLD))
+        unasked = (("data", "min_kept_share"), ("adapter", "dtype"), *(("train", key) for key in _ONLY_TOLD + _SPLITS))
         for section, key in unasked:
             del parts[section][key]
         return parts
