@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from pardec.adapters.adapter import MASK_EMBEDDINGS
 from pardec.data.python_sources import VALIDATION, python_sources, stdlib_folder
 from pardec.decoding.output import GenerationOutput, TextStream, pieces_of
-from pardec.decoding.probe_step import probe_step, text_of
+from pardec.decoding.probing.probe_step import probe_step, text_of
 from pardec.decoding.step import MODES
 from pardec.measures.divergence import divergence_from
 from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly

@@ -13,7 +13,7 @@ from pardec.adapters.hub import HubName, hub_name
 from pardec.adapters.packaged import tuned_folder
 from pardec.adapters.tuned import TUNED_FILE, fastest_dtype, read_tuned, shipped_choice
 from pardec.arguments import flag, known_dtype
-from pardec.decoding.probe import probe, probe_head
+from pardec.decoding.probing.probe import probe, probe_head
 from pardec.errors import short, shown
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, has_bfloat16

@@ -3,7 +3,10 @@
 import itertools
 import json
 
+import numpy as np
+
 from pardec.data.python_sources import TEST, TRAIN, VALIDATION, split_of
+from pardec.data.tokenising import Document
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
@@ -22,6 +25,16 @@ CHAT = [
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def text(ids):
+    """A document of which every token counts."""
+    return Document(np.array(ids, dtype=np.int32))
+
+
+def masked(ids, mask):
+    """A document of which those tokens count whose mask is 1."""
+    return Document(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 
 
 def code_text(num_functions: int) -> str:

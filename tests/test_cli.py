@@ -17,7 +17,7 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 from pardec.cli import app, main
 from pardec.data.prompt_files import read_prompts
-from pardec.decoding.probe_step import text_of
+from pardec.decoding.probing.probe_step import text_of
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.target.base import load_tokenizer

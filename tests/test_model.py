@@ -24,7 +24,7 @@ import pardec
 from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import save_adapter
 from pardec.decoding import prepack
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel, UnsupportedModelError
 

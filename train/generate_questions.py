@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from pardec.data.own_questions import UserTurn, questions_of, user_turn
 from pardec.data.responses import append_rows, read_about, write_about
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, exit_on_unusable_input, library_versions
 from pardec.target.base import eos_token_ids, load_base, load_tokenizer

@@ -43,7 +43,7 @@ from pardec.data.responses import (
     write_about,
 )
 from pardec.data.tokenising import check_token_ids
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.loading import load
 from pardec.measures.acceptance import digest
 from pardec.model import SelfSpeculativeModel

@@ -19,10 +19,11 @@ from tqdm.auto import tqdm
 from pardec.adapters.files import METADATA_FILE, load_adapter
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import recipe_of_command_line
-from pardec.data.corpus import AnchoredSequences, Corpus, collate, load_corpus, prompts_with_room
+from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
+from pardec.data.examples import AnchoredSequences, collate
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.measures.examiner import Examiner
 from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, load_tokenizer
@@ -43,7 +44,7 @@ from pardec.training.processes import (
     refuse_other_state,
     stop_signals,
 )
-from pardec.training.steps import Learner, build_optimizer, losses_of, make_schedule
+from pardec.training.steps import Learner, build_optimizer, depth_at, losses_of, make_schedule
 from pardec.training.warm_start import check_source, warm_start
 
 
@@ -198,8 +199,8 @@ def read_data(
 
 def make_loader(recipe: Recipe, corpus: Corpus, first_example: int, global_batch: int) -> DataLoader:
     """The examples that are still to come, in the order that every run of this recipe has."""
-    total = recipe.train.steps * global_batch
-    examples = AnchoredSequences(corpus.train, total, recipe.train.anchors_per_sequence, recipe.train.seed)
+    total, anchors = recipe.train.steps * global_batch, recipe.train.anchors_per_sequence
+    examples = AnchoredSequences(corpus.train, total, anchors, recipe.train.seed, examples_per_step=global_batch)
     rest = Subset(examples, range(first_example, total))
     return DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
 
@@ -267,7 +268,8 @@ def take_steps(
             is_last = step == train.steps
             is_logged = step % train.log_every == 0 or is_last
             micro_batches = [next(batches) for _ in range(train.gradient_accumulation_steps)]
-            new, norm = learner.update(micro_batches, step, with_metrics=is_logged)
+            depth = depth_at(step, train.steps, train.grow_speculative_tokens)
+            new, norm = learner.update(micro_batches, step, max_depth=depth, with_metrics=is_logged)
             sums = sums + new
             progress.update()
             if is_logged:

@@ -20,7 +20,7 @@ import pardec
 from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference
 from pardec.adapters.files import save_adapter
 from pardec.adapters.gated_lora import LoraGate
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.measures.ranks import measure_ranks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import load_base

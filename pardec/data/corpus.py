@@ -1,4 +1,4 @@
-"""Rows to what a run needs: training sequences with anchors, and held-out prompts.
+"""Rows to what a run needs: training sequences, and held-out prompts.
 
 Knows tokenizers, no model.
 Legend: T tokens of a sequence.
@@ -11,13 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pardec.data.fitting import RowCounts, fitted, prompt_of, useful_anchors, without_long_prompts
+from pardec.data.fitting import RowCounts, fitted, prompt_of, without_long_prompts
 from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources, source_folder
 from pardec.data.reading import DataError, held_out_rows, hold_out, read_rows
 from pardec.data.tokenising import Document, tokenise
@@ -224,49 +221,3 @@ def held_out_prompts(
     """
     rows = held_out_rows(path, split)
     return standard_prompts([one for row in rows for one in tokenise(row, tokenizer, path)], num_prompts)
-
-
-class AnchoredSequences(Dataset):
-    """Training examples in their final order: example c is a sequence with its anchors, the same in every run.
-
-    Each epoch is a new permutation; anchors are drawn anew each time a sequence comes up.
-    """
-
-    def __init__(self, sequences: Sequence[Document], num_examples: int, anchors_per_sequence: int, seed: int):
-        """`num_examples` = all examples of the run, so that resuming is starting further on."""
-        self.sequences = sequences
-        self.num_examples = num_examples
-        self.anchors_per_sequence = anchors_per_sequence
-        self.seed = seed
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return self.num_examples
-
-    def __getitem__(self, example: int) -> dict[str, Tensor]:
-        epoch, place = divmod(example, len(self.sequences))
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sequences))
-        document = self.sequences[self._order[place]]
-        ids = torch.from_numpy(document.input_ids.astype(np.int64))
-        mask = torch.ones(len(ids), dtype=torch.bool)
-        if document.loss_mask is not None:
-            mask = torch.from_numpy(document.loss_mask)
-        candidates = useful_anchors(mask).nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + example)
-        chosen = candidates[torch.randperm(len(candidates), generator=generator)[: self.anchors_per_sequence]]
-        # anchors at the last token have no targets: they fill up where there are fewer candidates, behind the others,
-        # since token dropping goes by this order, which must be random
-        fill = torch.full((self.anchors_per_sequence - len(chosen),), len(ids) - 1)
-        return {"input_ids": ids, "loss_mask": mask, "anchors": torch.cat([chosen, fill])}
-
-
-def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch, sequences padded on the right with tokens that no loss counts."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    return {
-        "input_ids": pad([e["input_ids"] for e in examples], batch_first=True),
-        "loss_mask": pad([e["loss_mask"] for e in examples], batch_first=True),
-        "anchors": torch.stack([e["anchors"] for e in examples]),
-    }

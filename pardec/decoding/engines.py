@@ -22,9 +22,9 @@ from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
 from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.probing.shared_length import shared_length_limit
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
-from pardec.decoding.shared_length import shared_length_limit
 from pardec.decoding.step import MODES, Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
 from pardec.errors import shown

@@ -12,7 +12,7 @@ from torch.special import gammaincc
 from transformers import PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper
 
-from pardec.decoding.probe_lengths import THOROUGH, LengthReport, probe_lengths
+from pardec.decoding.probing.probe_lengths import THOROUGH, LengthReport, probe_lengths
 from pardec.decoding.step import MODES
 from pardec.measures.divergence import Divergence, divergence_from
 from pardec.model import SelfSpeculativeModel

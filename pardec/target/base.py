@@ -131,7 +131,7 @@ def load_tokenizer(
 
 
 def refuse_by_config(config: "PretrainedConfig") -> None:
-    """Refuses what a configuration already shows; `pardec.decoding.probe` finds the rest by running the model.
+    """Refuses what a configuration already shows; `pardec.decoding.probing.probe` finds the rest by running the model.
 
     Raises:
         UnsupportedModelError: for encoder-decoders and positional biases that explicit masks do not reach.

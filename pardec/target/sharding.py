@@ -61,6 +61,8 @@ def shard(base: PreTrainedModel, device: torch.device, group: Group = "all") -> 
     fully_shard(base, mesh=mesh, ignored_params=whole)
     for parameter in whole:
         parameter.data = parameter.data.to(device)
+    with torch.no_grad():  # what weights are brought into is made now: made by decoding, no gradient could pass through
+        base(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
     return base
 
 

@@ -24,6 +24,7 @@ from pardec.run import save_tensors, to_disk
 STATE_FILE = "state.json"
 # what values that a run must go on with are called
 _CALLED = {
+    "num_processes": "number of processes",
     "global_batch": "global batch (train.batch_size x train.gradient_accumulation_steps x processes)",
     "data_sha256": "data (sha256)",
     "digest": "text, tokenizer and number of processes (sha256)",

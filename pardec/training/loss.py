@@ -11,12 +11,13 @@ from torch import Tensor
 from pardec.training.kl import entropies, kl_and_acceptance
 from pardec.training.overlap import overlap_and_likelihood
 
-ROW_OBJECTIVES = ("kl", "cross_entropy", "cross_entropy_argmax", "tv", "lk", "lk_hybrid")
+ROW_OBJECTIVES = ("kl", "cross_entropy", "cross_entropy_argmax", "tv", "cross_entropy_tv", "lk", "lk_hybrid")
 ACCEPTED_LENGTH = "accepted_length"  # of a whole block, see `expected_accepted_length`
 OBJECTIVES = (*ROW_OBJECTIVES, ACCEPTED_LENGTH)
 WEIGHT_RULES = ("expected_length", "prefix_product")
 # how fast the hybrid turns from KL to TV as acceptance rises
 _HYBRID_RATE = 3.0
+_SHARE_OF_CROSS_ENTROPY = 0.1  # of cross_entropy_tv
 
 
 @torch.no_grad()
@@ -44,6 +45,7 @@ def draft_loss(
         objective: `kl`, KL(p || q) to the target's own law; `cross_entropy`, -log q of the data's token;
             `cross_entropy_argmax`, -log q of the target's likeliest token; `tv`, 1 - the probability sum min(p, q)
             that a draft from q is accepted, which is the total variation of p and q (as in Uno, arXiv:2609.04010);
+            `cross_entropy_tv`, .1 cross_entropy + .9 tv (DSpark, arXiv:2607.05147);
             `lk`, -log of that probability; `lk_hybrid`, lambda KL + (1 - lambda) TV, where lambda falls from 1 as it
             rises (both of LK losses, arXiv:2602.23881).
         draft_logits: shape [M, V].
@@ -62,9 +64,11 @@ def draft_loss(
         return kl_and_acceptance(draft_logits, target_probs, entropies(target_probs), temperature)[0]
     if objective not in ROW_OBJECTIVES:
         raise ValueError(f"objective: expected one of {', '.join(ROW_OBJECTIVES)}, found {objective!r}")
-    overlap, _ = overlap_and_likelihood(draft_logits, target_probs, target_ids, temperature)
+    overlap, likelihood = overlap_and_likelihood(draft_logits, target_probs, target_ids, temperature)
     if objective == "tv":
         return 1 - overlap
+    if objective == "cross_entropy_tv":
+        return (1 - _SHARE_OF_CROSS_ENTROPY) * (1 - overlap) - _SHARE_OF_CROSS_ENTROPY * likelihood
     if objective == "lk":
         return -overlap.clamp_min(torch.finfo(torch.float32).tiny).log()
     share = torch.exp(-_HYBRID_RATE * overlap.detach())

@@ -136,6 +136,7 @@ class MaskTokenTrainer(nn.Module):
         anchors: Tensor,
         first_anchor: int = 0,
         num_anchors: int | None = None,
+        max_depth: int | None = None,
         with_metrics: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted loss over the mask rows that have a target.
@@ -146,6 +147,7 @@ class MaskTokenTrainer(nn.Module):
             anchors: shape [B, N], in random order where mask tokens are dropped.
             first_anchor: run only a part of the anchors; 0 runs the real tokens too, other parts reuse them.
             num_anchors: anchors of that part; default all.
+            max_depth: mask tokens of a block, 1..K; default K. The same for all parts.
             with_metrics: compute the metrics that cost time too.
 
         Returns:
@@ -154,7 +156,7 @@ class MaskTokenTrainer(nn.Module):
         """
         (_, T), N = input_ids.shape, anchors.shape[1]
         if first_anchor == 0:
-            lengths = self._block_lengths(N, num_anchors or N)
+            lengths = self._block_lengths(N, num_anchors or N, max_depth or self.drafter.num_speculative_tokens)
             self._prefix = self._run_prefix(input_ids, training_layout(anchors, lengths, T), lengths)
         prefix = self._prefix
         assert prefix is not None
@@ -210,10 +212,10 @@ class MaskTokenTrainer(nn.Module):
         below_head = any(p.requires_grad and part_of(n) != "head" for n, p in self.named_parameters())
         return below_head or self.drafter.joint_head
 
-    def _block_lengths(self, num_anchors: int, per_part: int) -> tuple[int, ...]:
+    def _block_lengths(self, num_anchors: int, per_part: int, max_depth: int) -> tuple[int, ...]:
         """Lengths of all blocks: each part of the anchors keeps the same shares."""
-        K, starts = self.drafter.num_speculative_tokens, range(0, num_anchors, per_part)
-        parts = [nested_block_lengths(min(per_part, num_anchors - first), K, *self.keep) for first in starts]
+        starts = range(0, num_anchors, per_part)
+        parts = [nested_block_lengths(min(per_part, num_anchors - first), max_depth, *self.keep) for first in starts]
         return tuple(length for part in parts for length in part)
 
     def _by_position(self, metrics: dict[str, Tensor], counts: Tensor, layout: TrainingLayout) -> Tensor:

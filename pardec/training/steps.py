@@ -43,6 +43,19 @@ def make_schedule(optimizer: Optimizer, warmup_steps: int, steps: int, first_ste
     return schedule
 
 
+def depth_at(step: int, steps: int, growth: Sequence[int] | None) -> int | None:
+    """How many mask tokens of each block step 1, 2, .., `steps` trains; None for all of them.
+
+    Blocks grow while the drafts of their first tokens get better (Uno, arXiv:2609.04010).
+
+    Args:
+        step: which.
+        steps: of the run, at least as many as `growth` has numbers.
+        growth: numbers that rise to K, each for an equal share of the steps; None for no growth.
+    """
+    return growth[(step - 1) * len(growth) // steps] if growth else None
+
+
 @dataclass(frozen=True)
 class Learner:
     """Updates what is learned.
@@ -67,7 +80,9 @@ class Learner:
     anchors_per_forward: int | None
     max_grad_norm: float
 
-    def update(self, batches: Sequence[Mapping[str, Tensor]], step: int, *, with_metrics: bool) -> tuple[Tensor, float]:
+    def update(
+        self, batches: Sequence[Mapping[str, Tensor]], step: int, *, max_depth: int | None = None, with_metrics: bool
+    ) -> tuple[Tensor, float]:
         """One step; losses are summed over every target of it, and gradients divided by their global number.
 
         So neither accumulation nor the number of processes changes the update.
@@ -75,6 +90,7 @@ class Learner:
         Args:
             batches: of this process, each with N anchors per sequence.
             step: 1, 2, ...
+            max_depth: mask tokens of a block, see `depth_at`; default K.
             with_metrics: compute those that cost time too.
 
         Returns:
@@ -94,8 +110,8 @@ class Learner:
         for index, (batch, first) in enumerate(chunks):
             is_last = index == len(chunks) - 1
             with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
-                part_of_anchors = {"first_anchor": first, "num_anchors": part}
-                loss_sum, count, metrics = self.wrapped(**batch, **part_of_anchors, with_metrics=with_metrics)
+                which = {"first_anchor": first, "num_anchors": part, "max_depth": max_depth}
+                loss_sum, count, metrics = self.wrapped(**batch, **which, with_metrics=with_metrics)
                 accelerator.backward(loss_sum)
             of_all = torch.stack([loss_sum.detach(), count.to(loss_sum.dtype)])[:, None].expand(-1, metrics.shape[1])
             totals = totals + torch.cat([metrics if with_metrics else torch.zeros_like(metrics), of_all])

@@ -15,7 +15,7 @@ from tiny_models import make_adapter, tiny_model
 import pardec.loading
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TUNED_FILE, TunedChoice, weights_of, write_tuned
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.run import device_name
 from pardec.target.forward import TargetModel
 

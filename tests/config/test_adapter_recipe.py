@@ -56,7 +56,7 @@ def test_every_key_of_the_file_arrives(write):
             "  lora: {r: 8, alpha: 4, target_modules: [q]}}\n"
             "train: {steps: 7, batch_size: 3, objective: cross_entropy,\n"
             "  position_weights: [1, 0.5], seed: 5}\n"
-            "eval: {every: 9, num_prompts: 2, max_new_tokens: 11, temperature: 0.5, top_k: null}\n"
+            "eval: {every: 9, num_prompts: 2, batch_size: 1, max_new_tokens: 11, temperature: 0.5, top_k: null}\n"
         )
     )
     assert recipe.data.model_dump() == {
@@ -70,7 +70,7 @@ def test_every_key_of_the_file_arrives(write):
     assert recipe.train.objective == "cross_entropy"
     assert recipe.position_weights() == [1, 0.5]
     assert recipe.eval.model_dump() == {
-        "every": 9, "num_prompts": 2, "max_new_tokens": 11, "temperature": 0.5, "top_k": None,
+        "every": 9, "num_prompts": 2, "batch_size": 1, "max_new_tokens": 11, "temperature": 0.5, "top_k": None,
     }  # fmt: skip
 
 
@@ -314,6 +314,28 @@ def test_frozen_parts_come_from_an_adapter_and_leave_something_to_learn(write):
     start = "adapter.start_from=runs/x"
     assert refusal(write(MINIMAL), start, frozen).endswith("found all frozen: ['mask_embeddings']")
     assert load_recipe(write(MINIMAL), [start, frozen, "adapter.head.width=8"]).train.frozen == ["mask_embeddings"]
+
+
+def test_blocks_grow_to_k(write):
+    assert load_recipe(write(MINIMAL)).train.grow_speculative_tokens is None
+    growing = load_recipe(write(MINIMAL), ["train.grow_speculative_tokens=[1, 2, 4]"])
+    assert growing.train.grow_speculative_tokens == [1, 2, 4]
+
+
+@pytest.mark.parametrize("growth", ["[1, 2, 8]", "[1, 2]", "[2, 1, 4]", "[2, 2, 4]"])
+def test_growth_beyond_k_or_not_up_to_it_is_refused(write, growth):
+    message = refusal(write(MINIMAL), f"train.grow_speculative_tokens={growth}")
+    assert message.endswith(f"expected numbers that rise to K, here 4, found {growth}")
+
+
+@pytest.mark.parametrize("growth", ["[]", "[0, 4]", "[true, 4]", "[1.0, 4]", "4"])
+def test_growth_is_a_list_of_counts(write, growth):
+    assert ": train.grow_speculative_tokens" in refusal(write(MINIMAL), f"train.grow_speculative_tokens={growth}")
+
+
+def test_growth_has_a_step_for_each_number(write):
+    message = refusal(write(MINIMAL), "train.grow_speculative_tokens=[1, 2, 4]", "train.steps=2")
+    assert message.endswith("expected at most as many numbers as train.steps, 2, found 3")
 
 
 @pytest.mark.parametrize("override", ["train.keep.ratio=0", "train.keep.ratio=1.1", "train.keep.floor=-0.1"])

@@ -4,13 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from data_samples import write_jsonl
+from data_samples import masked, text, write_jsonl
 
 import pardec.data.python_sources
 from pardec.data.corpus import (
-    AnchoredSequences,
-    collate,
     held_out_prompts,
     load_corpus,
     pack,
@@ -20,7 +17,6 @@ from pardec.data.corpus import (
 from pardec.data.fitting import RowCounts
 from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources
 from pardec.data.reading import DataError
-from pardec.data.tokenising import Document
 
 
 def test_tokenising_stops_with_the_row_that_completes_the_budget(tokenizer):
@@ -37,14 +33,6 @@ def test_the_budget_counts_what_is_kept(tokenizer):
     kept = list(tokenise_until(iter([long, lost, lost, long, long, long]), tokenizer, 8, 24, "here", counts))
     assert [len(one.input_ids) for one in kept] == [8, 8, 8]
     assert (counts.read, counts.kept, counts.cut, counts.without_room, counts.too_short) == (5, 3, 3, 2, 0)
-
-
-def text(ids):
-    return Document(np.array(ids, dtype=np.int32))
-
-
-def masked(ids, mask):
-    return Document(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 
 
 @pytest.mark.parametrize("lengths", [[3, 4, 5], [25], [8], [7, 1], [1] * 17, [8, 8, 3], [20, 1, 30]])
@@ -191,112 +179,6 @@ def test_held_out_prompts_come_from_the_split_or_the_file(source_folder, tokeniz
     prompts = held_out_prompts(tokenizer, TEST, str(tmp_path / "a.txt"), num_prompts=2)
     assert [tokenizer.decode(prompt).count("<|endoftext|>") for prompt in prompts] == [1, 0]
     assert all("y = 2\ny = 2\n" in tokenizer.decode(prompt) for prompt in prompts)
-
-
-def make_sequences(count=7, length=20):
-    """Sequence n consists of token n; every other one has a loss mask."""
-    source = np.random.default_rng(0)
-    documents = []
-    for n in range(count):
-        mask = source.random(length) < 0.3
-        mask[length // 2] = True
-        documents.append(masked([n] * length, mask) if n % 2 else text([n] * length))
-    return documents
-
-
-def test_examples_do_not_depend_on_the_order_they_are_asked_for():
-    sequences = make_sequences()
-    forwards, backwards = (AnchoredSequences(sequences, 30, 4, seed=3) for _ in range(2))
-    assert len(forwards) == 30
-    there = [forwards[c] for c in range(30)]
-    back = [backwards[c] for c in reversed(range(30))][::-1]
-    for one, other in zip(there, back, strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in ("input_ids", "loss_mask", "anchors"))
-
-
-def test_another_seed_gives_other_examples():
-    sequences = make_sequences()
-    one, other = ([AnchoredSequences(sequences, 14, 4, seed=seed)[c] for c in range(14)] for seed in (3, 4))
-    assert [e["input_ids"][0].item() for e in one] != [e["input_ids"][0].item() for e in other]
-    assert [e["anchors"].tolist() for e in one] != [e["anchors"].tolist() for e in other]
-
-
-def test_every_epoch_is_a_permutation_of_its_own():
-    examples = AnchoredSequences(make_sequences(), 7 * 6, 4, seed=0)
-    order = [examples[c]["input_ids"][0].item() for c in range(7 * 6)]
-    epochs = [order[i : i + 7] for i in range(0, len(order), 7)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
-def test_anchors_are_drawn_anew_each_time():
-    examples = AnchoredSequences([text(range(100))], 10, 5, seed=0)
-    assert len({tuple(examples[c]["anchors"].tolist()) for c in range(10)}) == 10
-    examples = AnchoredSequences([text(range(100))] * 10, 10, 5, seed=0)
-    assert len({tuple(examples[c]["anchors"].tolist()) for c in range(10)}) == 10
-
-
-@pytest.mark.parametrize("num_anchors", [1, 4, 30])
-def test_the_first_target_of_an_anchor_counts_or_the_anchor_is_filling(num_anchors):
-    """Anchor s trains the token at s + 2 first, behind a bonus token; filling sits where no target is left."""
-    for example in (AnchoredSequences(make_sequences(), 21, num_anchors, seed=1)[c] for c in range(21)):
-        ids, mask, anchors = example["input_ids"], example["loss_mask"], example["anchors"].tolist()
-        assert len(anchors) == num_anchors
-        useful = [s for s in range(len(ids) - 2) if mask[s + 1] and mask[s + 2]]
-        chosen = [s for s in anchors if s != len(ids) - 1]
-        assert set(chosen) <= set(useful)
-        assert len(set(chosen)) == len(chosen) == min(num_anchors, len(useful))
-        assert anchors[: len(chosen)] == chosen  # filling comes last
-
-
-def test_anchors_come_in_random_order_so_that_the_first_are_any():
-    """Token dropping keeps the first ones longest."""
-    examples = AnchoredSequences([text(range(50))], 400, 8, seed=0)
-    first, last = ([examples[c]["anchors"][place].item() for c in range(400)] for place in (0, -1))
-    assert abs(sum(first) / 400 - sum(last) / 400) < 5  # means of 400 numbers from 0..47: standard error 0.7
-
-
-def test_every_useful_anchor_is_chosen_sooner_or_later():
-    sequences = [masked([1] * 12, [0, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1])]
-    examples = AnchoredSequences(sequences, 60, 1, seed=0)
-    assert {examples[c]["anchors"].item() for c in range(60)} == {2, 5, 6}
-
-
-@pytest.mark.parametrize("num_prompt_tokens", [1, 7, 18])
-def test_anchors_lie_in_the_models_own_part_or_right_before_it(num_prompt_tokens):
-    """As in decoding, where the first block stands behind the prompt's last token and drafts behind the bonus token."""
-    T = 20
-    sequences = [masked([1] * T, [0] * num_prompt_tokens + [1] * (T - num_prompt_tokens))]
-    examples = AnchoredSequences(sequences, 200, 4, seed=0)
-    seen = {anchor for c in range(200) for anchor in examples[c]["anchors"].tolist()}
-    assert seen - {T - 1} == set(range(num_prompt_tokens - 1, T - 2))
-
-
-def test_examples_carry_the_tokens_and_the_mask_of_their_sequence():
-    sequences = [text([1, 2, 3, 4]), masked([5, 6, 7], [0, 0, 1])]
-    examples = AnchoredSequences(sequences, 2, 1, seed=0)
-    found = {tuple(e["input_ids"].tolist()): e["loss_mask"].tolist() for e in (examples[0], examples[1])}
-    assert found == {(1, 2, 3, 4): [True] * 4, (5, 6, 7): [False, False, True]}
-    assert all(
-        e["input_ids"].dtype == torch.int64 and e["loss_mask"].dtype == torch.bool for e in (examples[0], examples[1])
-    )
-
-
-def test_a_batch_is_padded_on_the_right_with_what_no_loss_counts():
-    sequences = [text([1, 2, 3, 4, 5]), masked([6, 7, 8], [0, 1, 1])]
-    examples = AnchoredSequences(sequences, 2, 2, seed=0)
-    pair = sorted((examples[0], examples[1]), key=lambda e: e["input_ids"][0].item())
-    batch = collate(pair)
-    assert batch["input_ids"][:, :3].tolist() == [[1, 2, 3], [6, 7, 8]]
-    assert batch["input_ids"].shape == (2, 5)
-    assert batch["loss_mask"].tolist() == [[True] * 5, [False, True, True, False, False]]
-    assert torch.equal(batch["anchors"], torch.stack([e["anchors"] for e in pair]))
-    assert batch["anchors"][1].tolist() == [0, 2]  # one useful anchor, one filled in at the own last token
-    for b, anchors in enumerate(batch["anchors"].tolist()):
-        for anchor in anchors:
-            for target in range(anchor + 2, batch["input_ids"].shape[1]):
-                counted = bool(batch["loss_mask"][b, target])
-                assert not counted or target < len(pair[b]["input_ids"])
 
 
 def test_held_out_data_may_be_that_of_python_itself(tokenizer, tmp_path):

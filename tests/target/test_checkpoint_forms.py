@@ -10,7 +10,7 @@ from greedy_oracle import plain_generate, prompts
 from tiny_models import make_adapter, tiny_model
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.measures.thorough import greedy_checks, law_check
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import load_base

@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from transformers import AutoModel
 
 from pardec.decoding.prepack import PackedLinears
-from pardec.decoding.probe import probe_head
+from pardec.decoding.probing.probe import probe_head
 from pardec.target import forward as forward_module
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel, UnsupportedModelError

@@ -20,7 +20,7 @@ from pardec.config.recipe_files import load_recipe
 from pardec.data.corpus import load_corpus
 from pardec.data.prompt_mix import PromptSource, draw_mix
 from pardec.data.responses import append_rows, one_turn, response_row
-from pardec.decoding.probe import probe
+from pardec.decoding.probing.probe import probe
 from pardec.target.forward import TargetModel
 from pardec.training.steps import part_of
 

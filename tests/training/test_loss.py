@@ -119,6 +119,20 @@ def test_lk_is_minus_the_log_of_the_probability_of_acceptance():
     torch.testing.assert_close(found, -acceptance_by_loops(draft, target).log().float(), rtol=1e-5, atol=1e-6)
 
 
+def test_cross_entropy_and_tv_are_mixed_one_to_nine():
+    draft, p = random_logits(22, 1.0), target_law(random_logits(23, 1.0))
+    ids = torch.randint(0, V, (M,), generator=torch.Generator().manual_seed(24))
+    found, gradient = value_and_gradient(lambda x: draft_loss("cross_entropy_tv", x, p, ids, 0.6), draft)
+
+    def mixed(x):
+        distance = (p.double() - (x / 0.6).softmax(dim=-1)).abs().sum(dim=-1) / 2
+        return 0.1 * functional.cross_entropy(x / 0.6, ids, reduction="none") + 0.9 * distance
+
+    expected, expected_gradient = value_and_gradient(mixed, draft.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_tv_is_half_the_distance_of_the_laws(temperature):
     draft, p = random_logits(22, 1.0), target_law(random_logits(23, 1.0))
@@ -221,7 +235,7 @@ def test_unknown_weight_rule_names_the_known_ones():
 
 @pytest.mark.parametrize("objective", ["mse", "accepted_length"])
 def test_an_objective_that_no_row_has_names_the_known_ones(objective):
-    known = "kl, cross_entropy, cross_entropy_argmax, tv, lk, lk_hybrid"
+    known = "kl, cross_entropy, cross_entropy_argmax, tv, cross_entropy_tv, lk, lk_hybrid"
     with pytest.raises(ValueError, match=f"objective: expected one of {known}, found '{objective}'"):
         draft_loss(objective, random_logits(0), target_law(random_logits(1)), torch.zeros(M, dtype=torch.long))
 

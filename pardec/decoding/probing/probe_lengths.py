@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from pardec.decoding.probe_step import SHORT, K, probe_decoder, state_behind, text_of
+from pardec.decoding.probing.probe_step import SHORT, K, probe_decoder, state_behind, text_of
 from pardec.errors import first_line
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel, UnsupportedModelError

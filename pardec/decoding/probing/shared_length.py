@@ -8,7 +8,7 @@ changes nothing.
 import torch
 from torch import Tensor
 
-from pardec.decoding.probe_step import SHORT, K, probe_decoder, state_behind, text_of
+from pardec.decoding.probing.probe_step import SHORT, K, probe_decoder, state_behind, text_of
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
 from pardec.target.forward import TargetModel

@@ -12,10 +12,10 @@ from transformers.models.auto import CONFIG_MAPPING
 
 import pardec
 from pardec.adapters.files import save_adapter
-from pardec.decoding.probe import probe
-from pardec.decoding.probe_lengths import probe_lengths
-from pardec.decoding.probe_step import probe_step
-from pardec.decoding.shared_length import shared_length_limit
+from pardec.decoding.probing.probe import probe
+from pardec.decoding.probing.probe_lengths import probe_lengths
+from pardec.decoding.probing.probe_step import probe_step
+from pardec.decoding.probing.shared_length import shared_length_limit
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import FULL, AttentionForm, TargetModel, UnsupportedModelError
 from pardec.target.own_forward import jittered_embeddings

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pardec.decoding.probe_lengths import QUICK, LengthReport, probe_lengths
-from pardec.decoding.probe_step import probe_step
+from pardec.decoding.probing.probe_lengths import QUICK, LengthReport, probe_lengths
+from pardec.decoding.probing.probe_step import probe_step
 from pardec.target.forward import TargetModel, UnsupportedModelError
 from pardec.target.hidden import HiddenTap
 
