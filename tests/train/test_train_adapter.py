@@ -10,6 +10,7 @@ import torch
 import train_adapter
 from accelerate import Accelerator
 from data_samples import code_text, write_jsonl
+from launched import free_port
 from programs import Ended, run, run_in_own_process
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -111,7 +112,9 @@ def checkpoint(output: Path, file: str) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp_path):
-    """Gloo with 2 processes of batch 1, and one process with 2 accumulated batches of 1, against batch 2."""
+    """Two processes of batch 1, by accelerate launch; one with 2 accumulated batches of 1; against batch 2."""
+    port = f"--main_process_port={free_port()}"
+    config = f"--config_file={ROOT / 'recipes/accelerate/1x8.yaml'}"
     settings = {
         "one": (),
         "two": ("train.batch_size=1",),
@@ -120,7 +123,7 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp
     gradients, losses = {}, {}
     for name, overrides in settings.items():
         options = (tmp_path / name, text_file, "train.steps=1", *overrides)
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        launcher = ("-m", "accelerate.commands.launch", config, "--num_processes=2", port)
         ended = train_in_own_process(*options, launcher=launcher) if name == "two" else train(*options)
         assert ended.code == 0, (name, ended.err[-2000:])
         # after one step AdamW's first moment is a tenth of the (clipped) gradient
