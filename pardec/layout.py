@@ -3,7 +3,7 @@
 Knows no model and no cache.
 Legend: B sequences, K num_speculative_tokens, R rows of a forward, N anchors, T tokens of a sequence, M mask rows.
 The shape of a fused chain is given by its block_lengths, K + 1 numbers from 0 to K of which K is the largest: behind i
-accepted drafts, block_lengths[i] tokens are drafted next.
+accepted drafts, block_lengths[i] tokens are drafted next. With L copied tokens behind the drafts there are L more.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from torch import Tensor
 BlockLengths = tuple[int, ...]
 PLAIN: BlockLengths = (0,)  # plain decoding
 MAX_SPECULATIVE_TOKENS = 64  # a fused step has (K + 1)^2 rows
+MAX_COPY_TOKENS = 128  # behind them, a row each
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RowLayout:
     """The rows of one decoding forward, relative to the number of committed tokens.
 
     Attributes:
-        num_real: rows that hold real tokens (bonus token, then drafts); they come first.
+        num_real: rows that hold real tokens (bonus token, drafts, copied tokens); they come first.
         offsets: position of each row minus the number of committed tokens, shape [R], int64.
         visible: whether row r (first index) attends to row s (second index), shape [R, R], bool.
             Every row also attends to all committed tokens.
@@ -65,30 +66,33 @@ def full_blocks(num_speculative_tokens: int) -> BlockLengths:
     return (num_speculative_tokens,) * (num_speculative_tokens + 1)
 
 
-def check_block_lengths(block_lengths: Sequence[int]) -> BlockLengths:
+def check_block_lengths(block_lengths: Sequence[int], copy_tokens: int = 0) -> BlockLengths:
     """The same as a tuple.
 
     Raises:
-        ValueError: unless these are K + 1 numbers from 0 to K of which K is the largest, or if K is above
-            `MAX_SPECULATIVE_TOKENS`.
+        ValueError: unless these are K + 1 numbers from 0 to K of which K is the largest, and one more for each copied
+            token, or if K is above `MAX_SPECULATIVE_TOKENS`.
     """
-    blocks = tuple(block_lengths)
-    if len(blocks) > MAX_SPECULATIVE_TOKENS + 1:
-        raise ValueError(f"block_lengths: expected at most {MAX_SPECULATIVE_TOKENS + 1}, found {len(blocks)}")
-    if not blocks or min(blocks) < 0 or max(blocks) != len(blocks) - 1:
-        raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K of which K is the largest, found {blocks}")
+    blocks, most = tuple(block_lengths), MAX_SPECULATIVE_TOKENS + 1 + copy_tokens
+    if len(blocks) > most:
+        raise ValueError(f"block_lengths: expected at most {most}, found {len(blocks)}")
+    if not blocks or min(blocks) < 0 or max(blocks) != len(blocks) - 1 - copy_tokens:
+        count = f"K + 1 + {copy_tokens}" if copy_tokens else "K + 1"
+        raise ValueError(
+            f"block_lengths: expected {count} numbers from 0 to K of which K is the largest, found {blocks}"
+        )
     return blocks
 
 
 def chain_layout(block_lengths: Sequence[int]) -> RowLayout:
-    """The fused chain `[bonus, d1..dK | block_0 .. block_K]`, with `full_blocks(K)` (K + 1)^2 rows.
+    """The fused chain `[bonus, d1..dK, copies | block_0 .. block_K ..]`, with `full_blocks(K)` (K + 1)^2 rows.
 
     block_i hangs behind real row i: its mask token j (1..block_lengths[i]) sits at offset i + j and sees real rows
-    0..i and its own mask tokens up to j. Whatever number a of drafts is accepted, block_a holds the next drafts.
+    0..i and its own mask tokens up to j. Whatever number a of them is accepted, block_a holds the next drafts.
     `(0,)` is plain decoding.
 
     Args:
-        block_lengths: mask tokens behind each real row, K + 1 numbers in 0..K.
+        block_lengths: mask tokens behind each real row, K + 1 numbers in 0..K, and one for each copied token.
     """
     num_real, num_mask = len(block_lengths), sum(block_lengths)
     lengths = torch.tensor(block_lengths)
@@ -103,18 +107,18 @@ def chain_layout(block_lengths: Sequence[int]) -> RowLayout:
 
 
 def block_starts(block_lengths: Sequence[int]) -> Tensor:
-    """Row of the first mask token of each block of a fused chain, shape [K + 1]."""
+    """Row of the first mask token of each block of a fused chain, shape of `block_lengths`."""
     lengths = torch.tensor(block_lengths)
     return len(block_lengths) + lengths.cumsum(0) - lengths
 
 
-def next_blocks(block_lengths: Sequence[int]) -> Tensor:
-    """By number of accepted drafts, the rows that hold the next drafts, and how many there are: shape [K + 1, K + 1].
+def next_blocks(block_lengths: Sequence[int], copy_tokens: int = 0) -> Tensor:
+    """By number of accepted tokens, the rows that hold the next drafts, and how many there are: [K + 1 + L, K + 1].
 
-    Rows behind the end of a short block repeat its last one; behind an empty block stands any row.
+    Rows behind the end of a short block repeat its last one; behind an empty block stands any row. L = `copy_tokens`.
     """
-    K, rows = len(block_lengths) - 1, []
-    num_rows = K + 1 + sum(block_lengths)
+    K, rows = len(block_lengths) - 1 - copy_tokens, []
+    num_rows = len(block_lengths) + sum(block_lengths)
     for start, length in zip(block_starts(block_lengths).tolist(), block_lengths, strict=True):
         ends = min(start + max(length, 1), num_rows)
         rows.append([min(start + j, ends - 1) for j in range(K)] + [length])

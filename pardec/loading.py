@@ -18,7 +18,7 @@ from pardec.errors import short, shown
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, has_bfloat16
 from pardec.target.base import device_or_default, load_base, load_tokenizer, refuse_by_config
-from pardec.target.fingerprint import differences, fingerprint
+from pardec.target.fingerprint import differences, fingerprint, shape_difference
 from pardec.target.forward import UnsupportedModelError, embedding_weight
 from pardec.target.placement import META, is_offloaded, refuse_by_placement
 
@@ -59,7 +59,7 @@ def load(
     for name, value in (("compile", compile), ("trust_remote_code", trust_remote_code)):
         flag(name, value)
     if base is not None and not isinstance(base, str | PreTrainedModel):
-        raise ValueError(f"base: expected a folder, a hub name or a loaded model, found {shown(base)}")
+        raise ValueError(f"base: expected a folder, a hub name or a loaded model, found {_kind(base)}")
     directory = directory if revision is None else _at_revision(directory, revision)
     adapter = load_adapter(directory)
     reference = adapter.metadata.base
@@ -95,6 +95,13 @@ def load(
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
     _probe(model)
     return model
+
+
+def _kind(base: object) -> str:
+    """What stands in place of a base; PEFT's wrapper, which is no model of transformers, by a way out."""
+    if callable(getattr(base, "get_base_model", None)):
+        return f"{type(base).__name__}, whose get_base_model() is one, its adapters on it"
+    return shown(base)
 
 
 def _at_revision(directory: object, revision: object) -> str:
@@ -142,7 +149,9 @@ def refuse_another_base(
     if wrong:
         more = [f"and {len(wrong) - 2} more"] if len(wrong) > 2 else []
         told, name = "; ".join([*wrong[:2], *more]), short(adapter.metadata.base.name)
-        raise AdapterError(f"{directory}: the adapter belongs to another base ({name}): {told}")
+        alike = shape_difference(adapter.metadata.fingerprint, found) is None
+        hint = "; adapter.transfer=true in a recipe that starts from it moves it to this one" if alike else ""
+        raise AdapterError(f"{directory}: the adapter belongs to another base ({name}): {told}{hint}")
 
 
 def _probe(model: SelfSpeculativeModel) -> None:

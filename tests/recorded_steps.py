@@ -121,6 +121,7 @@ def decoder_for(
     head_width: int = 0,
     noise: bool = False,
     verification: Verification = "token",
+    copy_tokens: int = 0,
 ) -> Decoder:
     target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
     group = survey(target).query_group
@@ -131,7 +132,8 @@ def decoder_for(
     head, tokens = HeadDrafter.of(adapter, target), NoiseTokens.of(V, target.device) if noise else None
     masks = None if noise else masks
     forward = RowForward(target, masks, gate, query_group=group, noise=tokens, tap=head and head.tap)
-    return Decoder(forward, mode, K, law, new_tokens, eos_ids, head=head, verification=verification)
+    parts = {"head": head, "verification": verification, "copy_tokens": copy_tokens}
+    return Decoder(forward, mode, K, law, new_tokens, eos_ids, **parts)
 
 
 def tensors_of(state: DecodeState) -> dict[str, Tensor]:

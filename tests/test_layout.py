@@ -84,10 +84,13 @@ def test_block_starts_name_the_row_of_each_first_mask_token(block_lengths):
 
 
 @pytest.mark.parametrize("block_lengths", PRUNED, ids=str)
-def test_next_blocks_name_the_rows_of_the_block_behind_the_last_accepted_draft(block_lengths):
-    rows, K = pruned_rows(block_lengths), len(block_lengths) - 1
-    found = next_blocks(block_lengths)
-    assert found.shape == (K + 1, K + 1)
+@pytest.mark.parametrize("copy_tokens", [0, 1])
+def test_next_blocks_name_the_rows_of_the_block_behind_the_last_accepted_token(block_lengths, copy_tokens):
+    rows, num_real = pruned_rows(block_lengths), len(block_lengths)
+    if max(block_lengths) > num_real - 1 - copy_tokens:
+        return  # not a shape with a copied token
+    found = next_blocks(block_lengths, copy_tokens)
+    assert found.shape == (num_real, num_real - copy_tokens)
     for accepted, (*places, length) in enumerate(found.tolist()):
         own = [index for index, row in enumerate(rows) if row[0] == "mask" and row[1] == accepted]
         assert length == len(own) == block_lengths[accepted]

@@ -1,11 +1,14 @@
 """`pardec.load` by a name on the hub: with its revision, offline, tuned in the user's cache."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import pardec
+from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TunedChoice, check_writable, weights_of, write_tuned
 from pardec.run import cache_folder, device_name
@@ -76,3 +79,40 @@ def test_what_it_was_tuned_to_is_used_and_asked_of_nobody(named, tiny_base):
     assert named.requests == []
     assert pardec.load(NAME, base=tiny_base).tuned == choice
     assert pardec.load(f"{NAME}@three", base=tiny_base).tuned is None
+
+
+@pytest.fixture
+def folder(packaged_adapter, tmp_path):
+    save_adapter(packaged_adapter(2), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+# peft reads an attribute that newer versions of transformers rename
+OF_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
+@OF_PEFT
+def test_a_wrapper_of_peft_is_told_where_its_base_is(folder, tiny_base):
+    wrapped = get_peft_model(deepcopy(tiny_base), LoraConfig(r=2, target_modules=["q_proj"]))
+    words = r"^base: expected .* a loaded model, found PeftModel, whose get_base_model\(\) is one, its adapters on it$"
+    with pytest.raises(ValueError, match=words):
+        pardec.load(folder, base=wrapped)
+    inner = wrapped.get_base_model()
+    assert pardec.load(folder, base=inner).base_model is inner
+
+
+@OF_PEFT
+def test_an_adapter_of_peft_alone_is_no_base(folder, tiny_base, tmp_path):
+    wrapped = get_peft_model(deepcopy(tiny_base), LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped.save_pretrained(tmp_path / "users")
+    words = "expected a causal language model, found an adapter of PEFT alone; load what it was trained for, bring it"
+    with pytest.raises(ValueError, match=words):
+        pardec.load(folder, base=str(tmp_path / "users"))
+
+
+def test_an_adapter_of_a_base_of_the_same_shape_can_be_moved(folder, tiny_base):
+    tuned = deepcopy(tiny_base)
+    tuned.get_input_embeddings().weight += 0.1
+    words = r"belongs to another base .*: input embeddings: .*; adapter.transfer=true in a recipe that starts from it"
+    with pytest.raises(AdapterError, match=words):
+        pardec.load(folder, base=tuned)

@@ -27,6 +27,7 @@ def tiny_decoder(
     lora: bool = False,
     head: bool = False,
     packed: bool = False,
+    copy_tokens: int = 0,
     law: TokenLaw | None = None,
     device: str = "meta",
 ) -> Decoder:
@@ -38,6 +39,7 @@ def tiny_decoder(
         num_layers: of the model.
         lora: on every linear layer.
         head: draws the drafts.
+        copy_tokens: verified behind the drafts.
         packed: layers that share an input are one, as where there is memory for it.
         law: default the greedy one.
         device: `meta`, or one that has numbers.
@@ -62,7 +64,7 @@ def tiny_decoder(
     masks = adapter.mask_embeddings.to(device, target.dtype)
     drafter = HeadDrafter.of(adapter, target)
     forward = RowForward(target, masks, gate, linears, group, tap=drafter and drafter.tap)
-    return Decoder(forward, mode, K, law, CAPACITY, eos, head=drafter)
+    return Decoder(forward, mode, K, law, CAPACITY, eos, head=drafter, copy_tokens=copy_tokens)
 
 
 def tiny_state(decoder: Decoder, batch_size: int, device: str = "meta") -> DecodeState:
@@ -80,4 +82,5 @@ def tiny_state(decoder: Decoder, batch_size: int, device: str = "meta") -> Decod
         draft_probs=None if decoder.law.greedy else torch.empty(*drafts.shape, vocabulary, device=device),
         width=decoder.tokens_per_step,
         capacity=CAPACITY,
+        copies=decoder.copy_tokens > 0,
     )

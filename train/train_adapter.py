@@ -39,6 +39,7 @@ from pardec.training.processes import (
     STOPPED,
     JsonlTracker,
     any_process,
+    as_steps_run_it,
     begin_run,
     make_accelerator,
     refuse_other_state,
@@ -76,19 +77,18 @@ def train(recipe: Recipe) -> None:
     check_same(output, data)
 
     # what is learned, and what was learned before this run was cut off
-    module, peft_model, source = begin_module(recipe, target.base, identity)
+    module, peft_model, origin = begin_module(recipe, target.base, identity)
     learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
     rates = {"mask_embeddings": train.learning_rate, "lora": train.lora_learning_rate, "head": train.head_learning_rate}
     optimizer = build_optimizer(learned, rates)
+    source = origin["started_from"]
     checkpoints, kept = output / "checkpoints", {"recipe": recipe.of_checkpoints(), "started_from": source, **data}
     state = load_state(checkpoints, learned, [optimizer]) or {"best": 0.0, "measured": None, **kept}
     check_source(recipe.adapter.start_from, state.get("started_from"), source)
     schedule = make_schedule(optimizer, train.warmup_steps, train.steps, first_step)
     loader = make_loader(recipe, corpus, state.get("examples", first_step * global_batch), global_batch)
     optimizer, loader = accelerator.prepare(optimizer, loader)
-    # copies of the module average their gradients by themselves; around a sharded base they cannot be wrapped so
-    is_sharded = bool(train.shard_base)
-    wrapped = accelerator.prepare_model(module, device_placement=not is_sharded, evaluation_mode=is_sharded)
+    wrapped = as_steps_run_it(accelerator, module, learned.values(), base_is_sharded=bool(train.shard_base))
 
     sizes = sizes_of(recipe, module.target, learned, corpus, prompts)
     begin_run(accelerator, recipe.output_dir, sizes + idle_processors(accelerator), first_step)
@@ -100,7 +100,7 @@ def train(recipe: Recipe) -> None:
         progress = {"best": best, "measured": measured, "examples": step * global_batch, **kept}
         save_state(checkpoints, step, learned, [optimizer], progress, keep=train.checkpoint_keep)
 
-    examiner = Examiner(recipe, accelerator, module, peft_model, identity, source, tokenizer, prompts)
+    examiner = Examiner(recipe, accelerator, module, peft_model, identity, origin, tokenizer, prompts)
     best, reached = take_steps(recipe, learner, examiner, loader, first_step, state, save)
     accelerator.end_training()
     if reached < train.steps:
@@ -206,7 +206,7 @@ def make_loader(recipe: Recipe, corpus: Corpus, first_example: int, global_batch
 
 
 def begin_module(recipe: Recipe, base, identity: Fingerprint):
-    """The training module and PEFT's view of the base with their first numbers; files of the adapter they are of."""
+    """The training module and PEFT's view of the base with their first numbers, and what is told of their origin."""
     lora, keep, peft_model = recipe.adapter.lora, recipe.train.keep, None
     torch.manual_seed(recipe.train.seed)  # the first halves of LoRA and head start at random
     if lora is not None:
@@ -215,10 +215,10 @@ def begin_module(recipe: Recipe, base, identity: Fingerprint):
         base, recipe.adapter.drafter(), recipe.objective(), keep_ratio=keep.ratio, keep_floor=keep.floor
     )
     if recipe.adapter.start_from is None:
-        return module, peft_model, None
+        return module, peft_model, {"started_from": None}
     source = load_adapter(recipe.adapter.start_from)
-    warm_start(module, peft_model, source, identity, recipe.train.frozen)
-    return module, peft_model, source.metadata.files
+    moved = warm_start(module, peft_model, source, identity, recipe.train.frozen, transfer=recipe.adapter.transfer)
+    return module, peft_model, {"started_from": source.metadata.files, **({"moved_from": moved} if moved else {})}
 
 
 def sizes_of(

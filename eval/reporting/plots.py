@@ -152,6 +152,43 @@ def plot_study(
     _save(figure, path)
 
 
+def plot_floor(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Overlap by depth, one panel per adapter: what is possible, from a band that holds it, and what is reached.
+
+    Args:
+        rows: of `eval/floor.py`.
+    """
+    figure, grid = _figure((4.6 * len(rows) + 1, 4), len(rows), sharey=True)
+    for axes, row in zip(grid, rows, strict=True):
+        depths = range(1, len(row["blind"]["mean"]) + 1)
+        for name, colour, label in (
+            ("blind", "#888888", "no token between"),
+            ("behind_one", "#d9742b", "the token before"),
+        ):
+            most, shown = row[name]["mean"], row[f"{name}_shown"]["mean"]
+            axes.fill_between(depths, shown, most, color=colour, alpha=0.35, linewidth=0)
+            axes.plot(depths, most, ":", color=colour, label=f"possible, seeing {label}")
+        for name, style, label in (("drafted", "-", "reached by mask rows"), ("with_head", "--", "with the head")):
+            if name in row:
+                low, high = zip(*row[name]["interval"], strict=True)
+                means = row[name]["mean"]
+                bars = [
+                    [m - a for m, a in zip(means, low, strict=True)],
+                    [b - m for m, b in zip(means, high, strict=True)],
+                ]
+                axes.errorbar(depths, means, yerr=bars, fmt=f"o{style}", markersize=4, color="#3b6fb6", label=label)
+        axes.set_xticks(depths)
+        axes.set_xlabel("depth of the drafted token")
+        axes.set_title(row["adapter"], fontsize=10)
+        axes.set_ylim(0, 1.03)
+    grid[0].set_ylabel("overlap of target and draft")
+    # of the panel that has most of them
+    handles = max((axes.get_legend_handles_labels() for axes in grid), key=lambda found: len(found[0]))
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
 def _figure(
     size: tuple[float, float], num_panels: int, *, sharey: bool = False, layout: str = "constrained"
 ) -> tuple[Any, Sequence[Any]]:

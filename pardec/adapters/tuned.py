@@ -17,8 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
 from pardec.adapters.packaged import adapter_folder, tuned_folder
+from pardec.arguments import integer
 from pardec.errors import problem, shown
-from pardec.layout import PLAIN, BlockLengths, check_block_lengths, full_blocks
+from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 
 TUNED_FILE = "tuned.json"
 FORMAT_VERSION = 1
@@ -45,6 +46,7 @@ class TunedChoice:
         versions: of the libraries.
         mode: of decoding; of files that do not say, fused, or plain by its block_lengths.
         use_head: whether the drafts are drawn by the adapter's sampler head, where it has one.
+        copy_tokens: copied ones that are verified behind the drafts; block_lengths has one more for each in fused mode.
         by_dtype: tokens/s of what was chosen in each dtype, measured in turn; None where one was tuned by itself.
     """
 
@@ -64,10 +66,12 @@ class TunedChoice:
     versions: dict[str, str] | None = None
     mode: Literal["plain", "two_pass", "fused"] = "fused"
     use_head: bool = True
+    copy_tokens: int = 0
     by_dtype: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
-        check_block_lengths(self.block_lengths)
+        integer("copy_tokens", self.copy_tokens, 0, MAX_COPY_TOKENS)
+        check_block_lengths(self.block_lengths, 0 if self.mode == "two_pass" else self.copy_tokens)
         if self.block_lengths == PLAIN:
             object.__setattr__(self, "mode", "plain")
         K = self.num_speculative_tokens
@@ -76,8 +80,8 @@ class TunedChoice:
 
     @property
     def num_speculative_tokens(self) -> int:
-        """K; 0 where plain decoding was fastest."""
-        return len(self.block_lengths) - 1
+        """K; 0 where plain decoding, or copies alone, were fastest."""
+        return max(self.block_lengths)
 
 
 def read_tuned(

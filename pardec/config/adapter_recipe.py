@@ -88,7 +88,9 @@ class AdapterConfig(Section):
             SGLang's UNO serves a LoRA.
         lora: a LoRA that is active at mask rows only; default none.
         head: a sampler head, which lets each draft know the token before it; default none.
-        start_from: folder of an adapter of the same base and shape whose parts this one starts with; default none.
+        start_from: folder of an adapter of the same base and shape whose parts this one starts with, a LoRA cut to
+            fewer layers and a lower rank where this one has them; default none.
+        transfer: it may be of another base of the same shape, such as the one that this base was tuned from.
         dtype: of the numbers in the adapter's files, as which they are measured too; bfloat16 halves the files.
     """
 
@@ -99,6 +101,7 @@ class AdapterConfig(Section):
     lora: LoraSection | None = None
     head: HeadSection | None = None
     start_from: str | None = None
+    transfer: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def drafter(self) -> Drafter:
@@ -202,6 +205,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _something_is_learned(self) -> "Recipe":
         adapter, frozen = self.adapter, set(self.train.frozen)
+        if adapter.transfer and adapter.start_from is None:
+            raise ValueError("adapter.transfer: expected adapter.start_from, what is moved here, found none")
         if frozen and adapter.start_from is None:
             raise ValueError("train.frozen: expected adapter.start_from, which frozen parts are taken from, found none")
         parts = {"mask_embeddings": adapter.draft_input == "mask_embeddings"}
@@ -213,7 +218,13 @@ class Recipe(Section):
     def of_checkpoints(self) -> dict[str, Any]:
         """The parts that what is learned depends on; the examples of a step are another matter than who runs which."""
         parts = self.model_dump(include={"base", "data", "adapter", "train"})
-        unasked = (("data", "min_kept_share"), ("adapter", "dtype"), *(("train", key) for key in _ONLY_TOLD + _SPLITS))
+        # `transfer` only allows what `start_from` says
+        unasked = (
+            ("data", "min_kept_share"),
+            ("adapter", "dtype"),
+            ("adapter", "transfer"),
+            *(("train", key) for key in _ONLY_TOLD + _SPLITS),
+        )
         for section, key in unasked:
             del parts[section][key]
         return parts

@@ -31,12 +31,14 @@ class Progress:
         num_new: emitted tokens so far.
         done: whether EOS or the length limit was met.
         num_accepted: drafts that the step accepted; 0 after prefill.
+        num_copied: copied tokens that it accepted behind them.
         tokens: ids that the step emitted.
     """
 
     num_new: list[int]
     done: list[bool]
     num_accepted: list[int]
+    num_copied: list[int]
     tokens: list[list[int]]
 
 
@@ -276,9 +278,9 @@ class _Reports:
         self.num_posted += 1
         if state.lengths.device.type != "cuda":
             n = len(self.sequences)
-            columns = (state.num_new, state.done, state.num_accepted, state.tokens)
+            columns = (state.num_new, state.done, state.num_accepted, state.num_copied, state.tokens)
             rows = zip(*(column.tolist()[:n] for column in columns), strict=True)
-            self._waiting.append([[num_new, done, accepted, *tokens] for num_new, done, accepted, tokens in rows])
+            self._waiting.append([[*counts, *tokens] for *counts, tokens in rows])
             return
         report = state.report() if report is None else report
         if len(self._buffers) < 2:
@@ -298,8 +300,9 @@ class _Reports:
             event.synchronize()
             oldest = buffer[: len(self.sequences)].tolist()
         before, self._num_new, self._done = self._num_new, self._num_new.copy(), self._done.copy()
-        num_accepted, tokens = [0] * len(before), [[] for _ in before]
+        num_accepted, num_copied, tokens = [0] * len(before), [0] * len(before), [[] for _ in before]
         for sequence, row in zip(self.sequences, oldest, strict=True):
             self._num_new[sequence], self._done[sequence] = row[0], bool(row[1])
-            num_accepted[sequence], tokens[sequence] = row[2], row[3 : 3 + row[0] - before[sequence]]
-        return Progress(self._num_new, self._done, num_accepted, tokens)
+            num_accepted[sequence], num_copied[sequence] = row[2:4]
+            tokens[sequence] = row[4 : 4 + row[0] - before[sequence]]
+        return Progress(self._num_new, self._done, num_accepted, num_copied, tokens)

@@ -28,7 +28,7 @@ from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import MODES, Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
 from pardec.errors import shown
-from pardec.layout import MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
+from pardec.layout import MAX_COPY_TOKENS, MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
 from pardec.target.forward import TargetModel
@@ -42,15 +42,23 @@ class Drafting:
 
     Attributes:
         mode: one of `MODES`; plain where nothing is drafted.
-        block_lengths: of the fused chain; for two_pass only their number counts; (0,) for plain decoding.
+        block_lengths: of the fused chain, one for each copied token among them; for two_pass the largest counts alone;
+            (0,) for plain decoding.
         head: draws the drafts one after another; None to draw them from their rows as they are.
         verification: of drafts that were drawn.
+        copy_tokens: copied ones that are verified behind the drafts.
     """
 
     mode: str
     block_lengths: BlockLengths
     head: HeadDrafter | None
     verification: Verification = "token"
+    copy_tokens: int = 0
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """K; 0 where nothing of the adapter is used."""
+        return max(self.block_lengths)
 
 
 class Engines:
@@ -113,6 +121,7 @@ class Engines:
         block_lengths: Sequence[int] | None,
         use_head: bool | None,
         verification: Verification = "token",
+        copy_tokens: int | None = None,
     ) -> Drafting:
         """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
 
@@ -122,27 +131,39 @@ class Engines:
         if mode is not None:
             one_of("mode", mode, MODES)
         one_of("verification", verification, VERIFICATIONS)
+        L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
+        if L and mode == "plain":
+            raise ValueError(f"copy_tokens: expected 0 in plain mode, found {L}")
         tuned = self.tuned
         if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
             mode, blocks = tuned.mode, tuple(tuned.block_lengths)
             use_head = False if use_head is None and not tuned.use_head else use_head
+            if L is None:
+                L = tuned.copy_tokens
+            elif mode != "two_pass":  # copies of another number behind the same drafts
+                mode, blocks = "fused", blocks[: max(blocks) + 1]
         else:
-            mode = mode or "fused"
+            mode, L = mode or "fused", L or 0
             is_given = block_lengths is not None
-            blocks = self._checked(mode, asked, block_lengths) if is_given else self._blocks_for(mode, asked)
+            blocks = self._checked(mode, asked, block_lengths, L) if is_given else self._blocks_for(mode, asked, L)
         head = self.chosen_head(use_head)
-        return Drafting("plain", PLAIN, None) if blocks == PLAIN else Drafting(mode, blocks, head, verification)
+        if blocks == PLAIN and not L:
+            return Drafting("plain", PLAIN, None)
+        if mode == "fused":
+            blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
+        return Drafting(mode, blocks, head if max(blocks) else None, verification, L or 0)
 
-    def _blocks_for(self, mode: str, asked: int | None) -> BlockLengths:
+    def _blocks_for(self, mode: str, asked: int | None, copy_tokens: int) -> BlockLengths:
         if asked is not None:
             asked = integer("num_speculative_tokens", asked, 0, MAX_SPECULATIVE_TOKENS)
-        if mode == "plain":
+        if mode == "plain" or (asked == 0 and copy_tokens and mode == "fused"):
             return PLAIN
         if self.adapter is None:
-            raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
+            also = " or num_speculative_tokens=0" if copy_tokens else ""
+            raise ValueError(f"mode: expected plain{also}, the only one without an adapter, found {mode!r}")
         return full_blocks(self.adapter.metadata.num_speculative_tokens if asked is None else asked)
 
-    def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int]) -> BlockLengths:
+    def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int], copy_tokens: int) -> BlockLengths:
         try:
             blocks = tuple(integer("block_lengths", length, 0) for length in block_lengths)
         except TypeError:
@@ -150,7 +171,8 @@ class Engines:
             raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K, found {found}") from None
         if mode != "fused" or asked is not None:
             raise ValueError("block_lengths: expected mode fused and no num_speculative_tokens beside it")
-        check_block_lengths(blocks)
+        # those behind copies may be left out, and are 0 then
+        check_block_lengths(blocks, max(0, min(len(blocks) - 1 - max(blocks, default=0), copy_tokens)))
         if blocks != PLAIN and self.adapter is None:
             raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
         return blocks
@@ -243,7 +265,8 @@ class Engines:
         self.check(prompts, max_new_tokens, num_sequences or len(prompts))
         target = self.target
         eos_ids = eos_token_ids(target.base) if eos is None else eos
-        if drafting.mode != "plain" and (self.gate is not None or drafting.head is not None):
+        K = drafting.num_speculative_tokens
+        if K and (self.gate is not None or drafting.head is not None):
             refuse_compiled(target.base)
         if self._survey is None:
             self._survey = survey(target)
@@ -252,13 +275,13 @@ class Engines:
             self._survey, self._linears = survey(target), {}
         self._surveyed = now
         # on a CPU what a LoRA adds to a packed weight costs plain steps something
-        drafts = drafting.mode != "plain" or target.device.type != "cpu"
-        linears = self._packed(self._survey, with_lora=drafts and self.gate is not None)
+        with_lora = self.gate is not None and (K > 0 or target.device.type != "cpu")
+        linears = self._packed(self._survey, with_lora=with_lora)
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
-            way = (drafting.mode, drafting.block_lengths, drafting.head is not None, drafting.verification)
-            shape = (*way, law.key, len(eos_ids))
+            way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.head is not None)
+            shape = (*way, drafting.verification, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
             on = (
                 self.capture,
@@ -289,7 +312,7 @@ class Engines:
                 self._pool.give_back(key, engine)
 
     def _new_engine(self, facts: Survey, law: TokenLaw, drafting: Drafting, linears: PackedLinears) -> Engine:
-        K, no_eos = len(drafting.block_lengths) - 1, torch.empty(0, dtype=torch.long)
+        K, no_eos = drafting.num_speculative_tokens, torch.empty(0, dtype=torch.long)
         forward = self.row_forward(K, drafting.head, linears, facts.query_group)
         max_new_tokens = 1  # set for each call, as are the EOS ids
         decoder = Decoder(
@@ -302,6 +325,7 @@ class Engines:
             drafting.block_lengths,
             drafting.head,
             drafting.verification,
+            drafting.copy_tokens,
         )
         captured = self.capture and law.is_capturable
         return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)

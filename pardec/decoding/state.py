@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from pardec.decoding.copying import MARGIN, begin_context
 from pardec.target.cache import SlotCache
 
-# a mark is accepted drafts + draft_length * this; more than any K
+# a mark is accepted tokens + draft_length * this + copies * this squared; more than any W
 MARK = 256
 
 
@@ -35,6 +36,8 @@ class DecodeState:
         marks: a round's drafts, shape [B, capacity + W], where its first token stands in `output`; see `rounds`.
         tokens: of the last step, shape [B, W], emitted or not.
         num_accepted: drafts accepted by the last step, shape [B].
+        num_copied: copied tokens accepted by the last step, shape [B].
+        context: ids of prompt and output by position, see `copying.begin_context`; None where nothing is copied.
     """
 
     cache: SlotCache
@@ -53,6 +56,8 @@ class DecodeState:
     marks: Tensor
     tokens: Tensor
     num_accepted: Tensor
+    num_copied: Tensor
+    context: Tensor | None
 
     @classmethod
     def begin(
@@ -67,6 +72,7 @@ class DecodeState:
         draft_probs: Tensor | None,
         width: int,
         capacity: int,
+        copies: bool = False,
     ) -> "DecodeState":
         """The state behind prompts that are in the cache, before the first token is emitted.
 
@@ -80,6 +86,7 @@ class DecodeState:
             draft_probs: place for their law, shape [B, K, V], or None.
             width: W.
             capacity: new tokens that there is place for.
+            copies: whether tokens are copied.
         """
         B = lengths.shape[0]
         return cls(
@@ -99,13 +106,24 @@ class DecodeState:
             marks=lengths.new_full((B, capacity + width), -1),
             tokens=lengths.new_zeros(B, width),
             num_accepted=lengths.new_zeros(B),
+            num_copied=lengths.new_zeros(B),
+            context=begin_context(prompts, cache.num_slots) if copies else None,
         )
 
-    def mark(self, num_accepted: Tensor) -> None:
-        """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts."""
+    def mark(self, num_accepted: Tensor, num_copies: Tensor | None = None) -> None:
+        """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts.
+
+        Args:
+            num_accepted: drafts and copies, shape [B].
+            num_copies: that were verified, shape [B].
+        """
         self.num_accepted, mark = num_accepted, num_accepted
         if self.drafts.shape[1]:
             mark = torch.add(num_accepted, self.draft_length, alpha=MARK)
+        if num_copies is not None:
+            self.num_accepted = torch.minimum(num_accepted, self.draft_length)
+            self.num_copied = num_accepted - self.num_accepted
+            mark = torch.add(mark, num_copies, alpha=MARK**2)
         self.marks.scatter_(1, self.num_new[:, None], mark[:, None])
 
     def commit(self, tokens: Tensor, last: Tensor, index: Tensor) -> None:
@@ -124,6 +142,8 @@ class DecodeState:
         end = last
         # what stands behind the end of a row's output does not count, so all tokens may be written
         self.output.scatter_(1, self.num_new[:, None] + index, tokens)
+        if self.context is not None:
+            self.write(self.prompt_lengths + self.num_new, tokens, index)
         self.tokens = tokens
         if self.eos_token_ids.numel() and tokens.shape[1] > 1:
             stops = _is_any(tokens, self.eos_token_ids) | (index >= last[:, None])
@@ -137,10 +157,21 @@ class DecodeState:
         self.done = self.room == 0
         return count
 
+    def write(self, first: Tensor, ids: Tensor, index: Tensor) -> None:
+        """Puts ids, shape [B, n], into the context from positions `first`, shape [B], on; index: 0..n-1."""
+        assert self.context is not None
+        self.context.scatter_(1, first[:, None] + (MARGIN + index), ids)
+
     def report(self) -> Tensor:
-        """For the host, in one tensor, shape [B, 3 + W]: num_new, done, num_accepted, tokens."""
-        counts = [column[:, None] for column in (self.num_new, self.done, self.num_accepted)]
+        """For the host, in one tensor, shape [B, 4 + W]: num_new, done, num_accepted, num_copied, tokens."""
+        counts = [column[:, None] for column in (self.num_new, self.done, self.num_accepted, self.num_copied)]
         return torch.cat([*counts, self.tokens], dim=1)
+
+    def committed(self, row: int) -> Tensor:
+        """Ids of prompt and output of a row that are in the cache, shape [n]; waits for the device."""
+        num_prompt = int(self.prompt_lengths[row])
+        num_new = int(self.lengths[row]) - num_prompt
+        return torch.cat([self.prompts[row, :num_prompt], self.output[row, :num_new]])
 
     def of_rows(self, rows: Tensor) -> "DecodeState":
         """The state of some rows in this order, shape [n], int64; copies but for the cache, whose rows stay."""
@@ -161,9 +192,17 @@ class DecodeState:
 
     def rounds(self) -> list[list[tuple[int, int]]]:
         """(accepted drafts, draft_length) of the rounds of each sequence, before EOS or length cuts."""
+        each = [[(mark % MARK, mark // MARK % MARK) for mark in row] for row in self._marks()]
+        return [[(min(accepted, drafted), drafted) for accepted, drafted in row] for row in each]
+
+    def copies(self) -> list[list[tuple[int, int]]]:
+        """(accepted copies, copies) of the same rounds."""
+        each = [[(mark % MARK, mark // MARK % MARK, mark // MARK**2) for mark in row] for row in self._marks()]
+        return [[(max(accepted - drafted, 0), copies) for accepted, drafted, copies in row] for row in each]
+
+    def _marks(self) -> list[list[int]]:
         ends = self.num_new.tolist()
-        marks = [row[:end] for row, end in zip(self.marks.tolist(), ends, strict=True)]
-        return [[(mark % MARK, mark // MARK) for mark in row if mark >= 0] for row in marks]
+        return [[mark for mark in row[:end] if mark >= 0] for row, end in zip(self.marks.tolist(), ends, strict=True)]
 
 
 class LiveRows:

@@ -1,7 +1,8 @@
 """The step: one forward that drafts, verifies and commits, with all state in tensors on the device.
 
 Knows token ids only: no tokenizer, no files, no loop. `plain` is the same step without drafts and touches no adapter.
-Legend: B batch, P padded prompt length, K num_speculative_tokens, R rows of a forward, D width, V vocabulary.
+Legend: B batch, P padded prompt length, K num_speculative_tokens, L copy_tokens, W = K + L candidates,
+R rows of a forward, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pardec.decoding.copying import MARGIN, Candidates, Copier
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.prefill import prefill_prompts, prompt_groups
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
-from pardec.decoding.verify import Verification, verify_greedy, verify_sample
+from pardec.decoding.verify import Verification, verify_copies, verify_greedy, verify_sample
 from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
@@ -33,14 +35,15 @@ class Decoder:
     Attributes:
         forward: runs rows, K mask tokens among them.
         mode: one of `MODES`.
-        num_speculative_tokens: K; 0 in plain mode.
+        num_speculative_tokens: K; 0 in plain mode, or where copies alone are verified.
         law: how tokens are chosen.
         max_new_tokens: limit per row.
         eos_token_ids: shape [n], may be empty.
-        block_lengths: of the fused chain, K + 1 numbers in 0..K; default K everywhere.
+        block_lengths: of the fused chain, W + 1 numbers in 0..K; default K behind the drafts, 0 behind the copies.
         head: draws the drafts one after another by what the tap of `forward` sees; None to draw them from their rows
             as they are.
         verification: of drafts that were drawn.
+        copy_tokens: L.
     """
 
     forward: RowForward
@@ -52,18 +55,20 @@ class Decoder:
     block_lengths: Sequence[int] | None = None
     head: HeadDrafter | None = None
     verification: Verification = "token"
+    copy_tokens: int = 0
     _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.head is None) == (self.forward.tap is None)
-        K = self.num_speculative_tokens
-        blocks = tuple(full_blocks(K) if self.block_lengths is None else self.block_lengths)
+        K, L = self.num_speculative_tokens, self.copy_tokens
+        blocks = tuple((*full_blocks(K), *(0,) * L) if self.block_lengths is None else self.block_lengths)
         layouts = {"step": chain_layout(blocks), "draft": block_layout(K)}
         if self.mode == "two_pass":
-            layouts = {"draft": block_layout(K), "verify": real_layout(K + 1)}
+            layouts = {"draft": block_layout(K), "verify": real_layout(K + L + 1)}
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
-        self._next_block = next_blocks(blocks).to(device)
+        self._next_block = next_blocks(blocks, len(blocks) - 1 - K).to(device)
+        self._copier = Copier(K + L, device) if L else None
         self._token_index = torch.arange(self.tokens_per_step, device=device)
 
     @property
@@ -80,7 +85,7 @@ class Decoder:
     @property
     def tokens_per_step(self) -> int:
         """The most tokens that a step may emit."""
-        return self.num_speculative_tokens + (2 if self.mode == "two_pass" else 1)
+        return self.num_speculative_tokens + self.copy_tokens + (2 if self.mode == "two_pass" else 1)
 
     @property
     def num_slots_per_step(self) -> int:
@@ -136,6 +141,7 @@ class Decoder:
             draft_probs=None if self.law.greedy or not K else logits.new_zeros(B, K, logits.shape[2]).float(),
             width=self.tokens_per_step,
             capacity=capacity or self.max_new_tokens,
+            copies=self.copy_tokens > 0,
         )
         first = self._choose(state, logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
@@ -188,25 +194,34 @@ class Decoder:
         else:
             self._fused_step(state)
 
-    def step_logits(self, state: DecodeState) -> Tensor:
-        """The forward of a plain or fused step: logits of `[bonus, d1..dK | block_0 .. block_K]`, [B, R, V]."""
-        return self.forward.run(self._plans["step"], state.cache, state.lengths, self._uncommitted(state))
-
-    def _uncommitted(self, state: DecodeState) -> Tensor:
-        """Ids of the real rows, shape [B, K + 1]."""
+    def step_logits(self, state: DecodeState, candidates: Candidates | None = None) -> Tensor:
+        """The forward of a plain or fused step: logits of `[bonus, candidates | block_0 .. ]`, [B, R, V]."""
+        candidates = self._candidates(state) if candidates is None else candidates
         bonus = state.bonus[:, None]
-        return torch.cat([bonus, state.drafts], dim=1) if self.num_speculative_tokens else bonus
+        rows = torch.cat([bonus, candidates.ids], dim=1) if candidates.ids.shape[1] else bonus
+        return self.forward.run(self._plans["step"], state.cache, state.lengths, rows)
+
+    def _candidates(self, state: DecodeState, exact: Tensor | None = None) -> Candidates:
+        """The drafts, and what is copied behind them; `exact` = the token between the bonus token and them, [B, 1]."""
+        if self._copier is None or state.context is None:
+            return Candidates(state.drafts, None, state.draft_length)
+        ids = state.drafts if exact is None else torch.cat([exact, state.drafts], dim=1)
+        first = state.lengths + 1
+        state.write(first, ids, self._token_index[: ids.shape[1]])
+        first = first if exact is None else first + 1
+        return self._copier.candidates(state.context[:, : MARGIN + state.cache.num_used], first, state.draft_length)
 
     def _fused_step(self, state: DecodeState) -> None:
-        K = self.num_speculative_tokens
-        logits = self.step_logits(state)
+        K, num_real = self.num_speculative_tokens, self._plans["step"].layout.num_real
+        candidates = self._candidates(state)
+        logits = self.step_logits(state, candidates)
         # the argmax of all rows at once; processors and float64 models need scores of the real rows, a head of a block
         best = None
         if self.law.is_plain_argmax(logits.dtype):
-            best = likeliest(logits if self.head is None else logits[:, : K + 1])
-        real = (logits if best is None else best)[:, : K + 1]
-        tokens, num_accepted = self._verify(state, real, [state.bonus[:, None], state.drafts])
-        state.mark(num_accepted)
+            best = likeliest(logits if self.head is None else logits[:, :num_real])
+        real = (logits if best is None else best)[:, :num_real]
+        tokens, num_accepted = self._verify(state, real, candidates, [state.bonus[:, None]])
+        state.mark(num_accepted, candidates.num_copies)
         state.commit(tokens, num_accepted, self._token_index)
         if K:
             # behind the length of a shorter block its last row's draft stands again, and does not exist
@@ -224,10 +239,11 @@ class Decoder:
         hidden = self._block_hidden()
         exact = self._choose(state, logits[:, :1], bonus)
         state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, exact[:, 0])
-        rows = torch.cat([exact, state.drafts], dim=1)
+        candidates = self._candidates(state, exact)
+        rows = torch.cat([exact, candidates.ids], dim=1)
         logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
-        tokens, num_accepted = self._verify(state, logits, [bonus, rows])
-        state.mark(num_accepted)
+        tokens, num_accepted = self._verify(state, logits, candidates, [bonus, exact])
+        state.mark(num_accepted, candidates.num_copies)
         state.commit(torch.cat([exact, tokens], dim=1), num_accepted + 1, self._token_index)
 
     def _block_hidden(self) -> Tensor | None:
@@ -253,38 +269,37 @@ class Decoder:
             generator=self.law.generator,
         ).tokens
 
-    def _verify(self, state: DecodeState, real: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Emitted tokens, shape [B, K + 1], and accepted drafts, shape [B].
+    def _verify(
+        self, state: DecodeState, real: Tensor, candidates: Candidates, rows: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Emitted tokens, shape [B, W + 1], and accepted candidates, shape [B].
 
-        `real` = logits of the real rows, or their argmax already; `rows` = ids not yet committed.
+        `real` = logits of the real rows, or their argmax already; `rows` = ids not yet committed before them.
         """
-        if not real.is_floating_point():
-            verdict = verify_greedy(real, state.drafts, state.draft_length)
-            return verdict.tokens, verdict.num_accepted
+        K, ids, length = self.num_speculative_tokens, candidates.ids, candidates.length
         prefix_of = None
         if self.law.needs_prefix:
-            ids = torch.cat(rows, dim=1)
-            prefix_of = self._prefixes(state, ids, first_row=ids.shape[1] - self.num_speculative_tokens)
-        if self.law.greedy:
-            verdict = verify_greedy(self.law.argmax(real, prefix_of), state.drafts, state.draft_length)
-        elif not self.num_speculative_tokens:
-            return self.law.sample(real, prefix_of), torch.zeros_like(state.draft_length)
+            prefix_of = self._prefixes(state, torch.cat([*rows, ids], dim=1), first_row=len(rows))
+        if not real.is_floating_point():
+            verdict = verify_greedy(real, ids, length)
+        elif self.law.greedy or not K:
+            choose = self.law.argmax if self.law.greedy else self.law.sample
+            verdict = verify_greedy(choose(real, prefix_of), ids, length)
         else:
-            p = self.law.probs(real, prefix_of)
-            q = state.draft_probs if state.draft_probs is not None else p[:, :0]
+            q, generator = state.draft_probs, self.law.generator
+            assert q is not None
+            p = self.law.probs(real[:, : K + 1], prefix_of)
             verdict = verify_sample(
-                p, q, state.drafts, state.draft_length, verification=self.verification, generator=self.law.generator
+                p, q, state.drafts, state.draft_length, verification=self.verification, generator=generator
             )
+            if self.copy_tokens:
+                behind = None if prefix_of is None else lambda b, r: prefix_of(b, r + 1)
+                drawn = self.law.sample(real[:, 1:], behind)
+                verdict = verify_copies(verdict, drawn, ids, state.draft_length, length)
         return verdict.tokens, verdict.num_accepted
 
     def _prefixes(self, state: DecodeState, since: Tensor, first_row: int) -> Callable[[int, int], Tensor] | None:
         """The tokens before what row (b, r) predicts: prompt, committed output, the first ids of `since`."""
         if not self.law.needs_prefix:
             return None
-
-        def prefix_of(b: int, r: int) -> Tensor:
-            num_committed_new = int(state.lengths[b] - state.prompt_lengths[b])
-            prompt = state.prompts[b, : int(state.prompt_lengths[b])]
-            return torch.cat([prompt, state.output[b, :num_committed_new], since[b, : first_row + r]])
-
-        return prefix_of
+        return lambda b, r: torch.cat([state.committed(b), since[b, : first_row + r]])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 Verification = Literal["token", "block"]
@@ -30,10 +31,11 @@ class Verdict:
 
 
 def verify_greedy(target_tokens: Tensor, draft_tokens: Tensor, draft_length: Tensor) -> Verdict:
-    """Accept the drafts that are the target's own argmax, up to the first that is not.
+    """Accept the drafts that are the target's own choice, up to the first that is not.
 
     Args:
-        target_tokens: the target's choice after each real row, shape [B, K + 1], int64.
+        target_tokens: the target's choice after each real row, shape [B, K + 1], int64: its argmax, or, where the
+            drafts are copied tokens, a draw.
         draft_tokens: drafted token ids, shape [B, K], int64.
         draft_length: drafts that exist in each row, shape [B], in 0..K; what stands behind is ignored.
 
@@ -47,6 +49,29 @@ def verify_greedy(target_tokens: Tensor, draft_tokens: Tensor, draft_length: Ten
     accepted = (target_tokens[:, :K] == draft_tokens) & _exists(draft_length, K)
     # accepted drafts equal the target's tokens, so the target's tokens are what is emitted
     return Verdict(target_tokens, accepted.cumprod(dim=1).sum(dim=1))
+
+
+def verify_copies(
+    verdict: Verdict, target_tokens: Tensor, candidates: Tensor, draft_length: Tensor, length: Tensor
+) -> Verdict:
+    """Goes on behind drafts that all stand, for as long as the target's own tokens are those that were copied.
+
+    A copy is a draft whose law is a point mass: min(1, p/q) is p of it, and the residual p without it. Both are had by
+    drawing from p and accepting the copy where it was drawn.
+
+    Args:
+        verdict: of the K drafts alone; where they all stand its bonus token is a draw from p.
+        target_tokens: drawn from p behind each candidate, shape [B, W].
+        candidates: drafts that exist, then copies, shape [B, W].
+        draft_length: drafts that exist, shape [B].
+        length: candidates that exist, shape [B].
+    """
+    W, K = candidates.shape[1], verdict.tokens.shape[1] - 1
+    index, drafted = torch.arange(W + 1, device=candidates.device), draft_length[:, None]
+    tokens = torch.where(index <= drafted, F.pad(verdict.tokens, (0, W - K)), F.pad(target_tokens, (1, 0)))
+    stands = torch.where(index < drafted, index < verdict.num_accepted[:, None], tokens == F.pad(candidates, (0, 1)))
+    accepted = (stands[:, :W] & _exists(length, W)).cumprod(dim=1).sum(dim=1)
+    return Verdict(tokens, accepted)
 
 
 def accept_probability(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor) -> Tensor:

@@ -110,11 +110,23 @@ def _trained(training: dict[str, Any]) -> str:
         rows.append(("training command", f"`{training['command']}`"))
     if isinstance(training.get("imported"), dict):
         rows.append(("made from", f"a LoRA in the form of {training['imported'].get('form')}"))
+    if isinstance(training.get("moved_from"), dict):
+        rows.append(("moved from", _moved(training["moved_from"])))
     for key, name in (("step", "steps"), ("device", "trained on"), ("git_commit", "commit of pardec")):
         if training.get(key) is not None:
             rows.append((name, str(training[key])))
     rows = [(name, " ".join(value.replace("|", r"\|").split())) for name, value in rows]
     return "".join(f"| {name} | {value} |\n" for name, value in rows)
+
+
+def _moved(source: dict[str, Any]) -> str:
+    """The base that training started from an adapter of, and what that adapter had there."""
+    lengths = source.get("mean_acceptance_length")
+    found = {way: real(length) for way, length in (lengths if isinstance(lengths, dict) else {}).items()}
+    told = ", ".join(f"{length:.2f} {way}" for way, length in found.items() if length >= 1)
+    return f"an adapter of `{source.get('base')}`" + (
+        f", whose mean acceptance length there was {told}" if told else ""
+    )
 
 
 def _acceptance(measured: dict[str, Any]) -> str:
@@ -167,7 +179,7 @@ def _doors(adapter: Adapter, name: HubName) -> str:
     for door in map(door_of, DOOR_NAMES):
         if door.counted is None or door.refusal(adapter) is not None:
             continue
-        commands = door.commands(record_of(adapter, door), "out")
+        commands = door.commands(record_of(adapter, door, sources=adapter.metadata.files), "out")
         found.append(
             f"With {door.engine} (checked against {door.tested}):\n\n"
             f"```\npardec export {name} --to {door.name} --output out\n```\n\n```{door.language}\n{commands}\n```\n"

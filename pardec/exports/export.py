@@ -68,7 +68,7 @@ def export_adapter(
 
     Raises:
         ValueError: for an unknown door, an adapter that it cannot serve, a base that does not fit, or a folder that
-            is there already; nothing is written.
+            is there already or cannot be made; nothing is written.
         OSError: if there is no room; nothing is left behind.
     """
     door = door_of(cast(DoorName, one_of("--to", to, DOOR_NAMES)))
@@ -91,12 +91,15 @@ def export_adapter(
 
 def _write(door: Door, adapter: Adapter, loaded: LoadedBase | None, record: ExportRecord, output: Path) -> None:
     """All files into a folder beside, which becomes `output` once it is whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
     begins = f".writing-{output.name}-"
-    for path in output.parent.iterdir():
-        if re.fullmatch(re.escape(begins) + "[a-z0-9_]{8}", path.name):
-            shutil.rmtree(path)  # of an export that was killed
-    aside = Path(tempfile.mkdtemp(prefix=begins, dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for path in output.parent.iterdir():
+            if re.fullmatch(re.escape(begins) + "[a-z0-9_]{8}", path.name):
+                shutil.rmtree(path)  # of an export that was killed
+        aside = Path(tempfile.mkdtemp(prefix=begins, dir=output.parent))
+    except OSError as error:
+        raise ValueError(f"output: expected a folder that can be made, found {output}: {error.strerror}") from None
     try:
         door.write(adapter, loaded, aside)
         (aside / PAGE_FILE).write_text(page_of(record, door, aside, output.name), encoding="utf-8")

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from pardec.exports.door import Door
 from pardec.exports.record import ExpectedAcceptance, ExportRecord
-from pardec.target.base import BUILT_IN_BASES
+from pardec.target.base import BUILT_IN_BASES, PACKAGED_BASE, SMOLLM2
 
 PAGE_FILE = "README.md"
+_PACKAGES = {PACKAGED_BASE: "pardec", SMOLLM2: "pardec[smollm2]"}
 
 
 def page_of(record: ExportRecord, door: Door, folder: Path, name: str) -> str:
@@ -22,6 +23,8 @@ def page_of(record: ExportRecord, door: Door, folder: Path, name: str) -> str:
     where = f"Run it in the folder that holds `{name}`."
     if "/" not in base and base not in BUILT_IN_BASES and not record.with_base:
         where += f" `{base}` is the folder or file of the base."
+    if base in BUILT_IN_BASES and not record.with_base:
+        where += f" The base comes with the package {_PACKAGES[base]}, which the same environment needs for that."
     holds_base = record.with_base or door.holds_base
     what = "with the base's weights, whose licence stays what it was" if holds_base else "without the base's weights"
     return f"""# {name}

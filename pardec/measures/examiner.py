@@ -40,7 +40,7 @@ class Examiner:
         module: what is trained.
         peft_model: PEFT's view of the base, None without a LoRA.
         identity: of the base.
-        started_from: files of the adapter that the run began with.
+        origin: what is told of the adapter that the run began with.
         tokenizer: of the base.
         prompts: held out.
     """
@@ -50,7 +50,7 @@ class Examiner:
     module: MaskTokenTrainer
     peft_model: Any
     identity: Fingerprint
-    started_from: dict[str, str] | None
+    origin: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
 
@@ -103,7 +103,7 @@ class Examiner:
             fingerprint=self.identity,
             training={
                 "recipe": self.recipe.model_dump(),
-                "started_from": self.started_from,
+                **self.origin,
                 **made_by(self.accelerator),
                 "step": step,
                 "cpu_minutes": round(time.process_time() / 60, 2),

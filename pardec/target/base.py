@@ -80,6 +80,11 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            raise ValueError(
+                f"base {short(repr(name), 120)}: expected a causal language model, found an adapter of PEFT alone; "
+                "load what it was trained for, bring it on by load_adapter, and give that model as the base"
+            ) from None
         raise ValueError(
             f"base {short(repr(name), 120)}: expected a folder or hub name of a causal language model, "
             f"found {'' if os.path.isdir(path) else f'no such folder in {Path.cwd()}, and '}"

@@ -16,16 +16,16 @@ from pardec.errors import short, shown
 from pardec.target.forward import config_value, embedding_weight, text_config
 
 NUM_ROWS = 64
-_SIZES = (
+# what the parts of an adapter are shaped by; a fine-tune may have more tokens or positions than what it was tuned from
+_SHAPE = (
     "model_type",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
 )
+_SIZES = (*_SHAPE, "vocab_size", "max_position_embeddings")
 
 
 class Fingerprint(BaseModel):
@@ -82,6 +82,15 @@ def differences(expected: Fingerprint, found: Fingerprint, found_dtype: torch.dt
             f"tokenizer vocabulary: expected sha256 {short(expected.tokenizer[:12])}, found {found.tokenizer[:12]}"
         )
     return lines
+
+
+def shape_difference(expected: Fingerprint, found: Fingerprint) -> str | None:
+    """The first difference, in words, for which `found` cannot take the parts of an adapter of `expected`, or None."""
+    for key in _SHAPE:
+        want, have = expected.architecture.get(key), found.architecture.get(key)
+        if want != have:
+            return f"{key}: expected {shown(want)}, found {shown(have)}"
+    return None
 
 
 def _fixed_rows(base: PreTrainedModel) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.training.linear_layers import linear_layers
+from pardec.training.smaller_lora import cut_lora
 
 ALL_LINEAR = "all-linear"
 
@@ -28,11 +29,18 @@ def inject_lora(base: PreTrainedModel, *, r: int, alpha: float, target_modules: 
             see `pardec.training.linear_layers`, but for the output head.
 
     Raises:
-        ValueError: if no module of the base is meant by `target_modules`, or one that a LoRA for mask rows alone
-            cannot act on.
+        ValueError: if the base has adapters of PEFT already, or if no module of it is meant by `target_modules`, or
+            one that a LoRA for mask rows alone cannot act on.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    others = sum(isinstance(module, BaseTunerLayer) for module in base.modules())
+    if others:  # they would be switched off with the gated LoRA, and the target's law with them
+        raise ValueError(
+            f"base: expected none that carries adapters of PEFT while a LoRA is trained, found {others} such layers; "
+            "merge them into it first (merge_and_unload)"
+        )
     modules, parameters = _targets(base, target_modules)
     config = LoraConfig(
         r=r,
@@ -149,18 +157,11 @@ def lora_weights(peft_model, base_name: str | None = None) -> LoraWeights:
 
 
 def load_lora_weights(peft_model, weights: LoraWeights) -> None:
-    """Puts a saved LoRA into the one inside `peft_model`.
+    """Puts a saved LoRA into the one inside `peft_model`, cut to its layers and rank if it has more.
 
     Raises:
-        ValueError: if it adapts other modules, or with another rank or scaling.
+        ValueError: if it lacks a layer, or has a lower rank.
     """
     from peft import set_peft_model_state_dict
 
-    present = lora_weights(peft_model)
-    shapes = [{name: tuple(t.shape) for name, t in one.tensors.items()} for one in (present, weights)]
-    if shapes[0] != shapes[1] or present.scaling != weights.scaling:
-        raise ValueError(
-            f"lora: expected r {present.rank}, scaling {present.scaling} and {len(shapes[0])} matrices, as in the "
-            f"recipe, found r {weights.rank}, scaling {weights.scaling} and {len(shapes[1])}"
-        )
-    set_peft_model_state_dict(peft_model, weights.tensors)
+    set_peft_model_state_dict(peft_model, cut_lora(weights, lora_weights(peft_model)).tensors)

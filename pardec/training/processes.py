@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from pardec.run import command_line, device_name, git_commit, library_versions, written_aside
 from pardec.training.launch import refuse_other_number, refuse_other_type, refuse_other_ways
@@ -102,6 +102,26 @@ def refuse_other_state(accelerator: Accelerator, output_dir: Path, step: int) ->
             f"output_dir {output_dir}: expected a folder that all processes share, found checkpoints of steps "
             f"{', '.join(map(str, steps))}"
         )
+
+
+def as_steps_run_it(
+    accelerator: Accelerator, module: nn.Module, parameters: Iterable[Tensor], *, base_is_sharded: bool
+) -> nn.Module:
+    """The training module in mixed precision, as a copy that averages its gradients with those of other processes.
+
+    Around a sharded base, whose weights come and go, it cannot be such a copy: it stays as it is, begins with the main
+    process's numbers as copies do, and `average_gradients` is left to the steps.
+
+    Args:
+        accelerator: of the run.
+        module: the training module.
+        parameters: what is learned.
+        base_is_sharded: over several processes.
+    """
+    if base_is_sharded and accelerator.num_processes > 1:
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.detach(), src=0)
+    return accelerator.prepare_model(module, device_placement=not base_is_sharded, evaluation_mode=base_is_sharded)
 
 
 @torch.no_grad()

@@ -4,20 +4,27 @@ Training goes on with an adapter, or adds a part to it and leaves the rest. Know
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pardec.adapters.adapter import Adapter, AdapterMetadata
-from pardec.target.fingerprint import Fingerprint, differences
+from pardec.target.fingerprint import Fingerprint, differences, shape_difference
 from pardec.training.module import MaskTokenTrainer, part_of
 from pardec.training.peft_lora import load_lora_weights, lora_weights
 
 
 @torch.no_grad()
 def warm_start(
-    module: MaskTokenTrainer, peft_model, adapter: Adapter, identity: Fingerprint, frozen: Collection[str] = ()
-) -> None:
+    module: MaskTokenTrainer,
+    peft_model,
+    adapter: Adapter,
+    identity: Fingerprint,
+    frozen: Collection[str] = (),
+    *,
+    transfer: bool = False,
+) -> dict[str, Any] | None:
     """Gives every part of the training module that the adapter has the adapter's numbers.
 
     Args:
@@ -26,14 +33,23 @@ def warm_start(
         adapter: to start from.
         identity: of the module's base.
         frozen: `mask_embeddings`, `lora` or `head`: these are not trained.
+        transfer: the adapter may belong to another base of the same shape, such as what this one was tuned from.
+
+    Returns:
+        what it was moved from, for its provenance; None for an adapter of this base.
 
     Raises:
-        ValueError: if the adapter belongs to another base, has parts of other shapes or parts that the module lacks,
-            or lacks a frozen one.
+        ValueError: if the adapter belongs to another base, with `transfer` to one of another shape, has parts of
+            other shapes or parts that the module lacks, or lacks a frozen one.
     """
     wrong = differences(adapter.metadata.fingerprint, identity, module.target.dtype)
     if wrong:
-        raise ValueError(f"adapter.start_from: the adapter belongs to another base: {'; '.join(wrong)}")
+        misfit = shape_difference(adapter.metadata.fingerprint, identity)
+        if transfer and misfit is not None:
+            raise ValueError(f"adapter.transfer: expected another base of the same shape: {misfit}")
+        if not transfer:
+            hint = "" if misfit else "; adapter.transfer=true starts from it nevertheless"
+            raise ValueError(f"adapter.start_from: the adapter belongs to another base: {'; '.join(wrong)}{hint}")
     has = {
         "mask_embeddings": (adapter.mask_embeddings is not None, module.mask_embeddings is not None),
         "lora": (adapter.lora is not None, peft_model is not None),
@@ -54,6 +70,15 @@ def warm_start(
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and part_of(name) in frozen:
             parameter.requires_grad_(False)
+    return _provenance(adapter) if wrong else None
+
+
+def _provenance(adapter: Adapter) -> dict[str, Any]:
+    """The base that an adapter was trained for, and what its drafts had there."""
+    base, measured = adapter.metadata.base, adapter.metadata.measured
+    found = {way: measured[way] for way in ("sampled", "greedy") if isinstance(measured.get(way), dict)}
+    lengths = {way: one.get("mean_acceptance_length") for way, one in found.items()}
+    return {"base": base.public_name, "revision": base.revision, "mean_acceptance_length": lengths}
 
 
 def check_source(start_from: str | None, began_with: dict[str, str] | None, found: dict[str, str] | None) -> None:

@@ -316,6 +316,14 @@ def test_frozen_parts_come_from_an_adapter_and_leave_something_to_learn(write):
     assert load_recipe(write(MINIMAL), [start, frozen, "adapter.head.width=8"]).train.frozen == ["mask_embeddings"]
 
 
+def test_what_is_moved_is_an_adapter_to_start_from(write):
+    assert "adapter.transfer: expected adapter.start_from" in refusal(write(MINIMAL), "adapter.transfer=true")
+    moving = load_recipe(write(MINIMAL), ["adapter.transfer=true", "adapter.start_from=runs/x"])
+    assert moving.adapter.transfer
+    # it allows, and changes nothing that is learned
+    assert moving.of_checkpoints() == load_recipe(write(MINIMAL), ["adapter.start_from=runs/x"]).of_checkpoints()
+
+
 def test_blocks_grow_to_k(write):
     assert load_recipe(write(MINIMAL)).train.grow_speculative_tokens is None
     growing = load_recipe(write(MINIMAL), ["train.grow_speculative_tokens=[1, 2, 4]"])

@@ -73,6 +73,10 @@ def decode(
         ("llama", "two_pass", True, 2, {"noise": True}),
         ("llama", "fused", False, 2, {"verification": "block"}),
         ("gpt2", "two_pass", False, 1, {"verification": "block", "head_width": 6}),
+        ("llama", "fused", True, 2, {"copy_tokens": 3}),
+        ("gpt2", "two_pass", True, 1, {"copy_tokens": 3}),
+        ("gemma3-mixed-windows", "fused", False, 2, {"copy_tokens": 2, "head_width": 6}),
+        ("llama", "fused", False, 1, {"copy_tokens": 2, "verification": "block"}),
     ],
 )
 def test_recorded_steps_bring_the_tokens_counts_and_draws_of_steps_that_run(
@@ -348,6 +352,8 @@ LAWS = {
         *[("llama", mode, "greedy", {"noise": True}) for mode in ("two_pass", "fused")],
         *[("llama", mode, "all-warpers", {"verification": "block"}) for mode in ("two_pass", "fused")],
         ("llama", "fused", "typical", {"verification": "block", "head_width": 6, "batch": 1}),
+        *[("llama", mode, law, {"copy_tokens": 3}) for mode in ("two_pass", "fused") for law in LAWS],
+        ("gpt2", "fused", "all-warpers", {"copy_tokens": 3, "head_width": 6, "batch": 1}),
     ],
 )
 def test_a_step_asks_for_no_value_and_touches_no_tensor_on_the_host(family, mode, law, options):

@@ -33,6 +33,8 @@ PACKED_SAVES, PACKED_LORA_LAUNCHES = 3, 4
 # enough for every kind of layer
 NUM_LAYERS = {"llama": (1, 3), "gemma3-mixed-windows": (3, 6), "gpt2": (1, 3)}
 BATCH_SIZES = (1, 2)
+# finding what is copied, and telling it from drafts; as many for any number of copies
+COPY_LAUNCHES = 36
 
 
 def counted(family: str, mode: str, num_layers: int, batch_size: int, **options) -> StepCount:
@@ -84,16 +86,27 @@ def test_packed_weights_save_products_and_make_a_lora_one_for_each_input(family,
     )
 
 
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("mode", ["two_pass", "fused"])
+@pytest.mark.parametrize("family", BUDGETS)
+def test_copies_take_launches_beside_the_layers_that_do_not_grow_with_their_number(family, mode, batch_size):
+    without, few, many = (launches(family, mode, batch_size, copy_tokens=n) for n in (0, 1, 9))
+    assert few == many
+    assert few[0] == without[0]
+    assert without[1] < few[1] <= without[1] + COPY_LAUNCHES
+
+
 LAWS = {"greedy": TokenLaw(greedy=True), "sampled": TokenLaw(False, sampled().processors)}
 
 
+@pytest.mark.parametrize("copy_tokens", [0, 4])
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
 @pytest.mark.parametrize("mode", BUDGETS["llama"])
 @pytest.mark.parametrize("family", BUDGETS)
-def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, batch_size, law):
-    lora = mode == "fused"
-    count = counted(family, mode, NUM_LAYERS[family][0], batch_size, lora=lora, law=LAWS[law])
+def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, batch_size, law, copy_tokens):
+    lora, few = mode == "fused", NUM_LAYERS[family][0]
+    count = counted(family, mode, few, batch_size, lora=lora, law=LAWS[law], copy_tokens=copy_tokens)
     assert count.num_launches
     assert count.asked == []
     assert count.on_host == []

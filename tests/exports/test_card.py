@@ -4,14 +4,16 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from export_samples import sample
+from export_samples import exported, sample
 
 from pardec.adapters.files import load_adapter
 from pardec.adapters.hub import HubName
 from pardec.adapters.packaged import PACKAGED_ADAPTERS
 from pardec.adapters.tuned import shipped_choice
 from pardec.exports.card import card_of
+from pardec.exports.doors import door_of
 from pardec.exports.public_form import public_form
+from pardec.exports.record import DOOR_NAMES, read_record
 
 NAME = HubName("me/adapter")
 
@@ -53,6 +55,20 @@ def test_a_shipped_adapter_is_told_with_its_figures():
         assert words in text
 
 
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        ({"sampled": 1.753, "greedy": 2.0}, ", whose mean acceptance length there was 1.75 sampled, 2.00 greedy |"),
+        ({"sampled": None}, " |"),
+        ("nonsense", " |"),
+    ],
+)
+def test_a_moved_adapter_says_from_where(packaged_adapter, lengths, words):
+    adapter = sample(packaged_adapter, "transformers")
+    adapter.metadata.training["moved_from"] = {"base": "some/base", "mean_acceptance_length": lengths}
+    assert f"| moved from | an adapter of `some/base`{words}\n" in card(adapter)
+
+
 @pytest.mark.parametrize("door", ["vllm-stock", "sglang", "transformers"])
 def test_every_door_that_can_serve_it_has_its_commands(packaged_adapter, door):
     text = card(sample(packaged_adapter, door))
@@ -63,6 +79,14 @@ def test_every_door_that_can_serve_it_has_its_commands(packaged_adapter, door):
     assert ("vllm serve" in text) == (door != "sglang")  # the plugin takes what the stock form refuses
     assert "--to peft" not in text  # nothing drafts with it
     assert f'pardec.load("{NAME}")' in text
+
+
+@pytest.mark.parametrize("door", DOOR_NAMES)
+def test_its_commands_are_those_of_the_exported_folder(packaged_adapter, door, tmp_path):
+    adapter = sample(packaged_adapter, door)
+    folder = exported(adapter, door, tmp_path)
+    commands = door_of(door).commands(read_record(folder), "out")
+    assert (commands in card(load_adapter(tmp_path / "adapter"))) == (door != "peft")  # with which nothing drafts
 
 
 @pytest.mark.parametrize("interval", [None, [1.5], ["a", "b"], [2.0, 1.0], 3])

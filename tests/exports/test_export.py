@@ -17,6 +17,7 @@ from pardec.adapters.files import load_adapter, save_adapter
 from pardec.exports import export
 from pardec.exports.doors import door_of
 from pardec.exports.export import check_export, export_adapter
+from pardec.exports.page import page_of
 from pardec.exports.record import DOOR_NAMES, ExportRecord, read_record
 from pardec.run import file_sha256
 
@@ -99,6 +100,16 @@ def test_the_page_has_the_command_that_serves_the_folder_and_what_to_expect(door
     if record.acceptance is not None:
         assert f"{record.acceptance.sampled:.2f} sampled at temperature 0.8, top-k 10" in page
         assert record.acceptance.counted in page
+
+
+def test_the_page_says_where_a_built_in_base_comes_from(door, folder):
+    record = read_record(folder)
+    page = page_of(record, door_of(door), folder, "out")
+    assert " The base comes with the package pardec, which the same environment needs for that." in page
+    record.base.name = "smollm2-135m-instruct"
+    assert " The base comes with the package pardec[smollm2], " in page_of(record, door_of(door), folder, "out")
+    record.base.name = "user/base"
+    assert "comes with the package" not in page_of(record, door_of(door), folder, "out")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +264,13 @@ def test_a_base_can_be_called_by_another_name(saved, tmp_path):
     assert read_record(tmp_path / "out").base.name == "some/base"
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
     assert "--model-path some/base" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_place_where_no_folder_can_be_made_is_told(saved, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    said = refusal(saved(), "sglang", tmp_path / "file" / "out")
+    assert said == f"output: expected a folder that can be made, found {tmp_path}/file/out: File exists"
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_full_disk_leaves_nothing(saved, tmp_path, monkeypatch):

@@ -67,6 +67,8 @@ def run(engine: Engine, rows, new_tokens: int, *, seed: int = 0) -> list:
         ("llama", "two_pass", sampled(), {"head_width": 6, "noise": True}),
         ("llama", "fused", sampled(), {"verification": "block"}),
         ("gemma3-mixed-windows", "fused", TokenLaw(True), {"noise": True}),
+        ("llama", "fused", TokenLaw(True), {"copy_tokens": 5}),
+        ("gpt2", "two_pass", sampled(), {"copy_tokens": 5}),
     ],
 )
 def test_replayed_graphs_leave_bitwise_what_the_same_steps_leave_uncaptured(family, mode, law, drafting, batch):
@@ -188,11 +190,13 @@ def test_bfloat16_captured_and_uncaptured_steps_give_one_anothers_tokens():
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("law", ["greedy", "sampled"])
+@pytest.mark.parametrize("copy_tokens", [0, 5])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows", "gpt2", "llama-eager"])
-def test_a_step_never_waits_for_the_device(family, mode, law):
+def test_a_step_never_waits_for_the_device(family, mode, copy_tokens, law):
     model = tiny_model(family, dtype=torch.float32).cuda()
-    decoder = decoder_for(model, mode, on_cuda(TokenLaw(True) if law == "greedy" else sampled()))
+    asked = on_cuda(TokenLaw(True) if law == "greedy" else sampled())
+    decoder = decoder_for(model, mode, asked, copy_tokens=copy_tokens)
     decoder.eos_token_ids = torch.tensor([1, 2], device="cuda")
     with decoder.attached():
         state = decoder.prefill(prompts(V, (11, 3)))

@@ -168,3 +168,11 @@ def test_experts_that_are_layers_are_told_from_those_that_all_rows_go_through_ev
     assert {name for name, reads_rows in found.items() if not reads_rows} == {
         f"model.layers.1.mlp.experts.{n}" for n in range(4)
     }
+
+
+def test_a_base_with_an_adapter_of_its_user_is_not_trained_on():
+    """Its layers would be switched off with those that are trained, and it would be another target."""
+    base = tiny_model("llama")
+    inject_lora(base, r=2, alpha=4.0, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"^base: expected none that carries adapters of PEFT .*, found 3 such layers"):
+        inject_lora(base, r=2, alpha=4.0, target_modules=["v_proj"])

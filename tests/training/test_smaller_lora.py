@@ -1,0 +1,66 @@
+"""A LoRA that starts smaller: whole layers as they were, lower ranks as the best approximation by numpy's own SVD."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from pardec.adapters.gated_lora import LoraWeights
+from pardec.training.peft_lora import inject_lora, load_lora_weights, lora_weights
+
+
+def random_lora(*, rank: int, alpha: float, target_modules: str | list[str] = "all-linear") -> LoraWeights:
+    weights = empty_lora(rank=rank, alpha=alpha, target_modules=target_modules)
+    generator = torch.Generator().manual_seed(0)
+    return LoraWeights(
+        weights.config, {k: torch.randn(t.shape, generator=generator) for k, t in weights.tensors.items()}
+    )
+
+
+def empty_lora(*, rank: int, alpha: float, target_modules: str | list[str] = "all-linear") -> LoraWeights:
+    return lora_weights(inject_lora(tiny_model("llama"), r=rank, alpha=alpha, target_modules=target_modules))
+
+
+def started(source: LoraWeights, **shape) -> LoraWeights:
+    peft_model = inject_lora(tiny_model("llama"), **shape)
+    load_lora_weights(peft_model, source)
+    return lora_weights(peft_model)
+
+
+def products(weights: LoraWeights) -> dict[str, np.ndarray]:
+    return {name: weights.scaling * (b.double() @ a.double()).numpy() for name, (a, b) in weights.pairs().items()}
+
+
+def test_fewer_layers_keep_their_numbers():
+    source = random_lora(rank=4, alpha=8)
+    found = started(source, r=4, alpha=8, target_modules=r".*layers\.[12]\..*(q_proj|down_proj)")
+    assert len(found.pairs()) == 4  # of two layers, each in two blocks
+    for key, tensor in found.tensors.items():
+        assert torch.equal(tensor, source.tensors[key])
+
+
+@pytest.mark.parametrize("alpha", [4, 10])  # the same scaling, and another one
+def test_a_lower_rank_is_the_best_approximation_of_what_the_lora_adds(alpha):
+    source = random_lora(rank=4, alpha=8)
+    found = products(started(source, r=2, alpha=alpha, target_modules="all-linear"))
+    assert len(found) == 21
+    for name, whole in products(source).items():
+        u, s, v = np.linalg.svd(whole, full_matrices=False)
+        np.testing.assert_allclose(found[name], (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_another_scaling_alone_adds_the_same():
+    source = random_lora(rank=4, alpha=8)
+    found = products(started(source, r=4, alpha=4, target_modules="all-linear"))
+    for name, whole in products(source).items():
+        np.testing.assert_allclose(found[name], whole, rtol=1e-5, atol=1e-5)
+
+
+def test_more_layers_and_higher_ranks_are_refused():
+    with pytest.raises(ValueError, match=r"lora: expected r 3 or more for all layers of the recipe, found r 2$"):
+        started(random_lora(rank=2, alpha=4), r=3, alpha=4, target_modules="all-linear")
+    attention = random_lora(rank=2, alpha=4, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(
+        ValueError, match=r"lora: expected r 2 or more for all layers .* found none for model.layers.0."
+    ):
+        started(attention, r=2, alpha=4, target_modules="all-linear")
