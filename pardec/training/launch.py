@@ -53,8 +53,8 @@ def refuse_other_type(distributed_type: str) -> None:
 def _not_this_way(what: str) -> str:
     return (
         "launcher: expected copies of the training module, one in each process (torchrun, or accelerate launch "
-        f"--multi_gpu), found {what}; start it with {right_command('N')}, and for a base that is too large for one "
-        "device add train.shard_base=true"
+        f"--multi_gpu), found {what}; start it with {right_command('N')}; train_adapter.py shards a base that is too "
+        "large for one device by train.shard_base=true"
     )
 
 

@@ -1,6 +1,7 @@
 """train/train_adapter.py on several processes: the numbers of one, whole bases or shards, stopped and continued."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -118,13 +119,13 @@ def test_two_processes_learn_and_measure_what_one_does(one, text_file, tmp_path,
 def whole(text_file, small_base, tmp_path_factory) -> Path:
     """What a single process leaves of the small base when nothing stops it."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    train(1, output, text_file, *LONG, f"base={small_base}", "eval.every=10")
+    train(1, output, text_file, *LONG, f"base={small_base}", "eval.every=15")
     return output
 
 
 def test_a_run_goes_on_by_another_number_of_processes_with_the_same_examples(whole, text_file, small_base, tmp_path):
     """Two processes, one with two forwards a step, two with a sharded base: they make the 30 steps of one."""
-    output, options = tmp_path / "run", (*LONG, f"base={small_base}", "eval.every=10", "train.checkpoint_keep=2")
+    output, options = tmp_path / "run", (*LONG, f"base={small_base}", "eval.every=15", "train.checkpoint_keep=2")
     split = ("train.batch_size=2", "train.gradient_accumulation_steps=2")
     for count, how in ((2, ()), (1, split)):
         before = logged_steps(output)
@@ -140,12 +141,12 @@ def test_a_run_goes_on_by_another_number_of_processes_with_the_same_examples(who
     train(2, output, text_file, *options, "train.shard_base=true")
     assert farthest(parameters(output), parameters(whole)) < 1e-4
     assert [line["step"] for line in logged(output) if "loss" in line] == list(range(1, 31))
-    assert [m["step"] for m in measurements(output)] == [0, 10, 20, 30]  # also where a stop came in between
+    assert [m["step"] for m in measurements(output)] == [0, 15, 30]  # also where a stop came in between
     assert [path.name for path in sorted((output / "checkpoints").iterdir())] == ["step-000000020", "step-000000030"]
 
 
 def test_one_process_that_was_stopped_goes_on_bit_for_bit(whole, text_file, small_base, tmp_path):
-    options = (*LONG, f"base={small_base}", "eval.every=10")
+    options = (*LONG, f"base={small_base}", "eval.every=15")
     run = launch(1, tmp_path / "run", text_file, *options)
     wait_until(lambda: logged_steps(tmp_path / "run") > 4)
     run.signal(0, signal.SIGTERM)
@@ -165,13 +166,13 @@ def test_a_run_is_not_continued_with_other_steps(whole, text_file, small_base, t
     assert "that it was begun with, 4, found 8; choose another output_dir" in error.error
 
 
-KILLS = 6
+KILLS = int(os.environ.get("KILLS", 4))  # for more of them
 
 
 def test_a_kill_at_any_moment_of_two_processes_loses_at_most_one_interval(whole, text_file, small_base, tmp_path):
     """Until the run ends by itself, with the numbers of one that was never killed."""
     output, moments = tmp_path / "run", random.Random(0)
-    options = (*LONG, f"base={small_base}", "eval.every=10", "train.checkpoint_every=3")
+    options = (*LONG, f"base={small_base}", "eval.every=15", "train.checkpoint_every=3")
     for _ in range(KILLS):
         run = launch(2, output, text_file, *options)
         target = logged_steps(output) + moments.randrange(1, 5)

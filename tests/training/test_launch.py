@@ -35,7 +35,7 @@ def test_what_wraps_the_module_in_another_way_is_refused_with_the_command_that_i
     with pytest.raises(ValueError, match=rf"^launcher: expected copies .*, found {what}") as refused:
         refuse_other_ways({name: "true"})
     assert "start it with `torchrun --nproc-per-node N train/train_adapter.py 'my recipe.yaml'`" in str(refused.value)
-    assert "add train.shard_base=true" in str(refused.value)
+    assert "shards a base that is too large for one device by train.shard_base=true" in str(refused.value)
 
 
 def test_only_copies_of_the_module_are_taken_from_accelerate():
