@@ -15,6 +15,7 @@ import typer
 from pardec.cli_options import (
     AsChat,
     BaseOption,
+    CopyTokens,
     DeviceOption,
     Directory,
     DtypeOption,
@@ -99,9 +100,12 @@ def generate(
         typer.Option("--head/--no-head", help="draft with the sampler head; default if tuned so", show_default=False),
     ] = None,
     verification: Verification = "token",
+    copy_tokens: CopyTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="decode plain too, side by side in equal time")] = False,
-    show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="colour accepted drafted and copied tokens")
+    ] = False,
     as_chat: AsChat = False,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -132,8 +136,10 @@ def generate(
             "num_speculative_tokens": num_speculative_tokens,
             "use_head": use_head,
             "verification": verification,
+            "copy_tokens": copy_tokens,
         }
-        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head).mode
+        asked = {"verification": verification, "copy_tokens": copy_tokens}
+        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head, **asked).mode
         if compare:
             from pardec.race_terminal import run_races
 
@@ -164,6 +170,7 @@ def chat(
     mode: Mode = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     verification: Verification = "token",
+    copy_tokens: CopyTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -188,8 +195,10 @@ def chat(
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
             "verification": verification,
+            "copy_tokens": copy_tokens,
         }
-        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None).mode
+        asked = {"verification": verification, "copy_tokens": copy_tokens}
+        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None, **asked).mode
         run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)
 
 

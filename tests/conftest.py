@@ -123,6 +123,12 @@ def source_folder(tmp_path):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _own_shards(tmp_path, monkeypatch):
+    """Tokenised data of a test are its own."""
+    monkeypatch.setattr("pardec.data.shards.cache_folder", lambda: tmp_path / "own-cache")
+
+
 @pytest.fixture
 def synced(monkeypatch):
     """Inodes that a save has asked to be on the disk for good; waiting for it would take most of the time."""

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # from the ground up; CONTRIBUTING.md shows this map
 FLOORS = (
-    ("pardec/arguments", "pardec/errors", "pardec/layout", "pardec/run"),
+    ("pardec/arguments", "pardec/all_cores", "pardec/errors", "pardec/layout", "pardec/run"),
     ("pardec/target",),
     ("pardec/adapters",),
     ("pardec/decoding", "pardec/decoding/probing"),

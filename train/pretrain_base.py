@@ -26,9 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pardec.config.pretrain_recipe import PretrainRecipe
 from pardec.config.recipe_files import recipe_of_command_line
-from pardec.data.corpus import Corpus, pack
+from pardec.data.fitting import pack
 from pardec.data.pretrain_data import (
     SEPARATOR_ID,
+    PretrainCorpus,
     encode,
     example_order,
     held_out_windows,
@@ -124,7 +125,7 @@ def trained_by(recipe: PretrainRecipe) -> dict:
 
 def read_corpus(
     recipe: PretrainRecipe, accelerator: Accelerator, max_tokens: int
-) -> tuple[Tokenizer, Corpus, int, int]:
+) -> tuple[Tokenizer, PretrainCorpus, int, int]:
     """The tokenizer, trained by one process; the tokens; how many files and characters those to learn come from."""
     data, T, show = recipe.data, recipe.data.max_length, accelerator.is_main_process
     accelerator.print(f"reading {data.path}")
@@ -144,11 +145,11 @@ def read_corpus(
     train = pack(documents, T)
     if not train:
         raise DataError(f"{data.path}: expected at least {T} tokens (data.max_length) of text, found fewer")
-    corpus = Corpus(train, encode(texts[VALIDATION], tokenizer), encode(texts[TEST], tokenizer))
+    corpus = PretrainCorpus(train, encode(texts[VALIDATION], tokenizer), encode(texts[TEST], tokenizer))
     return tokenizer, corpus, len(documents), sum(map(len, texts[TRAIN][: len(documents)]))
 
 
-def digest_of(corpus: Corpus, tokenizer: Tokenizer, accelerator: Accelerator) -> str:
+def digest_of(corpus: PretrainCorpus, tokenizer: Tokenizer, accelerator: Accelerator) -> str:
     """What a checkpoint must be continued with: the tokens, their tokenizer and the number of processes."""
     digest = hashlib.sha256(f"{accelerator.num_processes} {tokenizer.to_str()}".encode())
     for sequence in corpus.train:

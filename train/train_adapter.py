@@ -72,7 +72,7 @@ def train(recipe: Recipe) -> None:
     # everything that can be wrong with them is said before output_dir exists
     target, tokenizer = load_target(recipe, accelerator)
     identity = fingerprint(target.base, tokenizer)
-    corpus, prompts = read_data(recipe, target, tokenizer, accelerator, max_sequences=train.steps * global_batch)
+    corpus, prompts = read_data(recipe, target, tokenizer, accelerator)
     data["data_sha256"] = corpus.digest()
     check_same(output, data)
 
@@ -90,7 +90,7 @@ def train(recipe: Recipe) -> None:
     optimizer, loader = accelerator.prepare(optimizer, loader)
     wrapped = as_steps_run_it(accelerator, module, learned.values(), base_is_sharded=bool(train.shard_base))
 
-    sizes = sizes_of(recipe, module.target, learned, corpus, prompts)
+    sizes = sizes_of(recipe, module.target, learned, prompts)
     begin_run(accelerator, recipe.output_dir, sizes + idle_processors(accelerator), first_step)
     learner = Learner(
         accelerator, wrapped, learned, optimizer, schedule, train.seed, train.anchors_per_forward, train.max_grad_norm
@@ -166,9 +166,9 @@ def load_target(recipe: Recipe, accelerator: Accelerator):
 
 
 def read_data(
-    recipe: Recipe, target: TargetModel, tokenizer, accelerator: Accelerator, max_sequences: int
+    recipe: Recipe, target: TargetModel, tokenizer, accelerator: Accelerator
 ) -> tuple[Corpus, list[list[int]]]:
-    """The data, read by the main process first, so that a cache is written once, and the validation prompts.
+    """The data, of which the main process tokenises the first before others read them, and the validation prompts.
 
     Refused if the base has no embeddings or no positions for them.
     """
@@ -178,7 +178,8 @@ def read_data(
         corpus = load_corpus(
             **data.model_dump(),  # the section's keys are named as the arguments
             tokenizer=tokenizer,
-            max_tokens=max_sequences * data.max_length,
+            num_embeddings=embedding_weight(target.base).shape[0],
+            num_prompts=recipe.eval.num_prompts,
             seed=recipe.train.seed,
             show_progress=accelerator.is_main_process,
         )
@@ -192,7 +193,7 @@ def read_data(
     )
     if too_long:
         accelerator.print(told_long(too_long))
-    largest = max(int(document.input_ids.max()) for document in (*corpus.train, *corpus.validation))
+    largest = max(int(document.input_ids.max()) for document in corpus.validation)
     check_token_ids(largest, embedding_weight(target.base).shape[0], "the base", data.path)
     return corpus, prompts
 
@@ -221,9 +222,7 @@ def begin_module(recipe: Recipe, base, identity: Fingerprint):
     return module, peft_model, {"started_from": source.metadata.files, **({"moved_from": moved} if moved else {})}
 
 
-def sizes_of(
-    recipe: Recipe, target: TargetModel, learned: Mapping[str, Tensor], corpus: Corpus, prompts: list[list[int]]
-) -> str:
+def sizes_of(recipe: Recipe, target: TargetModel, learned: Mapping[str, Tensor], prompts: list[list[int]]) -> str:
     """Sizes and a memory estimate."""
     weights = held_bytes(target.base)
     N, num_learned = recipe.train.anchors_per_sequence, sum(p.numel() for p in learned.values())
@@ -231,7 +230,7 @@ def sizes_of(
     memory = weights + adapter_bytes(target, recipe.mask_rows(N), mask_rows, num_learned)
     return (
         f"base {recipe.base}: {weights / 2**20:,.0f} MiB per process; learned: {num_learned:,} numbers; "
-        f"{len(corpus.train):,} sequences; {len(prompts)} validation prompts\n"
+        f"{len(prompts)} validation prompts\n"
         f"per forward: {recipe.train.batch_size * recipe.data.max_length:,} real rows, {mask_rows:,} mask rows; "
         f"memory estimate {memory / 2**30:.1f} GiB per process (less with fewer train.anchors_per_forward)"
     )

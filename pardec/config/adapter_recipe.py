@@ -40,12 +40,16 @@ class DataConfig(RowsConfig):
         validation_path: file or folder of held-out data that checkpoints are chosen by, or one of the two names
             above; default a held-out part of `path`.
         test_path: likewise, of data that is reported.
+        streamed: a hub dataset is read as training comes to it, and not downloaded before; needs a validation_path.
+        cache: folder where tokenised data are kept; default `tokenised` in the user's cache.
     """
 
     max_length: int = Field(default=512, ge=8)
     min_kept_share: float = Field(default=0.5, ge=0, le=1)
     validation_path: str | None = None
     test_path: str | None = None
+    streamed: bool = False
+    cache: str | None = None
 
 
 class LoraSection(Section):
@@ -182,11 +186,6 @@ class Recipe(Section):
             raise ValueError(
                 f"train.grow_speculative_tokens: expected numbers that rise to K, here {K}, found {shown(growth)}"
             )
-        if len(growth) > self.train.steps:
-            raise ValueError(
-                f"train.grow_speculative_tokens: expected at most as many numbers as train.steps, {self.train.steps}, "
-                f"found {len(growth)}"
-            )
         return self
 
     @model_validator(mode="after")
@@ -221,6 +220,7 @@ class Recipe(Section):
         # `transfer` only allows what `start_from` says
         unasked = (
             ("data", "min_kept_share"),
+            ("data", "cache"),
             ("adapter", "dtype"),
             ("adapter", "transfer"),
             *(("train", key) for key in _ONLY_TOLD + _SPLITS),

@@ -1,26 +1,30 @@
-"""Rows to what a run needs: training sequences, and held-out prompts.
+"""Data to what a run needs: training sequences, and held-out prompts.
 
 Knows tokenizers, no model.
 Legend: T tokens of a sequence.
 """
 
 import hashlib
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pardec.data.fitting import RowCounts, fitted, prompt_of, without_long_prompts
-from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources, source_folder
-from pardec.data.reading import DataError, held_out_rows, hold_out, read_rows
+from pardec.data.fitting import RowCounts, prompt_of, without_long_prompts
+from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, source_folder
+from pardec.data.reading import DataError, format_of
+from pardec.data.rows import Rows, hold_out_rows, open_held_out, open_rows
+from pardec.data.shards import shards_folder
+from pardec.data.streaming import TokenisedStream, streamed_rows
+from pardec.data.tokenised import TokenisedRows, Tokenising, tokenised
 from pardec.data.tokenising import Document, tokenise
 
 PROMPT_TOKENS = 128
 PROMPT_STRIDE_TOKENS = 4000
+# held-out rows that are tokenised for each prompt that is asked for: a row may have none, or be too long for the base
+_ROWS_PER_PROMPT = 64
 
 
 @dataclass(frozen=True)
@@ -28,25 +32,26 @@ class Corpus:
     """What a run trains on and is measured on.
 
     Attributes:
-        train: sequences of at most max_length tokens.
+        train: sequences of at most max_length tokens, tokenised when they are asked for.
         validation: documents that prompts are taken from to choose checkpoints.
         test: documents that prompts are taken from to report; empty if there are none.
-        counts: of the rows that `train` is made of.
     """
 
-    train: list[Document]
+    train: TokenisedRows | TokenisedStream
     validation: list[Document]
     test: list[Document]
-    counts: RowCounts = field(default_factory=RowCounts)
+
+    @property
+    def counts(self) -> RowCounts:
+        """Of the rows that have been tokenised for `train`."""
+        return self.train.counts
 
     def digest(self) -> str:
-        """SHA-256 of every token to be learned or held out for validation, with what tells them apart."""
-        digest = hashlib.sha256()
-        for documents in (self.train, self.validation):
-            for one in documents:
-                mask = b"" if one.loss_mask is None else one.loss_mask.tobytes()
-                digest.update(f"{len(one.input_ids)} {len(mask)} ".encode() + one.input_ids.tobytes() + mask)
-            digest.update(b"|")
+        """SHA-256 of what sequences are made of, and of every token held out for validation."""
+        digest = hashlib.sha256(self.train.digest.encode())
+        for one in self.validation:
+            mask = b"" if one.loss_mask is None else one.loss_mask.tobytes()
+            digest.update(f"{len(one.input_ids)} {len(mask)} ".encode() + one.input_ids.tobytes() + mask)
         return digest.hexdigest()
 
 
@@ -60,12 +65,15 @@ def load_corpus(
     validation_path: str | None = None,
     test_path: str | None = None,
     max_length: int,
-    max_tokens: int | None = None,
+    num_embeddings: int | None = None,
+    num_prompts: int | None = None,
     min_kept_share: float = 0.0,
     seed: int = 0,
+    streamed: bool = False,
+    cache: str | None = None,
     show_progress: bool = False,
 ) -> Corpus:
-    """Reads, validates, splits and tokenises data.
+    """Reads, validates and splits data, and tokenises the first of them; the rest is when it is asked for.
 
     Args:
         path: see `read_rows`, `python-stdlib` or `python-packages`.
@@ -76,80 +84,85 @@ def load_corpus(
         validation_path: default a held-out part of `path`; of the last two their validation split.
         test_path: default none, but for the two of these; their test split.
         max_length: T.
-        max_tokens: no more training text than this is tokenised; tokens that T cuts off do not count.
+        num_embeddings: of the base; default only the tokenizer limits the token ids of rows.
+        num_prompts: how many held-out prompts will be asked for; default all held-out rows are tokenised.
         min_kept_share: data are refused if something is learned of a smaller share of the rows than this.
-        seed: of the order of documents.
+        seed: of the order of examples; which sequences there are does not depend on it.
+        streamed: a hub dataset is read as training comes to it; then a `validation_path` is needed.
+        cache: folder where tokenised sequences are kept; default `tokenised` in the user's cache.
         show_progress: a progress bar while training text is tokenised.
 
     Raises:
         DataError: for data that cannot be used.
     """
-    folder = source_folder(path)
-    if folder is not None:
-        rows = {s: [{"text": t} for t in python_sources(folder, s)] for s in (TRAIN, VALIDATION, TEST)}
+    kept = Path(cache) if cache is not None else shards_folder()
+    tokenising = Tokenising(tokenizer, max_length, num_embeddings, path)
+    own: dict[str, Rows | None] = {VALIDATION: None, TEST: None}
+    if streamed:
+        train = _stream(path, format, subset, split, validation_path, tokenising, kept, show_progress)
     else:
-        rows = {TRAIN: read_rows(path, format, split, subset), VALIDATION: [], TEST: []}
-        if validation_path is None:
-            rows[TRAIN], rows[VALIDATION] = hold_out(rows[TRAIN])
+        rows = open_rows(path, format, split, subset, kept, show_progress=show_progress)
+        if source_folder(path) is not None:
+            own = {name: open_rows(path, format, name, subset, kept) for name in own}
+        elif validation_path is None:
+            rows, own[VALIDATION] = hold_out_rows(rows)
+        train = tokenised(rows, tokenising, kept, show_progress=show_progress)
     for name, held_out in ((VALIDATION, validation_path), (TEST, test_path)):
         if held_out is not None:
-            rows[name] = held_out_rows(held_out, name, format)
-    random.Random(seed).shuffle(rows[TRAIN])
-    bar = tqdm(rows[TRAIN], "tokenising", unit="row", disable=not show_progress)
-    counts = RowCounts(available=len(rows[TRAIN]))
-    train = pack(tokenise_until(bar, tokenizer, max_length, max_tokens, path, counts), max_length)
-    bar.close()
-    if not train:
-        if any(row.get("text") for row in rows[TRAIN]):
-            raise DataError(f"{path}: expected at least {max_length} tokens (data.max_length) of text, found fewer")
-        raise DataError(
-            f"{path}: expected a token to learn among the first {max_length} (data.max_length), found none: "
-            f"{counts.told(max_length)}"
-        )
-    counts.check(min_kept_share, max_length, path)
+            own[name] = open_held_out(held_out, name, format, kept)
+    _check_first(train, seed, min_kept_share, path)
     where = validation_path or path
-    validation, test = ([one for row in rows[s] for one in tokenise(row, tokenizer, where)] for s in (VALIDATION, TEST))
-    return Corpus(train, validation, test, counts)
+    validation, test = (
+        [] if one is None else held_out_documents(one, tokenizer, num_prompts, where) for one in own.values()
+    )
+    return Corpus(train, validation, test)
 
 
-def tokenise_until(
-    rows: Iterable[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_tokens: int | None,
-    where: str,
-    counts: RowCounts,
-) -> Iterator[Document]:
-    """Documents that can be learned from, ending with those of the row that completes `max_tokens`.
+def _stream(
+    path: str,
+    format: str,
+    subset: str | None,
+    split: str,
+    validation_path: str | None,
+    tokenising: Tokenising,
+    kept: Path,
+    show_progress: bool,
+) -> TokenisedStream:
+    found = format_of(Path(path)) if format == "auto" and source_folder(path) is None else format
+    if found != "hub":
+        raise DataError(f"data.streamed: expected a hub dataset, found {path}")
+    if validation_path is None:
+        raise DataError("data.streamed: expected data.validation_path beside a stream, of which no row is held out")
+    return streamed_rows(path, subset, split, tokenising, kept, show_progress=show_progress)
 
-    Masked ones are cut at T tokens, and what is cut off or dropped is no part of the budget. `counts` is added to.
+
+def _check_first(train: TokenisedRows | TokenisedStream, seed: int, min_kept_share: float, path: str) -> None:
+    """Tokenises until there is a sequence, and refuses what is wrong with the rows of that.
+
+    Faults of rows that come later stop no run: these are left out and named.
     """
-    total = 0
-    for row in rows:
-        documents = counts.add(tokenise(row, tokenizer, where), max_length)
-        yield from documents
-        total += sum(len(one.input_ids) for one in documents)
-        if max_tokens is not None and total >= max_tokens:
-            return
+    T = train.tokenising.max_length
+    for shard in train.shards(seed, 0):
+        opened = train.opened(shard)
+        if opened.faults:
+            raise DataError(opened.faults[0])
+        if len(opened):
+            return train.counts.check(min_kept_share, T, path)
+    if train.counts.kept:
+        raise DataError(f"{path}: expected at least {T} tokens (data.max_length) of text, found fewer")
+    raise DataError(f"{path}: expected a token to learn, found none: {train.counts.told(T)}")
 
 
-def pack(documents: Iterable[Document], max_length: int) -> list[Document]:
-    """Training sequences: text is concatenated and cut into pieces of T tokens; masked documents stay alone."""
-    sequences, stream, held = [], [], 0
-    for document in documents:
-        if document.loss_mask is not None:
-            one = fitted(document, max_length)
-            if one is not None:
-                sequences.append(one)
-            continue
-        stream.append(document.input_ids)
-        held += len(document.input_ids)
-        if held >= max_length:
-            joined = np.concatenate(stream)
-            whole = held // max_length * max_length
-            sequences += [Document(piece) for piece in joined[:whole].reshape(-1, max_length)]
-            stream, held = [joined[whole:]], held - whole
-    return sequences
+def held_out_documents(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, num_prompts: int | None, where: str
+) -> list[Document]:
+    """Held-out rows as token ids; of very many, where few prompts are asked for, 64 a prompt, taken evenly.
+
+    Raises:
+        DataError: for a row that cannot be used.
+    """
+    most = len(rows) if num_prompts is None else min(len(rows), num_prompts * _ROWS_PER_PROMPT)
+    return [one for i in range(most) for one in tokenise(rows[i * len(rows) // most], tokenizer, where)]
 
 
 def standard_prompts(documents: Sequence[Document], num_prompts: int | None = None) -> list[list[int]]:
@@ -219,5 +232,5 @@ def held_out_prompts(
     Raises:
         DataError: for data that cannot be used.
     """
-    rows = held_out_rows(path, split)
-    return standard_prompts([one for row in rows for one in tokenise(row, tokenizer, path)], num_prompts)
+    rows = open_held_out(path, split, "auto", shards_folder())
+    return standard_prompts(held_out_documents(rows, tokenizer, num_prompts, path), num_prompts)

@@ -3,7 +3,7 @@
 Knows documents, no files. Legend: T tokens of a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,13 +25,44 @@ def useful_anchors(mask: ArrayOrTensor) -> ArrayOrTensor:
     return mask[1:-1] & mask[2:]
 
 
-def fitted(document: Document, max_length: int) -> Document | None:
-    """A masked document cut at T tokens; None if nothing is left that a mask token could learn."""
-    assert document.loss_mask is not None
-    mask = document.loss_mask[:max_length]
-    if not useful_anchors(mask).any():
-        return None
-    return Document(document.input_ids[:max_length], mask, document.where)
+def windows(document: Document, max_length: int) -> list[Document]:
+    """A masked document in pieces of at most T tokens, so that every useful anchor of it is one of exactly one piece.
+
+    Pieces begin a quarter of T before what they are for, so that it has something in front of it. Those of which
+    nothing would be learned are left out.
+    """
+    ids, mask = document.input_ids, document.loss_mask
+    assert mask is not None
+    found, done = [], 0  # anchors before `done` have been learned or are useless
+    anchors = np.flatnonzero(useful_anchors(mask))
+    while len(left := anchors[np.searchsorted(anchors, done) :]):
+        start = 0
+        if left[0] + 2 >= max_length:
+            start = min(max(done, int(left[0])) - max_length // 4, len(ids) - max_length)
+        stop = start + max_length
+        own = mask[start:stop].copy()
+        if done:
+            own[: max(0, done + 1 - start)] = False  # the anchor at `done` has its bonus token behind it
+        found.append(Document(ids[start:stop], own, document.where))
+        done = stop - 2  # an anchor there has its first target in the next piece
+    return found
+
+
+def pack(documents: Iterable[Document], max_length: int) -> list[Document]:
+    """Training sequences: text is concatenated and cut into pieces of T tokens; masked documents stay alone."""
+    sequences, stream, held = [], [], 0
+    for document in documents:
+        if document.loss_mask is not None:
+            sequences += windows(document, max_length)
+            continue
+        stream.append(document.input_ids)
+        held += len(document.input_ids)
+        if held >= max_length:
+            joined = np.concatenate(stream)
+            whole = held // max_length * max_length
+            sequences += [Document(piece) for piece in joined[:whole].reshape(-1, max_length)]
+            stream, held = [joined[whole:]], held - whole
+    return sequences
 
 
 @dataclass
@@ -42,33 +73,33 @@ class RowCounts:
         available: rows that could be read; reading ends where a run has all that it can use.
         read: rows.
         kept: those of which something is learned.
-        cut: examples that lose tokens behind T; a row is one example, or one for each of its answers.
-        without_room: examples that are dropped because their answer begins too near to T or behind it.
+        long: examples of more than T tokens; a row is one example, or one for each of its answers.
+        windows: pieces that these are cut into.
         too_short: examples that are dropped because their answers have no two tokens in a row.
+        unusable: rows that are left out because they cannot be tokenised.
     """
 
     available: int = 0
     read: int = 0
     kept: int = 0
-    cut: int = 0
-    without_room: int = 0
+    long: int = 0
+    windows: int = 0
     too_short: int = 0
+    unusable: int = 0
 
     def add(self, documents: Sequence[Document], max_length: int) -> list[Document]:
-        """Counts a row, and returns its documents as they are used: masked ones cut, without those to be dropped."""
+        """Counts a row, and returns its documents as they are used: masked ones in windows, useless ones dropped."""
         used = []
         for document in documents:
             if document.loss_mask is None:
                 used.append(document)
                 continue
-            one = fitted(document, max_length)
-            if one is not None:
-                used.append(one)
-                self.cut += len(document.input_ids) > max_length
-            elif useful_anchors(document.loss_mask).any():
-                self.without_room += 1
-            else:
-                self.too_short += 1
+            pieces = windows(document, max_length)
+            used += pieces
+            self.too_short += not pieces
+            if len(document.input_ids) > max_length:
+                self.long += 1
+                self.windows += len(pieces)
         self.read += 1
         self.kept += bool(used)
         return used
@@ -76,14 +107,16 @@ class RowCounts:
     def told(self, max_length: int) -> str:
         """One line for people."""
         some = f" of {self.available:,}" if self.read < self.available else ""
-        enough = ", as many as this run can use" if some else ""
-        parts = [f"{self.read:,}{some} rows read{enough}, {self.kept:,} of them used"]
-        if self.cut:
-            parts.append(f"{self.cut:,} examples cut at {max_length} tokens (data.max_length)")
-        if self.without_room:
-            parts.append(f"{self.without_room:,} dropped, as their prompts leave no room for an answer at that length")
+        parts = [f"{self.read:,}{some} rows read{' before the first step' if some else ''}, {self.kept:,} of them used"]
+        if self.long:
+            parts.append(
+                f"{self.long:,} examples longer than {max_length} tokens (data.max_length) cut into {self.windows:,} "
+                "windows"
+            )
         if self.too_short:
             parts.append(f"{self.too_short:,} dropped, as their answers are shorter than two tokens")
+        if self.unusable:
+            parts.append(f"{self.unusable:,} left out, as they cannot be tokenised")
         return "; ".join(parts)
 
     def check(self, min_kept_share: float, max_length: int, where: str) -> None:

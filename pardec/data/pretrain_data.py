@@ -5,6 +5,7 @@ Knows files and tokenizers, no model. Legend: T tokens of a sequence.
 
 import math
 import random
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,6 +24,15 @@ SEPARATOR_ID = 0
 # what merges are learned from at most, so that a large folder costs minutes and not hours
 TOKENIZER_CHARACTERS = 200_000_000
 _FILES_PER_CALL = 256
+
+
+@dataclass(frozen=True)
+class PretrainCorpus:
+    """Sequences to train on, all in memory, and documents of the other splits."""
+
+    train: list[Document]
+    validation: list[Document]
+    test: list[Document]
 
 
 def read_sources(path: str, *, seed: int, max_characters: int | None = None) -> dict[str, list[str]]:

@@ -39,7 +39,7 @@ def read_rows(path: str, format: str, split: str = TRAIN, subset: str | None = N
     """
     where = Path(path)
     if format == "auto":
-        format = _format_of(where)
+        format = format_of(where)
     if format == "hub":
         rows = _hub_rows(path, split, subset)
     elif not where.exists():
@@ -82,14 +82,25 @@ def held_out_rows(path: str, split: str, format: str = "auto") -> list[dict[str,
     folder = source_folder(path)
     if folder is not None:
         return [{"text": text} for text in python_sources(folder, split)]
+    return read_rows(path, held_out_format(path, format))
+
+
+def held_out_format(path: str, format: str) -> str:
+    """What held-out data on this disk are read as: `format` where their suffix does not tell.
+
+    Raises:
+        DataError: if there is nothing, as for a hub dataset: which of its splits is held out is not known.
+    """
     where = Path(path)
+    if source_folder(path) is not None:
+        return "auto"
     if not where.exists():
         raise DataError(
             f"held-out data: expected a file, a folder, {STDLIB} or {PACKAGES}, found nothing at {path}; "
             "download a split of a hub dataset first"
         )
     tells = where.is_dir() or where.suffix in (*_TEXT_SUFFIXES, *_JSONL_SUFFIXES)
-    return read_rows(path, "auto" if tells or format == "hub" else format)
+    return "auto" if tells or format == "hub" else format
 
 
 def hold_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -98,14 +109,28 @@ def hold_out(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
         text = rows[0]["text"]
         cut = len(text) - len(text) // _HELD_OUT_ONE_IN
         return [{"text": text[:cut]}], [{"text": text[cut:]}]
-    if len(rows) < 2:
-        raise DataError("data: expected at least 2 rows or data.validation_path, found 1 row")
-    chosen = range(0, len(rows), min(_HELD_OUT_ONE_IN, len(rows)))
+    chosen = held_out_numbers(len(rows))
     validation = [rows[i] for i in chosen]
     return [row for i, row in enumerate(rows) if i not in chosen], validation
 
 
-def _format_of(where: Path) -> str:
+def held_out_numbers(num_rows: int) -> range:
+    """Which of several rows are held out.
+
+    Raises:
+        DataError: if there are fewer than two.
+    """
+    if num_rows < 2:
+        raise DataError(f"data: expected at least 2 rows or data.validation_path, found {num_rows} row")
+    return range(0, num_rows, min(_HELD_OUT_ONE_IN, num_rows))
+
+
+def format_of(where: Path) -> str:
+    """`text`, `jsonl` or `hub`, by what is there and its suffix.
+
+    Raises:
+        DataError: for a file with another suffix.
+    """
     if where.is_dir() and any(where.rglob("*.parquet")):
         return "hub"
     if where.is_dir() or where.suffix in _TEXT_SUFFIXES:
@@ -119,9 +144,13 @@ def _format_of(where: Path) -> str:
 
 
 def _text_rows(where: Path) -> list[dict[str, Any]]:
+    return [{"text": text} for text in map(read_utf8, text_files(where)) if text.strip()]
+
+
+def text_files(where: Path) -> list[Path]:
+    """A text file, or all below a folder, sorted."""
     below = (path for path in where.rglob("*") if path.suffix in _TEXT_SUFFIXES and path.is_file())
-    texts = map(read_utf8, [where] if where.is_file() else sorted(below))
-    return [{"text": text} for text in texts if text.strip()]
+    return [where] if where.is_file() else sorted(below)
 
 
 def read_utf8(file: Path) -> str:
@@ -150,14 +179,20 @@ def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{file}: expected a JSONL file, found {'a folder' if file.exists() else 'nothing'}")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            content = line.removeprefix(BYTE_ORDER_MARK.encode())
-            if not content.strip():
-                continue
-            try:
-                row = json.loads(content, object_pairs_hook=_without_repetition)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{file}:{number}: expected one JSON object, found {first_line(error)}") from None
-            yield f"{file}:{number}", row
+            if line.removeprefix(BYTE_ORDER_MARK.encode()).strip():
+                yield f"{file}:{number}", json_line(line, f"{file}:{number}")
+
+
+def json_line(line: bytes, where: str) -> Any:
+    """The value of a line.
+
+    Raises:
+        DataError: if it is no JSON, beginning with `where`.
+    """
+    try:
+        return json.loads(line.removeprefix(BYTE_ORDER_MARK.encode()), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected one JSON object, found {first_line(error)}") from None
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -169,15 +204,24 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _hub_rows(path: str, split: str, subset: str | None) -> list[dict[str, Any]]:
+def hub_dataset(path: str, split: str, subset: str | None, *, streaming: bool = False) -> Any:
+    """What `datasets` loads; with `streaming` read as it is needed, and nothing downloaded before.
+
+    Raises:
+        DataError: if `datasets` is missing or loads nothing.
+    """
     try:
         import datasets
     except ImportError:
         raise DataError(f"data {path!r}: expected the package datasets for hub data, found it missing") from None
     try:
-        rows = datasets.load_dataset(path, subset, split=split)
+        return datasets.load_dataset(path, subset, split=split, streaming=streaming)
     except Exception as error:  # datasets raises many kinds, all of them about the data's place or form
         raise DataError(f"data {path!r}: expected a file, folder or hub dataset, found {first_line(error)}") from None
+
+
+def _hub_rows(path: str, split: str, subset: str | None) -> list[dict[str, Any]]:
+    rows = hub_dataset(path, split, subset)
     return [check_row(row, f"{path}:{split}:{number}") for number, row in enumerate(rows, start=1)]
 
 

@@ -20,6 +20,7 @@ from pardec.adapters.files import save_adapter
 from pardec.arguments import known_dtype
 from pardec.config.adapter_recipe import Recipe
 from pardec.measures.acceptance import BATCH_SIZE
+from pardec.measures.floor import measure_floor
 from pardec.measures.held_out import measure_held_out
 from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
@@ -61,8 +62,13 @@ class Examiner:
         """
         self.module.forget_prefix()
         output, settings, share = Path(self.recipe.output_dir), self.recipe.eval, self._share()
+        model = SelfSpeculativeModel(self.module.target.base, self.tokenizer, self.adapter(step, {}))
+        if step == 0 and settings.top_k is not None:  # of the base alone
+            law = {"temperature": settings.temperature, "top_k": settings.top_k, "seed": self.recipe.train.seed}
+            floor = measure_floor(model, self.prompts, **law)
+            self.accelerator.log(floor, step=step)
         found = measure_held_out(
-            SelfSpeculativeModel(self.module.target.base, self.tokenizer, self.adapter(step, {})),
+            model,
             self.prompts,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,

@@ -7,15 +7,16 @@ Legend: K num_speculative_tokens.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from pardec.config.adapter_recipe import DataConfig
-from pardec.data.corpus import prompts_with_room
+from pardec.data.corpus import held_out_documents, prompts_with_room
 from pardec.data.python_sources import VALIDATION, source_folder
-from pardec.data.reading import held_out_rows, hold_out, read_rows
-from pardec.data.tokenising import tokenise
+from pardec.data.rows import hold_out_rows, open_held_out, open_rows
+from pardec.data.shards import shards_folder
 from pardec.decoding.verify import Verification
 from pardec.measures.acceptance import BATCH_SIZE, Acceptance, digest, measure_acceptance
 from pardec.measures.ranks import RankAccuracy, measure_ranks
@@ -280,14 +281,15 @@ def validation_prompts(
         ValueError: for data that cannot be used.
     """
     section = DataConfig.model_validate(data)
+    checked = shards_folder() if section.cache is None else Path(section.cache)
     if section.validation_path is not None:
-        rows = held_out_rows(section.validation_path, VALIDATION, section.format)
+        rows = open_held_out(section.validation_path, VALIDATION, section.format, checked)
     elif source_folder(section.path) is not None:
-        rows = held_out_rows(section.path, VALIDATION)
+        rows = open_held_out(section.path, VALIDATION, "auto", checked)
     else:
-        rows = hold_out(read_rows(section.path, section.format, section.split, section.subset))[1]
+        rows = hold_out_rows(open_rows(section.path, section.format, section.split, section.subset, checked))[1]
     where = section.validation_path or section.path
-    documents = [one for row in rows for one in tokenise(row, tokenizer, where)]
+    documents = held_out_documents(rows, tokenizer, num_prompts, where)
     return prompts_with_room(
         documents, num_prompts, max_new_tokens=max_new_tokens, max_positions=max_positions, where=where
     )[0]

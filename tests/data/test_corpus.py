@@ -7,32 +7,10 @@ import pytest
 from data_samples import masked, text, write_jsonl
 
 import pardec.data.python_sources
-from pardec.data.corpus import (
-    held_out_prompts,
-    load_corpus,
-    pack,
-    standard_prompts,
-    tokenise_until,
-)
-from pardec.data.fitting import RowCounts
+from pardec.data.corpus import held_out_documents, held_out_prompts, load_corpus, standard_prompts
+from pardec.data.fitting import pack
 from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources
 from pardec.data.reading import DataError
-
-
-def test_tokenising_stops_with_the_row_that_completes_the_budget(tokenizer):
-    rows = [{"input_ids": [1] * 10, "loss_mask": [1] * 10} for _ in range(5)]
-    for budget, expected in ((20, 2), (21, 3), (None, 5)):
-        assert len(list(tokenise_until(iter(rows), tokenizer, 16, budget, "here", RowCounts()))) == expected
-
-
-def test_the_budget_counts_what_is_kept(tokenizer):
-    """Of rows of 100 tokens 8 are kept, and of one whose prompt alone is longer none."""
-    long = {"input_ids": [1] * 100, "loss_mask": [0] * 4 + [1] * 96}
-    lost = {"input_ids": [1] * 100, "loss_mask": [0] * 90 + [1] * 10}
-    counts = RowCounts()
-    kept = list(tokenise_until(iter([long, lost, lost, long, long, long]), tokenizer, 8, 24, "here", counts))
-    assert [len(one.input_ids) for one in kept] == [8, 8, 8]
-    assert (counts.read, counts.kept, counts.cut, counts.without_room, counts.too_short) == (5, 3, 3, 2, 0)
 
 
 @pytest.mark.parametrize("lengths", [[3, 4, 5], [25], [8], [7, 1], [1] * 17, [8, 8, 3], [20, 1, 30]])
@@ -47,18 +25,17 @@ def test_texts_are_joined_and_cut_and_the_rest_dropped(lengths):
     assert all(piece.loss_mask is None and piece.input_ids.dtype == np.int32 for piece in packed)
 
 
-def test_masked_documents_stay_alone_and_are_cut():
-    packed = pack([text([1, 2, 3]), masked(range(10), [0] * 5 + [1] * 5), text([4, 5, 6, 7, 8])], 8)
+def test_masked_documents_stay_alone():
+    packed = pack([text([1, 2, 3]), masked(range(8), [0] * 5 + [1] * 3), text([4, 5, 6, 7, 8])], 8)
     assert [piece.input_ids.tolist() for piece in packed] == [list(range(8)), [1, 2, 3, 4, 5, 6, 7, 8]]
     assert packed[0].loss_mask is not None
     assert packed[0].loss_mask.tolist() == [False] * 5 + [True] * 3
 
 
 def test_masked_documents_without_anything_a_mask_token_could_learn_are_dropped():
-    """An anchor at 0 predicts token 2 behind the bonus token 1; and what is cut off cannot be learned."""
+    """An anchor at 0 predicts token 2 behind the bonus token 1."""
     assert pack([masked([1, 2, 3], [1, 1, 0])], 8) == []
     assert pack([masked([1, 2, 3], [0, 0, 1])], 8) == []
-    assert pack([masked(range(10), [0] * 8 + [1, 1])], 8) == []
     assert len(pack([masked([1, 2, 3], [0, 1, 1])], 8)) == 1
 
 
@@ -74,12 +51,14 @@ def test_a_corpus_of_sources_keeps_the_splits_apart(source_folder, tokenizer, mo
     assert len(seen) > len(texts[TRAIN]) - 3  # the last pieces do not fill a sequence
 
 
-def test_the_order_of_a_corpus_is_that_of_its_seed(tmp_path, tokenizer):
+def test_the_sequences_of_a_corpus_are_the_same_for_every_seed(tmp_path, tokenizer):
+    """Their order is that of examples, and what is kept on the disk serves every run."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"number {n} " * 10} for n in range(40)])
-    first, again, other = (load_corpus(path, tokenizer, max_length=16, seed=seed) for seed in (1, 1, 2))
-    ids = [[document.input_ids.tolist() for document in corpus.train] for corpus in (first, again, other)]
+    one, other = (load_corpus(path, tokenizer, max_length=16, seed=seed) for seed in (1, 2))
+    ids = [[document.input_ids.tolist() for document in corpus.train] for corpus in (one, other)]
     assert ids[0] == ids[1]
-    assert ids[0] != ids[2]
+    first = [tokenizer.decode(piece) for piece in ids[0]]
+    assert not first[0].startswith("<|endoftext|>number 1 ")  # rows are mixed
 
 
 def test_without_a_validation_file_one_row_in_twenty_is_held_out(tmp_path, tokenizer):
@@ -157,6 +136,25 @@ def test_a_short_stream_gives_as_many_prompts_as_are_asked_for():
     assert [prompt[0] for prompt in standard_prompts([text(range(300))], num_prompts=10)] == [0, 128]
 
 
+def test_of_very_many_held_out_rows_no_more_are_tokenised_than_prompts_need(tokenizer):
+    class Counted(list):
+        asked = 0
+
+        def __getitem__(self, n):
+            self.asked += 1
+            return super().__getitem__(n)
+
+    rows = Counted({"input_ids": [n % 4000, 1, 2, 3], "loss_mask": [0, 1, 1, 1]} for n in range(5000))
+    documents = held_out_documents(rows, tokenizer, 4, "here")
+    assert rows.asked == len(documents) == 256
+    spread = [document.input_ids[0] for document in documents[:: 256 // 4]]
+    assert spread == [0, 1250, 2500, 3750]
+    few = Counted(rows[:250])
+    assert (
+        len(held_out_documents(few, tokenizer, 4, "here")) == len(held_out_documents(few, tokenizer, None, "")) == 250
+    )
+
+
 def test_prompts_of_conversations_end_where_the_answer_begins():
     documents = [masked(range(10), [0] * 6 + [1] * 4), masked(range(20, 25), [1] * 5)]
     assert standard_prompts(documents) == [list(range(6)), [20]]
@@ -185,7 +183,7 @@ def test_held_out_data_may_be_that_of_python_itself(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     row = {"input_ids": list(range(100, 120)), "loss_mask": [0] * 10 + [1] * 10}
     path.write_text(json.dumps(row) + "\n")
-    corpus = load_corpus(str(path), tokenizer, max_length=16, validation_path=STDLIB, test_path=STDLIB)
+    corpus = load_corpus(str(path), tokenizer, max_length=32, validation_path=STDLIB, test_path=STDLIB)
     assert len(corpus.train) == 1
     for documents, split in ((corpus.validation, "validation"), (corpus.test, "test")):
         assert standard_prompts(documents) == held_out_prompts(tokenizer, split)

@@ -5,7 +5,7 @@ import pytest
 from data_samples import write_jsonl
 
 from pardec.data.corpus import load_corpus, prompts_with_room
-from pardec.data.fitting import RowCounts, told_long
+from pardec.data.fitting import RowCounts, told_long, windows
 from pardec.data.reading import DataError
 from pardec.data.tokenising import Document
 
@@ -15,65 +15,96 @@ def example(num_prompt: int, num_answer: int, where: str = "") -> Document:
     return Document(np.arange(num_prompt + num_answer, dtype=np.int32), mask, where)
 
 
+def anchors_of(document: Document) -> list[int]:
+    """Places behind which the next two tokens are the model's own, counted by hand."""
+    mask = document.loss_mask
+    assert mask is not None
+    return [s for s in range(len(mask) - 2) if mask[s + 1] and mask[s + 2]]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_useful_anchor_is_one_of_exactly_one_window(seed):
+    source = np.random.default_rng(seed)
+    T, length = int(source.integers(8, 24)), int(source.integers(3, 120))
+    turns = source.random(length) < source.choice([0.02, 0.3, 0.9])
+    mask = np.logical_xor.accumulate(turns) if seed % 2 else turns
+    document = Document(np.arange(length, dtype=np.int32), mask, "rows.jsonl:7")
+    found = windows(document, T)
+    for one in found:
+        first = int(one.input_ids[0])
+        assert len(one.input_ids) == min(T, length)
+        assert one.input_ids.tolist() == list(range(first, first + len(one.input_ids)))
+        assert one.where == "rows.jsonl:7"
+        assert anchors_of(one)
+        assert one.loss_mask is not None
+        assert not (one.loss_mask & ~mask[first : first + len(one.input_ids)]).any()
+    assert sorted(int(w.input_ids[0]) + s for w in found for s in anchors_of(w)) == anchors_of(document)
+
+
+def test_windows_begin_a_quarter_of_their_length_before_what_they_are_for():
+    (first, second) = windows(example(10, 40), 32)
+    assert first.input_ids.tolist() == list(range(32))
+    assert second.input_ids[0] == 50 - 32  # it reaches to the end, and begins earlier still
+    (only,) = windows(example(60, 3), 32)
+    assert only.input_ids.tolist() == list(range(63 - 32, 63))
+    late = windows(example(60, 60), 32)
+    assert late[0].input_ids[0] == 59 - 8  # the last token of the prompt is the first anchor
+    assert windows(example(3, 5), 32)[0].loss_mask is not None
+
+
 def test_each_row_is_counted_with_what_became_of_its_examples():
     counts = RowCounts()
     text = Document(np.arange(30, dtype=np.int32))
-    rows = [[example(4, 4)], [example(4, 40)], [example(8, 4)], [example(9, 4)], [example(4, 1)], [text]]
-    rows += [[example(2, 4), example(20, 4), example(2, 40)]]  # one for each answer
+    rows = [[example(4, 4)], [example(4, 8)], [example(8, 4)], [example(40, 1)], [example(4, 1)], [text]]
+    rows += [[example(2, 4), example(20, 4), example(2, 8)]]  # one for each answer
     used = [counts.add(documents, 8) for documents in rows]
-    assert [[len(one.input_ids) for one in documents] for documents in used] == [[8], [8], [], [], [], [30], [6, 8]]
-    assert counts == RowCounts(read=7, kept=4, cut=2, without_room=3, too_short=1)
+    assert [[len(one.input_ids) for one in documents] for documents in used] == [
+        [8], [8, 8], [8], [], [], [30], [6, 8, 8, 8]
+    ]  # fmt: skip
+    assert counts == RowCounts(read=7, kept=5, long=5, windows=6, too_short=2)
     assert counts.told(8) == (
-        "7 rows read, 4 of them used; 2 examples cut at 8 tokens (data.max_length); "
-        "3 dropped, as their prompts leave no room for an answer at that length; "
-        "1 dropped, as their answers are shorter than two tokens"
+        "7 rows read, 5 of them used; 5 examples longer than 8 tokens (data.max_length) cut into 6 windows; "
+        "2 dropped, as their answers are shorter than two tokens"
     )
 
 
-def test_rows_that_a_run_does_not_need_are_told():
-    counts = RowCounts(available=190, read=11, kept=10)
-    assert counts.told(8) == "11 of 190 rows read, as many as this run can use, 10 of them used"
+def test_rows_that_are_not_read_yet_are_told():
+    counts = RowCounts(available=190, read=11, kept=10, unusable=1)
+    assert counts.told(8) == (
+        "11 of 190 rows read before the first step, 10 of them used; 1 left out, as they cannot be tokenised"
+    )
 
 
-def rows_of(tmp_path, num_long: int, num_rows: int = 20) -> str:
-    rows = [{"input_ids": [n] * 30, "loss_mask": [0] * 20 + [1] * 10} for n in range(num_long)]
-    rows += [{"input_ids": [n] * 30, "loss_mask": [0] * 4 + [1] * 26} for n in range(num_long, num_rows)]
+def rows_of(tmp_path, num_useless: int, num_rows: int = 20) -> tuple[str, str]:
+    rows = [{"input_ids": [n] * 30, "loss_mask": [0] * 29 + [1]} for n in range(num_useless)]
+    rows += [{"input_ids": [n] * 30, "loss_mask": [0] * 4 + [1] * 26} for n in range(num_useless, num_rows)]
     held_out = write_jsonl(tmp_path / "held_out.jsonl", rows[-1:])
     return write_jsonl(tmp_path / "rows.jsonl", rows), held_out
 
 
 def test_a_corpus_tells_how_many_rows_it_is_made_of(tmp_path, tokenizer):
-    path, held_out = rows_of(tmp_path, num_long=5)
-    corpus = load_corpus(path, tokenizer, max_length=16, validation_path=held_out, min_kept_share=0.75)
-    assert len(corpus.train) == 15
-    assert corpus.counts == RowCounts(available=20, read=20, kept=15, cut=15, without_room=5)
-
-
-def test_rows_beyond_the_budget_are_not_read_and_cut_ones_fill_it_with_what_is_kept(tmp_path, tokenizer):
-    """Twelve sequences of sixteen tokens need twelve rows of thirty, and not six."""
-    path, held_out = rows_of(tmp_path, num_long=0)
-    corpus = load_corpus(path, tokenizer, max_length=16, validation_path=held_out, max_tokens=12 * 16)
-    assert len(corpus.train) == corpus.counts.read == 12
-    assert len({int(one.input_ids[0]) for one in corpus.train}) == 12
+    path, held_out = rows_of(tmp_path, num_useless=5)
+    corpus = load_corpus(path, tokenizer, max_length=24, validation_path=held_out, min_kept_share=0.75)
+    assert len(corpus.train) == 30
+    assert corpus.counts == RowCounts(available=20, read=20, kept=15, long=20, windows=30, too_short=5)
 
 
 def test_data_of_which_too_little_is_kept_are_refused(tmp_path, tokenizer):
-    path, held_out = rows_of(tmp_path, num_long=11)
+    path, held_out = rows_of(tmp_path, num_useless=11)
     with pytest.raises(DataError) as caught:
-        load_corpus(path, tokenizer, max_length=16, validation_path=held_out, min_kept_share=0.5)
+        load_corpus(path, tokenizer, max_length=32, validation_path=held_out, min_kept_share=0.5)
     assert str(caught.value) == (
         f"{path}: expected something to learn in at least 50% of the rows (data.min_kept_share), found 20 rows read, "
-        "9 of them used; 9 examples cut at 16 tokens (data.max_length); 11 dropped, as their prompts leave no room "
-        "for an answer at that length"
+        "9 of them used; 11 dropped, as their answers are shorter than two tokens"
     )
-    allowed = load_corpus(path, tokenizer, max_length=16, validation_path=held_out, min_kept_share=0.45)
+    allowed = load_corpus(path, tokenizer, max_length=32, validation_path=held_out, min_kept_share=0.45)
     assert len(allowed.train) == 9
 
 
 def test_nothing_kept_tells_why(tmp_path, tokenizer):
-    path, held_out = rows_of(tmp_path, num_long=20)
-    with pytest.raises(DataError, match=r"among the first 16 .*, found none: 20 rows read, 0 of them used; 20 dropped"):
-        load_corpus(path, tokenizer, max_length=16, validation_path=held_out)
+    path, held_out = rows_of(tmp_path, num_useless=20)
+    with pytest.raises(DataError, match=r"expected a token to learn, found none: 20 rows read, 0 of them used; 20 dro"):
+        load_corpus(path, tokenizer, max_length=32, validation_path=held_out)
 
 
 def test_the_digest_tells_data_apart(tmp_path, tokenizer):

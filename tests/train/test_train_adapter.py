@@ -83,7 +83,8 @@ def text_file(tmp_path_factory):
 
 
 def command_line(output: Path, text: Path, *overrides: str) -> list[str]:
-    return [str(ROOT / "recipes/quickstart.yaml"), f"output_dir={output}", f"data.path={text}", *SMALL, *overrides]
+    paths = [f"output_dir={output}", f"data.path={text}", f"data.cache={text.parent / 'tokenised'}"]
+    return [str(ROOT / "recipes/quickstart.yaml"), *paths, *SMALL, *overrides]
 
 
 def train(output: Path, text: Path, *overrides: str) -> Ended:
@@ -237,14 +238,14 @@ def test_a_run_that_an_older_version_began_is_continued(begun, text_file, tmp_pa
 def test_rows_and_prompts_that_are_not_used_are_told(tmp_path):
     """One held-out prompt without room in the base stops no run, and what is measured can be measured again."""
     learned = [{"input_ids": [n + 1] * 80, "loss_mask": [0] * 10 + [1] * 70} for n in range(60)]
-    learned[7] = {"input_ids": [8] * 80, "loss_mask": [0] * 70 + [1] * 10}
+    learned[7] = {"input_ids": [8] * 80, "loss_mask": [0] * 79 + [1]}
     learned[20] = {"input_ids": [21] * 2100, "loss_mask": [0] * 2050 + [1] * 50}
     rows = Path(write_jsonl(tmp_path / "rows.jsonl", learned))
     ended = train(tmp_path / "run", rows, "train.steps=1", "train.batch_size=60")
     assert ended.code == 0, ended.err[-2000:]
     assert (
-        "57 rows read, 56 of them used; 56 examples cut at 64 tokens (data.max_length); "
-        "1 dropped, as their prompts leave no room for an answer at that length\n"
+        "57 rows read, 56 of them used; 57 examples longer than 64 tokens (data.max_length) cut into 112 windows; "
+        "1 dropped, as their answers are shorter than two tokens\n"
         f"held-out prompts too long for the base are left out: {rows}:21 (2,050 tokens)\n"
     ) in ended.out
     found, _ = measure_again(pardec.load(tmp_path / "run"))
