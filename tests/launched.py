@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from programs import Ended, run
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["train_adapter", "pardec.measures.examiner", "launched", "matplotlib.pyplot"])
+_CONTEXT.set_forkserver_preload(["train_adapter", "pardec.measures.examiner", "launched"])
 _SECONDS = 120  # after which processes that wait for each other are given up
 
 
@@ -63,6 +64,7 @@ class Launched:
 def _run(end, environment: dict[str, object], function: Callable[..., Any], arguments: tuple) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
+    sys.modules["matplotlib"] = None  # type: ignore[assignment]  # pictures would take most of the time
     end.send(function(*arguments))
 
 

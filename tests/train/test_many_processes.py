@@ -119,13 +119,16 @@ def test_two_processes_learn_and_measure_what_one_does(one, text_file, tmp_path,
 def whole(text_file, small_base, tmp_path_factory) -> Path:
     """What a single process leaves of the small base when nothing stops it."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    train(1, output, text_file, *LONG, f"base={small_base}", "eval.every=15")
+    train(1, output, text_file, *LONG, f"base={small_base}", "eval.every=15", "eval.top_k=null")
     return output
 
 
 def test_a_run_goes_on_by_another_number_of_processes_with_the_same_examples(whole, text_file, small_base, tmp_path):
     """Two processes, one with two forwards a step, two with a sharded base: they make the 30 steps of one."""
-    output, options = tmp_path / "run", (*LONG, f"base={small_base}", "eval.every=15", "train.checkpoint_keep=2")
+    output, options = (
+        tmp_path / "run",
+        (*LONG, f"base={small_base}", "eval.every=15", "eval.top_k=null", "train.checkpoint_keep=2"),
+    )
     split = ("train.batch_size=2", "train.gradient_accumulation_steps=2")
     for count, how in ((2, ()), (1, split)):
         before = logged_steps(output)
@@ -146,7 +149,7 @@ def test_a_run_goes_on_by_another_number_of_processes_with_the_same_examples(who
 
 
 def test_one_process_that_was_stopped_goes_on_bit_for_bit(whole, text_file, small_base, tmp_path):
-    options = (*LONG, f"base={small_base}", "eval.every=15")
+    options = (*LONG, f"base={small_base}", "eval.every=15", "eval.top_k=null")
     run = launch(1, tmp_path / "run", text_file, *options)
     wait_until(lambda: logged_steps(tmp_path / "run") > 4)
     run.signal(0, signal.SIGTERM)
@@ -172,7 +175,7 @@ KILLS = int(os.environ.get("KILLS", 4))  # for more of them
 def test_a_kill_at_any_moment_of_two_processes_loses_at_most_one_interval(whole, text_file, small_base, tmp_path):
     """Until the run ends by itself, with the numbers of one that was never killed."""
     output, moments = tmp_path / "run", random.Random(0)
-    options = (*LONG, f"base={small_base}", "eval.every=15", "train.checkpoint_every=3")
+    options = (*LONG, f"base={small_base}", "eval.every=15", "eval.top_k=null", "train.checkpoint_every=3")
     for _ in range(KILLS):
         run = launch(2, output, text_file, *options)
         target = logged_steps(output) + moments.randrange(1, 5)
