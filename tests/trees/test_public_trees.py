@@ -147,6 +147,7 @@ def test_a_chosen_tree_is_kept_and_read_and_used(tmp_path, llama, ours):
     write_tuned(tmp_path / "one", choice)
     found = read_tuned(tmp_path / "one", "a card", "float32")
     assert found == choice
+    assert found is not None
     assert found.tree == BRANCHING
     model = SelfSpeculativeModel(llama, None, ours.adapter)
     model.tuned = found
