@@ -195,7 +195,8 @@ def tuned_runs(
 def way_of(choice: TunedChoice, model: SelfSpeculativeModel) -> str:
     """What was chosen, in words."""
     has_head = model.engines.head is not None
-    return f"tuned: {choice.mode}" + ("" if choice.use_head or not has_head else ", no head")
+    copies = f" + {choice.copy_tokens} copies" if choice.copy_tokens else ""
+    return f"tuned: {choice.mode}{copies}" + ("" if choice.use_head or not has_head else ", no head")
 
 
 def why_not_more(greedy: list[Run], K: int) -> str:

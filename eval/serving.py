@@ -154,11 +154,17 @@ def vllm_settings(
     if model.adapter.metadata.fingerprint.architecture.get("sliding_window"):
         engine["disable_hybrid_kv_cache_manager"] = True  # without which vLLM takes no draft model
     limit = model.target.max_positions
-    longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_new_tokens
+    longest = max(len(prompt.token_ids) for prompt in prompts) + args.max_new_tokens + DRAFT_ROOM
+    sizes = model.adapter.metadata.fingerprint.architecture
+    heads = sizes.get("num_key_value_heads") or sizes["num_attention_heads"]
+    width = sizes.get("head_dim") or sizes["hidden_size"] // sizes["num_attention_heads"]
+    bytes_per_token = 4 * 2 * sizes["num_hidden_layers"] * heads * width  # keys and values in float32
     return {
         "dtype": "float32",
-        "max_model_len": longest + DRAFT_ROOM if limit is None else min(longest + DRAFT_ROOM, limit),
+        "max_model_len": longest if limit is None else min(longest, limit),
         "max_num_seqs": max_num_seqs,
+        # target and draft, and as much again for blocks that are not full
+        "kv_cache_bytes": max(2**28, 4 * bytes_per_token * longest * max_num_seqs),
         "engine": engine,
     }
 

@@ -32,6 +32,7 @@ class Answer:
         token_ids: so far.
         num_steps: behind the first token, which prefill gives.
         num_accepted_tokens: accepted drafted tokens.
+        num_copied_tokens: accepted copied tokens.
         prompt_tokens: of the whole conversation, as the template renders it.
         reused_tokens: of them, those that were in the cache from the turn before.
         first_seconds: until the first token was there.
@@ -44,6 +45,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     num_steps: int = 0
     num_accepted_tokens: int = 0
+    num_copied_tokens: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0
     first_seconds: float = 0.0
@@ -68,6 +70,7 @@ class Answer:
         self.text += chunk.text
         self.token_ids += chunk.token_ids
         self.num_accepted_tokens += chunk.num_accepted_tokens
+        self.num_copied_tokens += chunk.num_copied_tokens
 
 
 class Chat:

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
-from pardec.decoding.output import TextStream, pieces_of
+from pardec.console import STYLES
+from pardec.decoding.output import Origin, TextStream, pieces_of
 from pardec.decoding.step import MODES
 
 _HELP = f"""\
@@ -125,13 +126,13 @@ class TerminalTalk(_Talk):
                     if interrupted():
                         break
             if self.chat.answer.is_complete:
-                self._print([(text.put([], last=True), False)])
+                self._print([(text.put([], last=True), "target")])
             self.console.print()
             self.tell(self._status(self.chat.answer))  # which may measure: Ctrl-C must not end the program there either
 
-    def _print(self, pieces: Iterable[tuple[str, bool]]) -> None:
-        for piece, is_draft in pieces:
-            self.console.print(Text(piece, style="green" if is_draft else ""), end="")
+    def _print(self, pieces: Iterable[tuple[str, Origin]]) -> None:
+        for piece, origin in pieces:
+            self.console.print(Text(piece, style=STYLES[origin]), end="")
 
     def _status(self, answer: Answer) -> str:
         words = [f"{len(answer.token_ids)} tokens", f"{answer.tokens_per_second:.1f} tokens/s"]

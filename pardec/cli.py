@@ -16,6 +16,7 @@ from pardec.cli_loading import advise_tuning, check_options, told_in_a_terminal
 from pardec.cli_options import (
     AsChat,
     BaseOption,
+    CopyTokens,
     DeviceOption,
     Directory,
     DtypeOption,
@@ -100,9 +101,12 @@ def generate(
         typer.Option("--head/--no-head", help="draft with the sampler head; default if tuned so", show_default=False),
     ] = None,
     verification: Verification = "token",
+    copy_tokens: CopyTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="decode plain too, side by side in equal time")] = False,
-    show_drafts: Annotated[bool, typer.Option("--show-drafts", help="colour accepted drafted tokens")] = False,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="colour accepted drafted and copied tokens")
+    ] = False,
     as_chat: AsChat = False,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -125,6 +129,7 @@ def generate(
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
             "verification": verification,
+            "copy_tokens": copy_tokens,
         }
         check_options(**options, mode=mode)
         prompts = read_prompts(source, prompt, prompt_file)
@@ -136,7 +141,8 @@ def generate(
         chats = [[{"role": "user", "content": text}] for text in prompts]
         given = model.prompt_ids(messages=chats) if as_chat else prompts
         options |= {"use_head": use_head}
-        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head).mode
+        asked = {"verification": verification, "copy_tokens": copy_tokens}
+        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head, **asked).mode
         if compare:
             from pardec.race_terminal import run_races
 
@@ -167,6 +173,7 @@ def chat(
     mode: Mode = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
     verification: Verification = "token",
+    copy_tokens: CopyTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
     base: BaseOption = None,
     device: DeviceOption = None,
@@ -186,6 +193,7 @@ def chat(
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
             "verification": verification,
+            "copy_tokens": copy_tokens,
         }
         check_options(**options, mode=mode)
         model = _load(directory, base, device, dtype, trust_remote_code)
@@ -194,7 +202,8 @@ def chat(
         from pardec.chat import Chat
         from pardec.chat_terminal import run_chat
 
-        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None).mode
+        asked = {"verification": verification, "copy_tokens": copy_tokens}
+        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None, **asked).mode
         run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)
 
 

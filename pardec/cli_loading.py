@@ -23,6 +23,7 @@ def check_options(
     num_speculative_tokens: int | None = None,
     mode: str | None = None,
     verification: str | None = None,
+    copy_tokens: int | None = None,
 ) -> None:
     """Refuses values that no model could be asked with, before one is loaded; all as in `generate`.
 
@@ -33,7 +34,7 @@ def check_options(
     from pardec.decoding.sampling import make_warpers
     from pardec.decoding.step import MODES
     from pardec.decoding.verify import VERIFICATIONS
-    from pardec.layout import MAX_SPECULATIVE_TOKENS
+    from pardec.layout import MAX_COPY_TOKENS, MAX_SPECULATIVE_TOKENS
 
     make_warpers(temperature, top_k, top_p, min_p)
     if max_new_tokens is not None:
@@ -42,6 +43,8 @@ def check_options(
         integer("seed", seed, 0, 2**63 - 1)
     if num_speculative_tokens is not None:
         integer("num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
+    if copy_tokens is not None:
+        integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
     if mode is not None:
         one_of("mode", mode, MODES)
     if verification is not None:

@@ -35,5 +35,12 @@ Mode = Annotated[
     str | None, typer.Option(help="fused, two_pass or plain; default the tuned choice, else fused", show_default=False)
 ]
 Verification = Annotated[str, typer.Option(help="of sampled drafts: token, one by one, or block, all together")]
+CopyTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="tokens copied from the text, verified behind the drafts; default the tuned choice, else 0",
+        show_default=False,
+    ),
+]
 AsChat = Annotated[bool, typer.Option("--chat", help="each prompt is a user's message for the chat template")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]

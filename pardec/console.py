@@ -7,12 +7,15 @@ from tqdm.auto import tqdm
 
 from pardec.adapters.adapter import MASK_EMBEDDINGS
 from pardec.data.python_sources import VALIDATION, python_sources, stdlib_folder
-from pardec.decoding.output import GenerationOutput, TextStream, pieces_of
+from pardec.decoding.output import GenerationOutput, Origin, TextStream, pieces_of
 from pardec.decoding.probing.probe_step import probe_step, text_of
 from pardec.decoding.step import MODES
 from pardec.measures.divergence import divergence_from
 from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly
 from pardec.model import SelfSpeculativeModel
+
+# of tokens in a terminal, by where they came from
+STYLES: dict[Origin, str] = {"target": "", "drafted": "green", "copied": "cyan"}
 
 
 def as_object(prompt: str, out: GenerationOutput) -> dict:
@@ -26,7 +29,7 @@ def as_object(prompt: str, out: GenerationOutput) -> dict:
 def print_stream(
     model: SelfSpeculativeModel, prompt: str | list[int], mode: str, options: dict, show_drafts: bool
 ) -> None:
-    """Prints text as it becomes final; accepted drafts in colour where asked for."""
+    """Prints text as it becomes final; accepted drafts and copies in colour where asked for."""
     chunks = model.stream(prompt, mode=mode, **options)
     if not show_drafts:
         for chunk in chunks:
@@ -34,15 +37,18 @@ def print_stream(
         print()
         return
     console = Console(highlight=False, soft_wrap=True, force_terminal=True)
-    text, accepted, steps, emitted = TextStream(model.tokenizer), 0, 0, 0
+    text, accepted, copied, steps, emitted = TextStream(model.tokenizer), 0, 0, 0, 0
     for number, chunk in enumerate(chunks):
-        for piece, drafted in pieces_of(text, chunk, mode, is_first=number == 0):
-            console.print(Text(piece, style="bold green" if drafted else ""), end="")
+        for piece, origin in pieces_of(text, chunk, mode, is_first=number == 0):
+            style = STYLES[origin]
+            console.print(Text(piece, style=f"bold {style}" if style else ""), end="")
         accepted, steps = accepted + chunk.num_accepted_tokens, steps + (number > 0)
+        copied += chunk.num_copied_tokens
         emitted += len(chunk.token_ids) if number else 0  # prefill's token aside
     console.print(Text(text.put([], last=True)), end="")
     rate = f", {emitted / steps:.2f} tokens a step" if steps else ""
-    console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps (green){rate}", style="dim")
+    colours = f"green; {copied} copied tokens besides, cyan" if copied else "green"
+    console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps ({colours}){rate}", style="dim")
 
 
 def tie_of(model: SelfSpeculativeModel, prompt: str | list[int], found: list[int], plain: list[int]) -> str | None:

@@ -51,5 +51,5 @@ def export(
             done = f"{output}: written and checked"
         for note in found.notes:
             print(f"warning: {note}", file=sys.stderr)
-        print("\n".join(found.problems) or f"{done}; to use it:\n\n{found.commands}")
+        print("\n".join(found.problems) or f"{done}; to use it:\n\n{found.commands}\n\n{found.about}")
     sys.exit(1 if found.problems else 0)

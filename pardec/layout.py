@@ -132,22 +132,48 @@ class TrainingLayout:
     Attributes:
         positions: shape [B, M], int64; mask token j (1..K) behind anchor s sits at s + j.
         targets: index of the token that each row predicts, shape [B, M]; position + 1, may be >= T.
+        behind: each row's anchor, shape [B, M].
         blocks: which block each row belongs to, 0..N-1, shape [M].
         depths: 0-based index of each row within its block, shape [M].
-        sees_real: shape [B, M, T], bool: the real tokens up to and including the block's anchor.
+        block_lengths: mask tokens of each block, N numbers.
+        num_tokens: T.
     """
 
     positions: Tensor
     targets: Tensor
+    behind: Tensor
     blocks: Tensor
     depths: Tensor
-    sees_real: Tensor
+    block_lengths: tuple[int, ...]
+    num_tokens: int
+
+    @property
+    def sees_real(self) -> Tensor:
+        """Real tokens that each row sees, up to and including its block's anchor, shape [B, M, T], bool."""
+        return torch.arange(self.num_tokens, device=self.behind.device) <= self.behind[:, :, None]
 
     @property
     def visible(self) -> Tensor:
         """Whom each row sees, shape [B, M, T + M], bool: real tokens first, then the earlier rows of its own block."""
         own = (self.blocks[:, None] == self.blocks) & (self.depths[:, None] >= self.depths)
         return torch.cat([self.sees_real, own.expand(self.positions.shape[0], -1, -1)], dim=2)
+
+    def rows_of(self, blocks: slice) -> slice:
+        """Rows of neighbouring blocks."""
+        first = sum(self.block_lengths[: blocks.start])
+        return slice(first, first + sum(self.block_lengths[blocks]))
+
+    def part(self, sequences: slice, blocks: slice) -> "TrainingLayout":
+        """Some neighbouring blocks of some sequences, as a layout of its own."""
+        rows = self.rows_of(blocks)
+        each = (x[sequences, rows] for x in (self.positions, self.targets, self.behind))
+        numbers = self.blocks[rows] - blocks.start
+        return TrainingLayout(*each, numbers, self.depths[rows], self.block_lengths[blocks], self.num_tokens)
+
+    def to(self, device: torch.device) -> "TrainingLayout":
+        """The same layout with its tensors on `device`."""
+        tensors = (x.to(device) for x in (self.positions, self.targets, self.behind, self.blocks, self.depths))
+        return TrainingLayout(*tensors, self.block_lengths, self.num_tokens)
 
 
 def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: int) -> TrainingLayout:
@@ -160,15 +186,22 @@ def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: i
         block_lengths: mask tokens behind each of the N anchors.
         num_tokens: T.
     """
-    device = anchors.device
-    lengths = torch.tensor(block_lengths, device=device)
-    blocks = torch.arange(len(block_lengths), device=device).repeat_interleave(lengths)
-    starts = lengths.cumsum(0) - lengths
-    depths = torch.arange(len(blocks), device=device) - starts[blocks]
+    lengths = torch.tensor(block_lengths)
+    blocks = torch.arange(len(lengths)).repeat_interleave(lengths)
+    depths = (torch.arange(len(blocks)) - (lengths.cumsum(0) - lengths)[blocks]).to(anchors.device)
+    blocks = blocks.to(anchors.device)
     behind = anchors[:, blocks]
     positions = behind + depths + 1
-    sees_real = torch.arange(num_tokens, device=device) <= behind[:, :, None]
-    return TrainingLayout(positions, positions + 1, blocks, depths, sees_real)
+    return TrainingLayout(positions, positions + 1, behind, blocks, depths, tuple(block_lengths), num_tokens)
+
+
+def sorted_anchors(anchors: Tensor, block_lengths: Sequence[int]) -> Tensor:
+    """Anchors, shape [B, N], with those of neighbouring blocks of one length rising: the same blocks in another order.
+
+    Neighbours then see about the same real tokens and follow about the same rows of them.
+    """
+    _, sizes = torch.tensor(block_lengths).unique_consecutive(return_counts=True)
+    return torch.cat([of_length.sort(dim=1).values for of_length in anchors.split(sizes.tolist(), dim=1)], dim=1)
 
 
 def nested_block_lengths(num_anchors: int, num_speculative_tokens: int, ratio: float, floor: float) -> tuple[int, ...]:

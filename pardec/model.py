@@ -121,6 +121,7 @@ class SelfSpeculativeModel:
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
         verification: Verification = "token",
+        copy_tokens: int | None = None,
     ) -> GenerationOutput:
         """Continues every prompt exactly as the base model alone would: the same tokens, or the same law.
 
@@ -140,11 +141,14 @@ class SelfSpeculativeModel:
             mode: `plain`, `two_pass` or `fused`; default what `pardec tune` chose, else fused.
             num_return_sequences: continuations per prompt, next to each other; they share its prefill.
             block_lengths: instead of K, how many tokens a fused step drafts behind 0, 1, .. K accepted ones: K + 1
-                numbers of which K is the largest.
+                numbers of which K is the largest, and up to L more, 0 where they are left out.
             use_head: draw the drafts one after another with the sampler head; default if the adapter has one and
                 `pardec tune` did not choose to leave it out.
             verification: of sampled drafts: `token` judges them one by one, `block` all of a step together, by which
                 more of them stand (arXiv:2403.10444); the law is the same.
+            copy_tokens: L, tokens that a step verifies behind its drafts: what followed the longest earlier match, of
+                two to four tokens, of the text with its drafts; with num_speculative_tokens=0 copies alone, which take
+                no adapter. Default what `pardec tune` chose with the drafts, else 0.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
@@ -152,7 +156,9 @@ class SelfSpeculativeModel:
         num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
         ids = self.prompt_ids(prompts, messages=messages, template_options=template_options)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification)
+        drafting = self.engines.drafting(
+            mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens
+        )
         rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
         with self.engines.lend(ids, law, max_new_tokens, drafting, num_sequences=len(rows)) as engine:
             start = time.perf_counter()
@@ -181,6 +187,7 @@ class SelfSpeculativeModel:
         block_lengths: Sequence[int] | None = None,
         use_head: bool | None = None,
         verification: Verification = "token",
+        copy_tokens: int | None = None,
         kept: KeptCache | None = None,
     ) -> Generator[StreamChunk, None, GenerationOutput]:
         """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
@@ -197,7 +204,9 @@ class SelfSpeculativeModel:
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(mode, num_speculative_tokens, block_lengths, use_head, verification)
+        drafting = self.engines.drafting(
+            mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens
+        )
         self.engines.check(ids, max_new_tokens, num_sequences=1)
         return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids, kept)
 
@@ -218,7 +227,8 @@ class SelfSpeculativeModel:
                     # the exact token of two_pass stands before the drafts
                     first = 1 if engine.decoder.mode == "two_pass" else 0
                     accepted = min(step.num_accepted[0], max(len(new) - first, 0))
-                    chunk = StreamChunk(text.put(new, last=step.done[0]), new, accepted)
+                    copied = min(step.num_copied[0], max(len(new) - first - accepted, 0))
+                    chunk = StreamChunk(text.put(new, last=step.done[0]), new, accepted, copied)
                     seconds += time.perf_counter() - start
                     yield chunk
                     start = time.perf_counter()
@@ -268,6 +278,7 @@ class SelfSpeculativeModel:
         mode: str | None = None,
         use_head: bool | None = None,
         verification: Verification = "token",
+        copy_tokens: int | None = None,
         **model_inputs,
     ):
         """`hf_model.generate(**inputs, custom_generate=model)`: our loop under transformers' own arguments.
@@ -293,5 +304,6 @@ class SelfSpeculativeModel:
             mode=mode,
             use_head=use_head,
             verification=verification,
+            copy_tokens=copy_tokens,
             streamer=self._streamer,
         )

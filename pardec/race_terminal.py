@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pardec.console import as_object, tie_of
+from pardec.console import STYLES, as_object, tie_of
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, pieces_of
 from pardec.decoding.stats import pool
 from pardec.errors import short
@@ -109,7 +109,7 @@ def _paired(model: SelfSpeculativeModel, prompt: str | list[int], lanes: Sequenc
 
 
 class _Track:
-    """What is shown of one lane: its text so far, accepted drafted tokens in green, and its speed."""
+    """What is shown of one lane: its text so far, accepted drafts in green and copies in cyan, and its speed."""
 
     def __init__(self, lane: Lane, model: SelfSpeculativeModel):
         self.lane = lane
@@ -118,8 +118,8 @@ class _Track:
 
     def take(self, chunk: StreamChunk) -> None:
         is_first = self.lane.num_tokens == len(chunk.token_ids)
-        for piece, is_draft in pieces_of(self._final, chunk, self.lane.mode, is_first):
-            self._text.append(piece, style="green" if is_draft else "")
+        for piece, origin in pieces_of(self._final, chunk, self.lane.mode, is_first):
+            self._text.append(piece, style=STYLES[origin])
 
     def end(self) -> None:
         self._text.append(self._final.put([], last=True))

@@ -233,7 +233,7 @@ def test_accepted_drafted_tokens_are_coloured_and_characters_stay_whole(tokenize
     ids = tokenizer("x = 'é'").input_ids
     for mode, num_steps, places in (("fused", 1, range(2)), ("two_pass", 1, range(1, 3)), ("fused", 0, range(2))):
         pieces = list(pieces_of(TextStream(tokenizer), StreamChunk("", ids, 2), mode, is_first=num_steps == 0))
-        assert [place for place, (_, is_draft) in enumerate(pieces) if is_draft] == list(places)
+        assert [place for place, (_, origin) in enumerate(pieces) if origin == "drafted"] == list(places)
         assert "".join(piece for piece, _ in pieces) == "x = 'é'"
 
 

@@ -33,6 +33,16 @@ def test_an_adapter_is_written_and_the_command_that_serves_it_is_shown(saved, tm
     assert again.stdout == done.stdout.replace("written and checked", "unchanged")
 
 
+def test_the_row_of_the_mask_token_and_what_to_beware_of_are_shown(packaged_adapter, tmp_path):
+    save_adapter(sample(packaged_adapter, "vllm-stock"), tmp_path / "adapter")
+    done = run(str(tmp_path / "adapter"), "--to", "vllm-stock", "--output", str(tmp_path / "out"))
+    row = json.loads((tmp_path / "out/config.json").read_text())["pard_token"]
+    *_, about = done.stdout.rstrip("\n").split("\n\n")
+    assert about.startswith(f"The mask embedding stands in row {row} of the draft's input embeddings")
+    assert "On a CPU decode greedily" in about
+    assert about in (tmp_path / "out/README.md").read_text()
+
+
 def test_a_changed_file_ends_the_check_with_its_name_and_exit_code_1(saved):
     run(saved, "--to", "sglang", "--output", "out")
     with open("out/adapter_config.json", "a") as file:

@@ -85,6 +85,7 @@ FIT = {
     "block_lengths": {"none"},
     "use_head": {"none", "false"},
     "verification": set(),
+    "copy_tokens": {"none", "zero", *INTEGERS},
 }
 FIT_TO_STREAM = {name: fit for name, fit in FIT.items() if name not in ("prompts", "num_return_sequences")}
 FIT_TO_STREAM["kept"] = {"none"}
@@ -137,7 +138,7 @@ def test_arguments_of_stream_are_refused_before_it_begins(model, name):
     assert UNFIT.keys() - refused(call, name) == FIT_TO_STREAM[name]
 
 
-@pytest.mark.parametrize("name", ["mode", "num_speculative_tokens", "use_head", "verification"])
+@pytest.mark.parametrize("name", ["mode", "num_speculative_tokens", "use_head", "verification", "copy_tokens"])
 def test_arguments_of_the_door(base, model, name):
     def call(value):
         base.generate(torch.tensor([PROMPT]), max_new_tokens=6, custom_generate=model, **{name: value})

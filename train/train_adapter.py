@@ -29,6 +29,7 @@ from pardec.data.examples import AnchoredSequences, collate
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probing.probe import probe
+from pardec.measures.floor import measure_floor
 from pardec.measures.held_out import measure_held_out
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
@@ -265,8 +266,12 @@ class Examiner:
         """Acceptance after `step` steps, sampled and greedy; returns the better of it, sampled, and `best`."""
         self.module.forget_prefix()
         output, settings = Path(self.recipe.output_dir), self.recipe.eval
+        model = SelfSpeculativeModel(self.module.target.base, self.tokenizer, self.adapter(step, {}))
+        if step == 0 and settings.top_k is not None:  # of the base alone
+            law = {"temperature": settings.temperature, "top_k": settings.top_k, "seed": self.recipe.train.seed}
+            self.accelerator.log(measure_floor(model, self.prompts, **law), step=step)
         found = measure_held_out(
-            SelfSpeculativeModel(self.module.target.base, self.tokenizer, self.adapter(step, {})),
+            model,
             self.prompts,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,

@@ -69,7 +69,7 @@ def decode_planted(
         continuations, and the mean acceptance length.
     """
     law, drafting = TokenLaw(greedy=True), model.engines.drafting(mode, None, None, None)
-    planted = Planted(references, len(drafting.block_lengths) - 1, model.target.vocab_size)
+    planted = Planted(references, drafting.num_speculative_tokens, model.target.vocab_size)
     with model.engines.lend(prompts, law, len(references[0]), drafting) as engine:
         engine.decoder.law = _PlantedLaw(True, engine=engine, planted=planted)
         for progress in engine.run(prompts, between="writes"):

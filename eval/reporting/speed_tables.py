@@ -20,7 +20,8 @@ NOTES = (
     "tokens/s: emitted tokens / seconds, sums over all counted calls; seconds are wall clock, prefill included",
     "x plain, x generate: ratio of tokens/s of two calls on the same prompts in the same pass, median (lower-upper "
     "quartile) over prompts and passes",
-    "mean acceptance length: 1 + accepted tokens / verified drafts, bonus token included; 1 where nothing is drafted",
+    "mean acceptance length: 1 + accepted tokens / verified drafts, bonus token and copied tokens included; 1 where "
+    "nothing is drafted",
     "ms/step: seconds, prefill included, / rounds of the longest sequence; rows/step: rows of the base per sequence "
     "and round, in two_pass those of both forwards, with an assistant without its own",
     "peak MiB: the base's (and the assistant's) weights and what the way allocates besides; on a CPU it cannot be told",

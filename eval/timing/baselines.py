@@ -22,6 +22,8 @@ from pardec.target.base import eos_token_ids, pad_token_id
 # as Spec-Bench runs prompt lookup: github.com/hemingkx/Spec-Bench, evaluation/inference_pld.py
 PROMPT_LOOKUP_TOKENS = 10
 FUSED_K = (1, 2, 4)  # and what the adapter was trained with
+# behind one draft, and alone; what is tuned may have others
+COPY_TOKENS = 8
 NO_TUNED_CHOICE = "nothing tuned for this device, dtype and compile setting: `pardec tune` does that"
 BATCH_1_ONLY = "transformers' assisted decoding takes one prompt at a time, with the dynamic cache"
 NOT_ASKED_FOR = "left out by --without"
@@ -56,7 +58,7 @@ class Decoded:
         num_steps: rounds of the call, which are those of its longest sequence.
         num_rows: rows that the target ran in these rounds, for one sequence.
         num_drafts: rounds that verified a draft, summed over sequences.
-        num_accepted_tokens: accepted drafted tokens, summed over sequences.
+        num_accepted_tokens: accepted tokens, drafted or copied, summed over sequences.
     """
 
     token_ids: list[list[int]]
@@ -109,6 +111,9 @@ def ways_for(
     first = next(iter(models.values()))
     base = first.base_model
     ways, left_out = [pardec_way(first, setting, name="plain", mode="plain")], []
+    if not tuned_only:
+        alone = {"num_speculative_tokens": 0, "copy_tokens": COPY_TOKENS}
+        ways.append(pardec_way(first, setting, name="copies", mode="fused", **alone))
     for label, model in models.items():
         assert model.adapter is not None
         facts = model.adapter.metadata
@@ -123,11 +128,15 @@ def ways_for(
                 left_out.append({"way": f"fused, K = {k}", "adapter": label, "reason": reason})
             else:
                 ways.append(own(name="fused", mode="fused", num_speculative_tokens=k))
+        if not tuned_only:
+            behind = {"num_speculative_tokens": 1, "copy_tokens": COPY_TOKENS}
+            ways.append(own(name="fused + copies", mode="fused", **behind))
         if model.tuned is None:
             left_out.append({"way": "tuned", "adapter": label, "reason": NO_TUNED_CHOICE})
         else:
             mode, blocks = model.tuned.mode, tuple(model.tuned.block_lengths)
-            ways.append(own(name=f"{mode} tuned", mode=mode, block_lengths=blocks))
+            copies = " + copies" if model.tuned.copy_tokens else ""
+            ways.append(own(name=f"{mode}{copies} tuned", mode=mode, block_lengths=blocks))
     ways.append(generate_way(base, setting, name="generate"))
     if base.device.type == "cuda":
         ways.append(generate_way(base, setting, name="generate static", static_cache=True))
@@ -153,6 +162,7 @@ def pardec_way(
     adapter: str = "",
     num_speculative_tokens: int | None = None,
     block_lengths: tuple[int, ...] | None = None,
+    copy_tokens: int | None = None,
 ) -> Way:
     """One of pardec's modes; other arguments as in `Way`.
 
@@ -161,12 +171,14 @@ def pardec_way(
         setting: how tokens are chosen.
         mode: `plain`, `two_pass` or `fused`.
         num_speculative_tokens: K; None in plain mode, or with block_lengths.
-        block_lengths: of the tuned choice, which its mode makes by itself where no K is asked for, as it does the head.
+        block_lengths: of the tuned choice, which its mode makes by itself where no K is asked for, as it does the head
+            and the copied tokens.
+        copy_tokens: behind the drafts; None for none, or with block_lengths.
     """
-    blocks = block_lengths or full_blocks(num_speculative_tokens or 0)
-    K = len(blocks) - 1
+    blocks = block_lengths or (*full_blocks(num_speculative_tokens or 0), *(0,) * (copy_tokens or 0))
+    K = max(blocks)
     # a round of two_pass is a drafting and a verifying forward
-    rows_per_step = 2 * (K + 1) if mode == "two_pass" else K + 1 + sum(blocks)
+    rows_per_step = 2 * (K + 1) if mode == "two_pass" else len(blocks) + sum(blocks)
 
     def decode(prompts: list[list[int]], seed: int) -> Decoded:
         out = model.generate(
@@ -177,10 +189,12 @@ def pardec_way(
             seed=seed,
             mode=mode,
             num_speculative_tokens=num_speculative_tokens,
+            copy_tokens=copy_tokens,
         )
         steps = max(one.num_steps for one in out.stats.sequences)
         stats = out.stats
-        return Decoded(out.token_ids, steps, steps * rows_per_step, stats.num_drafts, stats.num_accepted_tokens)
+        accepted = stats.num_accepted_tokens + stats.num_accepted_copies
+        return Decoded(out.token_ids, steps, steps * rows_per_step, stats.num_drafts, accepted)
 
     shown = None if mode == "plain" else K
     return Way(name, decode, model_bytes(model.base_model), adapter, shown, block_lengths if mode == "fused" else None)

@@ -15,8 +15,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1"}
 
 
 def main() -> None:
@@ -39,7 +39,8 @@ def engine(asked: Mapping[str, Any]) -> Any:
 
     Args:
         asked: `model`, `dtype`, `max_model_len`, `max_num_seqs`, `draft` (a folder, or null for plain decoding) with
-            `num_speculative_tokens` and `options` (more of the speculative configuration), `engine` (more of vLLM's).
+            `num_speculative_tokens` and `options` (more of the speculative configuration), `kv_cache_bytes` of target
+            and draft together, default 256 MiB, `engine` (more of vLLM's).
     """
     from vllm import LLM
 
@@ -57,6 +58,7 @@ def engine(asked: Mapping[str, Any]) -> Any:
         dtype=asked["dtype"],
         max_model_len=asked["max_model_len"],
         max_num_seqs=asked["max_num_seqs"],
+        kv_cache_memory_bytes=asked.get("kv_cache_bytes", 2**28),
         disable_log_stats=False,
         enable_prefix_caching=False,
         speculative_config=speculative,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pardec.adapters.named_layers import linear_shape, named_layer, short_name
-from pardec.adapters.open_rows import OpenRows, OpenRowsOfThread, add_cast, add_product, rows_of
+from pardec.adapters.open_rows import OpenRows, OpenRowsOfThread, add_beside, add_cast, add_product
 from pardec.arguments import flag, integer, real
 from pardec.errors import shown
 from pardec.target.placement import execution_devices
@@ -230,20 +230,17 @@ class LoraGate:
         b = torch.block_diag(*[pair[1] if pair else none for pair, none in zip(pairs, nothing, strict=True)])
         return a.T.contiguous(), b.contiguous()
 
-    def add_stacked(self, output: Tensor, low: Tensor, b: Tensor) -> None:
-        """Adds `low @ b` to the mask rows of `output`, in place, if the gate is open.
+    def add_stacked(self, wide: Tensor, b: Tensor) -> None:
+        """Adds A x @ b to the mask rows of layers that read one input, in place, if the gate is open.
 
         Args:
-            output: of layers that read one input, side by side, shape [B, R, sum out] or flattened.
-            low: A x of every row, shape [B, R, sum r].
-            b: from `stacked`.
+            wide: their outputs and A x of every row, side by side, shape [B, R, sum out + sum r] or flattened.
+            b: from `stacked`, or of another dtype, that in which the product is made.
         """
         rows = self._open.rows
-        if rows is None:
-            return
-        if output.shape[:-1] != self._open.shape:
-            output, low = self._open.unflatten(output), self._open.unflatten(low)
-        add_product(output, rows_of(low, rows), b, rows)
+        if rows is not None:
+            wide = wide if wide.shape[:-1] == self._open.shape else self._open.unflatten(wide)
+            add_beside(wide, b, rows)
 
     def _shared(
         self, siblings: Sequence[Sequence[nn.Module]], served: Collection[nn.Module]

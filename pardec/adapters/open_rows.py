@@ -81,15 +81,37 @@ def add_product(output: Tensor, low: Tensor, b_t: Tensor, rows: slice | Tensor) 
     Args:
         output: shape [B, R, out].
         low: A x of the rows, as `rows_of` gives them.
-        b_t: shape [r, out].
+        b_t: shape [r, out]; of another dtype, that in which the product is made.
         rows: a slice of the rows, or an index of shape [B, M].
     """
     if isinstance(rows, Tensor):
-        output.scatter_add_(1, rows[:, :, None].expand(-1, -1, output.shape[2]), low @ b_t)
+        index = rows[:, :, None].expand(-1, -1, output.shape[2])
+        output.scatter_add_(1, index, (low.to(b_t.dtype) @ b_t).to(output.dtype))
     elif output.shape[0] == 1:
-        output[0, rows].addmm_(low, b_t)
+        _add_to_all(output[0, rows], low, b_t)
+    elif output.dtype != b_t.dtype:
+        output[:, rows].add_(low.to(b_t.dtype) @ b_t)
     else:
         output[:, rows].baddbmm_(low, b_t.expand(output.shape[0], -1, -1))
+
+
+def add_beside(wide: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:
+    """`add_product` where output and A x of every row lie side by side in `wide`, shape [B, R, out + r]."""
+    sizes = (b_t.shape[1], b_t.shape[0])
+    if isinstance(rows, slice) and wide.shape[0] == 1:
+        # taking the rows first is two views less, which a step would make at every layer
+        output, low = wide[0, rows].split_with_sizes(sizes, dim=-1)
+        _add_to_all(output, low, b_t)
+    else:
+        output, low = wide.split_with_sizes(sizes, dim=-1)
+        add_product(output, rows_of(low, rows), b_t, rows)
+
+
+def _add_to_all(output: Tensor, low: Tensor, b_t: Tensor) -> None:
+    if output.dtype == b_t.dtype:
+        output.addmm_(low, b_t)
+    else:
+        output.add_(low.to(b_t.dtype) @ b_t)
 
 
 def add_cast(output: Tensor, x: Tensor, a_t: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:

@@ -182,11 +182,6 @@ class Recipe(Section):
             raise ValueError(
                 f"train.grow_speculative_tokens: expected numbers that rise to K, here {K}, found {shown(growth)}"
             )
-        if len(growth) > self.train.steps:
-            raise ValueError(
-                f"train.grow_speculative_tokens: expected at most as many numbers as train.steps, {self.train.steps}, "
-                f"found {len(growth)}"
-            )
         return self
 
     @model_validator(mode="after")

@@ -132,16 +132,15 @@ class Engines:
             one_of("mode", mode, MODES)
         one_of("verification", verification, VERIFICATIONS)
         L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
-        if L and mode == "plain":
-            raise ValueError(f"copy_tokens: expected 0 in plain mode, found {L}")
+        L = 0 if mode == "plain" else L
         tuned = self.tuned
         if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
             mode, blocks = tuned.mode, tuple(tuned.block_lengths)
             use_head = False if use_head is None and not tuned.use_head else use_head
             if L is None:
                 L = tuned.copy_tokens
-            elif mode != "two_pass":  # copies of another number behind the same drafts
-                mode, blocks = "fused", blocks[: max(blocks) + 1]
+            elif tuned.copy_tokens != L:  # behind the same drafts, or where none were worth it alone
+                mode, blocks = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1]
         else:
             mode, L = mode or "fused", L or 0
             is_given = block_lengths is not None

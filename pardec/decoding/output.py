@@ -6,7 +6,7 @@ Legend: B sequences, S tokens of the longest.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -42,17 +42,22 @@ class StreamChunk:
 
     Attributes:
         text: text that became final with this step.
-        token_ids: emitted ids; the accepted drafts come before the bonus token.
+        token_ids: emitted ids; accepted drafts, then accepted copies, come before the bonus token.
         num_accepted_tokens: how many of them were accepted drafts.
+        num_copied_tokens: how many of them were accepted copies.
     """
 
     text: str
     token_ids: list[int]
     num_accepted_tokens: int
+    num_copied_tokens: int = 0
 
 
-def pieces_of(text: "TextStream", chunk: StreamChunk, mode: str, is_first: bool) -> Iterator[tuple[str, bool]]:
-    """What each token of a chunk makes final, and whether it was drafted.
+Origin = Literal["target", "drafted", "copied"]
+
+
+def pieces_of(text: "TextStream", chunk: StreamChunk, mode: str, is_first: bool) -> Iterator[tuple[str, Origin]]:
+    """What each token of a chunk makes final, and where the token came from.
 
     Args:
         text: of the chunks before.
@@ -61,9 +66,11 @@ def pieces_of(text: "TextStream", chunk: StreamChunk, mode: str, is_first: bool)
         is_first: the chunk is that of prefill.
     """
     # two_pass emits its exact token first; accepted drafts stand before the bonus token
-    first = 1 if mode == "two_pass" and not is_first else 0
+    origins: list[Origin] = ["target"] if mode == "two_pass" and not is_first else []
+    origins += ["drafted"] * chunk.num_accepted_tokens
+    origins += ["copied"] * chunk.num_copied_tokens
     for index, token in enumerate(chunk.token_ids):
-        yield text.put([token], last=False), first <= index < first + chunk.num_accepted_tokens
+        yield text.put([token], last=False), origins[index] if index < len(origins) else "target"
 
 
 class TextStream:
@@ -121,8 +128,19 @@ def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
 def counts_of(state: DecodeState, mode: str, num_sequences: int) -> list[SequenceCounts]:
     """The counts of the first rows of a decoding state."""
     per_step = 2 if mode == "two_pass" else 1
-    rows = zip(state.rounds()[:num_sequences], state.num_new.tolist()[:num_sequences], strict=True)
-    return [SequenceCounts([a for a, _ in rounds], [d for _, d in rounds], new, per_step) for rounds, new in rows]
+    n = num_sequences
+    rows = zip(state.rounds()[:n], state.copies()[:n], state.num_new.tolist()[:n], strict=True)
+    return [
+        SequenceCounts([a for a, _ in drafts], [d for _, d in drafts], new, per_step, *_apart(copies))
+        for drafts, copies, new in rows
+    ]
+
+
+def _apart(copies: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Accepted copies and copies of each round; empty where nothing was copied."""
+    if not any(copied for _, copied in copies):
+        return [], []
+    return [accepted for accepted, _ in copies], [copied for _, copied in copies]
 
 
 def outputs_of(state: DecodeState, num_sequences: int) -> list[list[int]]:

@@ -233,9 +233,11 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
     if gate is None or pairs is None:
         return _linear(weight, bias)
     a, b = (half.to(weight) for half in pairs)  # the base may have been converted since
+    if weight.is_cpu:  # which multiplies a few rows by a matrix that is not packed faster in float32
+        b = b.float()
     wide = torch.cat([weight, a])
     wide_bias = None if bias is None else torch.cat([bias, bias.new_zeros(a.shape[0])])
-    wide_linear, r = _linear(wide, wide_bias), a.shape[0]
+    wide_linear = _linear(wide, wide_bias)
     # a CPU packs them into another form, of which a part is none
     closed = _linear(wide[:num_outputs], bias) if _keeps_form(weight) else None
 
@@ -243,9 +245,8 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
         if closed is not None and not gate.is_open:
             return closed(x)
         y = wide_linear(x)
-        outputs = y.narrow(-1, 0, num_outputs)
-        gate.add_stacked(outputs, y.narrow(-1, num_outputs, r), b)
-        return outputs
+        gate.add_stacked(y, b)
+        return y.narrow(-1, 0, num_outputs)
 
     return product
 

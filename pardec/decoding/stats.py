@@ -18,12 +18,27 @@ class SequenceCounts:
         drafted: number of drafted tokens that each round verified.
         num_new_tokens: emitted tokens, after cuts.
         forwards_per_step: 1, or 2 for two_pass; each gives an exact token besides the accepted ones.
+        accepted_copies: number of accepted copied tokens in each round; empty where nothing was copied.
+        copied: number of copied tokens that each round verified; as long.
     """
 
     accepted: list[int]
     drafted: list[int]
     num_new_tokens: int
     forwards_per_step: int = 1
+    accepted_copies: list[int] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)
+
+    @property
+    def accepted_in_all(self) -> list[int]:
+        """Accepted tokens of each round, drafted or copied."""
+        copies = self.accepted_copies or [0] * len(self.accepted)
+        return [a + c for a, c in zip(self.accepted, copies, strict=True)]
+
+    @property
+    def verified_in_all(self) -> list[int]:
+        """Tokens that each round verified, drafted or copied."""
+        return [d + c for d, c in zip(self.drafted, self.copied or [0] * len(self.drafted), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -34,21 +49,24 @@ class DecodeStats:
         num_new_tokens: emitted tokens, after cuts.
         num_steps: rounds, summed over sequences.
         num_forwards: forwards of each sequence, prefill included, summed.
-        num_drafts: rounds that verified a draft.
+        num_drafts: rounds that verified a draft, or copied tokens.
         num_draft_tokens: drafted tokens in them.
         num_accepted_tokens: accepted ones.
-        mean_acceptance_length: 1 + num_accepted_tokens / num_drafts; 1 where nothing was drafted. Counted before cuts:
-            drafts behind an EOS or the length limit count, as they do everywhere in the field.
+        mean_acceptance_length: 1 + (num_accepted_tokens + num_accepted_copies) / num_drafts; 1 where nothing was
+            drafted or copied. Counted before cuts: drafts behind an EOS or the length limit count, as they do
+            everywhere in the field.
         draft_acceptance_rate: num_accepted_tokens / num_draft_tokens.
         tokens_per_step: emitted tokens after cuts, those of prefill aside, per round: what drafting really gave, below
             the mean acceptance length where texts are short against it; 0 without a round.
         tokens_per_forward: tokens emitted by the forwards after prefill, before cuts, per such forward.
         acceptance_rate_per_position: `unconditional`: share of drafts whose token j was accepted; `conditional`:
-            share among those whose tokens before j were accepted.
+            share among those whose tokens before j were accepted. Copies do not count here.
         seconds: wall clock with prefill, without loading.
         tokens_per_second: num_new_tokens / seconds.
+        num_copied_tokens: tokens copied from the text that were verified behind the drafts.
+        num_accepted_copies: accepted ones.
         sequences: the same for each sequence (seconds are those of the whole call); empty inside a sequence.
-        accepted_per_step: accepted tokens of each round; only inside a sequence.
+        accepted_per_step: accepted drafted tokens of each round; only inside a sequence.
     """
 
     num_new_tokens: int
@@ -64,6 +82,8 @@ class DecodeStats:
     acceptance_rate_per_position: dict[str, list[float]]
     seconds: float
     tokens_per_second: float
+    num_copied_tokens: int = 0
+    num_accepted_copies: int = 0
     sequences: list["DecodeStats"] = field(default_factory=list)
     accepted_per_step: list[int] = field(default_factory=list)
 
@@ -86,23 +106,27 @@ def _figures(
     drafts = [(a, d) for a, d in rounds if d > 0]
     num_accepted = sum(a for a, _ in drafts)
     num_drafted = sum(d for _, d in drafts)
+    num_verifying = sum(n > 0 for one in counts for n in one.verified_in_all)
+    accepted_in_all = sum(sum(one.accepted_in_all) for one in counts)
     forwards = sum(len(one.accepted) * one.forwards_per_step for one in counts)
-    tokens = sum(sum(one.accepted) + len(one.accepted) * one.forwards_per_step for one in counts)
+    tokens = accepted_in_all + forwards
     num_new = sum(one.num_new_tokens for one in counts)
     return DecodeStats(
         num_new_tokens=num_new,
         num_steps=len(rounds),
         num_forwards=forwards + len(counts),
-        num_drafts=len(drafts),
+        num_drafts=num_verifying,
         num_draft_tokens=num_drafted,
         num_accepted_tokens=num_accepted,
-        mean_acceptance_length=1 + _ratio(num_accepted, len(drafts)),
+        mean_acceptance_length=1 + _ratio(accepted_in_all, num_verifying),
         draft_acceptance_rate=_ratio(num_accepted, num_drafted),
         tokens_per_step=_ratio(sum(max(one.num_new_tokens - 1, 0) for one in counts), len(rounds)),
         tokens_per_forward=_ratio(tokens, forwards),
         acceptance_rate_per_position=_rates_per_position(drafts),
         seconds=seconds,
         tokens_per_second=_ratio(num_new, seconds),
+        num_copied_tokens=sum(sum(one.copied) for one in counts),
+        num_accepted_copies=sum(sum(one.accepted_copies) for one in counts),
         accepted_per_step=accepted_per_step or [],
     )
 
@@ -141,8 +165,8 @@ def inside_repetition(token_ids: Sequence[int], max_period_tokens: int = 32, min
 
 
 def acceptance_everywhere(counts: SequenceCounts) -> tuple[int, int]:
-    """(accepted tokens, drafts) of all rounds that verified a draft."""
-    rounds = [(a, d) for a, d in zip(counts.accepted, counts.drafted, strict=True) if d > 0]
+    """(accepted tokens, drafts) of all rounds that verified a draft, or copied tokens."""
+    rounds = [(a, d) for a, d in zip(counts.accepted_in_all, counts.verified_in_all, strict=True) if d > 0]
     return sum(a for a, _ in rounds), len(rounds)
 
 
@@ -153,7 +177,7 @@ def acceptance_outside_repetition(
     inside = inside_repetition([*prompt_ids, *output_ids])[len(prompt_ids) :]
     accepted = drafts = 0
     verified = counts.forwards_per_step  # index of the first drafted token of the first round; 0 is prefill's token
-    for a, d in zip(counts.accepted, counts.drafted, strict=True):
+    for a, d in zip(counts.accepted_in_all, counts.verified_in_all, strict=True):
         if d > 0 and not inside[min(verified, len(inside) - 1)]:
             accepted += a
             drafts += 1

@@ -8,6 +8,8 @@ repository itself with `trust_remote_code=True`. Besides what `generate` takes: 
 import inspect
 from types import FrameType
 
+from transformers import StoppingCriteriaList, StopStringCriteria
+
 import pardec
 
 
@@ -27,6 +29,13 @@ def generate(inputs=None, *positional, model, adapter=None, custom_generate=None
         options |= {name: value for name, value in named.items() if name not in ("self", "inputs")}
     if custom_generate is not None:
         return plain(model, inputs, custom_generate=custom_generate, streamer=streamer, **options)
+    tokenizer, stop_strings = options.pop("tokenizer", None), options.pop("stop_strings", None)
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings: expected the model's tokenizer in `tokenizer` as well, found none")
+        # transformers hands a tokenizer to its own ways of decoding alone
+        stops = StopStringCriteria(tokenizer, stop_strings)
+        options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), stops])
     folder = adapter or _asked_for(inspect.currentframe()) or model.config._name_or_path
     loaded = model.__dict__.get("_pardec_adapters")
     if not isinstance(loaded, _Loaded):

@@ -46,12 +46,14 @@ class Checked:
         problems: what is changed or wrong, a line each.
         notes: what is worth knowing, a line each.
         commands: that serve it.
+        about: a paragraph on how it is served, as on its page; empty where something is wrong.
     """
 
     record: ExportRecord
     problems: list[str]
     notes: list[str]
     commands: str
+    about: str
 
 
 def export_adapter(
@@ -123,7 +125,8 @@ def check_export(folder: str | Path) -> Checked:
     problems = _changes(folder, record) or door.problems(folder, record)
     problems += [found for found in (door.path_problem(folder),) if found]
     notes = [found for found in (_other_version(door),) if found]
-    return Checked(record, problems, notes, door.commands(record, str(folder)))
+    about = "" if problems else door.notes(record, folder)
+    return Checked(record, problems, notes, door.commands(record, str(folder)), about)
 
 
 def record_of(

@@ -61,9 +61,9 @@ def _commands(record: ExportRecord, folder: str) -> str:
 
 def _notes(record: ExportRecord, folder: Path) -> str:
     return (
-        "It needs the package pardec. Greedy search and sampling, batches padded on the left, `streamer=` and "
-        "pipelines work as ever; `num_speculative_tokens=`, `mode=` (fused, two_pass, plain) and `use_head=` may be "
-        "given as well."
+        "It needs the package pardec. Greedy search and sampling, batches padded on the left, `streamer=`, "
+        "`stop_strings=` and pipelines work as ever; `num_speculative_tokens=`, `mode=` (fused, two_pass, plain) and "
+        "`use_head=` may be given as well."
     )
 
 

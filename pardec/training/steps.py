@@ -48,10 +48,10 @@ def depth_at(step: int, steps: int, growth: Sequence[int] | None) -> int | None:
 
     Args:
         step: which.
-        steps: of the run, at least as many as `growth` has numbers.
-        growth: numbers that rise to K, each for an equal share of the steps; None for no growth.
+        steps: of the run.
+        growth: numbers that rise to K, each for an equal share of the steps, the last step always K; None for K.
     """
-    return growth[(step - 1) * len(growth) // steps] if growth else None
+    return growth[math.ceil(step * len(growth) / steps) - 1] if growth else None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Legend: K num_speculative_tokens; a shape is given by its block_lengths, see `pa
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -21,18 +21,20 @@ class Way:
 
     Attributes:
         mode: `plain`, `two_pass` or `fused`.
-        block_lengths: of a fused step; K everywhere for two_pass, (0,) for plain.
+        block_lengths: of a fused step, with one for each copied token; K everywhere for two_pass, (0,) for plain.
         use_head: whether drafts are drawn by the adapter's sampler head, where it has one.
+        copy_tokens: copied tokens behind the drafts of a fused step.
     """
 
     mode: Literal["plain", "two_pass", "fused"]
     block_lengths: BlockLengths
     use_head: bool = True
+    copy_tokens: int = 0
 
     @property
     def num_speculative_tokens(self) -> int:
-        """K; 0 for plain decoding."""
-        return len(self.block_lengths) - 1
+        """K; 0 for plain decoding, and for copies alone."""
+        return max(self.block_lengths)
 
     @property
     def num_rows(self) -> int:
@@ -46,6 +48,12 @@ PLAIN_WAY = Way("plain", PLAIN)
 def full_chain(num_speculative_tokens: int, use_head: bool = True) -> Way:
     """The fused step that drafts K tokens whatever was accepted."""
     return Way("fused", full_blocks(num_speculative_tokens), use_head)
+
+
+def with_copies(way: Way, copy_tokens: int, block_length: int = 0) -> Way:
+    """A fused way with copied tokens behind its drafts, and blocks of this length behind each of them."""
+    blocks = (*way.block_lengths, *(block_length,) * copy_tokens)
+    return replace(way, mode="fused", block_lengths=blocks, copy_tokens=copy_tokens)
 
 
 def monotone_cost(measured_ms: Mapping[int, float], rows: int) -> float:
@@ -137,15 +145,17 @@ def spread_over_rows(
 
 
 def finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """What is worth measuring: the `count` best predicted, and the best of every mode with and without a head.
+    """What is worth measuring: the `count` best predicted, and the best of every kind.
 
-    Of one mode, head and K only the best counts: neighbours in rows hardly differ.
+    A kind is a mode, with a head or without, with copied tokens or without, and copies alone. Of one kind and K only
+    the best counts: neighbours in rows hardly differ.
     """
     best: dict[tuple, Candidate] = {}
     kinds: dict[tuple, Candidate] = {}
     for one in sorted(candidates, key=lambda one: -one.tokens_per_second):
-        kind = (one.way.mode, one.way.use_head)
-        best.setdefault((*kind, one.way.num_speculative_tokens), one)
+        K, copies = one.way.num_speculative_tokens, one.way.copy_tokens > 0
+        kind = (one.way.mode, one.way.use_head, copies, copies and K == 0)
+        best.setdefault((*kind, K), one)
         kinds.setdefault(kind, one)
     return list(dict.fromkeys([*list(best.values())[:count], *kinds.values()]))
 

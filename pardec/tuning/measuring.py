@@ -23,10 +23,13 @@ from pardec.tuning.choice import (
     monotone_cost,
     predict,
     spread_over_rows,
+    with_copies,
 )
 from pardec.tuning.timing import Call, Decode, Measured, StepCosts, measure_costs, measure_finalists
 
-_NUM_MODES = 2  # that draft: the best of each is measured, also if it is predicted to lose
+# that draft, fused with copied tokens among them: the best of each is measured, also if it is predicted to lose
+_NUM_MODES = 3
+_WAYS_WITH_COPIES = 3  # of each number of copied tokens, beside copies alone
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,21 @@ class Effort:
         num_finalists: that are measured on all batches, beside plain decoding, the full chain, and the best of every
             mode with and without the head.
         repetitions: of everything that is timed; medians count.
+        copy_tokens: numbers of copied tokens that are tried: alone, and behind the drafts predicted to be fastest.
     """
 
     num_shapes: int = 6  # with plain decoding no more than a model keeps engines for
     num_batches: int = 3
     num_finalists: int = 3
     repetitions: int = 3
+    copy_tokens: tuple[int, ...] = (4, 8, 16)
 
     def num_shapes_of(self, num_heads: int) -> int:
         """Shapes that are timed with the head, and without, where there are two such ways."""
         return max(self.num_shapes // num_heads, 2)
 
 
-QUICK = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=2)
+QUICK = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=2, copy_tokens=(6,))
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,9 @@ def max_calls(effort: Effort, num_batches: int, warm_up: int, has_head: bool = F
     few, num_heads = min(effort.num_batches, num_batches), 2 if has_head else 1
     num_timed = num_heads * effort.num_shapes_of(num_heads) + 1
     costs = num_timed * (min(warm_up, few) + 2 * few * effort.repetitions)
-    num_ways = effort.num_finalists + _NUM_MODES * num_heads + 2
-    return num_heads * num_batches + costs + num_ways * (min(warm_up, num_batches) + num_batches * effort.repetitions)
+    num_ways = effort.num_finalists + _NUM_MODES * num_heads + 3
+    tried = num_heads + len(effort.copy_tokens) * (1 + _WAYS_WITH_COPIES * num_heads)
+    return tried * num_batches + costs + num_ways * (min(warm_up, num_batches) + num_batches * effort.repetitions)
 
 
 def measure(
@@ -167,6 +173,10 @@ def measure(
         waiting=sum(call.num_steps for call in calls) / sum(call.mean_steps for call in calls),
     )
     predicted = [one for head in heads for one in _predicted(accepted[head], costs, workload, head)]
+    predicted += [
+        _seen(way, [decode(way, batch, max_new_tokens) for batch in range(num_batches)], costs)
+        for way in _ways_with_copies(predicted, effort.copy_tokens)
+    ]
     plain = predict(PLAIN_WAY, [], costs.plain, workload)
     # plain decoding is the floor, the full chain what would be used untuned
     full = next(one for one in predicted if one.way == full_chain(K))
@@ -194,3 +204,28 @@ def _predicted(accepted: _Acceptance, costs: StepCosts, workload: Workload, head
         ms = monotone_cost(costs.fused(head), k + 1) + monotone_cost(verifying, k + 1)
         two_pass.append(predict(Way("two_pass", (k,) * (k + 1), head), accepted.pooled[:k], ms, workload))
     return [*fused, *two_pass]
+
+
+def _ways_with_copies(predicted: Sequence[Candidate], copy_tokens: Sequence[int]) -> list[Way]:
+    """Copies alone, and behind one draft and the fastest drafts, these also with drafts behind the copies."""
+    found: dict[Way, None] = {}
+    for head in dict.fromkeys(one.way.use_head for one in predicted):
+        fused = [one for one in predicted if one.way.mode == "fused" and one.way.use_head is head]
+        best = max(fused, key=lambda one: one.tokens_per_second).way
+        for number in copy_tokens:
+            found[with_copies(PLAIN_WAY, number)] = None
+            found[with_copies(full_chain(1, head), number)] = None
+            found[with_copies(best, number)] = None
+            found[with_copies(best, number, best.num_speculative_tokens)] = None
+    return list(found)
+
+
+def _seen(way: Way, calls: Sequence[Call], costs: StepCosts) -> Candidate:
+    """What is predicted for a way by the steps that it took, at what steps of so many rows cost."""
+    drafts = way.num_speculative_tokens > 0
+    by_rows = costs.fused(way.use_head if drafts else not costs.by_rows_without_head)
+    ms, prefill_ms = monotone_cost(by_rows, way.num_rows), costs.prefill if drafts else costs.plain_prefill
+    seconds = sum(prefill_ms + call.num_steps * ms for call in calls) / 1000
+    tokens = sum(n - 1 for call in calls for n in call.new_tokens)
+    steps = sum(len(run) for call in calls for run in call.accepted)
+    return Candidate(way, tokens / steps, ms, sum(sum(call.new_tokens) for call in calls) / seconds)

@@ -63,6 +63,7 @@ def _figures(one: Measured, plain: Measured) -> dict[str, Any]:
         "mode": predicted.way.mode,
         "block_lengths": list(predicted.way.block_lengths),
         "use_head": predicted.way.use_head,
+        "copy_tokens": predicted.way.copy_tokens,
         "rows": predicted.way.num_rows,
         "predicted_tokens_per_step": predicted.tokens_per_step,
         "measured_tokens_per_step": one.tokens_per_step,
@@ -159,7 +160,11 @@ def print_report(report: TuneReport, console: Console) -> None:
 
 def _name(way: Way, has_head: bool) -> str:
     """In a cell: the shape, or the mode and K; and that the head is left out where there is one."""
-    shape = " ".join(map(str, way.block_lengths))
+    blocks, L = way.block_lengths, way.copy_tokens
+    shape = " ".join(map(str, blocks[: len(blocks) - L]))
+    if L:
+        shape = f"{L} copies" if not any(blocks) else f"{shape} + {L} copies"
+        shape += f" of {blocks[-1]}" if blocks[-1] else ""
     names = {"plain": "plain", "two_pass": f"two_pass, K {way.num_speculative_tokens}", "fused": shape}
     return names[way.mode] + (", no head" if has_head and not way.use_head else "")
 
@@ -168,11 +173,13 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
     """The choice in a few words; with `has_head` also whether the head drafts."""
     if choice.mode == "plain":
         return "plain decoding, as nothing measured was faster"
-    way = Way(choice.mode, choice.block_lengths, choice.use_head)
+    way = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens)
     ratio = choice.measured_tokens_per_second / choice.plain_tokens_per_second
     words = [f"K = {choice.num_speculative_tokens}"]
     words.append("two_pass" if choice.mode == "two_pass" else f"blocks {' '.join(map(str, choice.block_lengths))}")
-    if has_head:
+    if choice.copy_tokens:
+        words.append(f"{choice.copy_tokens} copied tokens")
+    if has_head and choice.num_speculative_tokens:
         words.append("with the head" if choice.use_head else "without the head")
     return ", ".join([*words, f"{way.num_rows} rows", f"{ratio:.2f} x plain"])
 

@@ -161,7 +161,8 @@ def measure_finalists(
     measured = []
     for candidate in candidates:
         mine = seen(candidate.way)
-        prefill_ms = (costs.prefill if candidate.way.mode == "fused" else costs.plain_prefill) / drift
+        drafts = candidate.way.mode == "fused" and candidate.way.num_speculative_tokens > 0
+        prefill_ms = (costs.prefill if drafts else costs.plain_prefill) / drift
         ms_after_prefill = sum(1000 * call.seconds - prefill_ms for call in mine)
         tokens_after_prefill = sum(n - 1 for call in mine for n in call.new_tokens)
         at_this_speed = replace(

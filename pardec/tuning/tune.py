@@ -102,6 +102,7 @@ def _choice(
         versions=library_versions(),
         mode=best.candidate.way.mode,
         use_head=best.candidate.way.use_head,
+        copy_tokens=best.candidate.way.copy_tokens,
     )
 
 
@@ -126,6 +127,7 @@ def _decoding(
             num_speculative_tokens=way.num_speculative_tokens if way.mode == "two_pass" else None,
             block_lengths=way.block_lengths if way.mode == "fused" else None,
             use_head=None if way.use_head else False,
+            copy_tokens=way.copy_tokens,
         )
         bar.update()
         return Call(out.stats.seconds, [len(ids) for ids in out.token_ids], [one.accepted for one in out.counts])
@@ -197,7 +199,7 @@ def _compared(
         def run(key: tuple[str, int]) -> Call:
             dtype, batch = key
             one = choices[dtype]
-            way = Way(one.mode, one.block_lengths, one.use_head)
+            way = Way(one.mode, one.block_lengths, one.use_head, one.copy_tokens)
             return decode[dtype](way, batch, max_new_tokens)
 
         calls = in_turn(run, keys, repetitions)

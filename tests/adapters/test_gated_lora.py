@@ -300,7 +300,9 @@ def test_layers_that_apply_the_lora_themselves_have_no_hooks(trained, ids):
 
     def add(module, args, output):
         a, b = gate.stacked([module])
-        gate.add_stacked(output, args[0] @ a.T, b)
+        wide = torch.cat([output, args[0] @ a.T], dim=-1)
+        gate.add_stacked(wide, b)
+        return wide[..., : output.shape[-1]]
 
     expected = gated(base, gate, ids, MASK_ROWS)
     handles = [module.register_forward_hook(add) for module in own]
@@ -334,13 +336,15 @@ def test_stacked_pairs_are_those_of_the_layers_side_by_side():
     close(x @ a.T @ b, torch.cat(parts, dim=1))
     assert gate.stacked([base.k]) is None
     outputs = torch.randn(1, 7, 15, dtype=torch.float64)
-    closed, opened = outputs.clone(), outputs.clone()
-    gate.add_stacked(closed, (x @ a.T)[None], b)
-    assert torch.equal(closed, outputs)
+    low = (x @ a.T)[None]
+    closed, opened = torch.cat([outputs, low], dim=2), torch.cat([outputs, low], dim=2)
+    gate.add_stacked(closed, b)
+    assert torch.equal(closed[..., :15], outputs)
     with gate.open(slice(5, 7), 1, 7):
-        gate.add_stacked(opened, (x @ a.T)[None], b)
-    assert torch.equal(opened[:, :5], outputs[:, :5])
-    close(opened[:, 5:], outputs[:, 5:] + torch.cat(parts, dim=1)[None, 5:])
+        gate.add_stacked(opened, b)
+    assert torch.equal(opened[:, :5, :15], outputs[:, :5])
+    assert torch.equal(opened[..., 15:], low)
+    close(opened[:, 5:, :15], outputs[:, 5:] + torch.cat(parts, dim=1)[None, 5:])
 
 
 def test_other_threads_find_the_gate_closed(trained, ids):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
+from pardec.adapters.open_rows import add_beside
 from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
@@ -243,3 +244,29 @@ def test_compiled_layers_keep_their_own_products_and_are_compiled_once(base, gat
             for one, other in zip(found, expected, strict=True):
                 close(one, other)
     assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "of_product"),
+    [(torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+def test_a_product_lands_on_the_open_rows_beside_it_in_the_dtype_it_is_made_in(batch, indexed, dtype, of_product):
+    torch.manual_seed(2)
+    wide, b = torch.randn(batch, R, 5 + 3).to(dtype), torch.randn(3, 5).to(dtype)
+    rows = [row.tolist() for row in INDEX[:batch]] if indexed else [list(range(4, R))] * batch
+    expected, found = wide.double(), wide.clone()
+    for sequence, open_rows in enumerate(rows):
+        for row in open_rows:
+            for column in range(5):
+                added = sum(expected[sequence, row, 5 + i] * b[i, column].double() for i in range(3))
+                expected[sequence, row, column] += added
+    add_beside(found, b.to(of_product), INDEX[:batch] if indexed else ROWS)
+    assert torch.equal(found[..., 5:], wide[..., 5:])
+    if dtype == of_product == torch.float64:
+        torch.testing.assert_close(found, expected)
+    elif of_product == torch.float32 and not indexed:  # rounded once
+        assert torch.equal(found, expected.to(dtype))
+    else:
+        torch.testing.assert_close(found.double(), expected, rtol=2**-6, atol=2**-6)

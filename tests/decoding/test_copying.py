@@ -5,10 +5,13 @@ import random
 import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
+from recorded_steps import tape
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.copying import LONGEST, MARGIN, SHORTEST, Copier, begin_context
+from pardec.decoding.engine import Engine
+from pardec.decoding.output import outputs_of
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
@@ -195,3 +198,24 @@ def test_the_length_limit_cuts_inside_of_copies(mode, num_drafts, block_lengths,
     decoder = decoder_for(model, mode, block_lengths, num_drafts=num_drafts, new_tokens=limit)
     state = run_planted(decoder, [row], [reference], [num_drafts], 100)
     assert state.output[0, : int(state.num_new[0])].tolist() == reference[:limit]
+
+
+def test_captured_steps_copy_what_steps_that_run_copy():
+    """Calls of other prompts, numbers of them and lengths, on one engine whose tensors and recordings stay."""
+    model = tiny_model("llama")
+    row = prompts(61, LENGTHS)[0]
+    calls = [([row[:9] * 3], 20), ([row[:9], row[:7] * 3], 12), ([row[:4] * 5, row[:5], row[:3] * 6], 30), ([row], 9)]
+    found = []
+    for captured in (False, True):
+        engine = Engine(decoder_for(model, "fused", num_drafts=0), 1, captured=captured, recorder=tape)
+        found.append([])
+        for rows, new_tokens in calls:
+            engine.decoder.max_new_tokens = new_tokens
+            steps, n = list(engine.run(rows)), len(rows)
+            copied = [sum(one.num_copied[b] for one in steps if one.tokens[b]) for b in range(n)]
+            found[-1].append((outputs_of(engine.state, n), engine.state.copies()[:n], copied))
+    assert found[0] == found[1]
+    for (rows, new_tokens), (outputs, copies, copied) in zip(calls, found[0], strict=True):
+        assert outputs == [plain_generate(model, one, new_tokens) for one in rows]
+        assert copied == [sum(accepted for accepted, _ in each) for each in copies]
+    assert sum(sum(copied) for _, _, copied in found[0]) > 20

@@ -34,6 +34,22 @@ def test_figures_are_sums_over_sums():
     assert stats.tokens_per_second == 6.0
 
 
+def test_copies_count_apart_and_in_what_a_step_emits():
+    counts = SequenceCounts([3, 0, 2, 0], [3, 3, 2, 0], 15, accepted_copies=[4, 0, 1, 0], copied=[5, 5, 6, 0])
+    stats = pool([counts], seconds=1.0)
+    assert (stats.num_draft_tokens, stats.num_accepted_tokens) == (8, 5)
+    assert (stats.num_copied_tokens, stats.num_accepted_copies) == (16, 5)
+    assert stats.draft_acceptance_rate == 5 / 8
+    assert stats.num_drafts == 3
+    assert stats.mean_acceptance_length == 1 + 10 / 3
+    assert stats.tokens_per_forward == (10 + 4) / 4
+    assert stats.acceptance_rate_per_position["unconditional"] == [2 / 3, 2 / 3, 1 / 3]  # of drafts alone
+    assert counts.accepted_in_all == [7, 0, 3, 0]
+    alone = pool([SequenceCounts([0, 0], [0, 0], 7, accepted_copies=[4, 0], copied=[8, 8])], seconds=1.0)
+    assert (alone.num_drafts, alone.mean_acceptance_length) == (2, 3.0)
+    assert alone.acceptance_rate_per_position["conditional"] == []
+
+
 def test_rates_per_position_by_hand():
     rates = pool([FIRST, SECOND], seconds=1.0).acceptance_rate_per_position
     # drafts (accepted of drafted): 3 of 3, 0 of 3, 2 of 2, 1 of 3

@@ -183,7 +183,7 @@ def test_all_ways_decode_the_same_greedy_tokens_and_as_many_sampled_ones(make_ll
         found = {(one.name, one.num_speculative_tokens): one.decode(batch, 0).token_ids for one in ways}
         assert len(found) == len(ways)
         expected = [len(found), len(found["plain", None][0])]
-        assert expected == [8 if len(batch) == 1 else 6, 12]
+        assert expected == [10 if len(batch) == 1 else 8, 12]
         assert all(tokens == found["plain", None] for tokens in found.values())
         ways, _ = baselines.ways_for({"a": model}, [1, 2], make_llama(seed=1), SAMPLED, len(batch))
         assert all([len(ids) for ids in one.decode(batch, 0).token_ids] == [12] * len(batch) for one in ways)
@@ -195,7 +195,7 @@ def test_ways_that_are_not_asked_for_are_named_as_left_out(make_llama):
     base = make_llama()
     model = SelfSpeculativeModel(base, None, make_adapter(base, 2))
     found, left_out = baselines.ways_for({"a": model}, [1], None, GREEDY, 1, without=["two_pass", "prompt lookup"])
-    assert [way.name for way in found] == ["plain", "fused", "generate"]
+    assert [way.name for way in found] == ["plain", "copies", "fused", "fused + copies", "generate"]
     unasked = [one["way"] for one in left_out if one["reason"] == baselines.NOT_ASKED_FOR]
     assert unasked == ["two_pass", "prompt lookup"]
     assert speed.left_out_names(" two_pass, generate static,") == ["two_pass", "generate static"]
@@ -234,14 +234,17 @@ def test_rows_and_rounds_of_every_way(make_llama):
         if one.name in ("plain", "generate"):
             assert drafts_and_tokens == (0, 11)
     del rows["prompt lookup", None]
-    fused = {("fused", 1): 4, ("fused", 2): 9, ("fused tuned", 2): 6}
+    fused = {("fused", 1): 4, ("fused", 2): 9, ("fused tuned", 2): 6, ("copies", 0): 9, ("fused + copies", 1): 12}
     assert rows == {("plain", None): 1, ("two_pass", 2): 6, **fused, ("generate", None): 1}
     assert [one["way"] for one in left_out] == ["generate static"]
 
 
 @pytest.mark.parametrize(
     ("choice", "name", "rows"),
-    [({"mode": "two_pass", "block_lengths": (1, 1)}, "two_pass tuned", 4), ({"block_lengths": (0,)}, "plain tuned", 1)],
+    [
+        ({"mode": "two_pass", "block_lengths": (1, 1)}, "two_pass tuned", 4),
+        ({"block_lengths": (0,)}, "plain tuned", 1),
+    ],
 )
 def test_a_tuned_choice_of_another_mode_is_a_way_of_that_name(make_llama, choice, name, rows):
     model = small_model(make_llama)
@@ -254,10 +257,24 @@ def test_a_tuned_choice_of_another_mode_is_a_way_of_that_name(make_llama, choice
     assert decoded.num_drafts == (decoded.num_steps if "two_pass" in name else 0)
 
 
+def test_a_tuned_choice_with_copies_is_run_with_them(make_llama):
+    model = small_model(make_llama)
+    model.tuned = tuned(block_lengths=(0, 0, 0, 0), copy_tokens=3)
+    ways, _ = baselines.ways_for({"a": model}, [1], None, GREEDY, 1)
+    (one,) = [way for way in ways if way.name.endswith("tuned")]
+    assert (one.name, one.block_lengths, one.num_speculative_tokens) == ("fused + copies tuned", (0, 0, 0, 0), 0)
+    prompt = [5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]
+    decoded = one.decode([prompt], 0)
+    out = model.generate([prompt], max_new_tokens=GREEDY.max_new_tokens)
+    assert out.stats.num_copied_tokens > 0
+    assert decoded.num_accepted_tokens == out.stats.num_accepted_tokens + out.stats.num_accepted_copies
+    assert decoded.num_rows / decoded.num_steps == 4
+
+
 def test_what_cannot_run_is_left_out_with_its_reason(make_llama):
     model = small_model(make_llama)
     ways, left_out = baselines.ways_for({"a": model}, [2, 3], make_llama(seed=1), GREEDY, 4)
-    assert [one.name for one in ways] == ["plain", "two_pass", "fused", "generate"]
+    assert [one.name for one in ways] == ["plain", "copies", "two_pass", "fused", "fused + copies", "generate"]
     reasons = {one["way"]: one["reason"] for one in left_out}
     assert list(reasons) == ["fused, K = 3", "tuned", "generate static", "prompt lookup", "assistant"]
     assert "2 mask tokens" in reasons["fused, K = 3"]
@@ -395,7 +412,7 @@ def test_quick_measures_all_ways_side_by_side(call_speed, tmp_path):
     assert "| 2 | assistant [" in page
     assert "speed.py lora --quick" in page
     assert sorted(file.name for file in tmp_path.iterdir()) == ["speed.json", "speed.md", "speed.png"]
-    common = ["plain", "two_pass", "fused", "fused", "fused tuned", "generate"]
+    common = ["plain", "copies", "two_pass", "fused", "fused", "fused + copies", "fused tuned", "generate"]
     ways = {(s, b): [] for s in ("greedy", "sampled") for b in (1, 2)}
     for row in result["rows"]:
         ways[row["setting"], row["batch_size"]].append(row["way"])
@@ -422,7 +439,8 @@ def test_several_adapters_share_plain_and_benchmarks_are_told_by_category(call_s
     assert ended.code == 0, ended.out + ended.err
     found = ended.result["rows"]
     assert [(row["way"], row["adapter"]) for row in found] == [
-        ("plain", ""), ("two_pass", "embeddings"), ("fused", "embeddings"), ("two_pass", "lora"), ("fused", "lora"),
+        ("plain", ""), ("copies", ""), ("two_pass", "embeddings"), ("fused", "embeddings"),
+        ("fused + copies", "embeddings"), ("two_pass", "lora"), ("fused", "lora"), ("fused + copies", "lora"),
         ("fused tuned", "lora"), ("generate", ""), ("prompt lookup", ""),
     ]  # fmt: skip
     assert all(set(row["ratio_to_plain_by_category"]) == {"coding", "math"} for row in found)

@@ -64,11 +64,17 @@ twin = copy.deepcopy(own)
 found["copied"] = tokens(twin.generate(**inputs, **options))
 pipe = pipeline("text-generation", model=own, tokenizer=tokenizer)
 found["pipeline"] = pipe(prompt, return_tensors=True, **options)[0]["generated_token_ids"]
+stop = {"stop_strings": [tokenizer.decode(found["plain"][-4:-2])], "tokenizer": tokenizer}
+ways = ((base, {}), (base, asked), (own, {}))
+stopped = [tokens(model.generate(**inputs, **options, **stop, **more)) for model, more in ways]
+try:
+    own.generate(**inputs, **options, stop_strings="x")
+except ValueError as error:
+    without_tokenizer = str(error)
 adapters = {"base": sorted(base._pardec_adapters), "own": sorted(own._pardec_adapters)}
 
 tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
 batch = tokenizer(["import os", "class Queue:\\n    def put("], padding=True, return_tensors="pt")
-ways = ((base, {}), (base, asked), (own, {}))
 batches = [model.generate(**batch, **options, **more).tolist() for model, more in ways]
 torch.manual_seed(0)
 sampled = tokens(own.generate(**inputs, max_new_tokens=new, do_sample=True, temperature=0.8, top_k=10))
@@ -76,6 +82,7 @@ try:
     own.generate(**inputs, **options, num_speculative_tokens=9)
 except ValueError as error:
     refused = str(error)
+print(json.dumps({"stopped": stopped, "without_tokenizer": without_tokenizer}))
 print(json.dumps({"found": found, "batches": batches, "sampled": sampled, "refused": refused, "adapters": adapters}))
 """
 
@@ -103,12 +110,16 @@ def folders(adapter, tmp_path_factory):
 
 
 def test_folders_decode_in_another_process(folders, tiny_base, tokenizer, tmp_path):
-    out = json.loads(run(tmp_path, PROGRAM, *map(str, folders), PROMPT, str(NEW)).splitlines()[-1])
+    *_, first, second = run(tmp_path, PROGRAM, *map(str, folders), PROMPT, str(NEW)).splitlines()
+    out = json.loads(first) | json.loads(second)
     prompt = tokenizer(PROMPT).input_ids
     expected = prompt + plain_generate(tiny_base, prompt, NEW)
     assert len(out["found"]) == 12
     for way, tokens in out["found"].items():
         assert tokens == expected, way
+    assert out["stopped"][0] == out["stopped"][1] == out["stopped"][2]
+    assert len(prompt) < len(out["stopped"][0]) < len(expected)
+    assert "stop_strings: expected the model's tokenizer" in out["without_tokenizer"]
     assert out["batches"][0] == out["batches"][1] == out["batches"][2]
     assert len(out["sampled"]) > len(prompt)
     assert out["sampled"][: len(prompt)] == prompt

@@ -14,5 +14,10 @@ def test_shares_that_do_not_divide_the_steps_rise_once_each():
     assert sorted(map(depths.count, (1, 2, 4))) == [2, 2, 3]
 
 
+def test_the_last_step_trains_all_however_few_there_are():
+    assert [depth_at(step, 2, [1, 2, 4, 8]) for step in (1, 2)] == [2, 8]
+    assert depth_at(1, 1, [1, 2]) == 2
+
+
 def test_without_growth_every_step_trains_all_mask_tokens():
     assert [depth_at(step, 3, None) for step in (1, 2, 3)] == [None] * 3

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -20,7 +21,10 @@ EFFORT = Effort(num_shapes=5, num_batches=2, num_finalists=3, repetitions=2)
 
 
 class Machine:
-    """Decodes by drawing acceptances from a law, without its head from another; its clock is a formula."""
+    """Decodes by drawing acceptances from a law, without its head from another; its clock is a formula.
+
+    Behind drafts that all stand each copied token stands with probability `copies`.
+    """
 
     def __init__(
         self,
@@ -29,8 +33,10 @@ class Machine:
         speeds=None,
         head_seconds: float = 0.0,
         laws=(LAW, HEADLESS_LAW),
+        copies: float = 0.0,
     ):
         self.laws = dict(zip((True, False), laws, strict=True))
+        self.copies = copies
         self.seconds_per_row = seconds_per_row
         self.head_seconds = head_seconds
         self.batch_size = batch_size
@@ -39,8 +45,9 @@ class Machine:
 
     def step_seconds(self, way) -> float:
         num_forwards = 2 if way.mode == "two_pass" else 1
+        draws_by_head = way.use_head and way.num_speculative_tokens > 0
         rows = num_forwards * 0.011 + self.seconds_per_row * way.num_rows
-        return PLAIN_SECONDS if way == PLAIN_WAY else rows + self.head_seconds * way.use_head
+        return PLAIN_SECONDS if way == PLAIN_WAY else rows + self.head_seconds * draws_by_head
 
     def decode(self, way, batch, max_new_tokens) -> Call:
         self.calls.append((way, batch, max_new_tokens))
@@ -52,6 +59,10 @@ class Machine:
                 while count < length and draw.random() < law[count]:
                     count += 1
                 run.append(count)
+                if count == length:
+                    room = way.copy_tokens and way.copy_tokens + way.num_speculative_tokens - length
+                    while count < length + room and draw.random() < self.copies:
+                        count += 1
                 tokens += 1 + count + (way.mode == "two_pass")
                 length = way.block_lengths[count]
             accepted.append(run)
@@ -108,9 +119,10 @@ def test_where_rows_are_dear_plain_decoding_is_chosen():
 
 def test_a_machine_that_becomes_slower_meanwhile_does_not_spoil_predictions():
     num_batches, count = 12, itertools.count()
-    cost_calls = num_batches + (EFFORT.num_shapes + 1) * (1 + 2 * 2 * EFFORT.repetitions)
+    effort = replace(EFFORT, copy_tokens=())
+    cost_calls = num_batches + (effort.num_shapes + 1) * (1 + 2 * 2 * effort.repetitions)
     speeds = (1.0 if next(count) < cost_calls else 0.6 for _ in itertools.count())
-    found = measure(Machine(0.0004, speeds=speeds).decode, num_batches, 3, 128, EFFORT, 1)
+    found = measure(Machine(0.0004, speeds=speeds).decode, num_batches, 3, 128, effort, 1)
     assert found.drift == pytest.approx(0.6, rel=0.02)
     for one in found.measured:
         assert one.tokens_per_second == pytest.approx(one.candidate.tokens_per_second, rel=0.06)
@@ -137,6 +149,32 @@ def test_a_head_and_two_pass_are_chosen_where_they_pay(seconds_per_row, head_sec
     for one in found.measured:
         assert one.ms_per_step == pytest.approx(one.candidate.ms_per_step, rel=0.05)
     assert found.conditional_acceptance == pytest.approx(laws[0], abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_row", "copies", "laws", "alone", "behind"),
+    [
+        (0.0, 0.0, (LAW, LAW), None, None),  # nothing that is copied is ever accepted
+        (0.0003, 0.75, ([0.97, 0.2, 0.1],) * 2, False, 0),
+        (0.0001, 0.95, ([0.05, 0.0, 0.0],) * 2, True, 0),  # drafts are in the way of the copies
+        (0.0, 0.7, ([0.98, 0.98, 0.98],) * 2, False, 3),
+    ],
+)
+def test_copies_are_chosen_where_they_pay_alone_or_behind_drafts(seconds_per_row, copies, laws, alone, behind):
+    machine = Machine(seconds_per_row, laws=laws, copies=copies)
+    found = measure(machine.decode, 30, 3, 128, EFFORT, 1)
+    way = found.chosen.candidate.way
+    assert (way.copy_tokens > 0) == (alone is not None)
+    if alone is not None:
+        assert (way.num_speculative_tokens == 0) == alone
+        assert way.block_lengths[-1] == behind
+        assert len(way.block_lengths) == way.num_speculative_tokens + 1 + way.copy_tokens
+    best = {
+        (one.candidate.way.copy_tokens > 0, one.candidate.way.num_speculative_tokens == 0) for one in found.measured
+    }
+    assert best >= {(False, True), (False, False), (True, True), (True, False)}
+    for one in found.measured:
+        assert one.tokens_per_second == pytest.approx(one.candidate.tokens_per_second, rel=0.05)
 
 
 @pytest.mark.parametrize("has_head", [False, True])
