@@ -117,6 +117,7 @@ def _decoding(
     """Decodes one of the batches with the model."""
 
     def decode(way: Way, batch: int, max_new_tokens: int) -> Call:
+        bar.set_postfix_str(_told(way))
         out = model.generate(
             batches[batch],
             max_new_tokens=max_new_tokens,
@@ -133,6 +134,13 @@ def _decoding(
         return Call(out.stats.seconds, [len(ids) for ids in out.token_ids], [one.accepted for one in out.counts])
 
     return decode
+
+
+def _told(way: Way) -> str:
+    """What is being measured, for the progress bar."""
+    parts = [way.mode, f"K = {way.num_speculative_tokens}" if way.num_speculative_tokens else ""]
+    parts += [f"{way.copy_tokens} copied" if way.copy_tokens else ""]
+    return ", ".join(filter(None, parts))
 
 
 def tune_each(
