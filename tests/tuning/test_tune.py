@@ -3,9 +3,11 @@
 import builtins
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 import pardec
@@ -17,6 +19,8 @@ from pardec.draft_tree import DraftTree
 from pardec.layout import PLAIN
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
+from pardec.tuning import tune as tune_story
+from pardec.tuning.choice import Way
 from pardec.tuning.measuring import QUICK
 from pardec.tuning.report import describe
 from pardec.tuning.tune import prompts_to_tune_on, tune
@@ -289,3 +293,17 @@ def test_a_model_without_adapter_or_tokenizer_is_refused(tiny_base, saved):
         tune(bare, saved, [[1, 2]], effort=QUICK)
     with pytest.raises(ValueError, match="expected a tokenizer beside the model, found none"):
         prompts_to_tune_on(bare, None, 1)
+
+
+def test_the_progress_bar_names_what_is_measured(saved, capsys):
+    """Of a run that is quick because nothing is decoded."""
+    model = pardec.load(saved)
+    stats = SimpleNamespace(seconds=1.0)
+    model.generate = lambda *_, **__: SimpleNamespace(stats=stats, token_ids=[[1, 2]], counts=[])  # type: ignore
+    with tqdm(total=4, mininterval=0) as bar:
+        decode = tune_story._decoding(model, [[[1]]], bar, 0.0, None, 0)
+        for way in (Way("plain", (0,)), Way("two_pass", (2, 2, 2)), Way("fused", (0,) * 5, copy_tokens=4)):
+            decode(way, 0, 2)
+    told = capsys.readouterr().err
+    for words in ("[00:00<?, ?it/s, plain]", "two_pass, K = 2]", "fused, 4 copied]"):
+        assert words in told
