@@ -56,7 +56,7 @@ def test_every_key_of_the_file_arrives(write):
             "  lora: {r: 8, alpha: 4, target_modules: [q]}}\n"
             "train: {steps: 7, batch_size: 3, objective: cross_entropy,\n"
             "  position_weights: [1, 0.5], seed: 5}\n"
-            "eval: {every: 9, num_prompts: 2, max_new_tokens: 11, temperature: 0.5, top_k: null}\n"
+            "eval: {every: 9, num_prompts: 2, batch_size: 1, max_new_tokens: 11, temperature: 0.5, top_k: null}\n"
         )
     )
     assert recipe.data.model_dump() == {
@@ -70,7 +70,7 @@ def test_every_key_of_the_file_arrives(write):
     assert recipe.train.objective == "cross_entropy"
     assert recipe.position_weights() == [1, 0.5]
     assert recipe.eval.model_dump() == {
-        "every": 9, "num_prompts": 2, "max_new_tokens": 11, "temperature": 0.5, "top_k": None,
+        "every": 9, "num_prompts": 2, "batch_size": 1, "max_new_tokens": 11, "temperature": 0.5, "top_k": None,
     }  # fmt: skip
 
 

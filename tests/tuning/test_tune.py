@@ -13,6 +13,7 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TUNED_FILE, TunedChoice, read_tuned, weights_of, write_tuned
 from pardec.cli import app
 from pardec.decoding.messages import message_ids
+from pardec.draft_tree import DraftTree
 from pardec.layout import PLAIN
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
@@ -151,11 +152,18 @@ def test_the_head_and_two_pass_are_measured_beside_fused_steps(packaged_adapter,
 
 def test_a_choice_in_words():
     facts = ("a", "b", False, (2, 2, 2), {}, 1.0, 1.0, 3.0, 2.0, [])
+    tree = DraftTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
     words = [
         (TunedChoice(*facts), False, "K = 2, blocks 2 2 2, 9 rows, 1.50 x plain"),
         (TunedChoice(*facts), True, "K = 2, blocks 2 2 2, with the head, 9 rows, 1.50 x plain"),
         (TunedChoice(*facts, mode="two_pass"), False, "K = 2, two_pass, 6 rows, 1.50 x plain"),
         (TunedChoice(*facts, use_head=False), True, "K = 2, blocks 2 2 2, without the head, 9 rows, 1.50 x plain"),
+        (TunedChoice(*facts, tree=tree), True, "K = 2, a tree of 3 nodes, with the head, 9 rows, 1.50 x plain"),
+        (
+            TunedChoice(*facts, mode="two_pass", tree=tree),
+            False,
+            "K = 2, two_pass, a tree of 3 nodes, 7 rows, 1.50 x plain",
+        ),
     ]
     for choice, has_head, expected in words:
         assert describe(choice, has_head) == expected
