@@ -241,7 +241,7 @@ class Recipe(Section):
         train = self.train
         return Objective(train.objective, self.position_weights(), train.temperature, train.top_k)
 
-    def mask_rows(self, num_anchors: int) -> int:
-        """Mask rows of a forward with so many anchors per sequence."""
-        K, keep = self.adapter.num_speculative_tokens, self.train.keep
+    def mask_rows(self, num_anchors: int, max_depth: int | None = None) -> int:
+        """Mask rows of a forward with so many anchors per sequence, and so many mask tokens of a block; default K."""
+        K, keep = max_depth or self.adapter.num_speculative_tokens, self.train.keep
         return self.train.batch_size * sum(nested_block_lengths(num_anchors, K, keep.ratio, keep.floor))

@@ -27,6 +27,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import MODES, Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
 from pardec.layout import MAX_COPY_TOKENS, MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
@@ -47,6 +48,7 @@ class Drafting:
         head: draws the drafts one after another; None to draw them from their rows as they are.
         verification: of drafts that were drawn.
         copy_tokens: copied ones that are verified behind the drafts.
+        tree: of candidates in place of the chain, as deep as the chain is long; its nodes are not drawn.
     """
 
     mode: str
@@ -54,6 +56,7 @@ class Drafting:
     head: HeadDrafter | None
     verification: Verification = "token"
     copy_tokens: int = 0
+    tree: DraftTree | None = None
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -122,6 +125,7 @@ class Engines:
         use_head: bool | None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
     ) -> Drafting:
         """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
 
@@ -134,23 +138,28 @@ class Engines:
         L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
         L = 0 if mode == "plain" else L
         tuned = self.tuned
-        if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
-            mode, blocks = tuned.mode, tuple(tuned.block_lengths)
+        if tree is not None:
+            mode, blocks = self._checked_tree(mode, asked, block_lengths, L, tree)
+            L = 0
+        elif tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
+            mode, blocks, tree = tuned.mode, tuple(tuned.block_lengths), tuned.tree
             use_head = False if use_head is None and not tuned.use_head else use_head
             if L is None:
                 L = tuned.copy_tokens
-            elif tuned.copy_tokens != L:  # behind the same drafts, or where none were worth it alone
-                mode, blocks = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1]
+            elif tuned.copy_tokens != L:  # behind the same drafts in a chain, or where none were worth it alone
+                mode, blocks, tree = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1], None
         else:
             mode, L = mode or "fused", L or 0
             is_given = block_lengths is not None
             blocks = self._checked(mode, asked, block_lengths, L) if is_given else self._blocks_for(mode, asked, L)
         head = self.chosen_head(use_head)
+        if tree is not None:
+            self._check_ranks(tree, head)
         if blocks == PLAIN and not L:
             return Drafting("plain", PLAIN, None)
         if mode == "fused":
             blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
-        return Drafting(mode, blocks, head if max(blocks) else None, verification, L or 0)
+        return Drafting(mode, blocks, head if max(blocks) else None, verification, L, tree)
 
     def _blocks_for(self, mode: str, asked: int | None, copy_tokens: int) -> BlockLengths:
         if asked is not None:
@@ -175,6 +184,40 @@ class Engines:
         if blocks != PLAIN and self.adapter is None:
             raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
         return blocks
+
+    def _checked_tree(
+        self,
+        mode: str | None,
+        asked: int | None,
+        block_lengths: Sequence[int] | None,
+        copy_tokens: int | None,
+        tree: DraftTree,
+    ) -> tuple[str, BlockLengths]:
+        """The mode, and the block lengths of the full chain that is as long as the tree is deep."""
+        if not isinstance(tree, DraftTree):
+            raise ValueError(f"tree: expected a DraftTree, found {shown(tree)}")
+        if mode == "plain" or asked is not None or block_lengths is not None:
+            raise ValueError(
+                "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
+            )
+        if copy_tokens:
+            raise ValueError(f"copy_tokens: expected 0 beside a tree, found {copy_tokens}")
+        if self.adapter is None:
+            raise ValueError("tree: expected an adapter that drafts its nodes, found none")
+        K, metadata = tree.num_speculative_tokens, self.adapter.metadata
+        if metadata.num_speculative_tokens < K and self.adapter.has_distinct_masks:
+            raise ValueError(
+                f"tree: expected a depth of at most {metadata.num_speculative_tokens}, the number of distinct mask "
+                f"tokens that the adapter was trained with, found {K}"
+            )
+        return mode or "fused", full_blocks(K)
+
+    def _check_ranks(self, tree: DraftTree, head: HeadDrafter | None) -> None:
+        """Refuses nodes of ranks that nothing has."""
+        limit = min(self.target.vocab_size, self.target.vocab_size if head is None else head.shortlist)
+        if max(tree.ranks) >= limit:
+            what = "of the vocabulary" if head is None else "on the sampler head's shortlist"
+            raise ValueError(f"tree: expected ranks below {limit}, the tokens {what}, found {max(tree.ranks)}")
 
     def chosen_head(self, use_head: bool | None) -> HeadDrafter | None:
         """The head that drafts; `use_head` as in `generate`.
@@ -279,8 +322,8 @@ class Engines:
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
-            way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.head is not None)
-            shape = (*way, drafting.verification, law.key, len(eos_ids))
+            way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.tree)
+            shape = (*way, drafting.head is not None, drafting.verification, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
             on = (
                 self.capture,
@@ -325,9 +368,12 @@ class Engines:
             drafting.head,
             drafting.verification,
             drafting.copy_tokens,
+            drafting.tree,
         )
         captured = self.capture and law.is_capturable
-        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
+        # code is compiled for buffers of their own
+        kinds = facts.kinds if drafting.tree is not None and not self.compile else None
+        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear, kinds=kinds)
 
     def _packed(self, facts: Survey, with_lora: bool) -> PackedLinears:
         """Packed weights, up to date; empty where packing brings nothing."""

@@ -390,3 +390,8 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     path.write_text("base: a\ntrain:\n  steps: 300\n  seed: 1\n  steps: 7\n")
     with pytest.raises(RecipeError, match=r"twice\.yaml: expected YAML, found key 'steps' twice, line 3"):
         load_recipe(path)
+
+
+def test_mask_rows_are_those_of_blocks_as_long_as_they_are(write):
+    recipe = load_recipe(write(MINIMAL), ["train.batch_size=2", "train.keep.ratio=0.5", "train.keep.floor=0"])
+    assert [recipe.mask_rows(8, depth) for depth in (1, 2, 4, None)] == [16, 24, 30, 30]
