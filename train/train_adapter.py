@@ -29,7 +29,7 @@ from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, fingerprint
 from pardec.target.forward import TargetModel, embedding_weight
-from pardec.target.sharding import held_bytes, load_sharded_base
+from pardec.target.sharding import held_bytes, load_sharded_base, running_bytes
 from pardec.training.checkpoints import check_same, load_state, read_progress, save_state, steps_done_before
 from pardec.training.launch import idle_processors, launch_told
 from pardec.training.memory import adapter_bytes
@@ -86,7 +86,8 @@ def train(recipe: Recipe) -> None:
     state = load_state(checkpoints, learned, [optimizer]) or {"best": 0.0, "measured": None, **kept}
     check_source(recipe.adapter.start_from, state.get("started_from"), source)
     schedule = make_schedule(optimizer, train.warmup_steps, train.steps, first_step)
-    loader = make_loader(recipe, corpus, state.get("examples", first_step * global_batch), global_batch)
+    first_example = int(state.get("examples") or first_step * global_batch)
+    loader = make_loader(recipe, corpus, first_example, global_batch)
     optimizer, loader = accelerator.prepare(optimizer, loader)
     wrapped = as_steps_run_it(accelerator, module, learned.values(), base_is_sharded=bool(train.shard_base))
 
@@ -227,7 +228,7 @@ def sizes_of(recipe: Recipe, target: TargetModel, learned: Mapping[str, Tensor],
     weights = held_bytes(target.base)
     N, num_learned = recipe.train.anchors_per_sequence, sum(p.numel() for p in learned.values())
     mask_rows = recipe.mask_rows(min(recipe.train.anchors_per_forward or N, N))
-    memory = weights + adapter_bytes(target, recipe.mask_rows(N), mask_rows, num_learned)
+    memory = running_bytes(target.base) + adapter_bytes(target, recipe.mask_rows(N), mask_rows, num_learned)
     return (
         f"base {recipe.base}: {weights / 2**20:,.0f} MiB per process; learned: {num_learned:,} numbers; "
         f"{len(prompts)} validation prompts\n"

@@ -7,13 +7,14 @@ injected into it afterwards, as a LoRA is, stays whole too. Every forward must b
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -73,7 +74,7 @@ def mesh_of(device: torch.device, group: Group) -> DeviceMesh:
         ValueError: if machines have different numbers of them.
     """
     num_processes = dist.get_world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes)
     if group == "all" or local == num_processes:
         return init_device_mesh(device.type, (num_processes,))
     if num_processes % local:
@@ -101,5 +102,15 @@ def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
 
 def held_bytes(module: nn.Module) -> int:
     """Bytes of the parameters that this process holds between forwards."""
-    own = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
-    return sum(parameter.numel() * parameter.element_size() for parameter in own)
+    return _bytes(p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+
+
+def running_bytes(base: nn.Module) -> int:
+    """The same while a forward runs: a layer that is sharded is there as a whole, and the next is being brought in."""
+    layers = (module for module in base.modules() if isinstance(module, FSDPModule) and module is not base)
+    sharded = (_bytes(p for p in layer.parameters() if isinstance(p, DTensor)) for layer in layers)
+    return held_bytes(base) + 2 * max(sharded, default=0)
+
+
+def _bytes(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)

@@ -9,22 +9,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.target.forward import UnsupportedModelError
 from pardec.target.placement import is_offloaded
-from pardec.target.sharding import decoder_layers, held_bytes, shard
+from pardec.target.sharding import decoder_layers, held_bytes, running_bytes, shard
 
 IDS = torch.arange(12)[None] % 64
 
 
-def small_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def small_llama() -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.2, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-    # what a layer may hold besides: numbers of another kind, a single number, and one that two layers hold
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    # what a layer may hold besides: numbers of another kind, a single number, and those of another layer
     layers = model.model.layers
-    layers[0].input_layernorm.float()
     for layer in layers:
+        layer.other = nn.Parameter(torch.ones(4, dtype=torch.float64), requires_grad=False)
         layer.single = nn.Parameter(torch.tensor(2.0), requires_grad=False)
         layer.shared = layers[0].mlp.up_proj.weight
     return model
@@ -46,16 +46,16 @@ def compared(group: str) -> dict[str, float]:
     with torch.inference_mode():
         differs = (base(IDS).logits - whole(IDS).logits).abs().max()
     gradients = (gradient_through(base) - gradient_through(whole)).abs().max()
-    mean = torch.nn.Parameter(torch.zeros(1))
     found = {
         "logits": float(differs),
         "gradients": float(gradients),
         "held": held_bytes(base),
         "of": held_bytes(whole),
+        "running": (running_bytes(base) - held_bytes(base), running_bytes(whole) - held_bytes(whole)),
         "outside": held_bytes(base.model.embed_tokens),
         "sharded": sum(isinstance(p, DTensor) for p in base.model.layers.parameters()),
         "whole": sum(not isinstance(p, DTensor) for p in base.model.layers.parameters()),
-        "plain": type(base.get_output_embeddings().weight) is type(mean),
+        "plain": type(base.get_output_embeddings().weight) is nn.Parameter,
         "away": is_offloaded(base),
     }
     distributed.destroy_process_group()
@@ -69,9 +69,11 @@ def test_shards_give_the_numbers_of_the_whole(count, local, group, parts):
     for found in Launched(count, compared, group, local=local).results():
         assert found["logits"] == found["gradients"] == 0
         # the up-projection that all layers hold, and a number in each
-        assert (found["sharded"], found["whole"]) == (3 * 8 + 2, 1 + 3)
+        assert (found["sharded"], found["whole"]) == (3 * 9 + 2, 1 + 3)
         outside = found["outside"] + 4 * (32 + 32 * 48 + 3)  # embeddings, the last norm, and those
         assert found["held"] - outside == (found["of"] - outside) / parts
+        of_a_layer = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 8 * 4
+        assert found["running"] == (2 * of_a_layer, 0)
         assert found["plain"]
         assert found["away"]
 
