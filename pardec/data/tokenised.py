@@ -48,7 +48,7 @@ class Tokenising:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that sequences depend on beside the rows."""
-        tokenizer = self.tokenizer
+        tokenizer: Any = self.tokenizer  # fast ones have a backend, of which the common class says nothing
         tells: Any = sorted(tokenizer.get_vocab().items())
         if tokenizer.is_fast:
             tells = json.loads(tokenizer.backend_tokenizer.to_str())
