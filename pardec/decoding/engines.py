@@ -6,7 +6,6 @@ Legend: K num_speculative_tokens.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,6 +17,7 @@ from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice
 from pardec.arguments import flag, integer, one_of, real
+from pardec.decoding.asked import Drafting, drafting_for
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
@@ -25,40 +25,14 @@ from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.probing.shared_length import shared_length_limit
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
-from pardec.decoding.step import MODES, Decoder
+from pardec.decoding.step import Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
 from pardec.errors import shown
-from pardec.layout import MAX_COPY_TOKENS, MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
 from pardec.target.forward import TargetModel
 from pardec.target.placement import is_offloaded
 from pardec.target.survey import Survey, survey
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """How a call drafts.
-
-    Attributes:
-        mode: one of `MODES`; plain where nothing is drafted.
-        block_lengths: of the fused chain, one for each copied token among them; for two_pass the largest counts alone;
-            (0,) for plain decoding.
-        head: draws the drafts one after another; None to draw them from their rows as they are.
-        verification: of drafts that were drawn.
-        copy_tokens: copied ones that are verified behind the drafts.
-    """
-
-    mode: str
-    block_lengths: BlockLengths
-    head: HeadDrafter | None
-    verification: Verification = "token"
-    copy_tokens: int = 0
-
-    @property
-    def num_speculative_tokens(self) -> int:
-        """K; 0 where nothing of the adapter is used."""
-        return max(self.block_lengths)
 
 
 class Engines:
@@ -128,53 +102,15 @@ class Engines:
         Raises:
             ValueError: for what does not exist, or not together.
         """
-        if mode is not None:
-            one_of("mode", mode, MODES)
+        K = None if self.adapter is None else self.adapter.metadata.num_speculative_tokens
+        mode, blocks, head, L = drafting_for(
+            mode, asked, block_lengths, use_head, copy_tokens, trained=K, tuned=self.tuned
+        )
         one_of("verification", verification, VERIFICATIONS)
-        L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
-        L = 0 if mode == "plain" else L
-        tuned = self.tuned
-        if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
-            mode, blocks = tuned.mode, tuple(tuned.block_lengths)
-            use_head = False if use_head is None and not tuned.use_head else use_head
-            if L is None:
-                L = tuned.copy_tokens
-            elif tuned.copy_tokens != L:  # behind the same drafts, or where none were worth it alone
-                mode, blocks = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1]
-        else:
-            mode, L = mode or "fused", L or 0
-            is_given = block_lengths is not None
-            blocks = self._checked(mode, asked, block_lengths, L) if is_given else self._blocks_for(mode, asked, L)
-        head = self.chosen_head(use_head)
-        if blocks == PLAIN and not L:
-            return Drafting("plain", PLAIN, None)
-        if mode == "fused":
-            blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
-        return Drafting(mode, blocks, head if max(blocks) else None, verification, L or 0)
-
-    def _blocks_for(self, mode: str, asked: int | None, copy_tokens: int) -> BlockLengths:
-        if asked is not None:
-            asked = integer("num_speculative_tokens", asked, 0, MAX_SPECULATIVE_TOKENS)
-        if mode == "plain" or (asked == 0 and copy_tokens and mode == "fused"):
-            return PLAIN
-        if self.adapter is None:
-            also = " or num_speculative_tokens=0" if copy_tokens else ""
-            raise ValueError(f"mode: expected plain{also}, the only one without an adapter, found {mode!r}")
-        return full_blocks(self.adapter.metadata.num_speculative_tokens if asked is None else asked)
-
-    def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int], copy_tokens: int) -> BlockLengths:
-        try:
-            blocks = tuple(integer("block_lengths", length, 0) for length in block_lengths)
-        except TypeError:
-            found = shown(block_lengths)
-            raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K, found {found}") from None
-        if mode != "fused" or asked is not None:
-            raise ValueError("block_lengths: expected mode fused and no num_speculative_tokens beside it")
-        # those behind copies may be left out, and are 0 then
-        check_block_lengths(blocks, max(0, min(len(blocks) - 1 - max(blocks, default=0), copy_tokens)))
-        if blocks != PLAIN and self.adapter is None:
-            raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
-        return blocks
+        chosen = self.chosen_head(head)
+        if mode == "plain":
+            return Drafting(mode, blocks, None)
+        return Drafting(mode, blocks, chosen if max(blocks) else None, verification, L)
 
     def chosen_head(self, use_head: bool | None) -> HeadDrafter | None:
         """The head that drafts; `use_head` as in `generate`.
