@@ -138,7 +138,7 @@ def generate(
             "verification": verification,
             "copy_tokens": copy_tokens,
         }
-        asked = {"verification": verification, "copy_tokens": copy_tokens}
+        asked = {"verification": verification, "copy_tokens": copy_tokens, "is_greedy": temperature == 0}
         chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head, **asked).mode
         if compare:
             from pardec.race_terminal import run_races
@@ -197,7 +197,7 @@ def chat(
             "verification": verification,
             "copy_tokens": copy_tokens,
         }
-        asked = {"verification": verification, "copy_tokens": copy_tokens}
+        asked = {"verification": verification, "copy_tokens": copy_tokens, "is_greedy": temperature == 0}
         chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None, **asked).mode
         run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pardec.adapters.adapter import UNIFORM_NOISE, Adapter, AdapterError
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
-from pardec.adapters.tuned import TunedChoice
+from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import flag, integer, one_of, real
 from pardec.decoding.asked import Drafting, drafting_for
 from pardec.decoding.drafting import HeadDrafter
@@ -45,7 +45,8 @@ class Engines:
         head: the adapter's sampler head, or None.
         compile: steps run under torch.compile.
         capture: steps run as CUDA graphs.
-        tuned: used where nothing else is asked for than its mode.
+        choices: of `pardec tune`, for this device and dtype; one of them is used where nothing else is asked for than
+            its mode.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter | None, *, compile: bool):
@@ -61,7 +62,7 @@ class Engines:
         self.compile = flag("compile", compile)
         # a captured step would replay the copies of weights that are brought in for it, from wherever they lay then
         self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
-        self.tuned: TunedChoice | None = None
+        self.choices: list[TunedChoice] = []
         self._survey: Survey | None = None
         self._surveyed: int | None = None  # the signature of the base then
         self._linears: dict[bool, PackedLinears] = {}
@@ -96,16 +97,20 @@ class Engines:
         use_head: bool | None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        *,
+        num_sequences: int = 1,
+        is_greedy: bool = True,
     ) -> Drafting:
         """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
+
+        Of what was tuned that counts which comes nearest to so many sequences at a time, greedy or not.
 
         Raises:
             ValueError: for what does not exist, or not together.
         """
         K = None if self.adapter is None else self.adapter.metadata.num_speculative_tokens
-        mode, blocks, head, L = drafting_for(
-            mode, asked, block_lengths, use_head, copy_tokens, trained=K, tuned=self.tuned
-        )
+        tuned = nearest_choice(self.choices, num_sequences, is_greedy)
+        mode, blocks, head, L = drafting_for(mode, asked, block_lengths, use_head, copy_tokens, trained=K, tuned=tuned)
         one_of("verification", verification, VERIFICATIONS)
         chosen = self.chosen_head(head)
         if mode == "plain":

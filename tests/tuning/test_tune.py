@@ -191,7 +191,7 @@ def test_generation_uses_a_mode_and_a_head_that_were_chosen(packaged_adapter, tm
     assert engines.drafting(None, 2, None, None) == fused
     assert engines.drafting("two_pass", 2, None, None).block_lengths == (2, 2, 2)
     assert engines.drafting("plain", None, None, None).mode == "plain"
-    engines.tuned = choice_for(folder, block_lengths=PLAIN)
+    engines.choices = [choice_for(folder, block_lengths=PLAIN)]
     assert engines.drafting(None, None, None, None).mode == "plain"
     assert engines.drafting("fused", None, None, None) == fused
 
@@ -230,7 +230,7 @@ def test_without_matplotlib_there_is_a_line_instead_of_a_picture(saved, tmp_path
     assert result.exit_code == 0, result.output
     assert "no picture: No module named 'matplotlib'; pip install 'pardec[plots]'" in result.stdout.replace("\n", " ")
     assert not picture.exists()
-    assert read_tuned(folder, "another device", "float32") is None
+    assert read_tuned(folder, "another device", "float32") == []
 
 
 @pytest.mark.parametrize(
