@@ -175,10 +175,11 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
         return "plain decoding, as nothing measured was faster"
     way = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens)
     ratio = choice.measured_tokens_per_second / choice.plain_tokens_per_second
-    words = [f"K = {choice.num_speculative_tokens}"]
-    words.append("two_pass" if choice.mode == "two_pass" else f"blocks {' '.join(map(str, choice.block_lengths))}")
+    words, shape = [f"K = {choice.num_speculative_tokens}"], " ".join(map(str, choice.block_lengths))
     if choice.copy_tokens:
         words.append(f"{choice.copy_tokens} copied tokens")
+    if choice.num_speculative_tokens:
+        words.append("two_pass" if choice.mode == "two_pass" else f"blocks {shape}")
     if has_head and choice.num_speculative_tokens:
         words.append("with the head" if choice.use_head else "without the head")
     return ", ".join([*words, f"{way.num_rows} rows", f"{ratio:.2f} x plain"])

@@ -3,6 +3,7 @@
 import builtins
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -154,6 +155,16 @@ def test_a_choice_in_words():
     words = [
         (TunedChoice(*facts), False, "K = 2, blocks 2 2 2, 9 rows, 1.50 x plain"),
         (TunedChoice(*facts), True, "K = 2, blocks 2 2 2, with the head, 9 rows, 1.50 x plain"),
+        (
+            replace(TunedChoice(*facts), block_lengths=(1, 1, 0, 0), copy_tokens=2),
+            False,
+            "K = 1, 2 copied tokens, blocks 1 1 0 0, 6 rows, 1.50 x plain",
+        ),
+        (
+            replace(TunedChoice(*facts), block_lengths=(0, 0, 0), copy_tokens=2),
+            True,
+            "K = 0, 2 copied tokens, 3 rows, 1.50 x plain",
+        ),
         (TunedChoice(*facts, mode="two_pass"), False, "K = 2, two_pass, 6 rows, 1.50 x plain"),
         (TunedChoice(*facts, use_head=False), True, "K = 2, blocks 2 2 2, without the head, 9 rows, 1.50 x plain"),
     ]
