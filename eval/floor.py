@@ -127,10 +127,13 @@ def row_of(directory: str, found: Overlaps, prompt_of: Sequence[int], *, has_hea
     pairs = {"share": ("drafted", "blind"), "share_with_head": ("with_head", "behind_one")}
     if not has_head:
         del values["with_head"], pairs["share_with_head"]
+    lengths = {name: values.pop(f"{name}_length") for name in ("blind", "behind_one")}
     draws = resampled(prompt_of)
     row: dict[str, Any] = {"adapter": Path(directory).name}
     for name, one in values.items():
         row[name] = {"mean": rounded(one.mean(axis=0)), "interval": interval(draws @ one / draws.sum(1)[:, None])}
+    for name, one in lengths.items():
+        row[name]["mean_acceptance_length"] = round(1 + float(one.mean()), 4)
     for name, (reached, possible) in pairs.items():
         above, below = values[reached], values[possible]
         share, shares = above.sum(axis=0) / below.sum(axis=0), (draws @ above) / (draws @ below)
@@ -199,8 +202,14 @@ def _share(row: dict[str, Any], name: str, j: int) -> str:
 
 
 def summaries(result: dict[str, Any]) -> list[str]:
-    """A sentence for each adapter."""
-    said = []
+    """What could be accepted at most, and a sentence for each adapter."""
+    first = result["rows"][0]
+    lengths = [first[name]["mean_acceptance_length"] for name in ("blind", "behind_one")]
+    said = [
+        f"mean acceptance length, bonus token included, where drafts follow the laws of the largest overlap: "
+        f"{lengths[0]:.2f} if they see no token between, {lengths[1]:.2f} if each sees the one before; both are judged "
+        "by the futures that the laws were fitted to, so on average too large"
+    ]
     for row in result["rows"]:
         words = f"{row['adapter']}: {_overall(row['share'])} of what is possible without a head"
         if "share_with_head" in row:

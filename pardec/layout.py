@@ -2,6 +2,7 @@
 
 Knows no model and no cache.
 Legend: B sequences, K num_speculative_tokens, R rows of a forward, N anchors, T tokens of a sequence, M mask rows.
+The shape of a fused tree is given by its nodes' parents and the mask tokens behind each, see `tree_layout`.
 The shape of a fused chain is given by its block_lengths, K + 1 numbers from 0 to K of which K is the largest: behind i
 accepted drafts, block_lengths[i] tokens are drafted next. With L copied tokens behind the drafts there are L more.
 """
@@ -94,16 +95,35 @@ def chain_layout(block_lengths: Sequence[int]) -> RowLayout:
     Args:
         block_lengths: mask tokens behind each real row, K + 1 numbers in 0..K, and one for each copied token.
     """
-    num_real, num_mask = len(block_lengths), sum(block_lengths)
-    lengths = torch.tensor(block_lengths)
+    return tree_layout(range(len(block_lengths) - 1), block_lengths)
+
+
+def tree_layout(parents: Sequence[int], runs: Sequence[int]) -> RowLayout:
+    """The fused tree `[bonus, node_1..node_N | run_0 .. run_N]`; of nodes with one child each it is the chain.
+
+    A node sees the nodes that it descends from, the bonus token among them, and itself. run_i is a block behind real
+    row i, which sees what row i sees and its own mask tokens up to each. Siblings share their positions.
+
+    Args:
+        parents: row of each node's parent, N numbers, each below the node's own row.
+        runs: mask tokens behind each real row, N + 1 numbers.
+
+    Source: token trees of SpecInfer, arXiv:2305.09781; mask tokens behind every node as in PPD, arXiv:2405.18628.
+    """
+    num_real, num_mask = len(runs), sum(runs)
+    sees, depths = torch.eye(num_real, dtype=torch.bool), [0]
+    for row, parent in enumerate(parents, start=1):
+        sees[row] |= sees[parent]
+        depths.append(depths[parent] + 1)
+    depths, lengths = torch.tensor(depths), torch.tensor(runs)
     block = torch.arange(num_real).repeat_interleave(lengths)  # the real row that each mask row hangs behind
-    depth = torch.arange(num_mask) - block_starts(block_lengths)[block] + num_real  # 0-based index within its block
-    offsets = torch.cat([torch.arange(num_real), block + depth + 1])
+    within = torch.arange(num_mask) - block_starts(runs)[block] + num_real  # 0-based index within its block
+    offsets = torch.cat([depths, depths[block] + within + 1])
     visible = torch.zeros(num_real + num_mask, num_real + num_mask, dtype=torch.bool)
-    visible[:num_real, :num_real] = torch.ones(num_real, num_real, dtype=torch.bool).tril()
-    visible[num_real:, :num_real] = torch.arange(num_real) <= block[:, None]
-    visible[num_real:, num_real:] = (block[:, None] == block) & (depth[:, None] >= depth)
-    return RowLayout(num_real, offsets, visible, depth)
+    visible[:num_real, :num_real] = sees
+    visible[num_real:, :num_real] = sees[block]
+    visible[num_real:, num_real:] = (block[:, None] == block) & (within[:, None] >= within)
+    return RowLayout(num_real, offsets, visible, within)
 
 
 def block_starts(block_lengths: Sequence[int]) -> Tensor:
@@ -113,9 +133,14 @@ def block_starts(block_lengths: Sequence[int]) -> Tensor:
 
 
 def next_blocks(block_lengths: Sequence[int], copy_tokens: int = 0) -> Tensor:
-    """By number of accepted tokens, the rows that hold the next drafts, and how many there are: [K + 1 + L, K + 1].
+    """By real row, the rows of the block behind it, which hold the next drafts, and its length: [real rows, K + 1].
 
-    Rows behind the end of a short block repeat its last one; behind an empty block stands any row. L = `copy_tokens`.
+    In a chain that is by number of accepted tokens. Rows behind the end of a short block repeat its last one; behind an
+    empty block stands any row.
+
+    Args:
+        block_lengths: mask tokens behind each real row.
+        copy_tokens: real rows beyond K + 1: copied tokens, or further nodes of a tree.
     """
     K, rows = len(block_lengths) - 1 - copy_tokens, []
     num_rows = len(block_lengths) + sum(block_lengths)
@@ -132,22 +157,48 @@ class TrainingLayout:
     Attributes:
         positions: shape [B, M], int64; mask token j (1..K) behind anchor s sits at s + j.
         targets: index of the token that each row predicts, shape [B, M]; position + 1, may be >= T.
+        behind: each row's anchor, shape [B, M].
         blocks: which block each row belongs to, 0..N-1, shape [M].
         depths: 0-based index of each row within its block, shape [M].
-        sees_real: shape [B, M, T], bool: the real tokens up to and including the block's anchor.
+        block_lengths: mask tokens of each block, N numbers.
+        num_tokens: T.
     """
 
     positions: Tensor
     targets: Tensor
+    behind: Tensor
     blocks: Tensor
     depths: Tensor
-    sees_real: Tensor
+    block_lengths: tuple[int, ...]
+    num_tokens: int
+
+    @property
+    def sees_real(self) -> Tensor:
+        """Real tokens that each row sees, up to and including its block's anchor, shape [B, M, T], bool."""
+        return torch.arange(self.num_tokens, device=self.behind.device) <= self.behind[:, :, None]
 
     @property
     def visible(self) -> Tensor:
         """Whom each row sees, shape [B, M, T + M], bool: real tokens first, then the earlier rows of its own block."""
         own = (self.blocks[:, None] == self.blocks) & (self.depths[:, None] >= self.depths)
         return torch.cat([self.sees_real, own.expand(self.positions.shape[0], -1, -1)], dim=2)
+
+    def rows_of(self, blocks: slice) -> slice:
+        """Rows of neighbouring blocks."""
+        first = sum(self.block_lengths[: blocks.start])
+        return slice(first, first + sum(self.block_lengths[blocks]))
+
+    def part(self, sequences: slice, blocks: slice) -> "TrainingLayout":
+        """Some neighbouring blocks of some sequences, as a layout of its own."""
+        rows = self.rows_of(blocks)
+        each = (x[sequences, rows] for x in (self.positions, self.targets, self.behind))
+        numbers = self.blocks[rows] - blocks.start
+        return TrainingLayout(*each, numbers, self.depths[rows], self.block_lengths[blocks], self.num_tokens)
+
+    def to(self, device: torch.device) -> "TrainingLayout":
+        """The same layout with its tensors on `device`."""
+        tensors = (x.to(device) for x in (self.positions, self.targets, self.behind, self.blocks, self.depths))
+        return TrainingLayout(*tensors, self.block_lengths, self.num_tokens)
 
 
 def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: int) -> TrainingLayout:
@@ -160,15 +211,22 @@ def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: i
         block_lengths: mask tokens behind each of the N anchors.
         num_tokens: T.
     """
-    device = anchors.device
-    lengths = torch.tensor(block_lengths, device=device)
-    blocks = torch.arange(len(block_lengths), device=device).repeat_interleave(lengths)
-    starts = lengths.cumsum(0) - lengths
-    depths = torch.arange(len(blocks), device=device) - starts[blocks]
+    lengths = torch.tensor(block_lengths)
+    blocks = torch.arange(len(lengths)).repeat_interleave(lengths)
+    depths = (torch.arange(len(blocks)) - (lengths.cumsum(0) - lengths)[blocks]).to(anchors.device)
+    blocks = blocks.to(anchors.device)
     behind = anchors[:, blocks]
     positions = behind + depths + 1
-    sees_real = torch.arange(num_tokens, device=device) <= behind[:, :, None]
-    return TrainingLayout(positions, positions + 1, blocks, depths, sees_real)
+    return TrainingLayout(positions, positions + 1, behind, blocks, depths, tuple(block_lengths), num_tokens)
+
+
+def sorted_anchors(anchors: Tensor, block_lengths: Sequence[int]) -> Tensor:
+    """Anchors, shape [B, N], with those of neighbouring blocks of one length rising: the same blocks in another order.
+
+    Neighbours then see about the same real tokens and follow about the same rows of them.
+    """
+    _, sizes = torch.tensor(block_lengths).unique_consecutive(return_counts=True)
+    return torch.cat([of_length.sort(dim=1).values for of_length in anchors.split(sizes.tolist(), dim=1)], dim=1)
 
 
 def nested_block_lengths(num_anchors: int, num_speculative_tokens: int, ratio: float, floor: float) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.decoding.verify import Verification
 from pardec.door import generate_for_transformers
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
 from pardec.target.base import pad_token_id
 from pardec.target.forward import embedding_weight
@@ -126,6 +127,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
     ) -> GenerationOutput:
         """Continues every prompt exactly as the base model alone would: the same tokens, or the same law.
 
@@ -153,6 +155,8 @@ class SelfSpeculativeModel:
             copy_tokens: L, tokens that a step verifies behind its drafts: what followed the longest earlier match, of
                 two to four tokens, of the text with its drafts; with num_speculative_tokens=0 copies alone, which take
                 no adapter. Default what `pardec tune` chose with the drafts, else 0.
+            tree: instead of K or block_lengths, many candidates that one forward verifies; default what `pardec tune`
+                chose, if it chose one. Its nodes are the likeliest tokens in order, also when sampling.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
@@ -160,7 +164,7 @@ class SelfSpeculativeModel:
         num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
         ids = self.prompt_ids(prompts, messages=messages, template_options=template_options)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        asked = (mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens)
+        asked = (mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens, tree)
         rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
         drafting = self.engines.drafting(*asked, num_sequences=len(rows), is_greedy=law.greedy)
         with self.engines.lend(ids, law, max_new_tokens, drafting, num_sequences=len(rows)) as engine:
@@ -191,6 +195,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
         kept: KeptCache | None = None,
     ) -> Generator[StreamChunk, None, GenerationOutput]:
         """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
@@ -207,7 +212,7 @@ class SelfSpeculativeModel:
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        asked = (mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens)
+        asked = (mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens, tree)
         drafting = self.engines.drafting(*asked, is_greedy=law.greedy)
         self.engines.check(ids, max_new_tokens, num_sequences=1)
         return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids, kept)
@@ -281,6 +286,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
         **model_inputs,
     ):
         """`hf_model.generate(**inputs, custom_generate=model)`: our loop under transformers' own arguments.
@@ -307,5 +313,6 @@ class SelfSpeculativeModel:
             use_head=use_head,
             verification=verification,
             copy_tokens=copy_tokens,
+            tree=tree,
             streamer=self._streamer,
         )

@@ -13,8 +13,6 @@ from torch.nn.attention import sdpa_kernel
 
 from pardec.layout import training_layout
 from pardec.target.cache import PrefixCache
-from pardec.training.kl import entropies
-from pardec.training.loss import target_law
 from pardec.training.module import ATTENTION_KERNELS, METRICS, MaskTokenTrainer
 from pardec.training.peft_lora import lora_enabled
 
@@ -41,11 +39,12 @@ class JointForward(nn.Module):
         anchors: Tensor,
         first_anchor: int = 0,
         num_anchors: int | None = None,
+        max_depth: int | None = None,
         with_metrics: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `MaskTokenTrainer.forward`; its metrics are left 0."""
         target, drafter, objective = self.trainer.target, self.trainer.drafter, self.trainer.objective
-        (B, T), K = input_ids.shape, drafter.num_speculative_tokens
+        (B, T), K = input_ids.shape, max_depth or drafter.num_speculative_tokens
         mine = anchors[:, first_anchor : None if num_anchors is None else first_anchor + num_anchors]
         layout = training_layout(mine, (K,) * mine.shape[1], T)
         M = len(layout.depths)
@@ -71,19 +70,11 @@ class JointForward(nn.Module):
                 PrefixCache(target.num_layers),
             )
         of_law, of_masks = logits.split(M, dim=1)
-        p = target_law(of_law.detach(), objective.temperature, objective.top_k)
         targets = layout.targets.clamp_max(T - 1)
         counts = ((layout.targets < T) & loss_mask.gather(1, targets)).flatten()
-        losses, _ = objective.weighted_losses(
-            of_masks.flatten(0, 1),
-            p.flatten(0, 1),
-            entropies(p).flatten(),
-            input_ids.gather(1, targets).flatten(),
-            counts,
-            layout,
-            K,
-            needs_overlap=False,
-        )
+        ids = input_ids.gather(1, targets).flatten()
+        law = objective.law(of_law.detach().flatten(0, 1))
+        losses, _ = objective.weighted_losses(of_masks.flatten(0, 1), law, ids, counts, layout, K)
         return losses.sum(), counts.sum(), torch.zeros(len(METRICS), K, device=losses.device)
 
     @contextmanager

@@ -18,6 +18,7 @@ from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, 
 from pardec.adapters.json_files import read_object
 from pardec.adapters.packaged import adapter_folder, tuned_folder
 from pardec.arguments import integer
+from pardec.draft_tree import DraftTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 
@@ -48,6 +49,7 @@ class TunedChoice:
         use_head: whether the drafts are drawn by the adapter's sampler head, where it has one.
         copy_tokens: copied ones that are verified behind the drafts; block_lengths has one more for each in fused mode.
         by_dtype: tokens/s of what was chosen in each dtype, measured in turn; None where one was tuned by itself.
+        tree: the chosen shape where that is a tree; then block_lengths say only how deep it is.
     """
 
     device: str
@@ -68,6 +70,7 @@ class TunedChoice:
     use_head: bool = True
     copy_tokens: int = 0
     by_dtype: dict[str, float] | None = None
+    tree: DraftTree | None = None
 
     def __post_init__(self) -> None:
         integer("copy_tokens", self.copy_tokens, 0, MAX_COPY_TOKENS)
@@ -75,6 +78,11 @@ class TunedChoice:
         if self.block_lengths == PLAIN:
             object.__setattr__(self, "mode", "plain")
         K = self.num_speculative_tokens
+        if self.tree is not None and (self.block_lengths != full_blocks(K) or self.tree.num_speculative_tokens != K):
+            raise ValueError(
+                f"block_lengths: expected those of the full chain as long as the tree is deep, "
+                f"{self.tree.num_speculative_tokens}, found {shown(list(self.block_lengths))}"
+            )
         if self.mode != "fused" and self.block_lengths != full_blocks(0 if self.mode == "plain" else K):
             raise ValueError(f"block_lengths: expected those of {self.mode}, found {shown(list(self.block_lengths))}")
 

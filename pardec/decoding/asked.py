@@ -12,6 +12,7 @@ from pardec.arguments import integer, one_of
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.step import MODES
 from pardec.decoding.verify import Verification
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
 from pardec.layout import (
     MAX_COPY_TOKENS,
@@ -34,6 +35,7 @@ class Drafting:
         head: draws the drafts one after another; None to draw them from their rows as they are.
         verification: of drafts that were drawn.
         copy_tokens: copied ones that are verified behind the drafts.
+        tree: of candidates in place of the chain, as deep as the chain is long; its nodes are not drawn.
     """
 
     mode: str
@@ -41,6 +43,7 @@ class Drafting:
     head: HeadDrafter | None
     verification: Verification = "token"
     copy_tokens: int = 0
+    tree: DraftTree | None = None
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -57,8 +60,8 @@ def drafting_for(
     *,
     trained: int | None,
     tuned: TunedChoice | None,
-) -> tuple[str, BlockLengths, bool | None, int]:
-    """Mode, block lengths, whether the head drafts (None where nothing says so) and L; all as in `generate`.
+) -> tuple[str, BlockLengths, bool | None, int, DraftTree | None]:
+    """Mode, block lengths, whether the head drafts (None where nothing says so), L and tree; all as in `generate`.
 
     Args:
         mode: one of `MODES`, or None.
@@ -75,23 +78,23 @@ def drafting_for(
     if mode is not None:
         one_of("mode", mode, MODES)
     L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
-    L = 0 if mode == "plain" else L
+    L, tree = 0 if mode == "plain" else L, None
     if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
-        mode, blocks = tuned.mode, tuple(tuned.block_lengths)
+        mode, blocks, tree = tuned.mode, tuple(tuned.block_lengths), tuned.tree
         use_head = False if use_head is None and not tuned.use_head else use_head
         if L is None:
             L = tuned.copy_tokens
-        elif tuned.copy_tokens != L:  # behind the same drafts, or where none were worth it alone
-            mode, blocks = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1]
+        elif tuned.copy_tokens != L:  # behind the same drafts in a chain, or where none were worth it alone
+            mode, blocks, tree = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1], None
     else:
         mode, L = mode or "fused", L or 0
         is_given = block_lengths is not None
         blocks = _checked(mode, asked, block_lengths, L, trained) if is_given else _blocks_for(mode, asked, L, trained)
     if blocks == PLAIN and not L:
-        return "plain", PLAIN, use_head, 0
+        return "plain", PLAIN, use_head, 0, None
     if mode == "fused":
         blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
-    return mode, blocks, use_head, L
+    return mode, blocks, use_head, L, tree
 
 
 def _blocks_for(mode: str, asked: int | None, copy_tokens: int, trained: int | None) -> BlockLengths:

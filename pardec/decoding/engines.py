@@ -25,9 +25,11 @@ from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.probing.shared_length import shared_length_limit
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
-from pardec.decoding.step import Decoder
+from pardec.decoding.step import MODES, Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
+from pardec.layout import MAX_COPY_TOKENS, BlockLengths, full_blocks
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
 from pardec.target.forward import TargetModel
@@ -97,6 +99,7 @@ class Engines:
         use_head: bool | None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
         *,
         num_sequences: int = 1,
         is_greedy: bool = True,
@@ -108,14 +111,60 @@ class Engines:
         Raises:
             ValueError: for what does not exist, or not together.
         """
-        K = None if self.adapter is None else self.adapter.metadata.num_speculative_tokens
-        tuned = nearest_choice(self.choices, num_sequences, is_greedy)
-        mode, blocks, head, L = drafting_for(mode, asked, block_lengths, use_head, copy_tokens, trained=K, tuned=tuned)
+        if mode is not None:
+            one_of("mode", mode, MODES)
+        if copy_tokens is not None:
+            integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
         one_of("verification", verification, VERIFICATIONS)
-        chosen = self.chosen_head(head)
+        if tree is not None:
+            mode, blocks = self._checked_tree(mode, asked, block_lengths, copy_tokens, tree)
+            L = 0
+        else:
+            K = None if self.adapter is None else self.adapter.metadata.num_speculative_tokens
+            tuned = nearest_choice(self.choices, num_sequences, is_greedy)
+            mode, blocks, use_head, L, tree = drafting_for(
+                mode, asked, block_lengths, use_head, copy_tokens, trained=K, tuned=tuned
+            )
+        head = self.chosen_head(use_head)
+        if tree is not None:
+            self._check_ranks(tree, head)
         if mode == "plain":
             return Drafting(mode, blocks, None)
-        return Drafting(mode, blocks, chosen if max(blocks) else None, verification, L)
+        return Drafting(mode, blocks, head if max(blocks) else None, verification, L, tree)
+
+    def _checked_tree(
+        self,
+        mode: str | None,
+        asked: int | None,
+        block_lengths: Sequence[int] | None,
+        copy_tokens: int | None,
+        tree: DraftTree,
+    ) -> tuple[str, BlockLengths]:
+        """The mode, and the block lengths of the full chain that is as long as the tree is deep."""
+        if not isinstance(tree, DraftTree):
+            raise ValueError(f"tree: expected a DraftTree, found {shown(tree)}")
+        if mode == "plain" or asked is not None or block_lengths is not None:
+            raise ValueError(
+                "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
+            )
+        if copy_tokens:
+            raise ValueError(f"copy_tokens: expected 0 beside a tree, found {copy_tokens}")
+        if self.adapter is None:
+            raise ValueError("tree: expected an adapter that drafts its nodes, found none")
+        K, metadata = tree.num_speculative_tokens, self.adapter.metadata
+        if metadata.num_speculative_tokens < K and self.adapter.has_distinct_masks:
+            raise ValueError(
+                f"tree: expected a depth of at most {metadata.num_speculative_tokens}, the number of distinct mask "
+                f"tokens that the adapter was trained with, found {K}"
+            )
+        return mode or "fused", full_blocks(K)
+
+    def _check_ranks(self, tree: DraftTree, head: HeadDrafter | None) -> None:
+        """Refuses nodes of ranks that nothing has."""
+        limit = min(self.target.vocab_size, self.target.vocab_size if head is None else head.shortlist)
+        if max(tree.ranks) >= limit:
+            what = "of the vocabulary" if head is None else "on the sampler head's shortlist"
+            raise ValueError(f"tree: expected ranks below {limit}, the tokens {what}, found {max(tree.ranks)}")
 
     def chosen_head(self, use_head: bool | None) -> HeadDrafter | None:
         """The head that drafts; `use_head` as in `generate`.
@@ -220,8 +269,8 @@ class Engines:
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
-            way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.head is not None)
-            shape = (*way, drafting.verification, law.key, len(eos_ids))
+            way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.tree)
+            shape = (*way, drafting.head is not None, drafting.verification, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
             on = (
                 self.capture,
@@ -266,9 +315,12 @@ class Engines:
             drafting.head,
             drafting.verification,
             drafting.copy_tokens,
+            drafting.tree,
         )
         captured = self.capture and law.is_capturable
-        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
+        # code is compiled for buffers of their own
+        kinds = facts.kinds if drafting.tree is not None and not self.compile else None
+        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear, kinds=kinds)
 
     def _packed(self, facts: Survey, with_lora: bool) -> PackedLinears:
         """Packed weights, up to date; empty where packing brings nothing."""

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from pardec.decoding.drafting import HeadDrafter
-from pardec.decoding.prefill import prefill_prompts
-from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.verify import sample_from
-from pardec.layout import RowLayout, block_layout
+from pardec.layout import block_layout
 from pardec.measures.barycentre import barycentre, mean_overlap
+from pardec.measures.futures import Places, futures_layout
 from pardec.model import SelfSpeculativeModel
-from pardec.target.cache import SlotCache
 
 # of one forward, all rows together: bounds the memory of logits
 _LOGITS_PER_FORWARD = 2**25
@@ -30,6 +28,9 @@ _LOGITS_PER_FORWARD = 2**25
 @dataclass(frozen=True)
 class Overlaps:
     """Overlap of target and draft by context and depth, shape [C, K] each, float64: means over sampled futures.
+
+    The last two are of shape [C]: accepted drafts of a step whose drafts follow the laws that were fitted for `blind`
+    and `behind_one` and are verified one by one, K at most; of futures as in `expected_accepted_length`.
 
     Attributes:
         blind: the most that drafts can have which see the context alone; not even the bonus token, which is drawn in
@@ -41,6 +42,8 @@ class Overlaps:
         behind_one_shown: too little likewise.
         drafted: what the mask rows have.
         with_head: what they have with the sampler head; without one as `drafted`.
+        blind_length: see above.
+        behind_one_length: see above.
     """
 
     blind: Tensor
@@ -49,6 +52,8 @@ class Overlaps:
     behind_one_shown: Tensor
     drafted: Tensor
     with_head: Tensor
+    blind_length: Tensor
+    behind_one_length: Tensor
 
 
 def measure_overlaps(
@@ -95,52 +100,35 @@ def measure_overlaps(
     found = []
     for start in range(0, len(contexts), at_once):
         batch = contexts[start : start + at_once]
-        places = _Places.behind(forward, law, batch, rows)
+        places = Places.behind(forward, law, batch, rows)
         with forward.attached(), torch.no_grad():
             found.append(_of_batch(places, head, K, num_futures, num_predecessors))
         on_batch(len(batch))
     return Overlaps(*(torch.cat([getattr(one, field.name) for one in found]) for field in fields(Overlaps)))
 
 
-@dataclass
-class _Places:
-    """Contexts whose last token is run again, with whatever hangs behind it, into slots behind the rest."""
+def measure_floor(
+    model: SelfSpeculativeModel, contexts: Sequence[list[int]], *, temperature: float, top_k: int, seed: int
+) -> dict[str, float]:
+    """Mean acceptance lengths that drafts of the largest overlap have, for trackers, from few contexts and futures.
 
-    forward: RowForward
-    law: TokenLaw
-    cache: SlotCache
-    lengths: Tensor  # of what is before the last token, [B]
-    last: Tensor  # the last token, [B, 1]
-
-    @classmethod
-    def behind(cls, forward: RowForward, law: TokenLaw, contexts: Sequence[list[int]], rows: int) -> "_Places":
-        """Runs the contexts; there is room for so many rows."""
-        target, longest = forward.target, max(map(len, contexts))
-        padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in contexts], device=target.device)
-        lengths = torch.tensor([len(ids) for ids in contexts], device=target.device)
-        cache = SlotCache(target.num_layers, longest + rows)
-        with torch.no_grad():
-            prefill_prompts(target, padded, lengths, cache, None, None)
-        return cls(forward, law, cache, lengths - 1, padded.gather(1, lengths[:, None] - 1))
-
-    def run(self, layout: RowLayout, ids: Tensor) -> Tensor:
-        """Logits [B, R, V] of a layout whose real rows are the last token and `ids`, shape [B, num_real - 1]."""
-        return self.forward.run(self.forward.plan(layout), self.cache, self.lengths, torch.cat([self.last, ids], dim=1))
+    Args:
+        model: with an adapter.
+        contexts: as in `measure_overlaps`; the first eight are enough for a line in a picture.
+        temperature: likewise.
+        top_k: likewise; with the whole vocabulary it would take minutes.
+        seed: likewise.
+    """
+    found = measure_overlaps(
+        model, contexts[:8], num_futures=16, num_predecessors=2, temperature=temperature, top_k=top_k, seed=seed
+    )
+    lengths = {"floor/length": found.blind_length}
+    if model.adapter is not None and model.adapter.head is not None:
+        lengths["floor/length_with_head"] = found.behind_one_length
+    return {name: 1 + float(one.mean()) for name, one in lengths.items()}
 
 
-def futures_layout(num_futures: int, length: int, num_predecessors: int = 0) -> RowLayout:
-    """Rows of the last token, of N futures of `length` tokens one after another, and behind each of them P leaves."""
-    N, P, t = num_futures, num_predecessors, length
-    future = torch.cat([torch.arange(N).repeat_interleave(t), torch.arange(N).repeat_interleave(P)])
-    depth = torch.cat([torch.arange(1, t + 1).repeat(N), torch.full((N * P,), t + 1)])
-    before = (future[:, None] == future) & (depth > 0) & (depth[:, None] > depth)
-    visible = torch.ones(1 + len(depth), 1 + len(depth), dtype=torch.bool).tril()
-    visible[1:, 1:] = before | torch.eye(len(depth), dtype=torch.bool)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.long), depth])
-    return RowLayout(len(offsets), offsets, visible, torch.empty(0, dtype=torch.long))
-
-
-def _of_batch(places: _Places, head: HeadDrafter | None, K: int, N: int, P: int) -> Overlaps:
+def _of_batch(places: Places, head: HeadDrafter | None, K: int, N: int, P: int) -> Overlaps:
     """Everything of a few contexts."""
     law, B = places.law, len(places.last)
     none = places.last.new_empty(B, 0)
@@ -149,46 +137,81 @@ def _of_batch(places: _Places, head: HeadDrafter | None, K: int, N: int, P: int)
     drafts = logits[:, 1:].clone()
     p = law.probs(logits[:, :1]).expand(-1, N, -1)  # of the next token behind each future so far, [B, N, V]
     futures, columns = none.unsqueeze(1).expand(-1, N, -1), []
+    chosen = torch.cat([torch.arange(P // 2), N // 2 + torch.arange(P // 2)]).to(p.device)
+    blind, behind_one = _Chain.begun(B, N, p.device), _Chain.begun(B, P, p.device)
     for depth in range(1, K + 1):
         before = p  # of the token that is drawn now: the bonus token, then what accepted drafts would be
         tokens = sample_from(p.flatten(0, 1), law.generator).view(B, N, 1)
         futures = torch.cat([futures, tokens], dim=2)
+        blind.follow(tokens[..., 0])
+        behind_one.follow(tokens[:, chosen, 0])
         p = law.probs(places.run(futures_layout(N, depth), futures.flatten(1))[:, depth::depth])
         row = drafts[:, depth - 1]
         q = law.probs(row[:, None])
         q_of_head = q if head is None else _head_laws(head, law, row, hidden, depth - 1, futures[..., -1])
-        behind_one = _behind_one(places, before, futures, P) if depth > 1 else _certain(B)
-        columns.append([*_blind(p), *behind_one, _drafted(p, q), _drafted(p, q_of_head)])
-    by_figure = zip(*columns, strict=True)
-    return Overlaps(*(torch.stack(list(one), dim=1).cpu() for one in by_figure))
+        *of_blind, q_blind = _blind(p)
+        *of_one, q_one = _behind_one(places, before, futures, chosen) if depth > 1 else _certain(p[:, chosen])
+        blind.add(p, q_blind[:, None].expand_as(p))
+        behind_one.add(p[:, chosen], q_one)
+        columns.append([*of_blind, *of_one, _drafted(p, q), _drafted(p, q_of_head)])
+    by_figure = [torch.stack(list(one), dim=1).cpu() for one in zip(*columns, strict=True)]
+    return Overlaps(*[*by_figure, blind.length.cpu(), behind_one.length.cpu()])
 
 
-def _certain(B: int) -> tuple[Tensor, Tensor]:
-    """Where the bonus token is all that is between, a draft that sees it is limited by nothing."""
-    ones = torch.ones(B, dtype=torch.float64)
-    return ones, ones
+@dataclass
+class _Chain:
+    """Accepted drafts along futures, n of each context, whose tokens are accepted with min(1, q / p)."""
+
+    reached: Tensor  # probability that all drafts so far were accepted, [B, n]
+    length: Tensor  # [B]
+    laws: tuple[Tensor, Tensor] | None = None  # p and q of the draft that was added last, [B, n, V]
+
+    @classmethod
+    def begun(cls, B: int, n: int, device: torch.device) -> "_Chain":
+        """Before the first draft."""
+        return cls(torch.ones(B, n, device=device).double(), torch.zeros(B, device=device).double())
+
+    def add(self, p: Tensor, q: Tensor) -> None:
+        """The next draft."""
+        self.length += (self.reached * p.minimum(q).sum(dim=-1)).mean(dim=1)
+        self.laws = p, q
+
+    def follow(self, tokens: Tensor) -> None:
+        """What came at the place of the last draft, shape [B, n]."""
+        if self.laws is not None:
+            p, q = (one.gather(2, tokens[..., None])[..., 0] for one in self.laws)
+            self.reached = self.reached * (q / p).clamp_max(1)
+
+
+def _certain(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_behind_one` where the bonus token is all that is between: a draft that sees it is limited by nothing."""
+    ones = torch.ones(len(p), dtype=torch.float64)
+    return ones, ones, p
 
 
 def _drafted(p: Tensor, q: Tensor) -> Tensor:
     return p.minimum(q).sum(dim=-1).double().mean(dim=1).cpu()
 
 
-def _blind(p: Tensor) -> tuple[Tensor, Tensor]:
-    """`blind` and `blind_shown` of laws [B, N, V], each [B]."""
+def _blind(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`blind` and `blind_shown` of laws [B, N, V], each [B], and the fitted law, [B, V]."""
     half = p.shape[1] // 2
-    most, shown = [], []
+    most, shown, laws_of_drafts = [], [], []
     for laws in p:
         flat = torch.full((len(laws),), 1 / len(laws), dtype=torch.float64, device=laws.device)
         own = torch.full((half,), 1 / half, dtype=torch.float64, device=laws.device)
         halves = laws[:half], laws[half:]
-        most.append(barycentre(laws, flat)[0])
+        overlap, q = barycentre(laws, flat)
+        most.append(overlap)
+        laws_of_drafts.append(q.float())
         fitted = [barycentre(one, own)[1] for one in halves]
         shown.append(sum(mean_overlap(halves[1 - i], own, fitted[i]) for i in (0, 1)) / 2)
-    return torch.tensor(most, dtype=torch.float64), torch.tensor(shown, dtype=torch.float64)
+    figures = torch.tensor([most, shown], dtype=torch.float64)
+    return figures[0], figures[1], torch.stack(laws_of_drafts)
 
 
-def _behind_one(places: _Places, before: Tensor, futures: Tensor, P: int) -> tuple[Tensor, Tensor]:
-    """`behind_one` and `behind_one_shown` of the next token, each [B].
+def _behind_one(places: Places, before: Tensor, futures: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`behind_one` and `behind_one_shown` of the next token, each [B], and the fitted laws, [B, P, V].
 
     Of the N pasts that end before the last token of `futures` each is taken to be as likely; behind a token v past n
     then has the weight that v has in its law, over the sum of all.
@@ -197,26 +220,24 @@ def _behind_one(places: _Places, before: Tensor, futures: Tensor, P: int) -> tup
         places: the contexts.
         before: the law of the last token behind each past, shape [B, N, V].
         futures: shape [B, N, t], t at least 2.
-        P: predecessors, the last tokens of the first P / 2 futures of each half.
+        chosen: those whose last tokens are predecessors, shape [P], half of them of each half of the futures.
     """
-    (B, N, t), half = futures.shape, futures.shape[1] // 2
-    chosen = torch.cat([torch.arange(P // 2), half + torch.arange(P // 2)]).to(futures.device)
+    (B, N, t), P = futures.shape, len(chosen)
     given = futures[:, chosen, -1]  # [B, P]
-    pasts = futures[..., :-1]
-    ids = torch.cat([pasts.flatten(1), given.repeat(1, N)], dim=1)
+    ids = torch.cat([futures[..., :-1].flatten(1), given.repeat(1, N)], dim=1)
     logits = places.run(futures_layout(N, t - 1, P), ids)[:, 1 + N * (t - 1) :]
     laws = places.law.probs(logits).view(B, N, P, -1)
     weights = before.double().gather(2, given[:, None].expand(-1, N, -1))  # [B, N, P]
-    most, shown = [], []
-    for b in range(B):
-        both = [_given_one(laws[b, :, m], weights[b, :, m], own_half=0 if m < P // 2 else 1) for m in range(P)]
-        most.append(sum(one for one, _ in both) / P)
-        shown.append(sum(two for _, two in both) / P)
-    return torch.tensor(most, dtype=torch.float64), torch.tensor(shown, dtype=torch.float64)
+    found = [
+        [_given_one(laws[b, :, m], weights[b, :, m], own_half=0 if m < P // 2 else 1) for m in range(P)]
+        for b in range(B)
+    ]
+    figures = torch.tensor([[one[:2] for one in row] for row in found], dtype=torch.float64).mean(dim=1)
+    return figures[:, 0], figures[:, 1], torch.stack([torch.stack([one[2] for one in row]) for row in found])
 
 
-def _given_one(laws: Tensor, weights: Tensor, own_half: int) -> tuple[float, float]:
-    """The two overlaps behind one predecessor, which is drawn from a past of `own_half`.
+def _given_one(laws: Tensor, weights: Tensor, own_half: int) -> tuple[float, float, Tensor]:
+    """The two overlaps behind one predecessor, which is drawn from a past of `own_half`, and the law of the first.
 
     That half judges what the other is fitted to: its own past is among it, so the judgement is by the true law of
     pasts, whatever is judged.
@@ -227,8 +248,9 @@ def _given_one(laws: Tensor, weights: Tensor, own_half: int) -> tuple[float, flo
     fitting, fitted_by = halves[1 - own_half]
     # no past of the other half may go on with this token: then the draft can only go by all of them
     fitted_by = fitted_by if float(fitted_by.sum()) > 0 else torch.ones_like(fitted_by)
-    q = barycentre(fitting, fitted_by / fitted_by.sum())[1]
-    return barycentre(laws, weights / weights.sum())[0], mean_overlap(judging, judged_by / judged_by.sum(), q)
+    q_of_half = barycentre(fitting, fitted_by / fitted_by.sum())[1]
+    most, q = barycentre(laws, weights / weights.sum())
+    return most, mean_overlap(judging, judged_by / judged_by.sum(), q_of_half), q.float()
 
 
 def _head_laws(

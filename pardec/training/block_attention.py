@@ -1,8 +1,9 @@
-"""How mask rows attend in training: one product with the real tokens, and each row with its own block only.
+"""How mask rows attend in training: to the real tokens as they lie in the cache, and each row to its own block.
 
-With one mask over all keys every mask row is multiplied with the rows of all other blocks, only to be masked. On CPUs,
-whose kernels skip nothing, that is most of a training step. The route is on a model only while mask rows run, and only
-where `supports` has found it to give what the model's own attention gives.
+With one mask over all keys every mask row is multiplied with the rows of all other blocks and with real tokens behind
+its anchor, only to be masked, and every layer copies the prefix, for each query head of a group where heads share keys.
+Here rows go a slice at a time against those real tokens that one of them sees (`prefix_attention`). The route is on a
+model only while mask rows run, and only where `supports` has found it to give what the model's own attention gives.
 Legend: B sequences, H key/value heads, G query heads for each of them, M mask rows, T real tokens, N blocks of up to
 K mask rows, D head size.
 """
@@ -20,7 +21,9 @@ from pardec.layout import TrainingLayout, training_layout
 from pardec.target.attention import STOCK, AttentionRoute, register_route
 from pardec.target.cache import PrefixCache
 from pardec.target.forward import CHUNKED, SLIDING, TargetModel, text_config
+from pardec.target.own_head import OwnHead
 from pardec.target.survey import agree
+from pardec.training.prefix_attention import Seen, prefix_attention
 
 ROUTE = "pardec_blocks"
 
@@ -30,13 +33,11 @@ class Blocks:
     """Where the rows of each block are.
 
     Attributes:
-        num_tokens: T.
         row_at: row of each block and depth, shape [N, K]; where a block is shorter, any row.
         place: N * K index of each row, shape [M].
         own_bias: added to the scores within a block, shape [K, K].
     """
 
-    num_tokens: int
     row_at: Tensor
     place: Tensor
     own_bias: Tensor
@@ -44,14 +45,13 @@ class Blocks:
     @classmethod
     def of(cls, layout: TrainingLayout) -> "Blocks":
         """Those of a training layout."""
-        blocks, depths = layout.blocks, layout.depths
-        N, K = int(blocks.max()) + 1, int(depths.max()) + 1
-        place = blocks * K + depths
+        N, K = len(layout.block_lengths), max(layout.block_lengths)
+        place = layout.blocks * K + layout.depths
         row_at = torch.zeros(N * K, dtype=torch.long, device=place.device)
         row_at[place] = torch.arange(len(place), device=place.device)
         ones = torch.ones(K, K, dtype=torch.bool, device=place.device)
         bias = torch.zeros(K, K, device=place.device).masked_fill(~ones.tril(), float("-inf"))
-        return cls(layout.sees_real.shape[2], row_at.view(N, K), place, bias)
+        return cls(row_at.view(N, K), place, bias)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows, shape [..., M, D], by block and depth, shape [..., N, K, D]."""
@@ -65,10 +65,33 @@ class Blocks:
         return flat if self.row_at.numel() == len(self.place) else flat.index_select(-2, self.place)
 
 
+@dataclass(frozen=True)
+class BlockRoute:
+    """The rows that are on the route, and what becomes of them.
+
+    Attributes:
+        blocks: of the rows.
+        seen: the real tokens that they see, for each kind of layer.
+        mask: what the model takes as attention mask: `Seen.bounds`, one for each kind where they are mixed.
+        cache: with the prefix.
+        calls: layers that have taken the route.
+    """
+
+    blocks: Blocks
+    seen: dict[str, Seen]
+    mask: Tensor | dict[str, Tensor]
+    cache: PrefixCache
+    calls: list[torch.nn.Module]
+
+    def seen_under(self, mask: Tensor | None) -> Seen | None:
+        """Of the kind of layer whose mask this is; None if it is another's."""
+        if mask is None or mask.dtype != torch.long:
+            return None
+        return next((seen for seen in self.seen.values() if seen.bounds is mask), None)
+
+
 class _Here(threading.local):
-    def __init__(self) -> None:
-        self.blocks: Blocks | None = None
-        self.calls: list[torch.nn.Module] = []
+    route: BlockRoute | None = None
 
 
 _here = _Here()
@@ -89,83 +112,86 @@ def block_attention(
     Args:
         module: the attention layer.
         query: shape [B, H G, M, D].
-        key: shape [B, H, T + M, D], real tokens first.
-        value: shape [B, H, T + M, D'].
-        attention_mask: added to the scores of real tokens, shape [B, 1, M, T].
+        key: of the mask rows, shape [B, H, M, D].
+        value: likewise, shape [B, H, M, D'].
+        attention_mask: of the route, see `BlockRoute`.
         dropout: 0 in a frozen model.
         scaling: of the scores.
         kwargs: what transformers passes to every attention function.
     """
-    blocks = _here.blocks
-    if blocks is None or attention_mask is None or attention_mask.shape[3] != blocks.num_tokens:
+    route = _here.route
+    seen = None if route is None else route.seen_under(attention_mask)
+    if route is None or seen is None:
         stock = AttentionInterface._global_mapping[STOCK]
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    _here.calls.append(module)
-    (B, num_heads, M, D), H, T = query.shape, key.shape[1], blocks.num_tokens
-    G = num_heads // H
-    rows = (query * (D**-0.5 if scaling is None else scaling)).view(B, H, G, M, D)
-    with_real = rows.flatten(2, 3) @ key[:, :, :T].transpose(2, 3)  # [B, H, G M, T]
-    with_real = with_real.unflatten(2, (G, M)) + attention_mask[:, :, None].to(query.dtype)
-    own_keys, own_values = (blocks.spread(x[:, :, T:])[:, :, None] for x in (key, value))  # [B, H, 1, N, K, D]
-    with_own = blocks.spread(rows) @ own_keys.transpose(-1, -2) + blocks.own_bias.to(query.dtype)
-    weights = torch.cat([with_real, blocks.gather(with_own)], dim=-1).softmax(dim=-1)
-    out = (weights[..., :T].flatten(2, 3) @ value[:, :, :T]).unflatten(2, (G, M))
-    out = out + blocks.gather(blocks.spread(weights[..., T:]) @ own_values)
-    return out.flatten(1, 2).transpose(1, 2), None
+    route.calls.append(module)
+    real_keys, real_values = route.cache.prefix_of_layer()
+    (B, num_heads, M, D), H, blocks = query.shape, key.shape[1], route.blocks
+    rows = (query * (D**-0.5 if scaling is None else scaling)).to(real_keys.dtype).view(B, H, num_heads // H, M, D)
+    own_keys, own_values = (blocks.spread(x)[:, :, None] for x in (key, value))  # [B, H, 1, N, K, D]
+    own_scores = blocks.gather(blocks.spread(rows) @ own_keys.transpose(-1, -2) + blocks.own_bias.to(query.dtype))
+    out, own_weights = prefix_attention(rows, own_scores, real_keys, real_values, seen)
+    out = out + blocks.gather(blocks.spread(own_weights.to(own_values.dtype)) @ own_values)
+    return out.to(query.dtype).flatten(1, 2).transpose(1, 2), None
 
 
 register_route(ROUTE, block_attention)
 
 
 @contextmanager
-def block_route(target: TargetModel, layout: TrainingLayout) -> Iterator[list[torch.nn.Module]]:
-    """Lets the layers of a model with sdpa attention take the route in this thread, and collects those that do."""
-    _here.blocks, _here.calls = Blocks.of(layout), []
+def block_route(
+    target: TargetModel, layout: TrainingLayout, on_host: TrainingLayout, cache: PrefixCache
+) -> Iterator[BlockRoute]:
+    """Lets the layers of a model with sdpa attention take the route in this thread.
+
+    Args:
+        target: the model.
+        layout: of the mask rows, on its device.
+        on_host: the same where the host can read it.
+        cache: with the prefix.
+    """
+    form = target.attention
+    windows = {kind: form.window if kind == SLIDING else None for kind in form.layer_types}
+    seen = {kind: Seen.of(layout, on_host, window) for kind, window in windows.items()}
+    masks = {kind: one.bounds for kind, one in seen.items()}
+    mask = masks if len(masks) > 1 else next(iter(masks.values()))
+    _here.route = BlockRoute(Blocks.of(layout), seen, mask, cache, [])
     try:
-        with AttentionRoute(target.base, ROUTE):
-            yield _here.calls
+        with AttentionRoute(target.base, ROUTE), cache.apart():
+            yield _here.route
     finally:
-        _here.blocks = None
-
-
-def real_bias(target: TargetModel, layout: TrainingLayout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """What the route takes as attention mask: shape [B, 1, M, T], one for each kind of layer where they are mixed."""
-    B, _, T = layout.sees_real.shape
-    real = torch.arange(T, device=layout.positions.device).expand(B, -1)
-    masks = target.attention.render(layout.sees_real, layout.positions, real, dtype)
-    zero = torch.zeros((), dtype=dtype, device=real.device)
-    if isinstance(masks, Tensor):
-        return torch.where(masks, zero, float("-inf"))
-    return {kind: torch.where(mask, zero, float("-inf")) for kind, mask in masks.items()}
+        _here.route = None
 
 
 @torch.no_grad()
-def supports(target: TargetModel, num_speculative_tokens: int) -> bool:
-    """Whether mask rows may take the route: on a CPU, with sdpa, and with the same logits as without it."""
-    form, K = target.attention, num_speculative_tokens
+def supports(own_head: OwnHead, num_speculative_tokens: int) -> bool:
+    """Whether mask rows may take the route: with sdpa, and with the same hidden states as without it."""
+    target, K = own_head.target, num_speculative_tokens
+    form, limit = target.attention, target.max_positions
     # windows that end inside of a block are left to the model's own attention
     cuts_blocks = CHUNKED in form.layer_types or (SLIDING in form.layer_types and (form.window or 0) <= K)
-    limit = target.max_positions
-    if target.device.type != "cpu" or text_config(target.base)._attn_implementation != STOCK or cuts_blocks:
+    if text_config(target.base)._attn_implementation != STOCK or cuts_blocks:
         return False
     if limit is not None and limit < 6 + K:
         return False
-    with torch.autocast("cpu", enabled=False):
-        return _gives_the_same(target, K)
+    with torch.autocast(target.device.type, enabled=False):
+        return _gives_the_same(own_head, K)
 
 
-def _gives_the_same(target: TargetModel, K: int) -> bool:
-    layout = training_layout(torch.tensor([[3, 1]]), (K, max(1, K - 1)), num_tokens=6)
-    ids = torch.arange(6)[None] % target.vocab_size
+def _gives_the_same(own_head: OwnHead, K: int) -> bool:
+    target, device = own_head.target, own_head.target.device
+    on_host = training_layout(torch.tensor([[3, 1]]), (K, max(1, K - 1)), num_tokens=6)
+    layout = on_host.to(device)
+    real = torch.arange(6, device=device)[None]
     cache = PrefixCache(target.num_layers)
-    target.run(target.embed(ids), torch.arange(6)[None], None, cache)
+    own_head.hidden(target.embed(real % target.vocab_size), real, None, cache)
     embeds = target.embed(layout.positions % target.vocab_size)
-    keys = torch.cat([torch.arange(6)[None], layout.positions], dim=1)
+    keys = torch.cat([real, layout.positions], dim=1)
     mask = target.attention.render(layout.visible, layout.positions, keys, target.dtype)
-    expected = target.run(embeds, layout.positions, mask, cache)
+    expected = own_head.hidden(embeds, layout.positions, mask, cache)
     try:
-        with block_route(target, layout) as calls:
-            found = target.run(embeds, layout.positions, real_bias(target, layout, target.dtype), cache)
+        with block_route(target, layout, on_host, cache) as route:
+            found = own_head.hidden(embeds, layout.positions, route.mask, cache)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError):
         return False  # its own attention serves it as well
-    return len(calls) == target.num_layers and agree(found, expected, target.dtype)
+    return len(route.calls) == target.num_layers and agree(found, expected, target.dtype)

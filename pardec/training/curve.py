@@ -135,4 +135,8 @@ def _draw_length(axes, rows: Sequence[dict[str, Any]]) -> None:
         points = _points(rows, key)
         if points:
             _plot(axes, points, style, color=colour, label=label)
+    floors = {"floor/length": "possible without a head", "floor/length_with_head": "possible with a head"}
+    for shade, (key, label) in zip(("#777777", "#bbbbbb"), floors.items(), strict=True):
+        for _, length in _points(rows, key)[-1:]:
+            axes.axhline(length, color=shade, linestyle=":", linewidth=1, label=f"{label}, sampled")
     axes.set_title("real decoder: mean acceptance length, bonus token included", fontsize=9)

@@ -5,11 +5,9 @@ Legend: M mask rows, N blocks, K mask tokens of a block, V vocabulary; p is the 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pardec.training.kl import entropies, kl_and_acceptance
-from pardec.training.overlap import overlap_and_likelihood
+from pardec.training.comparison import Comparison, TargetLaw
 
 ROW_OBJECTIVES = ("kl", "cross_entropy", "cross_entropy_argmax", "tv", "cross_entropy_tv", "lk", "lk_hybrid")
 ACCEPTED_LENGTH = "accepted_length"  # of a whole block, see `expected_accepted_length`
@@ -20,25 +18,7 @@ _HYBRID_RATE = 3.0
 _SHARE_OF_CROSS_ENTROPY = 0.1  # of cross_entropy_tv
 
 
-@torch.no_grad()
-def target_law(target_logits: Tensor, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
-    """p, float32, shape [M, V]: the law that drafts are trained to follow.
-
-    Args:
-        target_logits: shape [M, V].
-        temperature: of the law; drafts are to be compared at the same.
-        top_k: only so many of the likeliest tokens keep their probability; None for all.
-    """
-    scores = target_logits.float() / temperature
-    if top_k is not None and top_k < scores.shape[-1]:
-        least = scores.topk(top_k, dim=-1).values[..., -1:]
-        scores = scores.masked_fill(scores < least, float("-inf"))
-    return scores.softmax(dim=-1)
-
-
-def draft_loss(
-    objective: str, draft_logits: Tensor, target_probs: Tensor, target_ids: Tensor, temperature: float = 1.0
-) -> Tensor:
+def draft_loss(objective: str, found: Comparison) -> Tensor:
     """Loss of every mask row, shape [M], float32.
 
     Args:
@@ -48,32 +28,30 @@ def draft_loss(
             `cross_entropy_tv`, .1 cross_entropy + .9 tv (DSpark, arXiv:2607.05147);
             `lk`, -log of that probability; `lk_hybrid`, lambda KL + (1 - lambda) TV, where lambda falls from 1 as it
             rises (both of LK losses, arXiv:2602.23881).
-        draft_logits: shape [M, V].
-        target_probs: p of the real row that predicts the same token, shape [M, V], float32, without gradient.
-        target_ids: the data's tokens, shape [M].
-        temperature: q is the softmax of the logits / temperature.
+        found: of these rows, with the log-likelihood of the tokens of `learned_tokens`.
 
     Raises:
         ValueError: for an unknown objective, or one of whole blocks, naming the known ones.
     """
-    if objective == "cross_entropy":
-        return F.cross_entropy(draft_logits.float() / temperature, target_ids, reduction="none")
-    if objective == "cross_entropy_argmax":
-        return F.cross_entropy(draft_logits.float() / temperature, target_probs.argmax(dim=-1), reduction="none")
+    if objective in ("cross_entropy", "cross_entropy_argmax"):
+        return -found.log_likelihood
     if objective == "kl":
-        return kl_and_acceptance(draft_logits, target_probs, entropies(target_probs), temperature)[0]
-    if objective not in ROW_OBJECTIVES:
-        raise ValueError(f"objective: expected one of {', '.join(ROW_OBJECTIVES)}, found {objective!r}")
-    overlap, likelihood = overlap_and_likelihood(draft_logits, target_probs, target_ids, temperature)
+        return found.kl
     if objective == "tv":
-        return 1 - overlap
+        return 1 - found.overlap
     if objective == "cross_entropy_tv":
-        return (1 - _SHARE_OF_CROSS_ENTROPY) * (1 - overlap) - _SHARE_OF_CROSS_ENTROPY * likelihood
+        return (1 - _SHARE_OF_CROSS_ENTROPY) * (1 - found.overlap) - _SHARE_OF_CROSS_ENTROPY * found.log_likelihood
     if objective == "lk":
-        return -overlap.clamp_min(torch.finfo(torch.float32).tiny).log()
-    share = torch.exp(-_HYBRID_RATE * overlap.detach())
-    kl, _ = kl_and_acceptance(draft_logits, target_probs, entropies(target_probs), temperature)
-    return share * kl + (1 - share) * (1 - overlap)
+        return -found.overlap.clamp_min(torch.finfo(torch.float32).tiny).log()
+    if objective == "lk_hybrid":
+        share = torch.exp(-_HYBRID_RATE * found.overlap.detach())
+        return share * found.kl + (1 - share) * (1 - found.overlap)
+    raise ValueError(f"objective: expected one of {', '.join(ROW_OBJECTIVES)}, found {objective!r}")
+
+
+def learned_tokens(objective: str, law: TargetLaw, ids: Tensor) -> Tensor:
+    """Whose log-likelihood the objective looks at, shape [M]: the target's likeliest token, or the data's own."""
+    return law.likeliest if objective == "cross_entropy_argmax" else ids
 
 
 def expected_accepted_length(overlap: Tensor, kept: Tensor) -> Tensor:
@@ -88,20 +66,6 @@ def expected_accepted_length(overlap: Tensor, kept: Tensor) -> Tensor:
     """
     before = torch.cat([torch.ones_like(kept[..., :1]), kept[..., :-1].cumprod(dim=-1)], dim=-1)
     return (before * overlap).sum(dim=-1)
-
-
-def acceptance_probability(draft_logits: Tensor, target_probs: Tensor) -> Tensor:
-    """Probability that a draft drawn from q is accepted, shape [M]: sum of min(p, q) = 1 - TV(p, q).
-
-    Source: arXiv:2211.17192, Theorem 3.5.
-    """
-    return torch.minimum(draft_logits.float().softmax(dim=-1), target_probs).sum(dim=-1)
-
-
-@torch.no_grad()
-def argmax_agreement(draft_logits: Tensor, target_probs: Tensor) -> Tensor:
-    """Whether the likeliest tokens of draft and target are the same, shape [M], 0 or 1."""
-    return (draft_logits.argmax(dim=-1) == target_probs.argmax(dim=-1)).float()
 
 
 @torch.no_grad()

@@ -7,21 +7,22 @@ Legend: B sequences, T tokens, N anchors, K num_speculative_tokens, M mask rows,
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pardec.adapters.head import SamplerHead
-from pardec.layout import TrainingLayout, nested_block_lengths, training_layout
+from pardec.layout import TrainingLayout, nested_block_lengths, sorted_anchors, training_layout
 from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
-from pardec.training.block_attention import block_route, real_bias, supports
+from pardec.target.own_head import OwnHead
+from pardec.training.block_attention import block_route, supports
 from pardec.training.first_embeddings import first_embeddings
-from pardec.training.kl import entropies
-from pardec.training.loss import argmax_agreement, target_law
 from pardec.training.objective import Objective
+from pardec.training.parts import Part, parts_of, rows_at_once, summed_by_parts
 from pardec.training.peft_lora import lora_enabled
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
@@ -65,15 +66,32 @@ class Prefix:
 
     Attributes:
         cache: their keys and values.
-        probs: the law p to be followed by the mask rows of all anchors, shape [B, M, V], float32.
-        entropies: of these laws, shape [B, M].
+        hidden: what their law is made of, shape [B, T, H].
+        anchors: of all parts, in the order in which their blocks run, shape [B, N], where the host can read them.
         lengths: of all blocks.
     """
 
     cache: PrefixCache
-    probs: Tensor
-    entropies: Tensor
+    hidden: Tensor
+    anchors: Tensor
     lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The mask rows of a forward and what they are held against.
+
+    Attributes:
+        layout: where they are.
+        ids: the data's tokens that they predict, shape [B, M].
+        before: the tokens before those, shape [B, M].
+        counts: rows that have a target, shape [B, M], bool.
+    """
+
+    layout: TrainingLayout
+    ids: Tensor
+    before: Tensor
+    counts: Tensor
 
 
 class MaskTokenTrainer(nn.Module):
@@ -103,12 +121,14 @@ class MaskTokenTrainer(nn.Module):
 
         Raises:
             ValueError: if gradient checkpointing is on, which discards the cache.
+            UnsupportedModelError: if its logits are not made of its hidden states alone.
         """
         super().__init__()
         if any(getattr(part, "gradient_checkpointing", False) for part in base.modules()):
             raise ValueError("base: expected gradient checkpointing off, found it on (it discards the cache)")
         self.base = base.eval()
         self.target = TargetModel.wrap(base)  # type: ignore[arg-type]
+        self.own_head = OwnHead.of(self.target)
         self.drafter, self.objective = drafter, objective or Objective()
         self.keep = (keep_ratio, keep_floor)
         self.mask_embeddings = None
@@ -157,54 +177,62 @@ class MaskTokenTrainer(nn.Module):
         (_, T), N = input_ids.shape, anchors.shape[1]
         if first_anchor == 0:
             lengths = self._block_lengths(N, num_anchors or N, max_depth or self.drafter.num_speculative_tokens)
-            self._prefix = self._run_prefix(input_ids, training_layout(anchors, lengths, T), lengths)
+            self._prefix = self._run_prefix(input_ids, anchors, lengths)
         prefix = self._prefix
         assert prefix is not None
         part = slice(first_anchor, None if num_anchors is None else first_anchor + num_anchors)
-        layout = training_layout(anchors[:, part], prefix.lengths[part], T)
-        first_row = sum(prefix.lengths[:first_anchor])
-        mine = slice(first_row, first_row + len(layout.depths))
-        p, entropy = prefix.probs[:, mine].flatten(0, 1), prefix.entropies[:, mine].flatten()
+        on_host = training_layout(prefix.anchors[:, part], prefix.lengths[part], T)
+        layout = on_host.to(input_ids.device)
         targets = layout.targets.clamp_max(T - 1)
-        counts = ((layout.targets < T) & loss_mask.gather(1, targets)).flatten()
-        ids = input_ids.gather(1, targets).flatten()
+        counts = (layout.targets < T) & loss_mask.gather(1, targets)
         before = input_ids.gather(1, (targets - 1).clamp_min(0))
-        loss_sum, metrics = torch.zeros((), device=p.device), {"rows": torch.ones_like(counts, dtype=torch.float32)}
-        for name, logits in self._draft_logits(layout, T, prefix.cache, before).items():
-            rows = logits.flatten(0, 1)
-            weighted, overlap = self.objective.weighted_losses(
-                rows, p, entropy, ids, counts, layout, self.drafter.num_speculative_tokens, needs_overlap=with_metrics
-            )
-            loss_sum = loss_sum + weighted.sum()
-            metrics[f"{name}loss"] = weighted.detach()
-            if with_metrics:
-                assert overlap is not None
-                metrics[f"{name}agreement"] = argmax_agreement(rows, p)
-                metrics[f"{name}overlap"] = overlap
-        return loss_sum, counts.sum(), self._by_position(metrics, counts, layout)
+        rows = Rows(layout, input_ids.gather(1, targets), before, counts)
+        # where only the head is trained, and only reads, nothing below it needs a gradient
+        with torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()):
+            hidden = self._run_mask_rows(layout, on_host, prefix.cache)
+        most_rows = rows_at_once(self.target.vocab_size, hidden.device)
+        loss_sum, metrics = summed_by_parts(
+            partial(self._loss_of, rows, prefix.hidden.flatten(0, 1), with_metrics),
+            list(parts_of(on_host, most_rows, hidden.device)),
+            hidden,
+            [] if self.head is None else list(self.head.parameters()),
+        )
+        return loss_sum, counts.sum(), metrics
 
     def forget_prefix(self) -> None:
         """Frees what the last call has left for further parts of its anchors."""
         self._prefix = None
 
-    def _draft_logits(self, layout: TrainingLayout, T: int, cache: PrefixCache, before: Tensor) -> dict[str, Tensor]:
-        """Logits [B, M, V] of the mask rows alone, and with the head, by the prefix of their metrics' names."""
-        with ExitStack() as stack:
-            if self.tap is not None:
-                stack.enter_context(self.tap.attached())
-            # where only the head is trained, and only reads, nothing below it needs a gradient
-            stack.enter_context(torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()))
-            found = {"": self._run_mask_rows(layout, T, cache)}
-            if self.head is None or self.tap is None:
-                return found
-            logits, hidden = found[""], self.tap.hidden
-        if not self.drafter.joint_head:
-            logits, hidden = logits.detach(), hidden.detach()
-        dtype = self.head.outer.weight.dtype
-        vectors = self.head(hidden.to(dtype), self.target.embed(before).to(dtype))
-        weight = self.tap.output_embeddings
-        found["head_"] = logits + vectors.to(weight.dtype) @ weight.T
-        return found
+    def _loss_of(
+        self, rows: Rows, real_hidden: Tensor, with_metrics: bool, part: Part, hidden: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and metrics of a part; hidden states of all real rows, shape [B T, H], and of its own, shape [R, H]."""
+        layout = rows.layout.part(part.sequences, part.blocks)
+        ids, before, counts = part.of(rows.ids), part.of(rows.before), part.of(rows.counts)
+        with torch.no_grad():
+            law = self.objective.law(self.own_head.logits(real_hidden[part.real_rows])).at(part.follows)
+        K, loss_sum = self.drafter.num_speculative_tokens, torch.zeros((), device=hidden.device)
+        metrics = {"rows": torch.ones_like(counts, dtype=torch.float32)}
+        for name, logits in self._draft_logits(hidden, before).items():
+            weighted, found = self.objective.weighted_losses(logits, law, ids, counts, layout, K)
+            loss_sum = loss_sum + weighted.sum()
+            metrics[f"{name}loss"] = weighted.detach()
+            if with_metrics:
+                metrics[f"{name}agreement"] = (found.likeliest == law.likeliest).float()
+                metrics[f"{name}overlap"] = found.overlap.detach()
+        return loss_sum, self._by_position(metrics, counts, layout)
+
+    def _draft_logits(self, hidden: Tensor, before: Tensor) -> dict[str, Tensor]:
+        """Logits [R, V] of mask rows alone, and with the head, by the prefix of their metrics' names."""
+        if self.head is None or self.tap is None:
+            return {"": self.own_head.logits(hidden)}
+        with self.tap.attached():
+            logits = self.own_head.logits(hidden)
+            read = self.tap.hidden[0]
+        below = (logits, read) if self.drafter.joint_head else (logits.detach(), read.detach())
+        dtype, weight = self.head.outer.weight.dtype, self.tap.output_embeddings
+        vectors = self.head(below[1].to(dtype), self.target.embed(before).to(dtype))
+        return {"": logits, "head_": below[0] + vectors.to(weight.dtype) @ weight.T}
 
     @property
     def _needs_gradients(self) -> bool:
@@ -227,33 +255,32 @@ class MaskTokenTrainer(nn.Module):
         return sums
 
     @torch.no_grad()
-    def _run_prefix(self, input_ids: Tensor, layout: TrainingLayout, lengths: tuple[int, ...]) -> Prefix:
+    def _run_prefix(self, input_ids: Tensor, anchors: Tensor, lengths: tuple[int, ...]) -> Prefix:
+        # the one wait for the device, before it has been given anything to do
+        on_host = sorted_anchors(anchors.cpu(), lengths)
         cache = PrefixCache(self.target.num_layers)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        # the mask token at position s predicts what the real token at s predicts
-        keep = layout.positions.clamp_max(input_ids.shape[1] - 1)
-        logits = self.target.run_at(keep, self.target.embed(input_ids), positions, None, cache)
-        probs = target_law(logits, self.objective.temperature, self.objective.top_k)
-        return Prefix(cache, probs, entropies(probs), lengths)
+        hidden = self.own_head.hidden(self.target.embed(input_ids), positions, None, cache)
+        return Prefix(cache, hidden, on_host, lengths)
 
-    def _run_mask_rows(self, layout: TrainingLayout, num_tokens: int, cache: PrefixCache) -> Tensor:
+    def _run_mask_rows(self, layout: TrainingLayout, on_host: TrainingLayout, cache: PrefixCache) -> Tensor:
+        """Their hidden states, shape [B, M, H]."""
         target, B = self.target, layout.positions.shape[0]
         positions = target.clamp_positions(layout.positions)
         if self._takes_blocks is None:
-            self._takes_blocks = supports(target, self.drafter.num_speculative_tokens)
+            self._takes_blocks = supports(self.own_head, self.drafter.num_speculative_tokens)
         with ExitStack() as stack:
             # the backward of cuDNN's attention gives NaN for some numbers of keys: pytorch issue 196678
             stack.enter_context(sdpa_kernel(ATTENTION_KERNELS))
             if self._takes_blocks:
-                stack.enter_context(block_route(target, layout))
-                mask = real_bias(target, layout, target.dtype)
+                mask = stack.enter_context(block_route(target, layout, on_host, cache)).mask
             else:
-                real = torch.arange(num_tokens, device=positions.device).expand(B, -1)
+                real = torch.arange(layout.num_tokens, device=positions.device).expand(B, -1)
                 keys = torch.cat([real, positions], dim=1)
                 mask = target.attention.render(layout.visible, positions, keys, target.dtype)
             if self.drafter.has_lora:
                 stack.enter_context(lora_enabled(self.base))
-            return target.run(self._mask_inputs(layout), positions, mask, cache)
+            return self.own_head.hidden(self._mask_inputs(layout), positions, mask, cache)
 
     def _mask_inputs(self, layout: TrainingLayout) -> Tensor:
         """Input embeddings of the mask rows, shape [B, M, D]."""

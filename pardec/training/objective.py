@@ -12,15 +12,14 @@ from torch import Tensor
 
 from pardec.errors import shown
 from pardec.layout import TrainingLayout
-from pardec.training.kl import kl_and_acceptance
+from pardec.training.comparison import Comparison, TargetLaw, compare, target_law
 from pardec.training.loss import (
     ACCEPTED_LENGTH,
-    acceptance_probability,
     acceptance_weights,
     draft_loss,
     expected_accepted_length,
+    learned_tokens,
 )
-from pardec.training.overlap import overlap_and_likelihood
 
 
 @dataclass(frozen=True)
@@ -48,77 +47,63 @@ class Objective:
                 f"itself, found {shown(self.weights)}"
             )
 
+    def law(self, target_logits: Tensor) -> TargetLaw:
+        """The law that drafts are compared with, from logits of shape [M, V]."""
+        return target_law(target_logits, self.temperature, self.top_k)
+
     def weighted_losses(
         self,
         logits: Tensor,
-        p: Tensor,
-        entropy: Tensor,
+        law: TargetLaw,
         ids: Tensor,
         counts: Tensor,
         layout: TrainingLayout,
         num_speculative_tokens: int,
-        *,
-        needs_overlap: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Weighted loss of every row, 0 where it does not count, and the probability that its draft is accepted.
+    ) -> tuple[Tensor, Comparison]:
+        """Weighted loss of every row, 0 where it does not count, and what draft and target have in common.
 
         Args:
             logits: shape [B * M, V].
-            p: the law to follow, shape [B * M, V], float32.
-            entropy: of p, shape [B * M].
+            law: to follow, of these rows.
             ids: the data's tokens, shape [B * M].
             counts: rows that have a target, shape [B * M], bool.
-            layout: of the rows.
+            layout: of the rows, in whole blocks.
             num_speculative_tokens: K.
-            needs_overlap: else the second may be None.
 
         Returns:
-            each of shape [B * M]; the second without gradient.
+            losses of shape [B * M]; the comparison that they are made of.
         """
         blocks = _Blocks.of(layout, num_speculative_tokens)
+        found = compare(logits, law, learned_tokens(self.loss, law, ids), self.temperature)
         if self.loss == ACCEPTED_LENGTH:
-            return self._block_losses(logits, p, ids, counts, blocks)
-        follows_drafts = isinstance(self.weights, str) and self.weights != "uniform"
-        losses, overlap = self._row_losses(logits, p, entropy, ids, needs_overlap=needs_overlap or follows_drafts)
+            return self._block_losses(found, law, ids, counts, blocks), found
         # where, not a product: a row that does not count must not pass on a non-finite loss
-        return torch.where(counts, losses * self._weights(overlap, counts, layout, blocks), 0.0), overlap
+        losses = draft_loss(self.loss, found) * self._weights(found.overlap.detach(), counts, layout, blocks)
+        return torch.where(counts, losses, 0.0), found
 
-    def _row_losses(
-        self, logits: Tensor, p: Tensor, entropy: Tensor, ids: Tensor, *, needs_overlap: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        if self.loss == "kl":
-            return kl_and_acceptance(logits, p, entropy, self.temperature)
-        losses = draft_loss(self.loss, logits, p, ids, self.temperature)
-        if self.loss == "tv":
-            return losses, 1 - losses.detach()
-        scaled = logits.detach().float() / self.temperature if needs_overlap else None
-        return losses, None if scaled is None else acceptance_probability(scaled, p)
-
-    def _weights(self, overlap: Tensor | None, counts: Tensor, layout: TrainingLayout, blocks: "_Blocks") -> Tensor:
-        """What each row's loss counts, shape [B * M]; `overlap` where weights follow it."""
+    def _weights(self, overlap: Tensor, counts: Tensor, layout: TrainingLayout, blocks: "_Blocks") -> Tensor:
+        """What each row's loss counts, shape [B * M]."""
         if self.weights == "uniform":
             return torch.ones_like(counts, dtype=torch.float32)
         if not isinstance(self.weights, str):
             weights = torch.tensor(self.weights, device=counts.device)
             return weights[layout.depths].repeat(layout.positions.shape[0])
-        assert overlap is not None
         return blocks.rows(acceptance_weights(self.weights, blocks.grid(overlap * counts)))
 
     def _block_losses(
-        self, logits: Tensor, p: Tensor, ids: Tensor, counts: Tensor, blocks: "_Blocks"
-    ) -> tuple[Tensor, Tensor]:
+        self, found: Comparison, law: TargetLaw, ids: Tensor, counts: Tensor, blocks: "_Blocks"
+    ) -> Tensor:
         """-log of the expected accepted length of its block at every row, so that their mean is that of the blocks."""
-        overlap, likelihood = overlap_and_likelihood(logits, p, ids, self.temperature)
-        of_id = p.gather(1, ids[:, None])[:, 0]
+        of_id = law.probs.gather(1, ids[:, None])[:, 0]
         # a token that the target excludes continues none of its texts
-        kept = torch.where(of_id > 0, (likelihood - of_id.log()).clamp_max(0).exp(), 0.0)
+        kept = torch.where(of_id > 0, (found.log_likelihood - of_id.log()).clamp_max(0).exp(), 0.0)
         # nothing behind a row that does not count is reached
         reached = blocks.grid(counts.float()).cumprod(dim=-1) > 0
         lengths = expected_accepted_length(
-            torch.where(reached, blocks.grid(overlap), 0.0), torch.where(reached, blocks.grid(kept), 0.0)
+            torch.where(reached, blocks.grid(found.overlap), 0.0), torch.where(reached, blocks.grid(kept), 0.0)
         )
         losses = -lengths.clamp_min(torch.finfo(torch.float32).tiny).log()
-        return blocks.rows(torch.where(reached, losses[..., None], 0.0)), overlap.detach()
+        return blocks.rows(torch.where(reached, losses[..., None], 0.0))
 
 
 @dataclass(frozen=True)
@@ -136,7 +121,7 @@ class _Blocks:
     @classmethod
     def of(cls, layout: TrainingLayout, num_speculative_tokens: int) -> "_Blocks":
         K = num_speculative_tokens
-        return cls(layout.blocks * K + layout.depths, (layout.positions.shape[0], int(layout.blocks[-1]) + 1, K))
+        return cls(layout.blocks * K + layout.depths, (layout.positions.shape[0], len(layout.block_lengths), K))
 
     def grid(self, values: Tensor) -> Tensor:
         """From [B * M] to [B, N, K]; 0 where a block has no such row."""

@@ -54,9 +54,13 @@ def test_prompts_are_resampled_with_all_their_places():
 def test_shares_are_of_sums_over_places():
     values = torch.tensor([[0.2, 0.1], [0.4, 0.3]], dtype=torch.float64)
     most = torch.tensor([[1.0, 0.5], [0.5, 0.5]], dtype=torch.float64)
-    row = floor.row_of("runs/x", Overlaps(most, most, most, most, values, values), [0, 1], has_head=False)
+    lengths = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    found = Overlaps(most, most, most, most, values, values, lengths, 2 * lengths)
+    row = floor.row_of("runs/x", found, [0, 1], has_head=False)
     assert row["adapter"] == "x"
     assert row["share"]["mean"] == pytest.approx([0.6 / 1.5, 0.4 / 1.0])
+    assert row["blind"]["mean_acceptance_length"] == 1.75
+    assert row["behind_one"]["mean_acceptance_length"] == 2.5
     assert row["share"]["all_depths"] == pytest.approx(1.0 / 2.5)
     assert row["share"]["interval"][0] == pytest.approx([0.2, 0.8])
 

@@ -59,21 +59,25 @@ def exact(model: SelfSpeculativeModel, top_k: int | None) -> dict[str, list[floa
         return law(model.base_model(torch.tensor([[*CONTEXT, *future]])).logits[0, -1], top_k)
 
     logits, hidden = mask_rows(model)
-    found = {"blind": [], "behind_one": [], "drafted": [], "with_head": []}
+    found = {"blind": [], "behind_one": [], "drafted": [], "with_head": [], "blind_length": 0, "behind_one_length": 0}
+    reached = {name: dict.fromkeys(((v,) for v in range(V)), 1.0) for name in ("blind", "behind_one")}
     first = law_behind(())  # of the bonus token
     probability = {(v,): float(first[v]) for v in range(V)}
     for depth in range(K):
         laws = {future: law_behind(future) for future in probability}
         futures = list(probability)
         weights = torch.tensor([probability[future] for future in futures], dtype=torch.float64)
-        found["blind"].append(barycentre(torch.stack([laws[future] for future in futures]), weights)[0])
+        best, q = barycentre(torch.stack([laws[future] for future in futures]), weights)
+        found["blind"].append(best)
+        drafts = {"blind": dict.fromkeys(futures, q), "behind_one": {}}
         behind = 0.0
         for _, group in itertools.groupby(sorted(futures, key=lambda one: one[-1:]), key=lambda one: one[-1:]):
             group = list(group)
             own = torch.tensor([probability[future] for future in group], dtype=torch.float64)
             if own.sum() > 0:
-                best = barycentre(torch.stack([laws[future] for future in group]), own / own.sum())[0]
+                best, q = barycentre(torch.stack([laws[future] for future in group]), own / own.sum())
                 behind += float(own.sum()) * best
+                drafts["behind_one"] |= dict.fromkeys(group, q)
         found["behind_one"].append(behind)
         q, overlap, overlap_of_head = law(logits[depth], top_k), 0.0, 0.0
         for future in futures:
@@ -82,6 +86,13 @@ def exact(model: SelfSpeculativeModel, top_k: int | None) -> dict[str, list[floa
             overlap_of_head += probability[future] * float(laws[future].minimum(q_of_head).sum())
         found["drafted"].append(overlap)
         found["with_head"].append(overlap_of_head)
+        for name, q_of in drafts.items():
+            for future in q_of:
+                accepted = probability[future] * reached[name].get(future, 0.0)  # 0: such a future has no probability
+                found[f"{name}_length"] += accepted * float(laws[future].minimum(q_of[future]).sum())
+                for v in range(V):
+                    ratio = float(q_of[future][v] / laws[future][v]) if laws[future][v] > 0 else 1.0
+                    reached[name][(*future, v)] = reached[name].get(future, 0.0) * min(1.0, ratio)
         probability = {
             (*future, v): probability[future] * float(laws[future][v]) for future in futures for v in range(V)
         }
@@ -123,6 +134,9 @@ def test_more_futures_close_in_on_the_exact_floor():
             if N == 128:
                 assert float(getattr(found, name)[:, 2].mean()) == pytest.approx(expected[name][2], abs=0.02)
                 assert float(shown) == pytest.approx(expected[name][2], abs=0.02)
+                length = float(getattr(found, f"{name}_length").mean())
+                assert length == pytest.approx(expected[f"{name}_length"], abs=0.05)
+                assert max(expected[name]) < length < sum(expected[name])
     for name in ("blind", "behind_one"):
         assert gaps[name, 8] > 2 * gaps[name, 32] > 4 * gaps[name, 128]
 

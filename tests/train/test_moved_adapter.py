@@ -58,8 +58,11 @@ def test_an_adapter_moves_to_a_tuned_base_and_says_from_where(folder):
         torch.testing.assert_close(moved.lora.tensors[name], tensor, atol=1e-6, rtol=0)
     rows = [json.loads(line) for line in (folder / "moved" / "metrics.jsonl").read_text().splitlines()]
     # what it had there before its first step, and blocks that grow from one token to two
-    assert rows[0]["step"] == 0
-    assert rows[0]["acceptance/sampled"] >= 1
+    floor, before = rows[:2]
+    assert floor["step"] == before["step"] == 0
+    assert 1 < floor["floor/length"] < 3  # K = 2
+    assert "floor/length_with_head" not in floor
+    assert before["acceptance/sampled"] >= 1
     first, second = (row["overlap"] for row in rows if "overlap" in row)
     assert first[0] > 0
     assert first[1] == 0

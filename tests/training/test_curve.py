@@ -63,6 +63,14 @@ def test_every_curve_has_the_points_of_the_file(tmp_path, drawn):
         assert all(low <= y <= high for _, ys in lines_of(axes) for y in ys)
 
 
+def test_the_floor_is_a_line_through_the_whole_picture(tmp_path, drawn):
+    floors = {"step": 0, "floor/length": 2.25, "floor/length_with_head": 3.5}
+    curve.draw_curve(write(tmp_path / "metrics.jsonl", [floors, *ROWS]), tmp_path / "training.png")
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn[0].axes[2].get_lines()}
+    assert lines["possible without a head, sampled"] == [2.25, 2.25]
+    assert lines["possible with a head, sampled"] == [3.5, 3.5]
+
+
 def test_a_loss_that_falls_below_zero_is_drawn_whole(tmp_path, drawn):
     rows = [{"step": 10, "loss": 0.7}, {"step": 20, "loss": -0.2}]
     curve.draw_curve(write(tmp_path / "metrics.jsonl", rows), tmp_path / "training.png")

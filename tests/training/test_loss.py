@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from pardec.training.loss import (
-    ROW_OBJECTIVES,
-    acceptance_probability,
-    acceptance_weights,
-    argmax_agreement,
-    draft_loss,
-    target_law,
-)
+from pardec.training.comparison import compare, target_law
+from pardec.training.loss import ROW_OBJECTIVES, acceptance_weights, learned_tokens
+from pardec.training.loss import draft_loss as loss_of
 
 M, V = 12, 17
 
@@ -21,6 +16,10 @@ M, V = 12, 17
 def random_logits(seed, scale=3.0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(M, V, generator=generator) * scale).to(dtype)
+
+
+def draft_loss(objective, logits, law, ids, temperature=1.0):
+    return loss_of(objective, compare(logits, law, learned_tokens(objective, law, ids), temperature))
 
 
 def value_and_gradient(loss_of, logits):
@@ -120,12 +119,12 @@ def test_lk_is_minus_the_log_of_the_probability_of_acceptance():
 
 
 def test_cross_entropy_and_tv_are_mixed_one_to_nine():
-    draft, p = random_logits(22, 1.0), target_law(random_logits(23, 1.0))
+    draft, law = random_logits(22, 1.0), target_law(random_logits(23, 1.0))
     ids = torch.randint(0, V, (M,), generator=torch.Generator().manual_seed(24))
-    found, gradient = value_and_gradient(lambda x: draft_loss("cross_entropy_tv", x, p, ids, 0.6), draft)
+    found, gradient = value_and_gradient(lambda x: draft_loss("cross_entropy_tv", x, law, ids, 0.6), draft)
 
     def mixed(x):
-        distance = (p.double() - (x / 0.6).softmax(dim=-1)).abs().sum(dim=-1) / 2
+        distance = (law.probs.double() - (x / 0.6).softmax(dim=-1)).abs().sum(dim=-1) / 2
         return 0.1 * functional.cross_entropy(x / 0.6, ids, reduction="none") + 0.9 * distance
 
     expected, expected_gradient = value_and_gradient(mixed, draft.double())
@@ -135,11 +134,11 @@ def test_cross_entropy_and_tv_are_mixed_one_to_nine():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_tv_is_half_the_distance_of_the_laws(temperature):
-    draft, p = random_logits(22, 1.0), target_law(random_logits(23, 1.0))
+    draft, law = random_logits(22, 1.0), target_law(random_logits(23, 1.0))
     ids = torch.zeros(M, dtype=torch.long)
-    losses, gradient = value_and_gradient(lambda x: draft_loss("tv", x, p, ids, temperature), draft)
+    losses, gradient = value_and_gradient(lambda x: draft_loss("tv", x, law, ids, temperature), draft)
     expected, expected_gradient = value_and_gradient(
-        lambda x: (p.double() - (x / temperature).softmax(dim=-1)).abs().sum(dim=-1) / 2, draft.double()
+        lambda x: (law.probs.double() - (x / temperature).softmax(dim=-1)).abs().sum(dim=-1) / 2, draft.double()
     )
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-6)
@@ -156,12 +155,12 @@ def test_lk_weighted_by_expected_length_has_the_gradient_of_the_expected_number_
     """One block of K rows: E[accepted] = sum over m of a_1 .. a_m, differentiated by torch from its definition."""
     K = 4
     draft = random_logits(24, 1.0, torch.float64)[:K].requires_grad_()
-    p = target_law(random_logits(25, 1.0))[:K]
-    accepted = torch.minimum(draft.softmax(dim=-1), p.double()).sum(dim=-1)
+    law = target_law(random_logits(25, 1.0)[:K])
+    accepted = torch.minimum(draft.softmax(dim=-1), law.probs.double()).sum(dim=-1)
     (accepted.cumprod(dim=0).sum()).backward()
     expected, draft.grad = draft.grad, None
-    weights = acceptance_weights("expected_length", acceptance_probability(draft, p))
-    (weights * draft_loss("lk", draft, p, torch.zeros(K, dtype=torch.long))).sum().backward()
+    weights = acceptance_weights("expected_length", compare(draft, law, torch.zeros(K, dtype=torch.long)).overlap)
+    (weights * draft_loss("lk", draft, law, torch.zeros(K, dtype=torch.long))).sum().backward()
     torch.testing.assert_close(-draft.grad, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -175,7 +174,7 @@ def test_lk_hybrid_goes_from_kl_to_total_variation_as_acceptance_rises():
         share = torch.exp(-3 * accepted)
         expected = share * draft_loss("kl", draft, p, ids) + (1 - share) * (1 - accepted)
         torch.testing.assert_close(draft_loss("lk_hybrid", draft, p, ids), expected, rtol=1e-4, atol=1e-5)
-    never = torch.full((M, V), -1e4).scatter(1, p.argmin(dim=1, keepdim=True), 1e4)  # q on the least likely token
+    never = torch.full((M, V), -1e4).scatter(1, p.probs.argmin(dim=1, keepdim=True), 1e4)  # q on the least likely token
     kl = draft_loss("kl", never, p, ids)
     found = draft_loss("lk_hybrid", never, p, ids)
     assert bool((found > 0.5 * kl).all())
@@ -192,7 +191,7 @@ def test_nothing_is_left_to_learn_where_draft_and_target_are_the_same_law(object
 def test_losses_and_gradients_stay_finite_where_laws_do_not_overlap(objective):
     """The target's law has zeros (top-k), and the draft is certain of something else."""
     p = target_law(random_logits(29), top_k=2)
-    draft = torch.full((M, V), -50.0).scatter(1, p.argmin(dim=1, keepdim=True), 50.0)
+    draft = torch.full((M, V), -50.0).scatter(1, p.probs.argmin(dim=1, keepdim=True), 50.0)
     ids = torch.arange(M)
     losses, gradient = value_and_gradient(lambda x: draft_loss(objective, x, p, ids), draft)
     assert bool(torch.isfinite(losses).all())
@@ -207,7 +206,7 @@ def test_target_law_is_that_of_transformers_warpers(temperature, top_k):
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     if top_k is not None:
         scores = TopKLogitsWarper(top_k)(None, scores)
-    torch.testing.assert_close(target_law(logits, temperature, top_k), scores.softmax(dim=-1))
+    torch.testing.assert_close(target_law(logits, temperature, top_k).probs, scores.softmax(dim=-1))
 
 
 def test_weights_are_the_products_written_out():
@@ -243,7 +242,9 @@ def test_an_objective_that_no_row_has_names_the_known_ones(objective):
 def test_agreement_is_argmax_equality_and_the_sum_of_the_smaller_probability():
     draft, target = random_logits(13, scale=1.0), random_logits(14, scale=1.0)
     draft[::3] = target[::3] * 2  # the same argmax, another law
-    agrees, overlap = argmax_agreement(draft, target_law(target)), acceptance_probability(draft, target_law(target))
+    law = target_law(target)
+    found = compare(draft, law, torch.zeros(M, dtype=torch.long))
+    agrees, overlap = (found.likeliest == law.likeliest).float(), found.overlap
     p, q = target.double().softmax(dim=-1), draft.double().softmax(dim=-1)
     for row in range(M):
         best_p = max(range(V), key=lambda v: p[row, v].item())
@@ -254,7 +255,3 @@ def test_agreement_is_argmax_equality_and_the_sum_of_the_smaller_probability():
     assert 0 < agrees.sum() < M
     # arXiv:2211.17192, Theorem 3.5: acceptance = 1 - total variation distance
     torch.testing.assert_close(overlap.double(), 1 - (p - q).abs().sum(dim=-1) / 2, rtol=1e-5, atol=1e-6)
-
-
-def test_agreement_carries_no_gradient():
-    assert not argmax_agreement(random_logits(15).requires_grad_(), target_law(random_logits(16))).requires_grad

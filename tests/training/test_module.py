@@ -7,8 +7,9 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from pardec.layout import nested_block_lengths, training_layout
+from pardec.training import parts
+from pardec.training.comparison import target_law
 from pardec.training.first_embeddings import mean_embedding
-from pardec.training.loss import target_law
 from pardec.training.module import METRICS, Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora
@@ -220,14 +221,15 @@ def test_weights_that_follow_acceptance_are_those_of_each_block_by_itself(rule, 
 
 
 def seen_by_the_objective(monkeypatch, trainer, batch) -> list[dict]:
-    """What a forward hands over, once without and once with a head, what comes back, and the forward's loss."""
+    """What a forward in one part hands over, once without and once with a head, what comes back, and its loss."""
     original, calls = Objective.weighted_losses, []
+    monkeypatch.setattr(parts, "_LEAST_ROWS", 10**6)
 
-    def spy(self, logits, p, entropy, ids, counts, layout, K, **settings):
-        weighted, overlap = original(self, logits, p, entropy, ids, counts, layout, K, **settings)
-        told = {"logits": logits, "p": p, "ids": ids, "weighted": weighted, "counts": counts}
+    def spy(self, logits, law, ids, counts, layout, K):
+        weighted, found = original(self, logits, law, ids, counts, layout, K)
+        told = {"logits": logits, "p": law.probs, "ids": ids, "weighted": weighted, "counts": counts}
         calls.append({"layout": layout, **{name: tensor.detach() for name, tensor in told.items()}})
-        return weighted, overlap
+        return weighted, found
 
     monkeypatch.setattr(Objective, "weighted_losses", spy)
     loss, _, _ = trainer(**batch)
@@ -285,10 +287,10 @@ def test_the_heads_loss_is_its_definition(family):
     seen = {}
     run = trainer._run_mask_rows
 
-    def spy(layout, num_tokens, cache):
-        seen["layout"], seen["logits"] = layout, run(layout, num_tokens, cache)
-        seen["hidden"] = trainer.tap.hidden
-        return seen["logits"]
+    def spy(layout, on_host, cache):
+        seen["layout"], seen["hidden"] = layout, run(layout, on_host, cache)
+        seen["logits"] = trainer.own_head.logits(seen["hidden"][0])[None]
+        return seen["hidden"]
 
     trainer._run_mask_rows = spy
     _, _, metrics = trainer(**batch)
@@ -322,15 +324,13 @@ def test_noise_rows_hold_embeddings_of_random_tokens_and_learn_nothing():
     assert all("lora_" in name for name, p in trainer.named_parameters() if p.grad is not None)
 
 
-def test_the_law_that_is_followed_is_that_of_the_objective():
+def test_the_law_that_is_followed_is_that_of_the_objective(monkeypatch):
     trainer = make_trainer("llama", objective=Objective("kl", temperature=0.5, top_k=3))
     batch = make_batch()
-    layout = training_layout(batch["anchors"], (K,) * N, T)
-    prefix = trainer._run_prefix(batch["input_ids"], layout, (K,) * N)
-    logits = trainer.base(batch["input_ids"]).logits
-    rows = layout.positions.clamp_max(T - 1)
+    (call,) = seen_by_the_objective(monkeypatch, trainer, batch)
+    logits, rows = trainer.base(batch["input_ids"]).logits, call["layout"].positions.clamp_max(T - 1)
     expected = target_law(torch.stack([logits[b, rows[b]] for b in range(2)]), 0.5, 3)
-    torch.testing.assert_close(prefix.probs, expected)
+    torch.testing.assert_close(call["p"], expected.probs.flatten(0, 1))
 
 
 @pytest.mark.parametrize("objective", ["kl", "tv", "accepted_length"])
@@ -380,12 +380,12 @@ def test_mask_rows_that_overflow_leave_the_law_that_is_followed_as_it_is():
     """Real tokens are run without them: whatever they hold, the loss is not finite and nothing else is touched."""
     trainer, batch = make_trainer("llama"), make_batch()
     trainer(**batch)
-    law = trainer._prefix.probs
+    hidden = trainer._prefix.hidden
     with torch.no_grad():
         trainer.mask_embeddings.fill_(float("nan"))
     loss, _, _ = trainer(**batch)
     assert not bool(loss.isfinite())
-    assert torch.equal(trainer._prefix.probs, law)
+    assert torch.equal(trainer._prefix.hidden, hidden)
     assert all(bool(layer.keys.isfinite().all()) for layer in trainer._prefix.cache.layers)
 
 

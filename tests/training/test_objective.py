@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pardec.layout import training_layout
-from pardec.training.loss import expected_accepted_length, target_law
+from pardec.training.comparison import target_law
+from pardec.training.loss import expected_accepted_length
 from pardec.training.objective import Objective
 
 ACCEPTED_LENGTH = Objective("accepted_length")
@@ -83,14 +84,13 @@ def by_loops(layout, logits, p, ids, counts, temperature: float) -> torch.Tensor
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.7, None), (1.0, 3)])
 @pytest.mark.parametrize("block_lengths", [(3, 3), (4, 2, 1)])
 def test_every_row_carries_minus_the_log_of_its_blocks_expected_length(block_lengths, temperature, top_k):
-    layout, logits, p, ids = rows_of(block_lengths, 9, seed=1, top_k=top_k)
+    layout, logits, law, ids = rows_of(block_lengths, 9, seed=1, top_k=top_k)
+    p = law.probs
     counts = torch.ones(len(ids), dtype=torch.bool)
     counts[[1, len(ids) // 2]] = False  # inside of a block, and at the beginning of one
     objective, K = Objective("accepted_length", temperature=temperature), block_lengths[0]
     logits.requires_grad_()
-    weighted, overlap = objective.weighted_losses(
-        logits, p, torch.zeros(len(ids)), ids, counts, layout, K, needs_overlap=True
-    )
+    weighted, found = objective.weighted_losses(logits, law, ids, counts, layout, K)
     slopes = torch.arange(1, len(ids) + 1)
     (weighted * slopes).sum().backward()
 
@@ -99,29 +99,25 @@ def test_every_row_carries_minus_the_log_of_its_blocks_expected_length(block_len
     (expected * slopes).sum().backward()
     torch.testing.assert_close(weighted.detach().double(), expected.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
-    assert not overlap.requires_grad
-    torch.testing.assert_close(overlap, torch.minimum((logits.detach() / temperature).softmax(-1), p).sum(-1))
+    torch.testing.assert_close(
+        found.overlap.detach(), torch.minimum((logits.detach() / temperature).softmax(-1), p).sum(-1)
+    )
     assert float((expected > 0).sum() + (expected < 0).sum()) < len(ids)  # some rows count for nothing
     assert top_k is None or bool((p.gather(1, ids[:, None]) == 0).any())
 
 
 def test_a_block_of_perfect_drafts_is_accepted_whole():
     layout, logits, _, ids = rows_of((4, 4), 9, seed=2)
-    p = target_law(logits)
     counts = torch.ones(len(ids), dtype=torch.bool)
-    weighted, _ = ACCEPTED_LENGTH.weighted_losses(
-        logits, p, torch.zeros(len(ids)), ids, counts, layout, 4, needs_overlap=False
-    )
+    weighted, _ = ACCEPTED_LENGTH.weighted_losses(logits, target_law(logits), ids, counts, layout, 4)
     torch.testing.assert_close(weighted, torch.full((len(ids),), -math.log(4)))
 
 
 def test_values_and_gradients_stay_finite_where_laws_do_not_overlap():
-    layout, logits, p, ids = rows_of((3, 3), 9, seed=3, top_k=2)
-    certain = torch.full_like(logits, -200.0).scatter(1, p.argmin(dim=1, keepdim=True), 200.0).requires_grad_()
+    layout, logits, law, ids = rows_of((3, 3), 9, seed=3, top_k=2)
+    certain = torch.full_like(logits, -200.0).scatter(1, law.probs.argmin(dim=1, keepdim=True), 200.0).requires_grad_()
     counts = torch.ones(len(ids), dtype=torch.bool)
-    weighted, _ = ACCEPTED_LENGTH.weighted_losses(
-        certain, p, torch.zeros(len(ids)), ids, counts, layout, 3, needs_overlap=False
-    )
+    weighted, _ = ACCEPTED_LENGTH.weighted_losses(certain, law, ids, counts, layout, 3)
     weighted.sum().backward()
     assert bool(weighted.isfinite().all())
     assert bool(certain.grad.isfinite().all())

@@ -1,0 +1,114 @@
+"""A model in two halves, to make logits of a few rows at a time: hidden states by its body, logits by the rest.
+
+Models scale, shift and cap logits in their own forward. So that forward makes them, with the body's place taken by
+hidden states that are there already. Knows no layout and no adapter.
+Legend: B sequences, R rows, H width of hidden states, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from pardec.target.cache import PrefixCache
+from pardec.target.forward import TargetModel, UnsupportedModelError
+from pardec.target.survey import agree
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """A target whose logits are made apart from its hidden states.
+
+    Attributes:
+        target: the model.
+        body: the module inside it that gives hidden states.
+        output: the class of what it gives; families have their own.
+    """
+
+    target: TargetModel
+    body: nn.Module
+    output: type[ModelOutput]
+
+    @classmethod
+    def of(cls, target: TargetModel) -> "OwnHead":
+        """Finds the body, by what the model's own forward calls.
+
+        Raises:
+            UnsupportedModelError: if there is none, or logits made of its hidden states are not the model's own.
+        """
+        ids = torch.arange(3, device=target.device)[None] % target.vocab_size
+        with torch.no_grad():
+            found, expected = _observed(target, ids)
+            for body, output in found:
+                head = cls(target, body, output)
+                if _gives(head, ids, expected):
+                    return head
+        raise UnsupportedModelError(
+            f"base: expected logits that its own forward makes of hidden states alone, found a "
+            f"{type(target.base).__name__} whose are not"
+        )
+
+    def hidden(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | Mapping[str, Tensor] | None,
+        cache: Cache,
+    ) -> Tensor:
+        """Hidden states of all rows, shape [B, R, H]; arguments as of `TargetModel.run`."""
+        return self.body(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        ).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, shape [n, V] of [n, H]."""
+        rows = hidden[None]
+        own = vars(self.body).get("forward")
+        # on the instance, so that hooks of the module, which offloading and sharding live by, still run
+        self.body.forward = lambda *args, **options: self.output(last_hidden_state=rows)  # type: ignore[arg-type]
+        try:
+            return self.target.base(inputs_embeds=rows, use_cache=False, return_dict=True).logits[0]
+        finally:
+            if own is None:
+                del self.body.forward
+            else:
+                self.body.forward = own
+
+
+def _observed(target: TargetModel, ids: Tensor) -> tuple[list[tuple[nn.Module, type[ModelOutput]]], Tensor]:
+    """Modules inside the model that give hidden states in a forward, outermost first; logits of that forward."""
+    found: list[tuple[nn.Module, type[ModelOutput]]] = []
+
+    def see(module: nn.Module, args: tuple, output: object) -> None:
+        hidden = getattr(output, "last_hidden_state", None)
+        if module is not target.base and isinstance(output, ModelOutput) and isinstance(hidden, Tensor):
+            found.append((module, type(output)))
+
+    handles = [module.register_forward_hook(see) for module in target.base.modules()]
+    try:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        embeds = target.embed(ids)
+        logits = target.base(inputs_embeds=embeds, position_ids=positions, use_cache=False, return_dict=True).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[::-1], logits  # modules end from the inside out
+
+
+def _gives(head: OwnHead, ids: Tensor, expected: Tensor) -> bool:
+    target = head.target
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    try:
+        hidden = head.hidden(target.embed(ids), positions, None, PrefixCache(target.num_layers))
+        found = head.logits(hidden[0])
+    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError):
+        return False
+    return found.shape == expected[0].shape and agree(found, expected[0], target.dtype)
