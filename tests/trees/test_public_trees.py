@@ -145,7 +145,7 @@ def test_a_chosen_tree_is_kept_and_read_and_used(tmp_path, llama, ours):
     save_adapter(ours.adapter, tmp_path / "one")
     choice = choice_of(tmp_path / "one", tree=BRANCHING)
     write_tuned(tmp_path / "one", choice)
-    found = read_tuned(tmp_path / "one", "a card", "float32")
+    (found,) = read_tuned(tmp_path / "one", "a card", "float32")
     assert found == choice
     assert found is not None
     assert found.tree == BRANCHING

@@ -3,6 +3,7 @@
 import builtins
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -160,6 +161,16 @@ def test_a_choice_in_words():
     words = [
         (TunedChoice(*facts), False, "K = 2, blocks 2 2 2, 9 rows, 1.50 x plain"),
         (TunedChoice(*facts), True, "K = 2, blocks 2 2 2, with the head, 9 rows, 1.50 x plain"),
+        (
+            replace(TunedChoice(*facts), block_lengths=(1, 1, 0, 0), copy_tokens=2),
+            False,
+            "K = 1, blocks 1 1 0 0, 2 copied tokens, 6 rows, 1.50 x plain",
+        ),
+        (
+            replace(TunedChoice(*facts), block_lengths=(0, 0, 0), copy_tokens=2),
+            True,
+            "K = 0, 2 copied tokens, 3 rows, 1.50 x plain",
+        ),
         (TunedChoice(*facts, mode="two_pass"), False, "K = 2, two_pass, 6 rows, 1.50 x plain"),
         (TunedChoice(*facts, use_head=False), True, "K = 2, blocks 2 2 2, without the head, 9 rows, 1.50 x plain"),
         (TunedChoice(*facts, tree=tree), True, "K = 2, a tree of 3 nodes, with the head, 9 rows, 1.50 x plain"),
@@ -203,7 +214,7 @@ def test_generation_uses_a_mode_and_a_head_that_were_chosen(packaged_adapter, tm
     assert engines.drafting(None, 2, None, None) == fused
     assert engines.drafting("two_pass", 2, None, None).block_lengths == (2, 2, 2)
     assert engines.drafting("plain", None, None, None).mode == "plain"
-    engines.tuned = choice_for(folder, block_lengths=PLAIN)
+    engines.choices = [choice_for(folder, block_lengths=PLAIN)]
     assert engines.drafting(None, None, None, None).mode == "plain"
     assert engines.drafting("fused", None, None, None) == fused
 
@@ -242,7 +253,7 @@ def test_without_matplotlib_there_is_a_line_instead_of_a_picture(saved, tmp_path
     assert result.exit_code == 0, result.output
     assert "no picture: No module named 'matplotlib'; pip install 'pardec[plots]'" in result.stdout.replace("\n", " ")
     assert not picture.exists()
-    assert read_tuned(folder, "another device", "float32") is None
+    assert read_tuned(folder, "another device", "float32") == []
 
 
 @pytest.mark.parametrize(
