@@ -8,7 +8,7 @@ accepted drafts, block_lengths[i] tokens are drafted next. With L copied tokens 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -191,14 +191,21 @@ class TrainingLayout:
     def part(self, sequences: slice, blocks: slice) -> "TrainingLayout":
         """Some neighbouring blocks of some sequences, as a layout of its own."""
         rows = self.rows_of(blocks)
-        each = (x[sequences, rows] for x in (self.positions, self.targets, self.behind))
-        numbers = self.blocks[rows] - blocks.start
-        return TrainingLayout(*each, numbers, self.depths[rows], self.block_lengths[blocks], self.num_tokens)
+        positions, targets, behind = (x[sequences, rows] for x in (self.positions, self.targets, self.behind))
+        return replace(
+            self,
+            positions=positions,
+            targets=targets,
+            behind=behind,
+            blocks=self.blocks[rows] - blocks.start,
+            depths=self.depths[rows],
+            block_lengths=self.block_lengths[blocks],
+        )
 
     def to(self, device: torch.device) -> "TrainingLayout":
         """The same layout with its tensors on `device`."""
-        tensors = (x.to(device) for x in (self.positions, self.targets, self.behind, self.blocks, self.depths))
-        return TrainingLayout(*tensors, self.block_lengths, self.num_tokens)
+        names = ("positions", "targets", "behind", "blocks", "depths")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: int) -> TrainingLayout:
