@@ -141,7 +141,7 @@ def generate(
         chats = [[{"role": "user", "content": text}] for text in prompts]
         given = model.prompt_ids(messages=chats) if as_chat else prompts
         options |= {"use_head": use_head}
-        way: dict[str, Any] = {"verification": verification, "copy_tokens": copy_tokens}
+        way: dict[str, Any] = {"verification": verification, "copy_tokens": copy_tokens, "is_greedy": temperature == 0}
         chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head, **way).mode
         if compare:
             from pardec.race_terminal import run_races
@@ -202,7 +202,7 @@ def chat(
         from pardec.chat import Chat
         from pardec.chat_terminal import run_chat
 
-        way: dict[str, Any] = {"verification": verification, "copy_tokens": copy_tokens}
+        way: dict[str, Any] = {"verification": verification, "copy_tokens": copy_tokens, "is_greedy": temperature == 0}
         chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None, **way).mode
         run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)
 

@@ -43,6 +43,8 @@ def check_options(
         integer("seed", seed, 0, 2**63 - 1)
     if num_speculative_tokens is not None:
         integer("num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
+    if copy_tokens is not None:
+        integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
     if mode is not None:
         one_of("mode", mode, MODES)
     if verification is not None:

@@ -114,7 +114,8 @@ def generate_for_transformers(
     max_new_tokens, eos, others = _limits(stopping_criteria, input_ids.shape[1])
     generator = engines.generator() if generation_config.do_sample else None
     law = TokenLaw(not generation_config.do_sample, tuple(_without_padding(p) for p in processors), generator)
-    drafting = engines.drafting(mode, num_speculative_tokens, None, use_head, verification, copy_tokens, tree)
+    asked = (mode, num_speculative_tokens, None, use_head, verification, copy_tokens, tree)
+    drafting = engines.drafting(*asked, num_sequences=len(prompts), is_greedy=law.greedy)
     with engines.lend(prompts, law, max_new_tokens, drafting, eos=eos) as engine:
         new, num_new = _decode(engine, prompts, input_ids, others, streamer)
     width = int(num_new.max())

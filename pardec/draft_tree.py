@@ -94,7 +94,7 @@ class DraftTree:
     @property
     def paths(self) -> tuple[tuple[int, ...], ...]:
         """Rows from the root to each row, both of them included."""
-        found = [(0,)]
+        found: list[tuple[int, ...]] = [(0,)]
         for row, parent in enumerate(self.parents, start=1):
             found.append((*found[parent], row))
         return tuple(found)

@@ -17,6 +17,7 @@ BAD = {
     ("--num-speculative-tokens", "-1"): "num_speculative_tokens: expected an integer from 0 to",
     ("--mode", "slow"): "mode: expected one of plain, two_pass, fused, found 'slow'",
     ("--verification", "slow"): "verification: expected one of token",
+    ("--copy-tokens", "-1"): "copy_tokens: expected an integer from 0 to 128, found -1",
 }
 
 

@@ -134,12 +134,13 @@ def ways_for(
         if not tuned_only:
             behind = {"num_speculative_tokens": 1, "copy_tokens": COPY_TOKENS}
             ways.append(own(name="fused + copies", mode="fused", **behind))
-        if model.tuned is None:
+        choice = model.tuned_for(batch_size, is_greedy=setting.temperature == 0)
+        if choice is None:
             left_out.append({"way": "tuned", "adapter": label, "reason": NO_TUNED_CHOICE})
         else:
-            mode, blocks = model.tuned.mode, tuple(model.tuned.block_lengths)
-            copies = " + copies" if model.tuned.copy_tokens else ""
-            shape = {"block_lengths": blocks, "tree": model.tuned.tree}
+            mode, blocks = choice.mode, tuple(choice.block_lengths)
+            copies = " + copies" if choice.copy_tokens else ""
+            shape = {"block_lengths": blocks, "tree": choice.tree}
             ways.append(own(name=f"{mode}{copies} tuned", mode=mode, **shape))
     ways.append(generate_way(base, setting, name="generate"))
     if base.device.type == "cuda":

@@ -193,7 +193,7 @@ class Engine:
             self._free()
             check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
         if kept is not None:
-            return kept.stretched(torch.arange(num_kept, device=target.device), num_slots)
+            return kept.stretched(torch.arange(num_kept, device=target.device), num_slots, self._kinds)
         return SlotCache(target.num_layers, num_slots, num_sequences, self._kinds)
 
     def _bucket(self, num_tokens: int, cache: SlotCache | None = None) -> int:

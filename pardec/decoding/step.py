@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pardec.decoding.copying import MARGIN, Candidates, Copier
+from pardec.decoding.copying import Candidates, Copier
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.prefill import prefill_prompts, prompt_groups
 from pardec.decoding.rows import RowForward, RowPlan
@@ -232,7 +232,7 @@ class Decoder:
         first = state.lengths + 1
         state.write(first, ids, self._token_index[: ids.shape[1]])
         first = first if exact is None else first + 1
-        return self._copier.candidates(state.context[:, : MARGIN + state.cache.num_used], first, state.draft_length)
+        return self._copier.candidates(state.context, first, state.draft_length)
 
     def _fused_step(self, state: DecodeState) -> None:
         K, num_real = self.num_speculative_tokens, self._plans["step"].layout.num_real

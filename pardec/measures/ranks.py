@@ -16,6 +16,7 @@ from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.layout import chain_layout
+from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
 from pardec.target.cache import SlotCache
 
@@ -60,6 +61,7 @@ def measure_ranks(
     use_head: bool | None = None,
     stride: int = 1,
     batch_size: int = 16,
+    share: Share = ALL_OF_IT,
 ) -> RankAccuracy:
     """Ranks of the continuations' own tokens in what is drafted behind them.
 
@@ -76,6 +78,7 @@ def measure_ranks(
         use_head: rank what the sampler head scores; default if the adapter has one.
         stride: tokens from one place to the next, from the prompt's last token on.
         batch_size: sequences in one forward.
+        share: the batches that this process ranks; figures are of all.
 
     Raises:
         ValueError: without an adapter, or a head that is asked for, or if prompts and continuations do not go together.
@@ -88,6 +91,7 @@ def measure_ranks(
         use_head=use_head,
         stride=stride,
         batch_size=batch_size,
+        share=share,
     )
     return summarise_ranks(torch.cat(found))
 
@@ -101,6 +105,7 @@ def ranks_by_place(
     use_head: bool | None = None,
     stride: int = 1,
     batch_size: int = 16,
+    share: Share = ALL_OF_IT,
 ) -> list[Tensor]:
     """The ranks themselves at every place of each sequence, in order: a tensor [places, K] for each, int64.
 
@@ -119,11 +124,11 @@ def ranks_by_place(
     head = model.engines.chosen_head(use_head)
     # rows as the decoder runs them, but for weights that are packed and steps that are captured
     forward = model.engines.row_forward(K, head)
-    found: list[Tensor] = []
-    for start in range(0, len(prompts), batch_size):
+    mine = []
+    for start in share.mine(range(0, len(prompts), batch_size)):
         part = slice(start, start + batch_size)
-        found += _ranks_of_batch(forward, head, prompts[part], continuations[part], K, stride).unbind(0)
-    return found
+        mine.append((start, _ranks_of_batch(forward, head, prompts[part], continuations[part], K, stride).cpu()))
+    return [ranks for batch in share.of_all(mine) for ranks in batch]
 
 
 def summarise_ranks(ranks: Tensor) -> RankAccuracy:

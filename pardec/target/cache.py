@@ -241,9 +241,12 @@ class SlotCache(Cache):
             mine.keys[rows, :, : other.num_slots] = theirs.keys
             mine.values[rows, :, : other.num_slots] = theirs.values
 
-    def stretched(self, source: Tensor, num_slots: int) -> "SlotCache":
-        """A cache of `num_slots` whose slot s holds what slot `source[s]` holds here; `source` of shape [n], int64."""
-        long = SlotCache(len(self.layers), num_slots, self.num_sequences)
+    def stretched(self, source: Tensor, num_slots: int, kinds: Mapping[BufferKind, int] | None = None) -> "SlotCache":
+        """A cache of `num_slots` whose slot s holds what slot `source[s]` holds here; `source` of shape [n], int64.
+
+        `kinds` as of any cache.
+        """
+        long = SlotCache(len(self.layers), num_slots, self.num_sequences, kinds)
         for layer, short in zip(long.layers, self.layers, strict=True):
             assert isinstance(layer, _SlotLayer)
             assert isinstance(short, _SlotLayer)

@@ -50,8 +50,13 @@ class WalkTables:
                 padded = [*alive, *range(depth + 1, K + 1)]
                 lines.append([*padded, depth, *behind[end]])
         if_equal = rows[:, None].expand(-1, N).contiguous()
-        tables = (torch.tensor(tree.parents), if_equal, if_equal.masked_fill(leads, 0), torch.tensor(lines))
-        return cls(*(table.to(device) for table in tables), width=K + 1)
+        return cls(
+            parents=torch.tensor(tree.parents, device=device),
+            if_equal=if_equal.to(device),
+            if_other=if_equal.masked_fill(leads, 0).to(device),
+            by_end=torch.tensor(lines, device=device),
+            width=K + 1,
+        )
 
 
 @dataclass(frozen=True)

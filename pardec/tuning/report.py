@@ -181,11 +181,11 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
         return "plain decoding, as nothing measured was faster"
     way = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens, choice.tree)
     ratio = choice.measured_tokens_per_second / choice.plain_tokens_per_second
-    words = [f"K = {choice.num_speculative_tokens}"]
+    words, shape = [f"K = {choice.num_speculative_tokens}"], " ".join(map(str, choice.block_lengths))
     if choice.mode == "two_pass":
         words.append("two_pass")
-    elif choice.tree is None:
-        words.append(f"blocks {' '.join(map(str, choice.block_lengths))}")
+    elif choice.tree is None and choice.num_speculative_tokens:
+        words.append(f"blocks {shape}")
     if choice.tree is not None:
         words.append(f"a tree of {choice.tree.num_nodes} nodes")
     if choice.copy_tokens:

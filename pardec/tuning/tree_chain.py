@@ -35,8 +35,7 @@ class TreeChain:
         depth, K = np.array(depths), max(depths)
         alive = depth[None] <= np.arange(K + 1)[:, None]
         reached = np.where(alive, chances, 0.0)
-        onward = np.zeros_like(reached)
-        np.add.at(onward, (slice(None), np.array(parents, dtype=int)), reached[:, 1:])
+        onward = reached[:, 1:] @ np.eye(len(depth))[np.array(parents, dtype=int)]
         return cls(np.maximum(reached - onward, 0.0), depth, np.array(runs))
 
     @property

@@ -64,7 +64,8 @@ def tree_of(rank_paths: Sequence[RankPath], runs: dict[RankPath, int]) -> DraftT
 
     The likeliest path comes first and in order, so that where it is accepted nothing has to move in the cache.
     """
-    first, path = [()], ()
+    first: list[RankPath] = [()]
+    path: RankPath = ()
     while (*path, 0) in rank_paths:
         path = (*path, 0)
         first.append(path)

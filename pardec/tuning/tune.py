@@ -122,6 +122,7 @@ def _decoding(
     """Decodes one of the batches with the model."""
 
     def decode(way: Way, batch: int, max_new_tokens: int) -> Call:
+        bar.set_postfix_str(_told(way))
         out = model.generate(
             batches[batch],
             max_new_tokens=max_new_tokens,
@@ -157,6 +158,13 @@ def _ranking(model: SelfSpeculativeModel, batches: Sequence[list[list[int]]], nu
 def _max_tree_rows(model: SelfSpeculativeModel) -> int:
     """Rows beyond which no tree can pay: on a CPU every row takes time, elsewhere a few hundred come for little."""
     return MAX_TREE_ROWS_ON_CPU if model.target.device.type == "cpu" else MAX_TREE_ROWS
+
+
+def _told(way: Way) -> str:
+    """What is being measured, for the progress bar."""
+    parts = [way.mode, f"K = {way.num_speculative_tokens}" if way.num_speculative_tokens else ""]
+    parts += [f"{way.copy_tokens} copied" if way.copy_tokens else "", "tree" if way.tree is not None else ""]
+    return ", ".join(filter(None, parts))
 
 
 def tune_each(

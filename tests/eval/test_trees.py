@@ -5,8 +5,11 @@ import json
 import pytest
 import trees
 from programs import run
+from timing.baselines import Setting, pardec_way
 from timing.tree_shapes import gain_over
 
+import pardec
+from pardec.adapters.tuned import TunedChoice
 from pardec.decoding.stats import SequenceCounts
 from pardec.measures.acceptance import summarise
 
@@ -76,3 +79,22 @@ def test_a_gain_is_that_of_sums_over_the_same_prompts():
     assert low <= found["gain"] <= high
     same = gain_over(one, one)
     assert (same["gain"], same["gain_interval"]) == (0.0, [0.0, 0.0])
+
+
+def test_a_tuned_tree_is_timed_as_it_was_chosen_and_its_rows_are_counted(adapters):
+    model = pardec.load(adapters / "lora")
+    tree = pardec.DraftTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
+    facts = {"device": "here", "dtype": "float32", "compile": False, "weights": {}, "conditional_acceptance": []}
+    speeds = dict.fromkeys(("ms_per_step", "predicted_tokens_per_second", "measured_tokens_per_second"), 1.0)
+    for mode, rows in (("fused", 9), ("two_pass", 3 + 4)):
+        choice = TunedChoice(
+            **facts, **speeds, plain_tokens_per_second=1.0, block_lengths=(2,) * 3, mode=mode, tree=tree
+        )
+        model.tuned = choice
+        setting = Setting("greedy", 6)
+        way = pardec_way(model, setting, name=f"{mode} tuned", mode=mode, block_lengths=(2, 2, 2), tree=tree)
+        decoded = way.decode([[1, 2, 3], [4, 5, 6]], 0)
+        assert decoded.num_rows == rows * decoded.num_steps
+        assert way.tree == tree
+        assert way.block_lengths is None
+        assert decoded.token_ids == model.generate([[1, 2, 3], [4, 5, 6]], max_new_tokens=6, mode="plain").token_ids

@@ -11,6 +11,7 @@ from tree_samples import BRANCHING, TREES
 
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TunedChoice, read_tuned, weights_of, write_tuned
+from pardec.decoding.kept_cache import KeptCache
 from pardec.draft_tree import DraftTree
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
@@ -59,6 +60,20 @@ def test_stream_gives_what_generate_gives(ours, mode):
     chunks = list(stream)
     out = ours.generate([row], max_new_tokens=NEW, tree=BRANCHING, mode=mode)
     assert [token for chunk in chunks for token in chunk.token_ids] == out.token_ids[0]
+
+
+def test_what_a_stream_keeps_for_the_next_is_what_stood_of_its_trees():
+    """Nodes off the first branch have moved to where the next call looks for them."""
+    few = tiny_model("llama", vocab_size=7)
+    model = SelfSpeculativeModel(few, None, make_adapter(few, 3, lora_rank=2))
+    kept, prompt = KeptCache(), prompts(7)[0]
+    for _ in range(3):
+        stream = model.stream(prompt, max_new_tokens=9, tree=BRANCHING, kept=kept)
+        ids = [token for chunk in stream for token in chunk.token_ids]
+        # `generate` takes 0 for padding
+        assert ids == model.generate([prompt], max_new_tokens=9, mode="plain").token_ids[0]
+        prompt = [*prompt, *ids, 3, 1]
+    assert kept.num_reused > 20
 
 
 def test_the_door_of_transformers_takes_a_tree_and_its_processors_and_stops(llama, ours):
@@ -130,8 +145,9 @@ def test_a_chosen_tree_is_kept_and_read_and_used(tmp_path, llama, ours):
     save_adapter(ours.adapter, tmp_path / "one")
     choice = choice_of(tmp_path / "one", tree=BRANCHING)
     write_tuned(tmp_path / "one", choice)
-    found = read_tuned(tmp_path / "one", "a card", "float32")
+    (found,) = read_tuned(tmp_path / "one", "a card", "float32")
     assert found == choice
+    assert found is not None
     assert found.tree == BRANCHING
     model = SelfSpeculativeModel(llama, None, ours.adapter)
     model.tuned = found

@@ -45,7 +45,9 @@ def toy():
 
 def decoder_of(toy, tree: DraftTree, mode: str, warper: dict, eos=()) -> Decoder:
     law, K = TokenLaw(False, tuple(make_warpers(**warper))), tree.num_speculative_tokens
-    masks = make_adapter(toy, K).mask_embeddings.double() * 3
+    masks = make_adapter(toy, K).mask_embeddings
+    assert masks is not None
+    masks = masks.double() * 3
     eos_ids = torch.tensor(list(eos), dtype=torch.long)
     return Decoder(RowForward(TargetModel.wrap(toy), masks), mode, K, law, 16, eos_ids, tree=tree)
 

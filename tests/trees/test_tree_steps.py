@@ -37,9 +37,10 @@ def nodes_that_lead_to(tree: DraftTree, row: int, truth: list[int]) -> list[int]
 def decoded_by_planting(decoder: Decoder, rows, references, ends) -> DecodeState:
     """Decodes with nodes that lead the walk of sequence b in its step s to row `ends(b, s)`, all of them alive."""
     tree, exact = decoder.tree, 1 if decoder.mode == "two_pass" else 0
-    state, expected = None, [[] for _ in rows]
+    assert tree is not None
+    expected: list[list[int]] = [[] for _ in rows]
 
-    def plant(step: int) -> torch.Tensor:
+    def plant(state: DecodeState, step: int) -> torch.Tensor:
         drafts = []
         for b, reference in enumerate(references):
             start = int(state.num_new[b]) + exact
@@ -55,9 +56,9 @@ def decoded_by_planting(decoder: Decoder, rows, references, ends) -> DecodeState
         draft = decoder._draft
         while not state.done.all():
             if exact:
-                decoder._draft = lambda *args, step=step: (plant(step), draft(*args)[1])  # type: ignore[method-assign]
+                decoder._draft = lambda *args, step=step: (plant(state, step), draft(*args)[1])  # type: ignore[method-assign]
             else:
-                state.drafts = plant(step)
+                state.drafts = plant(state, step)
                 state.draft_length = torch.full_like(state.draft_length, tree.num_speculative_tokens)
             decoder.step(state)
             step += 1

@@ -74,7 +74,7 @@ def test_ranks_of_other_shapes_are_refused(ranks):
 # ---------------------------------------------------------------------- the chain
 
 
-def simulate(tree: DraftTree, chances: np.ndarray, *, num_steps=None, num_tokens=None, seed=0) -> list[int]:
+def simulate(tree: DraftTree, chances: np.ndarray, *, num_steps: int = 0, num_tokens: int = 0, seed=0) -> list[int]:
     """Accepted nodes of steps that walk by chance, each as deep as the run behind the last end was long."""
     draw, length, found = random.Random(seed), tree.num_speculative_tokens, []
     while len(found) < num_steps if num_steps else sum(found) + len(found) < num_tokens:
