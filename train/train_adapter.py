@@ -38,7 +38,7 @@ from pardec.target.fingerprint import Fingerprint, fingerprint
 from pardec.target.forward import TargetModel, embedding_weight
 from pardec.training.checkpoints import check_same, load_state, read_progress, save_state, steps_done_before
 from pardec.training.curve import redraw_curve
-from pardec.training.memory import adapter_bytes
+from pardec.training.memory import check_fits, free_bytes, learned_bytes, measure_step
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
 from pardec.training.processes import JsonlTracker, begin_run, idle_processors, made_by, make_accelerator
@@ -88,7 +88,8 @@ def train(recipe: Recipe) -> None:
     loader = make_loader(recipe, corpus, first_step, global_batch)
     wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
 
-    sizes = sizes_of(recipe, module.target, learned, prompts)
+    with accelerator.autocast():
+        sizes = sizes_of(recipe, module, learned, prompts)
     begin_run(accelerator, recipe.output_dir, sizes + idle_processors(accelerator), first_step)
     learner = Learner(
         accelerator, wrapped, learned, optimizer, schedule, train.seed, train.anchors_per_forward, train.max_grad_norm
@@ -192,16 +193,29 @@ def begin_module(recipe: Recipe, base, identity: Fingerprint):
     return module, peft_model, {"started_from": source.metadata.files, **({"moved_from": moved} if moved else {})}
 
 
-def sizes_of(recipe: Recipe, target: TargetModel, learned: Mapping[str, Tensor], prompts: list[list[int]]) -> str:
-    """Sizes and a memory estimate."""
-    weights = sum(p.numel() * p.element_size() for p in target.base.parameters())
-    N, num_learned = recipe.train.anchors_per_sequence, sum(p.numel() for p in learned.values())
-    mask_rows = recipe.mask_rows(min(recipe.train.anchors_per_forward or N, N))
-    memory = weights + adapter_bytes(target, recipe.mask_rows(N), mask_rows, num_learned)
+def sizes_of(recipe: Recipe, module: MaskTokenTrainer, learned: Mapping[str, Tensor], prompts: list[list[int]]) -> str:
+    """Sizes and the memory that the run will take, found by tiny steps.
+
+    Raises:
+        ValueError: if that is more than is free, naming what would fit.
+    """
+    base, train, T = module.target.base, recipe.train, recipe.data.max_length
+    weights = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
+    num_learned = sum(p.numel() for p in learned.values())
+    step = measure_step(module)
+    check_fits(
+        {N: step.bytes_for(train.batch_size, T, recipe.mask_rows(N)) for N in recipe.anchors_to_try()},
+        # the numbers themselves are there already
+        learned_bytes(num_learned) * 3 // 4,
+        free_bytes(module.target.device),
+        batch_size=train.batch_size,
+    )
+    mask_rows = recipe.mask_rows(recipe.anchors_to_try()[0])
+    memory = weights + learned_bytes(num_learned) + step.bytes_for(train.batch_size, T, mask_rows)
     return (
         f"base {recipe.base}: {weights / 2**20:,.0f} MiB; learned: {num_learned:,} numbers; "
         f"{len(prompts)} validation prompts\n"
-        f"per forward: {recipe.train.batch_size * recipe.data.max_length:,} real rows, {mask_rows:,} mask rows; "
+        f"per forward: {train.batch_size * T:,} real rows, {mask_rows:,} mask rows; "
         f"memory estimate {memory / 2**30:.1f} GiB per process (less with fewer train.anchors_per_forward)"
     )
 
