@@ -184,6 +184,7 @@ def tuned_runs(
             models[name],
             prompts,
             choice.block_lengths,
+            choice.tree,
         )
         for name, choice in drafting.items()
     ]
@@ -236,6 +237,8 @@ def print_table(console: Console, title: str, runs: list[Run]) -> None:
         table.add_column("identical\nto generate")
     for run in runs:
         shape = "" if run.block_lengths is None else f" ({' '.join(map(str, run.block_lengths))})"
+        if run.tree is not None:
+            shape = f" (tree of {run.tree.num_nodes})"
         row, drafted, outside = run.row, run.mode != "plain", run.measured.outside_repetition
         low, high = run.measured.interval
         table.add_row(

@@ -16,9 +16,12 @@ from reporting.result_files import provenance
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import trange
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from pardec.data.corpus import load_corpus
+from pardec.data.fitting import pack
+from pardec.data.python_sources import TRAIN, python_sources, source_folder
+from pardec.data.tokenising import tokenise
 from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, load_tokenizer
 
@@ -30,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("base", help="folder or name")
-    add("--data", default="python-packages", help="file, folder, python-stdlib or python-packages")
+    add("--data", default="python-packages", help="text file, python-stdlib or python-packages")
     add("--output", required=True, help="folder of the model that is made; must not exist")
     add("--steps", type=int, default=150)
     add("--batch-size", type=int, default=8)
@@ -51,9 +54,7 @@ def fine_tune(args: argparse.Namespace) -> dict:
     base, tokenizer = load_base(args.base), load_tokenizer(args.base)
     if tokenizer is None:
         raise ValueError(f"base {args.base!r}: expected a tokenizer beside the model, found none")
-    num_sequences = args.steps * args.batch_size
-    budget = {"max_length": args.max_length, "max_tokens": num_sequences * args.max_length, "seed": args.seed}
-    sequences = load_corpus(args.data, tokenizer, **budget).train
+    sequences = sequences_of(args, tokenizer)
     order = np.random.default_rng(args.seed).permutation(len(sequences))
     base.requires_grad_(True)
     optimizer = AdamW(base.parameters(), lr=args.learning_rate, weight_decay=0.0)
@@ -61,8 +62,7 @@ def fine_tune(args: argparse.Namespace) -> dict:
     losses = []
     for step in (bar := trange(args.steps, unit="step")):
         chosen = [order[(step * args.batch_size + i) % len(order)] for i in range(args.batch_size)]
-        rows = np.stack([sequences[i].input_ids for i in chosen]).astype(np.int64)
-        ids = torch.from_numpy(rows).to(base.device)
+        ids = torch.from_numpy(np.stack([sequences[i] for i in chosen]).astype(np.int64)).to(base.device)
         loss = base(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
@@ -77,6 +77,22 @@ def fine_tune(args: argparse.Namespace) -> dict:
     ends = {"first": sum(losses[:tenth]) / tenth, "last": sum(losses[-tenth:]) / tenth}
     settings = {name: value for name, value in vars(args).items() if name != "output"}
     return {**settings, "loss": {name: round(value, 3) for name, value in ends.items()}, **provenance(base.device)}
+
+
+def sequences_of(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[np.ndarray]:
+    """Token ids of training sequences, no more than the steps take."""
+    folder = source_folder(args.data)
+    texts = [Path(args.data).read_text()] if folder is None else list(python_sources(folder, TRAIN))
+    documents, wanted, held = [], args.steps * args.batch_size * args.max_length, 0
+    for index in np.random.default_rng(args.seed).permutation(len(texts)):
+        if held >= wanted:
+            break
+        documents += tokenise({"text": texts[index]}, tokenizer, args.data)
+        held += len(documents[-1].input_ids)
+    sequences = [one.input_ids for one in pack(documents, args.max_length)]
+    if not sequences:
+        raise ValueError(f"--data {args.data}: expected at least {args.max_length} tokens, found {held}")
+    return sequences
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from pardec.adapters.adapter import Adapter, AdapterError
     from pardec.decoding.kept_cache import KeptCache
     from pardec.decoding.output import GenerationOutput, StreamChunk
+    from pardec.draft_tree import DraftTree
     from pardec.loading import load
     from pardec.model import SelfSpeculativeModel
     from pardec.target.forward import UnsupportedModelError
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
+    "DraftTree",
     "GenerationOutput",
     "KeptCache",
     "SelfSpeculativeModel",
@@ -25,6 +27,7 @@ __all__ = [
 _HOME = {
     "Adapter": "adapters.adapter",
     "AdapterError": "adapters.adapter",
+    "DraftTree": "draft_tree",
     "GenerationOutput": "decoding.output",
     "KeptCache": "decoding.kept_cache",
     "SelfSpeculativeModel": "model",

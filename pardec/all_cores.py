@@ -1,18 +1,25 @@
-"""One function over many items by all cores of this machine, through `datasets` where that is installed.
+"""One function over many items by all cores of this machine, in processes that end with the one that started them.
 
 Knows nothing of what is done.
 """
 
-import importlib.util
+import ctypes
+import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 Item = TypeVar("Item", int, str)
+
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
+_function: Callable[[Any], object] | None = None
 
 
 def num_cores() -> int:
@@ -25,6 +32,8 @@ def on_all_cores(
 ) -> None:
     """Calls the function with each item, in processes of their own where there are several items and cores.
 
+    Not through `Dataset.map`, whose processes stay behind where this one is killed.
+
     Args:
         function: what it leaves behind must be files, since another process calls it.
         items: of it, integers or text.
@@ -33,27 +42,49 @@ def on_all_cores(
 
     Raises:
         Exception: the first that the function raises.
+        OSError: if one of the processes is killed.
     """
     cores = min(num_cores(), len(items))
-    if cores < 2 or importlib.util.find_spec("datasets") is None:
-        for item in tqdm(items, title, disable=not show_progress, leave=False):
-            function(item)
-        return
-    from datasets import Dataset
+    bar = tqdm(total=len(items), desc=title, disable=not show_progress, leave=False)
+    with bar:
+        if cores < 2:
+            for item in items:
+                function(item)
+                bar.update()
+            return
+        # forked, where that is possible, processes have what the function holds without a copy
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        with (
+            _one_thread_each(),
+            ProcessPoolExecutor(cores, context, initializer=_begin, initargs=(function, os.getpid())) as pool,
+        ):
+            try:
+                for one in as_completed([pool.submit(_call, item) for item in items]):
+                    one.result()
+                    bar.update()
+            except BrokenProcessPool:
+                raise OSError(
+                    f"{title}: expected {cores} processes to end, found one killed, as memory may be short"
+                ) from None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    with _one_thread_each(), _bars(show_progress):
-        Dataset.from_dict({"item": list(items)}).map(
-            partial(_call, function),
-            num_proc=cores,
-            desc=title,
-            keep_in_memory=True,
-            new_fingerprint=f"pardec-{os.getpid()}",  # else all that the function holds would be hashed
-        )
+
+def _begin(function: Callable[[Any], object], parent: int) -> None:
+    """What a process of the pool does first."""
+    global _function
+    _function = function
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)  # handlers of a run are not for its helpers
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
-def _call(function: Callable[[Any], object], row: dict[str, Any]) -> dict[str, Any]:
-    function(row["item"])
-    return row
+def _call(item: Any) -> None:
+    assert _function is not None
+    _function(item)
 
 
 @contextmanager
@@ -69,16 +100,3 @@ def _one_thread_each() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """The progress bars of `datasets` as asked for, afterwards as before."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-
-    before = is_progress_bar_enabled()
-    (enable_progress_bar if shown else disable_progress_bar)()
-    try:
-        yield
-    finally:
-        (enable_progress_bar if before else disable_progress_bar)()

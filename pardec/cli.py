@@ -8,10 +8,11 @@ import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pardec.cli_loading import advise_tuning, check_options, told_in_a_terminal
 from pardec.cli_options import (
     AsChat,
     BaseOption,
@@ -119,14 +120,7 @@ def generate(
         chosen = [flag for flag, on in (("--json", as_json), ("--show-drafts", show_drafts)) if on]
         if len(chosen) > 1:
             raise ValueError(f"options: expected one of {' and '.join(chosen)}, found both")
-        prompts = read_prompts(source, prompt, prompt_file)
-        model = _load(directory, base, device, dtype, trust_remote_code)
-
-        from pardec.console import as_object, print_stream
-
-        chats = [[{"role": "user", "content": text}] for text in prompts]
-        given = model.prompt_ids(messages=chats) if as_chat else prompts
-        options = {
+        options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_k": top_k,
@@ -134,12 +128,21 @@ def generate(
             "min_p": min_p,
             "seed": seed,
             "num_speculative_tokens": num_speculative_tokens,
-            "use_head": use_head,
             "verification": verification,
             "copy_tokens": copy_tokens,
         }
-        asked = {"verification": verification, "copy_tokens": copy_tokens}
-        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head, **asked).mode
+        check_options(**options, mode=mode)
+        prompts = read_prompts(source, prompt, prompt_file)
+        model = _load(directory, base, device, dtype, trust_remote_code)
+        advise_tuning(model, directory, mode)
+
+        from pardec.console import as_object, print_stream
+
+        chats = [[{"role": "user", "content": text}] for text in prompts]
+        given = model.prompt_ids(messages=chats) if as_chat else prompts
+        options |= {"use_head": use_head}
+        way: dict[str, Any] = {"verification": verification, "copy_tokens": copy_tokens, "is_greedy": temperature == 0}
+        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head, **way).mode
         if compare:
             from pardec.race_terminal import run_races
 
@@ -181,12 +184,7 @@ def chat(
     from pardec.run import exit_on_unusable_input
 
     with exit_on_unusable_input():
-        model = _load(directory, base, device, dtype, trust_remote_code)
-
-        from pardec.chat import Chat
-        from pardec.chat_terminal import run_chat
-
-        options = {
+        options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
             "top_k": top_k,
@@ -197,8 +195,15 @@ def chat(
             "verification": verification,
             "copy_tokens": copy_tokens,
         }
-        asked = {"verification": verification, "copy_tokens": copy_tokens}
-        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None, **asked).mode
+        check_options(**options, mode=mode)
+        model = _load(directory, base, device, dtype, trust_remote_code)
+        advise_tuning(model, directory, mode)
+
+        from pardec.chat import Chat
+        from pardec.chat_terminal import run_chat
+
+        way: dict[str, Any] = {"verification": verification, "copy_tokens": copy_tokens, "is_greedy": temperature == 0}
+        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None, **way).mode
         run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)
 
 
@@ -267,6 +272,7 @@ def tune(
 
     with exit_on_unusable_input():
         source = read_prompts(None, None, prompt_file) if prompt_file == "-" else prompt_file
+        check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
         dtypes = [None] if dtype is None else dict.fromkeys(dtype.split(","))
         models = [_load(directory, base, device, one, trust_remote_code, compile) for one in dtypes]
 
@@ -309,6 +315,7 @@ def _load(
     import pardec
 
     logging.disable_progress_bar()
-    return pardec.load(
-        directory, base=base, device=device, dtype=dtype, compile=compile, trust_remote_code=trust_remote_code
-    )
+    with told_in_a_terminal(f"loading {directory}"):
+        return pardec.load(
+            directory, base=base, device=device, dtype=dtype, compile=compile, trust_remote_code=trust_remote_code
+        )

@@ -32,6 +32,7 @@ from pardec.decoding.engines import Engines
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
 from pardec.target.base import pad_token_id
 
@@ -94,6 +95,7 @@ def generate_for_transformers(
     use_head: bool | None,
     verification: Verification,
     copy_tokens: int | None,
+    tree: DraftTree | None,
     streamer,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Ids as `generate` returns them: prompt and continuation, [B, S + new], padded on the right.
@@ -112,7 +114,8 @@ def generate_for_transformers(
     max_new_tokens, eos, others = _limits(stopping_criteria, input_ids.shape[1])
     generator = engines.generator() if generation_config.do_sample else None
     law = TokenLaw(not generation_config.do_sample, tuple(_without_padding(p) for p in processors), generator)
-    drafting = engines.drafting(mode, num_speculative_tokens, None, use_head, verification, copy_tokens)
+    asked = (mode, num_speculative_tokens, None, use_head, verification, copy_tokens, tree)
+    drafting = engines.drafting(*asked, num_sequences=len(prompts), is_greedy=law.greedy)
     with engines.lend(prompts, law, max_new_tokens, drafting, eos=eos) as engine:
         new, num_new = _decode(engine, prompts, input_ids, others, streamer)
     width = int(num_new.max())

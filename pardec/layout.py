@@ -2,6 +2,7 @@
 
 Knows no model and no cache.
 Legend: B sequences, K num_speculative_tokens, R rows of a forward, N anchors, T tokens of a sequence, M mask rows.
+The shape of a fused tree is given by its nodes' parents and the mask tokens behind each, see `tree_layout`.
 The shape of a fused chain is given by its block_lengths, K + 1 numbers from 0 to K of which K is the largest: behind i
 accepted drafts, block_lengths[i] tokens are drafted next. With L copied tokens behind the drafts there are L more.
 """
@@ -94,16 +95,35 @@ def chain_layout(block_lengths: Sequence[int]) -> RowLayout:
     Args:
         block_lengths: mask tokens behind each real row, K + 1 numbers in 0..K, and one for each copied token.
     """
-    num_real, num_mask = len(block_lengths), sum(block_lengths)
-    lengths = torch.tensor(block_lengths)
+    return tree_layout(range(len(block_lengths) - 1), block_lengths)
+
+
+def tree_layout(parents: Sequence[int], runs: Sequence[int]) -> RowLayout:
+    """The fused tree `[bonus, node_1..node_N | run_0 .. run_N]`; of nodes with one child each it is the chain.
+
+    A node sees the nodes that it descends from, the bonus token among them, and itself. run_i is a block behind real
+    row i, which sees what row i sees and its own mask tokens up to each. Siblings share their positions.
+
+    Args:
+        parents: row of each node's parent, N numbers, each below the node's own row.
+        runs: mask tokens behind each real row, N + 1 numbers.
+
+    Source: token trees of SpecInfer, arXiv:2305.09781; mask tokens behind every node as in PPD, arXiv:2405.18628.
+    """
+    num_real, num_mask = len(runs), sum(runs)
+    sees, depths = torch.eye(num_real, dtype=torch.bool), [0]
+    for row, parent in enumerate(parents, start=1):
+        sees[row] |= sees[parent]
+        depths.append(depths[parent] + 1)
+    depths, lengths = torch.tensor(depths), torch.tensor(runs)
     block = torch.arange(num_real).repeat_interleave(lengths)  # the real row that each mask row hangs behind
-    depth = torch.arange(num_mask) - block_starts(block_lengths)[block] + num_real  # 0-based index within its block
-    offsets = torch.cat([torch.arange(num_real), block + depth + 1])
+    within = torch.arange(num_mask) - block_starts(runs)[block] + num_real  # 0-based index within its block
+    offsets = torch.cat([depths, depths[block] + within + 1])
     visible = torch.zeros(num_real + num_mask, num_real + num_mask, dtype=torch.bool)
-    visible[:num_real, :num_real] = torch.ones(num_real, num_real, dtype=torch.bool).tril()
-    visible[num_real:, :num_real] = torch.arange(num_real) <= block[:, None]
-    visible[num_real:, num_real:] = (block[:, None] == block) & (depth[:, None] >= depth)
-    return RowLayout(num_real, offsets, visible, depth)
+    visible[:num_real, :num_real] = sees
+    visible[num_real:, :num_real] = sees[block]
+    visible[num_real:, num_real:] = (block[:, None] == block) & (within[:, None] >= within)
+    return RowLayout(num_real, offsets, visible, within)
 
 
 def block_starts(block_lengths: Sequence[int]) -> Tensor:
@@ -113,9 +133,14 @@ def block_starts(block_lengths: Sequence[int]) -> Tensor:
 
 
 def next_blocks(block_lengths: Sequence[int], copy_tokens: int = 0) -> Tensor:
-    """By number of accepted tokens, the rows that hold the next drafts, and how many there are: [K + 1 + L, K + 1].
+    """By real row, the rows of the block behind it, which hold the next drafts, and its length: [real rows, K + 1].
 
-    Rows behind the end of a short block repeat its last one; behind an empty block stands any row. L = `copy_tokens`.
+    In a chain that is by number of accepted tokens. Rows behind the end of a short block repeat its last one; behind an
+    empty block stands any row.
+
+    Args:
+        block_lengths: mask tokens behind each real row.
+        copy_tokens: real rows beyond K + 1: copied tokens, or further nodes of a tree.
     """
     K, rows = len(block_lengths) - 1 - copy_tokens, []
     num_rows = len(block_lengths) + sum(block_lengths)

@@ -81,10 +81,10 @@ def load(
         raise ValueError("compile: expected a base in memory, found offloaded layers (device_map)")
     refuse_another_base(directory, adapter, loaded, tokenizer)
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
-    model.tuned = read_tuned(
+    model.engines.choices = read_tuned(
         directory, device_name(model.target.device), model.target.dtype, compile, files=adapter.metadata.files
     )
-    if model.tuned is None and loaded.device.type == "cpu":  # all K drafts would slow any CPU down
+    if not model.engines.choices and loaded.device.type == "cpu":  # all K drafts would slow any CPU down
         model.tuned = shipped_choice(directory, files=adapter.metadata.files)
     kind = {"cpu": "CPU", "cuda": "GPU"}.get(loaded.device.type)
     if kind and model.target.dtype == torch.bfloat16 and not has_bfloat16(loaded.device):

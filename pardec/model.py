@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pardec.adapters.adapter import Adapter
-from pardec.adapters.tuned import TunedChoice
+from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import integer
 from pardec.decoding.engine import Engine
 from pardec.decoding.engines import Engines
@@ -26,6 +26,7 @@ from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.decoding.verify import Verification
 from pardec.door import generate_for_transformers
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
 from pardec.target.base import pad_token_id
 from pardec.target.forward import embedding_weight
@@ -75,12 +76,16 @@ class SelfSpeculativeModel:
 
     @property
     def tuned(self) -> TunedChoice | None:
-        """The choice of `pardec tune` for this device and dtype, used where nothing else is asked for than its mode."""
-        return self.engines.tuned
+        """The choice of `pardec tune` for one greedy sequence on this device, in this dtype; see `tuned_for`."""
+        return self.tuned_for(1, is_greedy=True)
 
     @tuned.setter
     def tuned(self, tuned: TunedChoice | None) -> None:
-        self.engines.tuned = tuned
+        self.engines.choices = [] if tuned is None else [tuned]
+
+    def tuned_for(self, num_sequences: int, *, is_greedy: bool) -> TunedChoice | None:
+        """The choice that is used where nothing else is asked for than its mode: the nearest one that was tuned."""
+        return nearest_choice(self.engines.choices, num_sequences, is_greedy)
 
     # ------------------------------------------------------------------ generation
 
@@ -122,6 +127,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
     ) -> GenerationOutput:
         """Continues every prompt exactly as the base model alone would: the same tokens, or the same law.
 
@@ -149,6 +155,8 @@ class SelfSpeculativeModel:
             copy_tokens: L, tokens that a step verifies behind its drafts: what followed the longest earlier match, of
                 two to four tokens, of the text with its drafts; with num_speculative_tokens=0 copies alone, which take
                 no adapter. Default what `pardec tune` chose with the drafts, else 0.
+            tree: instead of K or block_lengths, many candidates that one forward verifies; default what `pardec tune`
+                chose, if it chose one. Its nodes are the likeliest tokens in order, also when sampling.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
@@ -156,10 +164,9 @@ class SelfSpeculativeModel:
         num_return_sequences = integer("num_return_sequences", num_return_sequences, 1, MAX_SEQUENCES)
         ids = self.prompt_ids(prompts, messages=messages, template_options=template_options)
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(
-            mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens
-        )
+        asked = (mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens, tree)
         rows = [prompt for prompt in ids for _ in range(num_return_sequences)]
+        drafting = self.engines.drafting(*asked, num_sequences=len(rows), is_greedy=law.greedy)
         with self.engines.lend(ids, law, max_new_tokens, drafting, num_sequences=len(rows)) as engine:
             start = time.perf_counter()
             for _ in engine.run(ids, repeats=num_return_sequences, between="nothing"):
@@ -188,6 +195,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
         kept: KeptCache | None = None,
     ) -> Generator[StreamChunk, None, GenerationOutput]:
         """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
@@ -204,9 +212,8 @@ class SelfSpeculativeModel:
         if len(ids) != 1:
             raise ValueError(f"prompt: expected one prompt to stream, found {len(ids)}")
         law = self.engines.law(temperature, top_k, top_p, min_p, seed)
-        drafting = self.engines.drafting(
-            mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens
-        )
+        asked = (mode, num_speculative_tokens, block_lengths, use_head, verification, copy_tokens, tree)
+        drafting = self.engines.drafting(*asked, is_greedy=law.greedy)
         self.engines.check(ids, max_new_tokens, num_sequences=1)
         return self._stream(self.engines.lend(ids, law, max_new_tokens, drafting), ids, kept)
 
@@ -279,6 +286,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
         **model_inputs,
     ):
         """`hf_model.generate(**inputs, custom_generate=model)`: our loop under transformers' own arguments.
@@ -305,5 +313,6 @@ class SelfSpeculativeModel:
             use_head=use_head,
             verification=verification,
             copy_tokens=copy_tokens,
+            tree=tree,
             streamer=self._streamer,
         )

@@ -144,14 +144,25 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if path.is_file():  # there are systems whose folders cannot be asked
+            raise
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to, which becomes `path` once it is on the disk, and goes if that fails."""
     aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        to_disk(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

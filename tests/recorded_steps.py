@@ -19,6 +19,7 @@ from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import Verification
+from pardec.draft_tree import DraftTree
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -121,6 +122,7 @@ def decoder_for(
     head_width: int = 0,
     noise: bool = False,
     verification: Verification = "token",
+    tree: DraftTree | None = None,
     copy_tokens: int = 0,
 ) -> Decoder:
     target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
@@ -132,8 +134,9 @@ def decoder_for(
     head, tokens = HeadDrafter.of(adapter, target), NoiseTokens.of(V, target.device) if noise else None
     masks = None if noise else masks
     forward = RowForward(target, masks, gate, query_group=group, noise=tokens, tap=head and head.tap)
-    parts = {"head": head, "verification": verification, "copy_tokens": copy_tokens}
-    return Decoder(forward, mode, K, law, new_tokens, eos_ids, **parts)
+    depth = K if tree is None else tree.num_speculative_tokens
+    parts = {"head": head, "verification": verification, "copy_tokens": copy_tokens, "tree": tree}
+    return Decoder(forward, mode, depth, law, new_tokens, eos_ids, **parts)
 
 
 def tensors_of(state: DecodeState) -> dict[str, Tensor]:

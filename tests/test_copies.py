@@ -159,7 +159,7 @@ def choice(**parts) -> TunedChoice:
 
 def test_a_tuned_choice_brings_its_copies_unless_others_are_asked_for(llama_engines):
     engines = llama_engines
-    engines.tuned = choice(block_lengths=(1, 1, 0, 0), copy_tokens=2)
+    engines.choices = [choice(block_lengths=(1, 1, 0, 0), copy_tokens=2)]
     for asked, mode, blocks, copies in (
         ({}, "fused", (1, 1, 0, 0), 2),
         ({"copy_tokens": 0}, "fused", (1, 1), 0),
@@ -172,10 +172,39 @@ def test_a_tuned_choice_brings_its_copies_unless_others_are_asked_for(llama_engi
         given = {"mode": None, "asked": None, "block_lengths": None, "use_head": None} | asked
         found = engines.drafting(**given)
         assert (found.mode, found.block_lengths, found.copy_tokens) == (mode, blocks, copies), asked
-    engines.tuned = choice(block_lengths=(0,))
+    engines.choices = [choice(block_lengths=(0,))]
     assert engines.drafting(None, None, None, None).mode == "plain"
     found = engines.drafting(None, None, None, None, copy_tokens=2)
     assert (found.mode, found.block_lengths) == ("fused", (0, 0, 0))
+
+
+def test_generation_goes_by_the_choice_for_its_batch_and_law():
+    model = tiny_model("llama")
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K))
+    ours.engines.choices = [
+        choice(block_lengths=(1, 1)),
+        choice(block_lengths=(0,), batch_size=2),
+        choice(block_lengths=(2, 2, 2, 0), temperature=0.8, copy_tokens=1),
+    ]
+    row, asked = [5, 9, 2, 7, 5, 9], {"max_new_tokens": 12}
+
+    def drafted(prompts, **options) -> int:
+        return max(out for counts in ours.generate(prompts, **asked, **options).counts for out in counts.drafted)
+
+    assert drafted([row]) == 1
+    assert drafted([row] * 2) == drafted([row] * 3) == drafted(row, num_return_sequences=2) == 0
+    assert drafted([row] * 2, temperature=1.0) == 2
+    chunks = list(ours.stream(row, temperature=1.0, seed=0, **asked))
+    assert [token for chunk in chunks for token in chunk.token_ids] == ours.generate(
+        row, temperature=1.0, seed=0, **asked
+    ).token_ids[0]
+    ids, steps = torch.tensor([row] * 2), []
+    lend = ours.engines.lend
+    ours.engines.lend = lambda *given, **named: steps.append(given[3].mode) or lend(*given, **named)
+    for batch in (ids[:1], ids):
+        model.generate(batch, do_sample=False, custom_generate=ours, **asked)
+    assert steps == ["fused", "plain"]
+    assert ours.tuned is ours.engines.choices[0]
 
 
 @pytest.fixture

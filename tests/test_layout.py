@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tree_samples import TREES, ancestors, random_tree
 
 from pardec.layout import (
     block_layout,
@@ -12,6 +13,7 @@ from pardec.layout import (
     next_blocks,
     real_layout,
     training_layout,
+    tree_layout,
 )
 
 DRAFT_LENGTHS = range(6)
@@ -185,3 +187,46 @@ def test_training_and_decoding_agree_on_what_a_block_sees(K):
     assert torch.equal(training.positions[0], committed + chain.offsets[K + 1 :])
     assert bool(training.visible[0, :, :committed].all())
     assert torch.equal(training.visible[0, :, committed:], chain.visible[K + 1 :])
+
+
+def tree_rows(tree):
+    """Rows of a fused tree in order; names as in `chain_rows`."""
+    real = [("real", i) for i in range(tree.num_nodes + 1)]
+    return real + [("mask", i, j) for i, length in enumerate(tree.runs) for j in range(1, length + 1)]
+
+
+@pytest.mark.parametrize("tree", [*TREES.values(), *(random_tree(seed) for seed in range(6))])
+def test_a_node_sees_what_it_descends_from_and_its_run_sees_that_and_itself(tree):
+    rows, layout = tree_rows(tree), tree_layout(tree.parents, tree.runs)
+    assert layout.num_rows == len(rows) == tree.num_rows
+    assert layout.num_real == tree.num_nodes + 1
+    depths = [tree.depths[row[1]] for row in rows]
+    expected = [depth + (row[2] if row[0] == "mask" else 0) for depth, row in zip(depths, rows, strict=True)]
+    assert layout.offsets.tolist() == expected
+    assert layout.mask_indices.tolist() == [row[2] - 1 for row in rows if row[0] == "mask"]
+    for r, row in enumerate(rows):
+        above = ancestors(tree, row[1])
+        for s, other in enumerate(rows):
+            own = row[0] == "mask" and row[1] == other[1] and other[-1] <= row[-1]
+            seen = other[1] in above if other[0] == "real" else own
+            assert bool(layout.visible[r, s]) == seen, (row, other)
+
+
+@pytest.mark.parametrize("block_lengths", PRUNED, ids=str)
+def test_the_chain_is_the_tree_with_one_child_each(block_lengths):
+    chain, K = chain_layout(block_lengths), len(block_lengths) - 1
+    found = tree_layout(range(K), block_lengths)
+    assert found.num_real == chain.num_real
+    for name in ("offsets", "visible", "mask_indices"):
+        assert torch.equal(getattr(found, name), getattr(chain, name))
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_the_run_behind_every_node_is_found_as_deep_as_the_tree_is(tree):
+    rows, K = tree_rows(tree), tree.num_speculative_tokens
+    for node, (*places, length) in enumerate(next_blocks(tree.runs, tree.num_nodes - K).tolist()):
+        own = [index for index, row in enumerate(rows) if row[0] == "mask" and row[1] == node]
+        assert length == len(own) == tree.runs[node]
+        assert len(places) == K
+        assert places[:length] == own
+        assert set(places[length:]) <= (set(own[-1:]) or set(range(len(rows))))

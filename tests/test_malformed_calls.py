@@ -86,6 +86,7 @@ FIT = {
     "use_head": {"none", "false"},
     "verification": set(),
     "copy_tokens": {"none", "zero", *INTEGERS},
+    "tree": {"none"},
 }
 FIT_TO_STREAM = {name: fit for name, fit in FIT.items() if name not in ("prompts", "num_return_sequences")}
 FIT_TO_STREAM["kept"] = {"none"}

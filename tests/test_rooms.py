@@ -9,10 +9,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # from the ground up; CONTRIBUTING.md shows this map
 FLOORS = (
-    ("pardec/arguments", "pardec/all_cores", "pardec/errors", "pardec/layout", "pardec/run"),
+    (
+        "pardec/arguments",
+        "pardec/all_cores",
+        "pardec/draft_tree",
+        "pardec/errors",
+        "pardec/layout",
+        "pardec/run",
+    ),
     ("pardec/target",),
     ("pardec/adapters",),
-    ("pardec/decoding", "pardec/decoding/probing"),
+    ("pardec/decoding", "pardec/decoding/probing", "pardec/trees"),
     ("pardec/door", "pardec/model", "pardec/loading", "pardec/chat", "pardec/race", "pardec/__init__"),
     ("pardec/data",),
     ("pardec/training",),
@@ -29,6 +36,7 @@ FLOORS = (
         "pardec/import_command",
         "pardec/push_command",
         "pardec/cli",
+        "pardec/cli_loading",
         "pardec/cli_options",
         "pardec/__main__",
     ),

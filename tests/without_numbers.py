@@ -1,5 +1,7 @@
 """Decoders and states whose tensors have shapes, strides and a device, and no numbers."""
 
+from collections.abc import Mapping
+
 import torch
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
@@ -10,8 +12,9 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
+from pardec.draft_tree import DraftTree
 from pardec.target.attention import query_group
-from pardec.target.cache import SlotCache
+from pardec.target.cache import BufferKind, SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -30,6 +33,7 @@ def tiny_decoder(
     copy_tokens: int = 0,
     law: TokenLaw | None = None,
     device: str = "meta",
+    tree: DraftTree | None = None,
 ) -> Decoder:
     """A decoder of a tiny model in bfloat16 as it is put together on CUDA, where attention is grouped.
 
@@ -43,6 +47,7 @@ def tiny_decoder(
         packed: layers that share an input are one, as where there is memory for it.
         law: default the greedy one.
         device: `meta`, or one that has numbers.
+        tree: of drafts; default the full chain.
     """
     values = FAMILIES[family][1]
     layers = "n_layer" if "n_layer" in values else "num_hidden_layers"
@@ -64,22 +69,28 @@ def tiny_decoder(
     masks = adapter.mask_embeddings.to(device, target.dtype)
     drafter = HeadDrafter.of(adapter, target)
     forward = RowForward(target, masks, gate, linears, group, tap=drafter and drafter.tap)
-    return Decoder(forward, mode, K, law, CAPACITY, eos, head=drafter, copy_tokens=copy_tokens)
+    depth = K if tree is None else tree.num_speculative_tokens
+    return Decoder(forward, mode, depth, law, CAPACITY, eos, head=drafter, copy_tokens=copy_tokens, tree=tree)
 
 
-def tiny_state(decoder: Decoder, batch_size: int, device: str = "meta") -> DecodeState:
-    """What prefill leaves; the numbers, where there are any, are whatever they are."""
+def tiny_state(
+    decoder: Decoder, batch_size: int, device: str = "meta", kinds: Mapping[BufferKind, int] | None = None
+) -> DecodeState:
+    """What prefill leaves; the numbers, where there are any, are whatever they are; `kinds` as in `SlotCache`."""
     lengths = torch.empty(batch_size, dtype=torch.long, device=device)
-    drafts = lengths.new_empty(batch_size, decoder.num_speculative_tokens)
+    drafts = lengths.new_empty(batch_size, decoder.num_drafts)
     vocabulary = decoder.target.vocab_size
     return DecodeState.begin(
-        SlotCache(decoder.target.num_layers, NUM_SLOTS, batch_size),
+        SlotCache(decoder.target.num_layers, NUM_SLOTS, batch_size, kinds),
         lengths[:, None],
         lengths,
         decoder.eos_token_ids,
         room=lengths,
         drafts=drafts,
-        draft_probs=None if decoder.law.greedy else torch.empty(*drafts.shape, vocabulary, device=device),
+        draft_length=decoder.num_speculative_tokens,
+        draft_probs=None
+        if decoder.law.greedy or decoder.tree is not None
+        else torch.empty(*drafts.shape, vocabulary, device=device),
         width=decoder.tokens_per_step,
         capacity=CAPACITY,
         copies=decoder.copy_tokens > 0,

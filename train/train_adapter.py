@@ -2,26 +2,21 @@
 
     accelerate launch train/train_adapter.py recipes/quickstart.yaml [section.key=value ...]
 
-Also runs under plain python and torchrun. A run that was cut off continues when it is started again.
+Also runs under plain python and torchrun. A run that was cut off continues when it is started again, by any number
+of processes that makes the same steps; SIGTERM and SIGUSR1 let it finish a step, save, and exit with code 75.
 """
 
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from pardec.adapters.adapter import Adapter, AdapterMetadata, BaseReference, HeadShape
-from pardec.adapters.files import METADATA_FILE, load_adapter, save_adapter
-from pardec.arguments import known_dtype
+from pardec.adapters.files import METADATA_FILE, load_adapter
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import recipe_of_command_line
 from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
@@ -29,21 +24,29 @@ from pardec.data.examples import AnchoredSequences, collate
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probing.probe import probe
-from pardec.measures.floor import measure_floor
-from pardec.measures.held_out import measure_held_out
-from pardec.model import SelfSpeculativeModel
+from pardec.measures.examiner import Examiner
 from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, fingerprint
 from pardec.target.forward import TargetModel, embedding_weight
+from pardec.target.sharding import held_bytes, load_sharded_base, running_bytes
 from pardec.training.checkpoints import check_same, load_state, read_progress, save_state, steps_done_before
-from pardec.training.curve import redraw_curve
+from pardec.training.launch import idle_processors, launch_told
 from pardec.training.memory import check_fits, free_bytes, learned_bytes, measure_step
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
-from pardec.training.processes import JsonlTracker, begin_run, idle_processors, made_by, make_accelerator
+from pardec.training.processes import (
+    STOPPED,
+    JsonlTracker,
+    any_process,
+    as_steps_run_it,
+    begin_run,
+    make_accelerator,
+    refuse_other_state,
+    stop_signals,
+)
 from pardec.training.steps import Learner, build_optimizer, depth_at, losses_of, make_schedule
-from pardec.training.warm_start import check_source, learned_adapter, warm_start
+from pardec.training.warm_start import check_source, warm_start
 
 
 def main() -> None:
@@ -55,22 +58,20 @@ def main() -> None:
 def train(recipe: Recipe) -> None:
     """The run, from recipe to the best adapter in output_dir."""
     output, train = Path(recipe.output_dir), recipe.train
-    depends_on = recipe.of_checkpoints()
-    first_step = steps_done_before(output, depends_on, METADATA_FILE, "an adapter")
-    log = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
-    accelerator = make_accelerator(train.mixed_precision, [log, *train.trackers], output)
+    accelerator, first_step = start(recipe)
     if first_step == train.steps:
         accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {train.steps} steps")
         return
 
-    data: dict[str, Any] = {"num_processes": accelerator.num_processes}  # a step's examples depend on it
+    global_batch = train.batch_size * train.gradient_accumulation_steps * accelerator.num_processes
+    data: dict[str, Any] = {"global_batch": global_batch}  # a step's examples depend on it, not on who runs which
     check_same(output, data)
+    accelerator.print(launch_of(recipe, accelerator))
 
     # the frozen base, the proof on it that mask rows cannot disturb real ones, and the data:
     # everything that can be wrong with them is said before output_dir exists
     target, tokenizer = load_target(recipe, accelerator)
     identity = fingerprint(target.base, tokenizer)
-    global_batch = train.batch_size * train.gradient_accumulation_steps * accelerator.num_processes
     corpus, prompts = read_data(recipe, target, tokenizer, accelerator)
     data["data_sha256"] = corpus.digest()
     check_same(output, data)
@@ -81,12 +82,14 @@ def train(recipe: Recipe) -> None:
     rates = {"mask_embeddings": train.learning_rate, "lora": train.lora_learning_rate, "head": train.head_learning_rate}
     optimizer = build_optimizer(learned, rates)
     source = origin["started_from"]
-    checkpoints, kept = output / "checkpoints", {"recipe": depends_on, "started_from": source, **data}
-    state = load_state(checkpoints, learned, [optimizer]) or {"best": 0.0, **kept}
+    checkpoints, kept = output / "checkpoints", {"recipe": recipe.of_checkpoints(), "started_from": source, **data}
+    state = load_state(checkpoints, learned, [optimizer]) or {"best": 0.0, "measured": None, **kept}
     check_source(recipe.adapter.start_from, state.get("started_from"), source)
     schedule = make_schedule(optimizer, train.warmup_steps, train.steps, first_step)
-    loader = make_loader(recipe, corpus, first_step, global_batch)
-    wrapped, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+    first_example = int(state.get("examples") or first_step * global_batch)
+    loader = make_loader(recipe, corpus, first_example, global_batch)
+    optimizer, loader = accelerator.prepare(optimizer, loader)
+    wrapped = as_steps_run_it(accelerator, module, learned.values(), base_is_sharded=bool(train.shard_base))
 
     with accelerator.autocast():
         sizes = sizes_of(recipe, module, learned, prompts)
@@ -94,16 +97,17 @@ def train(recipe: Recipe) -> None:
     learner = Learner(
         accelerator, wrapped, learned, optimizer, schedule, train.seed, train.anchors_per_forward, train.max_grad_norm
     )
-    best = take_steps(
-        recipe,
-        learner,
-        Examiner(recipe, accelerator, module, peft_model, identity, origin, tokenizer, prompts),
-        loader,
-        first_step,
-        state["best"],
-        lambda step, best: save_state(checkpoints, step, learned, [optimizer], {"best": best, **kept}),
-    )
+
+    def save(step: int, best: float, measured: int | None) -> None:
+        progress = {"best": best, "measured": measured, "examples": step * global_batch, **kept}
+        save_state(checkpoints, step, learned, [optimizer], progress, keep=train.checkpoint_keep)
+
+    examiner = Examiner(recipe, accelerator, module, peft_model, identity, origin, tokenizer, prompts)
+    best, reached = take_steps(recipe, learner, examiner, loader, first_step, state, save)
     accelerator.end_training()
+    if reached < train.steps:
+        accelerator.print(f"stopped behind step {reached}, as a signal asked for; the same command goes on from there")
+        raise SystemExit(STOPPED)
     accelerator.print(farewell(output, best))
 
 
@@ -123,10 +127,37 @@ def farewell(output: Path, best: float) -> str:
 # ---------------------------------------------------------------------- before the first step
 
 
+def start(recipe: Recipe) -> tuple[Accelerator, int]:
+    """The processes of the run, and the steps that it has behind it."""
+    output = Path(recipe.output_dir)
+    first_step = steps_done_before(output, recipe.of_checkpoints(), METADATA_FILE, "an adapter")
+    log = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
+    accelerator = make_accelerator(recipe.train.mixed_precision, [log, *recipe.train.trackers], output)
+    refuse_other_state(accelerator, output, first_step)
+    return accelerator, first_step
+
+
+def launch_of(recipe: Recipe, accelerator: Accelerator) -> str:
+    """The processes, what lies in each and what a step is."""
+    base_is = {False: "whole in each", True: "sharded over all", "machine": "sharded over those of each machine"}
+    return launch_told(
+        accelerator,
+        batch_size=recipe.train.batch_size,
+        accumulation=recipe.train.gradient_accumulation_steps,
+        max_length=recipe.data.max_length,
+        base_is=base_is[recipe.train.shard_base],
+    )
+
+
 def load_target(recipe: Recipe, accelerator: Accelerator):
     """Base and tokenizer, refused if this recipe cannot be trained exactly on them."""
     tokenizer = load_tokenizer(recipe.base)
-    target = TargetModel.wrap(load_base(recipe.base, device=accelerator.device))
+    group = recipe.train.shard_base
+    if group and accelerator.num_processes > 1:
+        base = load_sharded_base(recipe.base, accelerator.device, "machine" if group == "machine" else "all")
+    else:
+        base = load_base(recipe.base, device=accelerator.device)
+    target = TargetModel.wrap(base)
     if tokenizer is None:
         raise ValueError(f"base {recipe.base!r}: expected a tokenizer beside the model, found none")
     probe(target)
@@ -169,11 +200,11 @@ def read_data(
     return corpus, prompts
 
 
-def make_loader(recipe: Recipe, corpus: Corpus, first_step: int, global_batch: int) -> DataLoader:
+def make_loader(recipe: Recipe, corpus: Corpus, first_example: int, global_batch: int) -> DataLoader:
     """The examples that are still to come, in the order that every run of this recipe has."""
     total, anchors = recipe.train.steps * global_batch, recipe.train.anchors_per_sequence
     examples = AnchoredSequences(corpus.train, total, anchors, recipe.train.seed, examples_per_step=global_batch)
-    rest = Subset(examples, range(first_step * global_batch, total))
+    rest = Subset(examples, range(first_example, total))
     return DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
 
 
@@ -200,20 +231,14 @@ def sizes_of(recipe: Recipe, module: MaskTokenTrainer, learned: Mapping[str, Ten
         ValueError: if that is more than is free, naming what would fit.
     """
     base, train, T = module.target.base, recipe.train, recipe.data.max_length
-    weights = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
-    num_learned = sum(p.numel() for p in learned.values())
-    step = measure_step(module)
-    check_fits(
-        {N: step.bytes_for(train.batch_size, T, recipe.mask_rows(N)) for N in recipe.anchors_to_try()},
-        # the numbers themselves are there already
-        learned_bytes(num_learned) * 3 // 4,
-        free_bytes(module.target.device),
-        batch_size=train.batch_size,
-    )
-    mask_rows = recipe.mask_rows(recipe.anchors_to_try()[0])
-    memory = weights + learned_bytes(num_learned) + step.bytes_for(train.batch_size, T, mask_rows)
+    num_learned, step = sum(p.numel() for p in learned.values()), measure_step(module)
+    to_come = learned_bytes(num_learned) * 3 // 4  # the numbers themselves are there
+    needed = {N: step.bytes_for(train.batch_size, T, recipe.mask_rows(N)) for N in recipe.anchors_to_try()}
+    check_fits(needed, to_come, free_bytes(module.target.device), batch_size=train.batch_size)
+    (anchors, of_step), *_ = needed.items()
+    memory, mask_rows = running_bytes(base) + to_come + of_step, recipe.mask_rows(anchors)
     return (
-        f"base {recipe.base}: {weights / 2**20:,.0f} MiB; learned: {num_learned:,} numbers; "
+        f"base {recipe.base}: {held_bytes(base) / 2**20:,.0f} MiB per process; learned: {num_learned:,} numbers; "
         f"{len(prompts)} validation prompts\n"
         f"per forward: {train.batch_size * T:,} real rows, {mask_rows:,} mask rows; "
         f"memory estimate {memory / 2**30:.1f} GiB per process (less with fewer train.anchors_per_forward)"
@@ -226,105 +251,49 @@ def sizes_of(recipe: Recipe, module: MaskTokenTrainer, learned: Mapping[str, Ten
 def take_steps(
     recipe: Recipe,
     learner: Learner,
-    examiner: "Examiner",
+    examiner: Examiner,
     loader: Iterable[Mapping[str, Tensor]],
     first_step: int,
-    best: float,
-    save: Callable[[int, float], None],
-) -> float:
-    """The steps that are still to come; returns the best mean acceptance length, which the main process knows."""
+    state: Mapping[str, Any],
+    save: Callable[[int, float, int | None], None],
+) -> tuple[float, int]:
+    """The steps that are still to come; returns the best mean acceptance length and the step that was reached.
+
+    That is the last one, or an earlier one where a signal has asked to stop. `save` is given step, best and the step
+    that was measured last.
+    """
     train, accelerator, batches, sums = recipe.train, learner.accelerator, iter(loader), 0.0
-    is_main = accelerator.is_main_process
-    progress = tqdm(total=train.steps, initial=first_step, unit="step", disable=not is_main)
-    if is_main and first_step == 0:
-        if read_progress(Path(recipe.output_dir) / "checkpoints") is None:
-            save(0, best)  # a run that is killed before its first checkpoint is one to continue, too
-        best = examiner.measure(0, best)
-    accelerator.wait_for_everyone()
-    for step in range(first_step + 1, train.steps + 1):
-        is_last = step == train.steps
-        is_logged = step % train.log_every == 0 or is_last
-        micro_batches = [next(batches) for _ in range(train.gradient_accumulation_steps)]
-        depth = depth_at(step, train.steps, train.grow_speculative_tokens)
-        new, norm = learner.update(micro_batches, step, max_depth=depth, with_metrics=is_logged)
-        sums = sums + new
-        progress.update()
-        if is_logged:
-            losses = losses_of(sums, norm, learner.schedule.get_last_lr()[0])
-            accelerator.log(losses, step=step)
-            progress.set_postfix(loss=f"{losses['loss']:.3f}")
-            sums = 0.0
-        if is_main and (step % recipe.eval.every == 0 or is_last):
-            best = examiner.measure(step, best)
+    # a state from before such stops was measured where it was due
+    is_main, best, measured = accelerator.is_main_process, state["best"], state.get("measured", first_step)
+    bar = tqdm(total=train.steps, initial=first_step, unit="step", disable=not is_main)
+    with bar as progress, stop_signals() as received:
+        if is_main and first_step == 0 and read_progress(Path(recipe.output_dir) / "checkpoints") is None:
+            save(0, best, None)  # a run that is killed before its first checkpoint is one to continue, too
+        if first_step % recipe.eval.every == 0 and measured != first_step:
+            best, measured = examiner.measure(first_step, best), first_step
         accelerator.wait_for_everyone()
-        if is_main and (step % train.checkpoint_every == 0 or is_last):
-            save(step, best)
-    progress.close()
-    return best
-
-
-@dataclass(frozen=True)
-class Examiner:
-    """Measures what is learned so far with the real decoder, and leaves the best of it in output_dir."""
-
-    recipe: Recipe
-    accelerator: Accelerator
-    module: MaskTokenTrainer
-    peft_model: Any
-    identity: Fingerprint
-    origin: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[list[int]]
-
-    def measure(self, step: int, best: float) -> float:
-        """Acceptance after `step` steps, sampled and greedy; returns the better of it, sampled, and `best`."""
-        self.module.forget_prefix()
-        output, settings = Path(self.recipe.output_dir), self.recipe.eval
-        model = SelfSpeculativeModel(self.module.target.base, self.tokenizer, self.adapter(step, {}))
-        if step == 0 and settings.top_k is not None:  # of the base alone
-            law = {"temperature": settings.temperature, "top_k": settings.top_k, "seed": self.recipe.train.seed}
-            self.accelerator.log(measure_floor(model, self.prompts, **law), step=step)
-        found = measure_held_out(
-            model,
-            self.prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            seed=self.recipe.train.seed,
-        )
-        clear_device_cache(garbage_collection=True)  # the decoder's graphs and caches are for the next steps to use
-        self.accelerator.log(found.to_log(), step=step)
-        redraw_curve(output / "metrics.jsonl", output / "training.png")
-        tqdm.write(
-            f"step {step}: mean acceptance length {found.sampled.mean_acceptance_length:.3f} sampled, "
-            f"{found.greedy.mean_acceptance_length:.3f} greedy (validation, bonus token included)"
-        )
-        measured = {"split": "validation", **found.to_dict()}
-        length = measured["sampled"]["mean_acceptance_length"]
-        if length > best:
-            save_adapter(self.adapter(step, measured), output)
-        return max(best, length)
-
-    def adapter(self, step: int, measured: dict[str, Any]) -> Adapter:
-        """A copy of what is learned so far, with its provenance."""
-        what, base = self.recipe.adapter, self.module.target.base
-        metadata = AdapterMetadata(
-            num_speculative_tokens=what.num_speculative_tokens,
-            mask_sharing=what.mask_sharing,
-            draft_input=what.draft_input,
-            head=None if what.head is None else HeadShape(width=what.head.width, shortlist=what.head.shortlist),
-            base=BaseReference(name=self.recipe.base, revision=getattr(base.config, "_commit_hash", None)),
-            fingerprint=self.identity,
-            training={
-                "recipe": self.recipe.model_dump(),
-                **self.origin,
-                **made_by(self.accelerator),
-                "step": step,
-                "cpu_minutes": round(time.process_time() / 60, 2),
-            },
-            measured=measured,
-        )
-        return learned_adapter(self.module, self.peft_model, metadata).rounded(known_dtype(what.dtype))
+        for step in range(first_step + 1, train.steps + 1):
+            is_last = step == train.steps
+            is_logged = step % train.log_every == 0 or is_last
+            micro_batches = [next(batches) for _ in range(train.gradient_accumulation_steps)]
+            depth = depth_at(step, train.steps, train.grow_speculative_tokens)
+            new, norm = learner.update(micro_batches, step, max_depth=depth, with_metrics=is_logged)
+            sums = sums + new
+            progress.update()
+            if is_logged:
+                losses = losses_of(sums, norm, learner.schedule.get_last_lr()[0])
+                accelerator.log(losses, step=step)
+                progress.set_postfix(loss=f"{losses['loss']:.3f}")
+                sums = 0.0
+            is_stopped = any_process(accelerator, bool(received)) and not is_last
+            if (step % recipe.eval.every == 0 or is_last) and not is_stopped:
+                best, measured = examiner.measure(step, best), step
+            if is_main and (step % train.checkpoint_every == 0 or is_last or is_stopped):
+                save(step, best, measured)
+            accelerator.wait_for_everyone()  # nobody ends before all is written
+            if is_stopped:
+                return best, step
+    return best, train.steps
 
 
 if __name__ == "__main__":

@@ -125,6 +125,27 @@ def plot_step_latency(
     _save(figure, path)
 
 
+def plot_trees(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]], title: str, path: Path) -> None:
+    """Mean acceptance length against rows of a step, one panel per way to choose tokens; dashed what was expected.
+
+    Args:
+        panels: by panel and line: rows, the measured length and the expected one.
+    """
+    figure, grid = _figure((5.5 * len(panels) + 1, 4.2), len(panels))
+    for axes, (name, lines) in zip(grid, panels.items(), strict=True):
+        for label, points in lines.items():
+            rows, measured, expected = zip(*points, strict=True)
+            (line,) = axes.plot(rows, measured, "o-", markersize=3, linewidth=1.2, label=label)
+            axes.plot(rows, expected, "--", linewidth=0.8, color=line.get_color())
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("rows of a step")
+        axes.set_title(name, fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+    grid[0].set_ylabel("mean acceptance length; dashed: expected")
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
 def plot_study(
     panels: Mapping[str, Mapping[str, tuple[float, float, float]]], baseline: str, title: str, path: Path
 ) -> None:

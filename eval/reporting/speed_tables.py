@@ -11,6 +11,8 @@ from reporting.text_tables import CONSOLE_WIDTH, TextTable, markdown_page, numbe
 from rich.console import Console
 from rich.markup import escape
 
+from pardec.draft_tree import DraftTree
+
 HEADER = (
     "batch", "way", "adapter", "K", "tokens/s", "mean acceptance length", "ms/step", "rows/step", "x plain",
     "x generate", "peak MiB", "identical",
@@ -111,6 +113,9 @@ def notes_of(result: dict) -> list[str]:
     for row in {label_of(row): row for row in result["rows"] if row["block_lengths"] is not None}.values():
         blocks = ", ".join(map(str, row["block_lengths"]))
         notes.append(f"{label_of(row)}: mask tokens behind each real row {blocks}")
+    for row in {label_of(row): row for row in result["rows"] if row.get("tree")}.values():
+        tree = DraftTree(**row["tree"])
+        notes.append(f"{label_of(row)}: a tree of {tree.num_nodes} nodes, {tree.num_rows} rows where fused")
     for size in result["batch_sizes"]:
         if result["num_prompts"] % size:
             rest = result["num_prompts"] % size

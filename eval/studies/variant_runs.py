@@ -156,8 +156,8 @@ def what_was_trained(variant: Variant, work: Path) -> tuple[str | None, dict[str
     losses = [line["loss"] for line in logged if "loss" in line]
     facts = {"steps": variant.recipe.train.steps, "best_step": found["step"], "final_loss": losses[-1]}
     train = variant.recipe.train
-    mask_rows = train.gradient_accumulation_steps * variant.recipe.mask_rows(train.anchors_per_sequence)
-    return None, {**facts, "mask_rows_per_step": mask_rows}
+    rows = [variant.recipe.mask_rows(train.anchors_per_sequence, K) for K in train.grow_speculative_tokens or [None]]
+    return None, {**facts, "mask_rows_per_step": train.gradient_accumulation_steps * sum(rows) // len(rows)}
 
 
 # ---------------------------------------------------------------------- evaluation

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CompileConfig, PreTrainedModel
 
+from pardec.draft_tree import DraftTree
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import eos_token_ids, pad_token_id
@@ -84,6 +85,7 @@ class Way:
         adapter: label of the adapter, empty without one.
         num_speculative_tokens: K; None where nothing is drafted by mask tokens.
         block_lengths: mask tokens behind each real row, where a tuned choice says so.
+        tree: of drafts, where a tuned choice says so.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Way:
     adapter: str = ""
     num_speculative_tokens: int | None = None
     block_lengths: tuple[int, ...] | None = None
+    tree: DraftTree | None = None
 
 
 def ways_for(
@@ -131,12 +134,14 @@ def ways_for(
         if not tuned_only:
             behind = {"num_speculative_tokens": 1, "copy_tokens": COPY_TOKENS}
             ways.append(own(name="fused + copies", mode="fused", **behind))
-        if model.tuned is None:
+        choice = model.tuned_for(batch_size, is_greedy=setting.temperature == 0)
+        if choice is None:
             left_out.append({"way": "tuned", "adapter": label, "reason": NO_TUNED_CHOICE})
         else:
-            mode, blocks = model.tuned.mode, tuple(model.tuned.block_lengths)
-            copies = " + copies" if model.tuned.copy_tokens else ""
-            ways.append(own(name=f"{mode}{copies} tuned", mode=mode, block_lengths=blocks))
+            mode, blocks = choice.mode, tuple(choice.block_lengths)
+            copies = " + copies" if choice.copy_tokens else ""
+            shape = {"block_lengths": blocks, "tree": choice.tree}
+            ways.append(own(name=f"{mode}{copies} tuned", mode=mode, **shape))
     ways.append(generate_way(base, setting, name="generate"))
     if base.device.type == "cuda":
         ways.append(generate_way(base, setting, name="generate static", static_cache=True))
@@ -163,6 +168,7 @@ def pardec_way(
     num_speculative_tokens: int | None = None,
     block_lengths: tuple[int, ...] | None = None,
     copy_tokens: int | None = None,
+    tree: DraftTree | None = None,
 ) -> Way:
     """One of pardec's modes; other arguments as in `Way`.
 
@@ -174,11 +180,14 @@ def pardec_way(
         block_lengths: of the tuned choice, which its mode makes by itself where no K is asked for, as it does the head
             and the copied tokens.
         copy_tokens: behind the drafts; None for none, or with block_lengths.
+        tree: of the tuned choice, likewise.
     """
     blocks = block_lengths or (*full_blocks(num_speculative_tokens or 0), *(0,) * (copy_tokens or 0))
     K = max(blocks)
     # a round of two_pass is a drafting and a verifying forward
     rows_per_step = 2 * (K + 1) if mode == "two_pass" else len(blocks) + sum(blocks)
+    if tree is not None:
+        rows_per_step = K + 1 + tree.num_nodes + 1 if mode == "two_pass" else tree.num_rows
 
     def decode(prompts: list[list[int]], seed: int) -> Decoded:
         out = model.generate(
@@ -197,7 +206,8 @@ def pardec_way(
         return Decoded(out.token_ids, steps, steps * rows_per_step, stats.num_drafts, accepted)
 
     shown = None if mode == "plain" else K
-    return Way(name, decode, model_bytes(model.base_model), adapter, shown, block_lengths if mode == "fused" else None)
+    blocks = block_lengths if mode == "fused" and tree is None else None
+    return Way(name, decode, model_bytes(model.base_model), adapter, shown, blocks, tree)
 
 
 def generate_way(base: PreTrainedModel, setting: Setting, *, name: str, static_cache: bool = False) -> Way:

@@ -6,7 +6,7 @@ Every way decodes every batch of prompts in turn, so that a ratio compares neigh
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import cycle
 
 import torch
@@ -165,6 +165,7 @@ def figures(timed: Timed, plain: Timed, generate: Timed) -> dict[str, object]:
         "adapter": timed.way.adapter,
         "num_speculative_tokens": timed.way.num_speculative_tokens,
         "block_lengths": timed.way.block_lengths and list(timed.way.block_lengths),
+        "tree": timed.way.tree and asdict(timed.way.tree),
         "tokens_per_second": round(tokens / seconds, 2),
         "mean_acceptance_length": round(1 + (accepted / drafts if drafts else 0.0), 4),
         "ms_per_step": round(1000 * seconds / steps, 3) if steps else None,

@@ -5,7 +5,7 @@ Knows the public model and counts; no table and no files.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pardec.decoding.output import GenerationOutput
+from pardec.draft_tree import DraftTree
 from pardec.layout import BlockLengths
 from pardec.measures.acceptance import Acceptance, summarise
 from pardec.measures.divergence import TOLERANCE, divergence_from
@@ -34,6 +35,7 @@ class Run:
         model: with the adapter.
         prompts: token ids.
         block_lengths: of the tuned choice, which `generate` makes by itself where nothing is asked for.
+        tree: likewise.
         outputs: one for each prompt.
         ratios: of speed to plain decoding of the same prompt.
         identical: whether greedy tokens are those of `generate`; None where nobody looked.
@@ -45,6 +47,7 @@ class Run:
     model: SelfSpeculativeModel
     prompts: list[list[int]]
     block_lengths: BlockLengths | None = None
+    tree: DraftTree | None = None
     outputs: list[GenerationOutput] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     identical: bool | None = None
@@ -83,6 +86,8 @@ class Run:
         }
         if self.block_lengths is not None:
             figures["block_lengths"] = list(self.block_lengths)
+        if self.tree is not None:
+            figures["tree"] = asdict(self.tree)
         return figures if self.identical is None else figures | {"identical": self.identical}
 
 

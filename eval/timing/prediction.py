@@ -2,7 +2,7 @@
 
 The model is one line, `predicted_seconds`. It knows no caches of the device, no shares of it that stand idle in
 kernels of few blocks, and nothing of the host, which a captured step does not wait for.
-Legend: K num_speculative_tokens, B batch, here 1.
+Legend: K num_speculative_tokens.
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
+from pardec.draft_tree import DraftTree
 from pardec.target.attention import query_group
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
@@ -123,21 +124,39 @@ class ShapeOnly:
         self._weight_bytes = weight_bytes_per_step(self.base)
         self._lora_bytes = lora_bytes_per_step(lora, dtype)
 
-    def count(self, num_speculative_tokens: int, with_lora: bool, context: int) -> Counted:
-        """A plain step for K = 0, else a fused one of (K + 1)^2 rows, greedy, behind `context` committed tokens.
+    def count(
+        self,
+        num_speculative_tokens: int,
+        with_lora: bool,
+        context: int,
+        *,
+        tree: DraftTree | None = None,
+        batch_size: int = 1,
+    ) -> Counted:
+        """A plain step for K = 0, else a fused one, greedy, behind `context` committed tokens.
+
+        Args:
+            num_speculative_tokens: K.
+            with_lora: at mask rows.
+            context: committed tokens of each sequence.
+            tree: K deep; default the full chain of (K + 1)^2 rows.
+            batch_size: sequences.
 
         Raises:
             ValueError: if the model has not so many positions.
         """
         K, limit = num_speculative_tokens, self._target.max_positions
-        decoder = self._decoder(K, with_lora)
+        decoder = self._decoder(K, with_lora, tree)
         needed = context + decoder.num_slots_per_step
         if limit is not None and needed > limit:
             raise ValueError(f"contexts: expected at most the {limit} positions of the model, found {needed} in a step")
         # as the engine does where it reads a step late
         num_slots = bucket(needed + decoder.tokens_per_step, few=False, coarse=True)
-        cache = SlotCache(self._target.num_layers, num_slots, 1)
+        cache = SlotCache(self._target.num_layers, num_slots, batch_size)
         counted = captured_count(decoder, cache)
+        if tree is not None:  # once more as the engine has it, which knows of what kinds the cache's buffers are
+            cache = SlotCache(self._target.num_layers, num_slots, batch_size, cache.kinds)
+            counted = captured_count(decoder, cache)
         context_bytes = sum(buffer.nbytes for buffer in cache.buffers) * context // num_slots
         return Counted(
             num_speculative_tokens=K,
@@ -145,17 +164,17 @@ class ShapeOnly:
             context=context,
             launches=counted.num_launches,
             num_bytes=counted.num_bytes,
-            flops=flops_per_step(self.base, (K + 1) ** 2, context),
+            flops=flops_per_step(self.base, batch_size * decoder.rows_per_step, context),
             least_bytes=self._weight_bytes + self._lora_bytes * with_lora + context_bytes,
         )
 
-    def _decoder(self, K: int, with_lora: bool) -> Decoder:
+    def _decoder(self, K: int, with_lora: bool, tree: DraftTree | None) -> Decoder:
         target = self._target
         masks = torch.empty(K, target.embedding_dim, dtype=target.dtype, device="meta") if K else None
         gate, linears = self._gate if with_lora else None, self._linears(with_lora)
         forward = RowForward(target, masks, gate, linears, query_group(self.base))
         eos = torch.empty(_NUM_EOS, dtype=torch.long, device="meta")
-        return Decoder(forward, "fused" if K else "plain", K, TokenLaw(greedy=True), _CAPACITY, eos)
+        return Decoder(forward, "fused" if K else "plain", K, TokenLaw(greedy=True), _CAPACITY, eos, tree=tree)
 
     def _linears(self, with_lora: bool) -> PackedLinears:
         """As the engine packs them where a quarter of the memory that is free does."""
@@ -167,14 +186,15 @@ class ShapeOnly:
 
 def captured_count(decoder: Decoder, cache: SlotCache) -> StepCount:
     """What the graph of a step would hold, the copies into the state that it works on among them."""
-    lengths = torch.empty(1, dtype=torch.long, device="meta")
+    lengths = torch.empty(cache.num_sequences or 1, dtype=torch.long, device="meta")
     state = DecodeState.begin(
         cache,
         lengths[:, None],
         lengths,
         decoder.eos_token_ids,
         room=lengths,
-        drafts=lengths.new_empty(1, decoder.num_speculative_tokens),
+        drafts=lengths.new_empty(lengths.shape[0], decoder.num_drafts),
+        draft_length=decoder.num_speculative_tokens,
         draft_probs=None,
         width=decoder.tokens_per_step,
         capacity=_CAPACITY,

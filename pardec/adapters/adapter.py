@@ -132,6 +132,11 @@ class Adapter:
             head=None if head is None else {name: tensor.to(dtype) for name, tensor in head.items()},
         )
 
+    @property
+    def has_distinct_masks(self) -> bool:
+        """Whether there is a mask token of its own for each draft, so that no more can be drafted."""
+        return self.mask_embeddings is not None and self.metadata.mask_sharing != "shared"
+
     def embeddings_for(self, num_speculative_tokens: int) -> Tensor:
         """Mask embeddings of shape [num_speculative_tokens, D].
 

@@ -1,4 +1,4 @@
-"""`tuned.json` beside an adapter: which way to decode `pardec tune` chose for it, by device and dtype.
+"""`tuned.json` beside an adapter: which ways to decode `pardec tune` chose for it, by device, dtype, batch and law.
 
 Knows JSON and the adapter's files; no model, no clock.
 """
@@ -6,7 +6,7 @@ Knows JSON and the adapter's files; no model, no clock.
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, 
 from pardec.adapters.json_files import read_object
 from pardec.adapters.packaged import adapter_folder, tuned_folder
 from pardec.arguments import integer
+from pardec.draft_tree import DraftTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 
@@ -48,6 +49,7 @@ class TunedChoice:
         use_head: whether the drafts are drawn by the adapter's sampler head, where it has one.
         copy_tokens: copied ones that are verified behind the drafts; block_lengths has one more for each in fused mode.
         by_dtype: tokens/s of what was chosen in each dtype, measured in turn; None where one was tuned by itself.
+        tree: the chosen shape where that is a tree; then block_lengths say only how deep it is.
     """
 
     device: str
@@ -68,6 +70,7 @@ class TunedChoice:
     use_head: bool = True
     copy_tokens: int = 0
     by_dtype: dict[str, float] | None = None
+    tree: DraftTree | None = None
 
     def __post_init__(self) -> None:
         integer("copy_tokens", self.copy_tokens, 0, MAX_COPY_TOKENS)
@@ -75,6 +78,11 @@ class TunedChoice:
         if self.block_lengths == PLAIN:
             object.__setattr__(self, "mode", "plain")
         K = self.num_speculative_tokens
+        if self.tree is not None and (self.block_lengths != full_blocks(K) or self.tree.num_speculative_tokens != K):
+            raise ValueError(
+                f"block_lengths: expected those of the full chain as long as the tree is deep, "
+                f"{self.tree.num_speculative_tokens}, found {shown(list(self.block_lengths))}"
+            )
         if self.mode != "fused" and self.block_lengths != full_blocks(0 if self.mode == "plain" else K):
             raise ValueError(f"block_lengths: expected those of {self.mode}, found {shown(list(self.block_lengths))}")
 
@@ -91,8 +99,8 @@ def read_tuned(
     compile: bool = False,
     *,
     files: Mapping[str, str] | None = None,
-) -> TunedChoice | None:
-    """The choice for this adapter as it is now on this device; None where there is none.
+) -> list[TunedChoice]:
+    """The choices for this adapter as it is now on this device, one for each batch size and way of sampling.
 
     Args:
         directory: of the adapter.
@@ -105,8 +113,26 @@ def read_tuned(
         ValueError: if the file is there and is not one of ours, naming it.
     """
     wanted = (device, str(dtype).removeprefix("torch."), compile)
-    fresh = [one for one in fresh_choices(directory, files) if _key(one) == wanted]
-    return fresh[0] if fresh else None
+    return [one for one in fresh_choices(directory, files) if (one.device, one.dtype, one.compile) == wanted]
+
+
+def nearest_choice(choices: Sequence[TunedChoice], num_sequences: int, is_greedy: bool) -> TunedChoice | None:
+    """The choice that was tuned most nearly as decoding is to be; None of none.
+
+    The way of sampling comes first; then the largest batch that is not larger, else the smallest.
+
+    Args:
+        choices: of one device and dtype.
+        num_sequences: that are decoded together.
+        is_greedy: whether tokens are the likeliest ones.
+    """
+    if not choices:
+        return None
+    alike = [one for one in choices if (one.temperature == 0) == is_greedy] or choices
+    smaller = [one for one in alike if one.batch_size <= num_sequences]
+    if smaller:
+        return max(smaller, key=lambda one: one.batch_size)
+    return min(alike, key=lambda one: one.batch_size)
 
 
 def shipped_choice(directory: str | Path, *, files: Mapping[str, str] | None = None) -> TunedChoice | None:
@@ -132,10 +158,10 @@ def fastest_dtype(
 
 
 def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
-    """Adds `choice` to the adapter's file, in place of an older one of its device; returns the file.
+    """Adds `choice` to the adapter's file, in place of an older one of its kind; returns the file.
 
-    Choices for other devices stay; those for other weights than its own go. That of a packaged adapter, or one of the
-    hub, is kept in the user's cache.
+    Choices for other devices, batch sizes and ways of sampling stay; those for other weights than its own go. That of
+    a packaged adapter, or one of the hub, is kept in the user's cache.
 
     Raises:
         ValueError: if the file is there and is not one of ours.
@@ -184,8 +210,8 @@ def weights_of(directory: str | Path, files: Mapping[str, str] | None = None) ->
     return {name: files[name] for name in names if name in files}
 
 
-def _key(choice: TunedChoice) -> tuple[str, str, bool]:
-    return choice.device, choice.dtype, choice.compile
+def _key(choice: TunedChoice) -> tuple[str, str, bool, int, bool]:
+    return choice.device, choice.dtype, choice.compile, choice.batch_size, choice.temperature == 0
 
 
 def fresh_choices(directory: str | Path, files: Mapping[str, str] | None = None) -> list[TunedChoice]:

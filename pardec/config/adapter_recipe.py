@@ -127,6 +127,8 @@ class EvalConfig(Section):
     Attributes:
         every: steps between measurements; the last step is always measured.
         num_prompts: validation prompts.
+        batch_size: prompts decoded together, shared out over the processes; default a process's share, 16 at most.
+            Sampled figures of the same adapter are the same by any number of processes only if this is.
         max_new_tokens: per prompt.
         temperature: of the sampled measurement, which chooses the best adapter.
         top_k: likewise.
@@ -134,13 +136,15 @@ class EvalConfig(Section):
 
     every: int = Field(default=100, ge=1)
     num_prompts: int = Field(default=16, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=0.8, gt=0)
     top_k: int | None = Field(default=10, ge=1)
 
 
-# of train, what says when something is written and to whom
-_ONLY_TOLD = ("checkpoint_every", "log_every", "trackers")
+# of train, what says when something is written and to whom, and how the same step is shared out
+_ONLY_TOLD = ("checkpoint_every", "checkpoint_keep", "log_every", "trackers")
+_SPLITS = ("batch_size", "gradient_accumulation_steps", "shard_base")
 
 
 class Recipe(Section):
@@ -211,7 +215,7 @@ class Recipe(Section):
         return self
 
     def of_checkpoints(self) -> dict[str, Any]:
-        """The parts that what is learned depends on."""
+        """The parts that what is learned depends on; the examples of a step are another matter than who runs which."""
         parts = self.model_dump(include={"base", "data", "adapter", "train"})
         # `transfer` only allows what `start_from` says
         unasked = (
@@ -219,7 +223,7 @@ class Recipe(Section):
             ("data", "cache"),
             ("adapter", "dtype"),
             ("adapter", "transfer"),
-            *(("train", key) for key in _ONLY_TOLD),
+            *(("train", key) for key in _ONLY_TOLD + _SPLITS),
         )
         for section, key in unasked:
             del parts[section][key]
@@ -243,7 +247,7 @@ class Recipe(Section):
         asked = min(self.train.anchors_per_forward or most, most)
         return [asked] + [one for one in range(asked - 1, 0, -1) if one == 1 or one % 8 == 0 or one < 8]
 
-    def mask_rows(self, num_anchors: int) -> int:
-        """Mask rows of a forward with so many anchors per sequence."""
-        K, keep = self.adapter.num_speculative_tokens, self.train.keep
+    def mask_rows(self, num_anchors: int, max_depth: int | None = None) -> int:
+        """Mask rows of a forward with so many anchors per sequence, and so many mask tokens of a block; default K."""
+        K, keep = max_depth or self.adapter.num_speculative_tokens, self.train.keep
         return self.train.batch_size * sum(nested_block_lengths(num_anchors, K, keep.ratio, keep.floor))

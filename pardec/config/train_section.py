@@ -66,7 +66,10 @@ class TrainConfig(Section):
         mixed_precision: `auto` is bf16 where the device computes in it, else no.
         seed: of data order and anchors.
         log_every: steps between logged losses.
+        shard_base: the frozen base's layers are shared out over all processes (true), or over those of each `machine`,
+            instead of lying whole in each; for bases that are too large for one device.
         checkpoint_every: steps between resumable checkpoints.
+        checkpoint_keep: so many of the newest stay.
         trackers: besides the JSONL file, e.g. tensorboard.
     """
 
@@ -92,5 +95,7 @@ class TrainConfig(Section):
     mixed_precision: MixedPrecision = "auto"
     seed: int = Field(default=0, ge=0, lt=2**32)
     log_every: int = Field(default=10, ge=1)
+    shard_base: bool | Literal["machine"] = False
     checkpoint_every: int = Field(default=100, ge=1)
+    checkpoint_keep: int = Field(default=1, ge=1)
     trackers: list[str] = Field(default=[])

@@ -26,9 +26,12 @@ from pardec.data.reading import (
     read_utf8,
     text_files,
 )
+from pardec.data.shards import pieces_of
 from pardec.run import written_aside
 
 _BLOCK_BYTES = 1 << 24
+# no JSON object with a row in it is shorter; longer lines of blanks are told as no JSON
+_EMPTY_BYTES = 16
 # rows are looked at in pieces of this size, which keep every core busy for a second
 _CHECKED_BYTES = 1 << 24
 
@@ -276,10 +279,6 @@ def _lines_of_json(file: Path) -> LinesOfJson:
     )
 
 
-# no JSON object with a row in it is shorter; longer lines of blanks are told as no JSON
-_EMPTY_BYTES = 16
-
-
 def _check_all(rows: Rows, found_good: Path, show_progress: bool) -> None:
     if found_good.exists():
         return
@@ -295,11 +294,3 @@ def _check_all(rows: Rows, found_good: Path, show_progress: bool) -> None:
 def _check_piece(rows: Rows, pieces: Sequence[np.ndarray], piece: int) -> None:
     for number in pieces[piece]:
         rows[int(number)]
-
-
-def pieces_of(sizes: np.ndarray, num_bytes: int) -> list[np.ndarray]:
-    """Numbers of rows in pieces of one size, at most so many bytes or one row more, in their order."""
-    total = int(sizes.sum())
-    num_pieces = max(1, -(-total // num_bytes))
-    piece = (np.cumsum(sizes) - sizes) * num_pieces // max(1, total)
-    return np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(piece)) + 1)

@@ -59,6 +59,14 @@ class Shard:
         return Document(self.file.get_slice("input_ids")[part], mask)
 
 
+def pieces_of(sizes: np.ndarray, num_bytes: int) -> list[np.ndarray]:
+    """Numbers of rows in pieces of one size, at most so many bytes or one row more, in their order."""
+    total = int(sizes.sum())
+    num_pieces = max(1, -(-total // num_bytes))
+    piece = (np.cumsum(sizes) - sizes) * num_pieces // max(1, total)
+    return np.split(np.arange(len(sizes)), np.flatnonzero(np.diff(piece)) + 1)
+
+
 def shards_folder() -> Path:
     """Where tokenised data are kept unless another folder is asked for; to be emptied at any time."""
     return cache_folder() / "tokenised"

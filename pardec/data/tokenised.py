@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from pardec.all_cores import num_cores, on_all_cores
 from pardec.data.fitting import RowCounts, pack
 from pardec.data.reading import DataError
-from pardec.data.rows import Rows, pieces_of
-from pardec.data.shards import Shard, ShardFolder, write_shard
+from pardec.data.rows import Rows
+from pardec.data.shards import Shard, ShardFolder, pieces_of, write_shard
 from pardec.data.tokenising import Document, check_token_ids, tokenise
 
 # of rows in a shard: seconds of one core, and what training holds in memory at a time
@@ -48,7 +48,7 @@ class Tokenising:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that sequences depend on beside the rows."""
-        tokenizer = self.tokenizer
+        tokenizer: Any = self.tokenizer  # fast ones have a backend, of which the common class says nothing
         tells: Any = sorted(tokenizer.get_vocab().items())
         if tokenizer.is_fast:
             tells = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,6 +1,7 @@
 """Rows to token ids, with the mask of those to be learned."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,22 +75,24 @@ def _tokenise_rendered(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, w
     text = rendered.text
     ids, places = _encoded(text, tokenizer)
     starts = [start for start, _ in rendered.spans]
-    if any(a < start < b for a, b in places for start in starts):
+    if any(((places[:, 0] < start) & (start < places[:, 1])).any() for start in starts):
         # decoding tokenises what stands in front of an answer alone
-        ids, places = [], []
-        for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
-            more, inside = _encoded(text[start:end], tokenizer)
-            ids, places = ids + more, places + [(start + a, start + b) for a, b in inside]
-    mask = [any(start < b and a < end for start, end in rendered.spans) for a, b in places]
-    if not any(mask) or all(mask):
-        share = "0 %" if not any(mask) else "100 %"
+        parts = [(start, *_encoded(text[start:end], tokenizer)) for start, end in pairwise([0, *starts, len(text)])]
+        ids = np.concatenate([of_part for _, of_part, _ in parts])
+        places = np.concatenate([start + inside for start, _, inside in parts])
+    mask = np.zeros(len(ids), dtype=bool)
+    for start, end in rendered.spans:
+        mask |= (start < places[:, 1]) & (places[:, 0] < end)
+    if not mask.any() or mask.all():
+        share = "0 %" if not mask.any() else "100 %"
         raise DataError(
             f"{where}: expected some of the rendered tokens to be the assistant's, found {share} of {text[:400]!r}"
         )
-    return Document(np.array(ids, dtype=np.int32), np.array(mask), where)
+    return Document(ids, mask, where)
 
 
-def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids, and the characters of each."""
+def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, shape [n], and the first and behind the last character of each, shape [n, 2]."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], encoded["offset_mapping"]  # type: ignore[return-value]
+    places = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    return np.array(encoded["input_ids"], dtype=np.int32), places

@@ -71,13 +71,17 @@ class HeadDrafter:
             hidden: shape [B, K, H].
             previous: the token before the first draft, shape [B].
         """
-        B, K, _ = logits.shape
-        # a CPU would pay for all pairs, where other devices have the arithmetic to spare and pay for launches
-        in_turn = logits.device.type == "cpu" or K == 1 or B * K * self.shortlist > _MOST_PAIRED_TOKENS
-        draft = draft_in_turn if in_turn else draft_from_pairs
+        draft = draft_from_pairs if scores_pairs(logits, self.shortlist) else draft_in_turn
         return draft(
             self.head, law, logits, hidden, previous, self.target.embed, self.tap.output_embeddings, self.shortlist
         )
+
+
+def scores_pairs(logits: Tensor, shortlist: int) -> bool:
+    """Whether mask rows of these logits, shape [B, K, V], are best scored for every pair of tokens at once."""
+    B, K, _ = logits.shape
+    # a CPU would pay for all pairs, where other devices have the arithmetic to spare and pay for launches
+    return logits.device.type != "cpu" and K > 1 and B * K * shortlist <= _MOST_PAIRED_TOKENS
 
 
 def draft_in_turn(

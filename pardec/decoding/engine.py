@@ -4,7 +4,7 @@ On CUDA the host launches one graph per step and waits for the step before it; e
 Legend: B sequences.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor
 from pardec.decoding.graphs import CapturedSteps, Recorder, record_cuda_graph
 from pardec.decoding.state import DecodeState, LiveRows
 from pardec.decoding.step import Decoder
-from pardec.target.cache import SlotCache
+from pardec.target.cache import BufferKind, SlotCache
 
 GIB = 2**30
 
@@ -58,6 +58,7 @@ class Engine:
         captured: bool = False,
         recorder: Recorder = record_cuda_graph,
         make_room: Callable[[], None] = lambda: None,
+        kinds: Mapping[BufferKind, int] | None = None,
     ):
         """Makes an engine.
 
@@ -67,10 +68,12 @@ class Engine:
             captured: steps run as graphs.
             recorder: makes a graph.
             make_room: frees what it can when a cache, prefill or a capture does not fit.
+            kinds: of the cache's buffers, for a decoder whose steps move them; see `SlotCache`.
         """
         self.decoder = decoder
         self.state: DecodeState | None = None
         self._bytes_per_slot = bytes_per_slot
+        self._kinds = kinds
         self._free = partial(_free, make_room)  # no method: its engine would be freed by the cycle collector alone
         self._graphs = CapturedSteps(decoder, recorder, self._free) if captured else None
 
@@ -190,8 +193,8 @@ class Engine:
             self._free()
             check_memory(target.device, self._bytes_per_slot, num_sequences, num_slots)
         if kept is not None:
-            return kept.stretched(torch.arange(num_kept, device=target.device), num_slots)
-        return SlotCache(target.num_layers, num_slots, num_sequences)
+            return kept.stretched(torch.arange(num_kept, device=target.device), num_slots, self._kinds)
+        return SlotCache(target.num_layers, num_slots, num_sequences, self._kinds)
 
     def _bucket(self, num_tokens: int, cache: SlotCache | None = None) -> int:
         """Slots to attend to when `num_tokens` may be committed before a step; without a cache, slots to allocate."""

@@ -6,7 +6,6 @@ Legend: K num_speculative_tokens.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -16,8 +15,9 @@ from transformers import PreTrainedModel
 from pardec.adapters.adapter import UNIFORM_NOISE, Adapter, AdapterError
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
-from pardec.adapters.tuned import TunedChoice
+from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import flag, integer, one_of, real
+from pardec.decoding.asked import Drafting, drafting_for
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
@@ -27,38 +27,14 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import MODES, Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
+from pardec.draft_tree import DraftTree
 from pardec.errors import shown
-from pardec.layout import MAX_COPY_TOKENS, MAX_SPECULATIVE_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
+from pardec.layout import MAX_COPY_TOKENS, BlockLengths, full_blocks
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
 from pardec.target.forward import TargetModel
 from pardec.target.placement import is_offloaded
 from pardec.target.survey import Survey, survey
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """How a call drafts.
-
-    Attributes:
-        mode: one of `MODES`; plain where nothing is drafted.
-        block_lengths: of the fused chain, one for each copied token among them; for two_pass the largest counts alone;
-            (0,) for plain decoding.
-        head: draws the drafts one after another; None to draw them from their rows as they are.
-        verification: of drafts that were drawn.
-        copy_tokens: copied ones that are verified behind the drafts.
-    """
-
-    mode: str
-    block_lengths: BlockLengths
-    head: HeadDrafter | None
-    verification: Verification = "token"
-    copy_tokens: int = 0
-
-    @property
-    def num_speculative_tokens(self) -> int:
-        """K; 0 where nothing of the adapter is used."""
-        return max(self.block_lengths)
 
 
 class Engines:
@@ -71,7 +47,8 @@ class Engines:
         head: the adapter's sampler head, or None.
         compile: steps run under torch.compile.
         capture: steps run as CUDA graphs.
-        tuned: used where nothing else is asked for than its mode.
+        choices: of `pardec tune`, for this device and dtype; one of them is used where nothing else is asked for than
+            its mode.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter | None, *, compile: bool):
@@ -87,7 +64,7 @@ class Engines:
         self.compile = flag("compile", compile)
         # a captured step would replay the copies of weights that are brought in for it, from wherever they lay then
         self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
-        self.tuned: TunedChoice | None = None
+        self.choices: list[TunedChoice] = []
         self._survey: Survey | None = None
         self._surveyed: int | None = None  # the signature of the base then
         self._linears: dict[bool, PackedLinears] = {}
@@ -122,59 +99,72 @@ class Engines:
         use_head: bool | None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
+        tree: DraftTree | None = None,
+        *,
+        num_sequences: int = 1,
+        is_greedy: bool = True,
     ) -> Drafting:
         """How to draft where `asked` is num_speculative_tokens; all as in `generate`.
+
+        Of what was tuned that counts which comes nearest to so many sequences at a time, greedy or not.
 
         Raises:
             ValueError: for what does not exist, or not together.
         """
         if mode is not None:
             one_of("mode", mode, MODES)
+        if copy_tokens is not None:
+            integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
         one_of("verification", verification, VERIFICATIONS)
-        L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
-        L = 0 if mode == "plain" else L
-        tuned = self.tuned
-        if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
-            mode, blocks = tuned.mode, tuple(tuned.block_lengths)
-            use_head = False if use_head is None and not tuned.use_head else use_head
-            if L is None:
-                L = tuned.copy_tokens
-            elif tuned.copy_tokens != L:  # behind the same drafts, or where none were worth it alone
-                mode, blocks = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1]
+        if tree is not None:
+            mode, blocks = self._checked_tree(mode, asked, block_lengths, copy_tokens, tree)
+            L = 0
         else:
-            mode, L = mode or "fused", L or 0
-            is_given = block_lengths is not None
-            blocks = self._checked(mode, asked, block_lengths, L) if is_given else self._blocks_for(mode, asked, L)
+            K = None if self.adapter is None else self.adapter.metadata.num_speculative_tokens
+            tuned = nearest_choice(self.choices, num_sequences, is_greedy)
+            mode, blocks, use_head, L, tree = drafting_for(
+                mode, asked, block_lengths, use_head, copy_tokens, trained=K, tuned=tuned
+            )
         head = self.chosen_head(use_head)
-        if blocks == PLAIN and not L:
-            return Drafting("plain", PLAIN, None)
-        if mode == "fused":
-            blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
-        return Drafting(mode, blocks, head if max(blocks) else None, verification, L or 0)
+        if tree is not None:
+            self._check_ranks(tree, head)
+        if mode == "plain":
+            return Drafting(mode, blocks, None)
+        return Drafting(mode, blocks, head if max(blocks) else None, verification, L, tree)
 
-    def _blocks_for(self, mode: str, asked: int | None, copy_tokens: int) -> BlockLengths:
-        if asked is not None:
-            asked = integer("num_speculative_tokens", asked, 0, MAX_SPECULATIVE_TOKENS)
-        if mode == "plain" or (asked == 0 and copy_tokens and mode == "fused"):
-            return PLAIN
+    def _checked_tree(
+        self,
+        mode: str | None,
+        asked: int | None,
+        block_lengths: Sequence[int] | None,
+        copy_tokens: int | None,
+        tree: DraftTree,
+    ) -> tuple[str, BlockLengths]:
+        """The mode, and the block lengths of the full chain that is as long as the tree is deep."""
+        if not isinstance(tree, DraftTree):
+            raise ValueError(f"tree: expected a DraftTree, found {shown(tree)}")
+        if mode == "plain" or asked is not None or block_lengths is not None:
+            raise ValueError(
+                "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
+            )
+        if copy_tokens:
+            raise ValueError(f"copy_tokens: expected 0 beside a tree, found {copy_tokens}")
         if self.adapter is None:
-            also = " or num_speculative_tokens=0" if copy_tokens else ""
-            raise ValueError(f"mode: expected plain{also}, the only one without an adapter, found {mode!r}")
-        return full_blocks(self.adapter.metadata.num_speculative_tokens if asked is None else asked)
+            raise ValueError("tree: expected an adapter that drafts its nodes, found none")
+        K, metadata = tree.num_speculative_tokens, self.adapter.metadata
+        if metadata.num_speculative_tokens < K and self.adapter.has_distinct_masks:
+            raise ValueError(
+                f"tree: expected a depth of at most {metadata.num_speculative_tokens}, the number of distinct mask "
+                f"tokens that the adapter was trained with, found {K}"
+            )
+        return mode or "fused", full_blocks(K)
 
-    def _checked(self, mode: str, asked: int | None, block_lengths: Sequence[int], copy_tokens: int) -> BlockLengths:
-        try:
-            blocks = tuple(integer("block_lengths", length, 0) for length in block_lengths)
-        except TypeError:
-            found = shown(block_lengths)
-            raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K, found {found}") from None
-        if mode != "fused" or asked is not None:
-            raise ValueError("block_lengths: expected mode fused and no num_speculative_tokens beside it")
-        # those behind copies may be left out, and are 0 then
-        check_block_lengths(blocks, max(0, min(len(blocks) - 1 - max(blocks, default=0), copy_tokens)))
-        if blocks != PLAIN and self.adapter is None:
-            raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
-        return blocks
+    def _check_ranks(self, tree: DraftTree, head: HeadDrafter | None) -> None:
+        """Refuses nodes of ranks that nothing has."""
+        limit = min(self.target.vocab_size, self.target.vocab_size if head is None else head.shortlist)
+        if max(tree.ranks) >= limit:
+            what = "of the vocabulary" if head is None else "on the sampler head's shortlist"
+            raise ValueError(f"tree: expected ranks below {limit}, the tokens {what}, found {max(tree.ranks)}")
 
     def chosen_head(self, use_head: bool | None) -> HeadDrafter | None:
         """The head that drafts; `use_head` as in `generate`.
@@ -279,8 +269,8 @@ class Engines:
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
-            way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.head is not None)
-            shape = (*way, drafting.verification, law.key, len(eos_ids))
+            way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.tree)
+            shape = (*way, drafting.head is not None, drafting.verification, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
             on = (
                 self.capture,
@@ -325,9 +315,12 @@ class Engines:
             drafting.head,
             drafting.verification,
             drafting.copy_tokens,
+            drafting.tree,
         )
         captured = self.capture and law.is_capturable
-        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear)
+        # code is compiled for buffers of their own
+        kinds = facts.kinds if drafting.tree is not None and not self.compile else None
+        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear, kinds=kinds)
 
     def _packed(self, facts: Survey, with_lora: bool) -> PackedLinears:
         """Packed weights, up to date; empty where packing brings nothing."""

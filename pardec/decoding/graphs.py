@@ -152,6 +152,7 @@ class CapturedSteps:
     ):
         """Args: decoder; recorder: makes a graph; make_room: frees what it can where a capture runs out of memory."""
         self.decoder = decoder
+        decoder.is_recorded = True
         self._make_room = make_room
         self.state: DecodeState | None = None
         self._recorder = recorder

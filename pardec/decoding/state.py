@@ -1,6 +1,7 @@
 """All state of a decoding, in tensors on the device, how emitted tokens change it, and how finished rows leave it.
 
-Legend: B batch, P padded prompt length, K num_speculative_tokens, V vocabulary, W tokens that a step emits at most.
+Legend: B batch, P padded prompt length, K num_speculative_tokens, N nodes of a tree, V vocabulary,
+W tokens that a step emits at most.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -23,9 +24,9 @@ class DecodeState:
         cache: keys and values; slot s < lengths[b] holds the committed token at position s of row b.
         lengths: committed tokens, shape [B].
         bonus: the newest emitted token, not yet in the cache, shape [B].
-        drafts: drafted token ids behind it, shape [B, K].
-        draft_probs: the law q they were drawn from, shape [B, K, V]; None when greedy.
-        draft_length: drafts that exist in each row, shape [B], in 0..K.
+        drafts: drafted token ids behind it, shape [B, K]; of a tree those of its nodes, [B, N].
+        draft_probs: the law q they were drawn from, shape [B, K, V]; None when greedy, and of a tree.
+        draft_length: drafts that exist in each row, of a tree levels of nodes, shape [B], in 0..K.
         done: rows that have met EOS or their length, shape [B], bool.
         room: new tokens still allowed, shape [B]; 0 where done.
         eos_token_ids: shape [n], may be empty.
@@ -72,6 +73,7 @@ class DecodeState:
         draft_probs: Tensor | None,
         width: int,
         capacity: int,
+        draft_length: int | None = None,
         copies: bool = False,
     ) -> "DecodeState":
         """The state behind prompts that are in the cache, before the first token is emitted.
@@ -86,6 +88,7 @@ class DecodeState:
             draft_probs: place for their law, shape [B, K, V], or None.
             width: W.
             capacity: new tokens that there is place for.
+            draft_length: K of a tree, which has more nodes than that; default as many as there are drafts.
             copies: whether tokens are copied.
         """
         B = lengths.shape[0]
@@ -95,7 +98,7 @@ class DecodeState:
             bonus=lengths.new_zeros(B),
             drafts=drafts,
             draft_probs=draft_probs,
-            draft_length=lengths.new_full((B,), drafts.shape[1]),
+            draft_length=lengths.new_full((B,), drafts.shape[1] if draft_length is None else draft_length),
             done=torch.zeros(B, dtype=torch.bool, device=lengths.device),
             room=room,
             eos_token_ids=eos_token_ids,

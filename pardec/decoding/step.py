@@ -1,8 +1,8 @@
 """The step: one forward that drafts, verifies and commits, with all state in tensors on the device.
 
 Knows token ids only: no tokenizer, no files, no loop. `plain` is the same step without drafts and touches no adapter.
-Legend: B batch, P padded prompt length, K num_speculative_tokens, L copy_tokens, W = K + L candidates,
-R rows of a forward, D width, V vocabulary.
+Legend: B batch, P padded prompt length, K num_speculative_tokens, L copy_tokens, W = K + L candidates, of a tree its
+N nodes, R rows of a forward, D width, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,18 +12,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pardec.decoding.copying import MARGIN, Candidates, Copier
+from pardec.decoding.copying import Candidates, Copier
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.prefill import prefill_prompts, prompt_groups
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification, verify_copies, verify_greedy, verify_sample
-from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout
+from pardec.draft_tree import DraftTree
+from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout, tree_layout
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
 from pardec.target.placement import is_offloaded
+from pardec.trees.tree_steps import TreeSteps
+from pardec.trees.walk import Walk
 
 MODES = ("plain", "two_pass", "fused")
 
@@ -44,6 +47,8 @@ class Decoder:
             as they are.
         verification: of drafts that were drawn.
         copy_tokens: L.
+        tree: of candidates in place of chain and copies, K deep; then `block_lengths` do not count.
+        is_recorded: steps are recorded, to be run again on other numbers: they must not go by any.
     """
 
     forward: RowForward
@@ -56,15 +61,23 @@ class Decoder:
     head: HeadDrafter | None = None
     verification: Verification = "token"
     copy_tokens: int = 0
+    tree: DraftTree | None = None
+    is_recorded: bool = False
     _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.head is None) == (self.forward.tap is None)
         K, L = self.num_speculative_tokens, self.copy_tokens
         blocks = tuple((*full_blocks(K), *(0,) * L) if self.block_lengths is None else self.block_lengths)
-        layouts = {"step": chain_layout(blocks), "draft": block_layout(K)}
-        if self.mode == "two_pass":
-            layouts = {"draft": block_layout(K), "verify": real_layout(K + L + 1)}
+        layouts = {"step": chain_layout(blocks), "verify": real_layout(K + L + 1)}
+        self._tree = None
+        if self.tree is not None:
+            assert (self.tree.num_speculative_tokens, L) == (K, 0)
+            self._tree = TreeSteps.of(self.tree, self.target.device)
+            layouts = {"step": tree_layout(self.tree.parents, self.tree.runs)}
+            layouts["verify"] = tree_layout(self.tree.parents, [0] * len(self.tree.runs))
+        layouts["draft"] = block_layout(K)
+        del layouts["step" if self.mode == "two_pass" else "verify"]
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         device = self.target.device
         self._next_block = next_blocks(blocks, len(blocks) - 1 - K).to(device)
@@ -81,6 +94,11 @@ class Decoder:
         """Rows of the forwards of a step, summed."""
         names = ("draft", "verify") if self.mode == "two_pass" else ("step",)
         return sum(self._plans[name].layout.num_rows for name in names)
+
+    @property
+    def num_drafts(self) -> int:
+        """Drafted tokens that a step verifies: K, or the nodes of the tree."""
+        return self.num_speculative_tokens if self.tree is None else self.tree.num_nodes
 
     @property
     def tokens_per_step(self) -> int:
@@ -137,8 +155,9 @@ class Decoder:
             lengths,
             self.eos_token_ids,
             room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
-            drafts=lengths.new_zeros(B, K),
-            draft_probs=None if self.law.greedy or not K else logits.new_zeros(B, K, logits.shape[2]).float(),
+            drafts=lengths.new_zeros(B, self.num_drafts),
+            draft_length=K,
+            draft_probs=logits.new_zeros(B, K, logits.shape[2]).float() if self._draws_drafts else None,
             width=self.tokens_per_step,
             capacity=capacity or self.max_new_tokens,
             copies=self.copy_tokens > 0,
@@ -148,6 +167,10 @@ class Decoder:
             state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, first[:, 0])
         state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths), self._token_index)
         return state
+
+    @property
+    def _draws_drafts(self) -> bool:
+        return self.num_speculative_tokens > 0 and not self.law.greedy and self.tree is None
 
     def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
         """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
@@ -209,12 +232,19 @@ class Decoder:
         first = state.lengths + 1
         state.write(first, ids, self._token_index[: ids.shape[1]])
         first = first if exact is None else first + 1
-        return self._copier.candidates(state.context[:, : MARGIN + state.cache.num_used], first, state.draft_length)
+        return self._copier.candidates(state.context, first, state.draft_length)
 
     def _fused_step(self, state: DecodeState) -> None:
         K, num_real = self.num_speculative_tokens, self._plans["step"].layout.num_real
         candidates = self._candidates(state)
         logits = self.step_logits(state, candidates)
+        if self._tree is not None:
+            found = self._walk(self._tree, state, logits[:, :num_real], [state.bonus[:, None]])
+            state.commit(found.tokens, found.num_accepted, self._token_index)
+            state.draft_length, rows = found.next_length, found.next_rows
+            hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
+            state.drafts, _ = self._draft(rows_of_each(logits, rows), hidden, state.bonus)
+            return
         # the argmax of all rows at once; processors and float64 models need scores of the real rows, a head of a block
         best = None
         if self.law.is_plain_argmax(logits.dtype):
@@ -242,8 +272,12 @@ class Decoder:
         candidates = self._candidates(state, exact)
         rows = torch.cat([exact, candidates.ids], dim=1)
         logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
-        tokens, num_accepted = self._verify(state, logits, candidates, [bonus, exact])
-        state.mark(num_accepted, candidates.num_copies)
+        if self._tree is not None:
+            found = self._walk(self._tree, state, logits, [bonus, exact])
+            tokens, num_accepted = found.tokens, found.num_accepted
+        else:
+            tokens, num_accepted = self._verify(state, logits, candidates, [bonus, exact])
+            state.mark(num_accepted, candidates.num_copies)
         state.commit(torch.cat([exact, tokens], dim=1), num_accepted + 1, self._token_index)
 
     def _block_hidden(self) -> Tensor | None:
@@ -251,14 +285,35 @@ class Decoder:
         return None if self.forward.hidden is None else self.forward.hidden[:, 1:]
 
     def _draft(self, logits: Tensor, hidden: Tensor | None, previous: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drafts from a block's rows, shape [B, K], and the law q; `previous` = the token before the first, [B]."""
+        """Drafts from a block's rows, shape [B, K] or [B, N], and the law q of those that were drawn.
+
+        `previous` = the token before the first, shape [B].
+        """
+        if self._tree is not None:
+            return self._tree.draft(self.head, logits, hidden, previous), None
         if self.head is None or hidden is None:
             return self.law.draw(logits)
         return self.head.draft(self.law, logits, hidden, previous)
 
+    def _walk(self, tree: TreeSteps, state: DecodeState, real: Tensor, rows: list[Tensor]) -> Walk:
+        """Walks the tree by the target's choices at its rows, whose logits are `real`, and keeps what stands.
+
+        `rows` = ids not yet committed before the nodes.
+        """
+        prefix_of = None
+        if self.law.needs_prefix:
+            before = len(rows) - 1
+            paths = [[*range(before), *(before + row for row in path)] for path in tree.tree.paths]
+            prefix_of = self._prefixes(state, torch.cat([*rows, state.drafts], dim=1), paths)
+        chosen = self.law.argmax(real, prefix_of) if self.law.greedy else self.law.sample(real, prefix_of)
+        found = tree.walk(chosen, state.drafts, state.draft_length)
+        state.mark(found.num_accepted)
+        tree.compact(state.cache, found.path, looks=real.is_cpu and not self.is_recorded)
+        return found
+
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
-        prefix_of = self._prefixes(state, since, first_row=since.shape[1])
+        prefix_of = self._prefixes(state, since, [range(since.shape[1])])
         if self.law.greedy:
             return self.law.argmax(logits, prefix_of)
         return verify_sample(
@@ -279,7 +334,8 @@ class Decoder:
         K, ids, length = self.num_speculative_tokens, candidates.ids, candidates.length
         prefix_of = None
         if self.law.needs_prefix:
-            prefix_of = self._prefixes(state, torch.cat([*rows, ids], dim=1), first_row=len(rows))
+            paths = [range(len(rows) + r) for r in range(ids.shape[1] + 1)]
+            prefix_of = self._prefixes(state, torch.cat([*rows, ids], dim=1), paths)
         if not real.is_floating_point():
             verdict = verify_greedy(real, ids, length)
         elif self.law.greedy or not K:
@@ -298,8 +354,10 @@ class Decoder:
                 verdict = verify_copies(verdict, drawn, ids, state.draft_length, length)
         return verdict.tokens, verdict.num_accepted
 
-    def _prefixes(self, state: DecodeState, since: Tensor, first_row: int) -> Callable[[int, int], Tensor] | None:
-        """The tokens before what row (b, r) predicts: prompt, committed output, the first ids of `since`."""
+    def _prefixes(
+        self, state: DecodeState, since: Tensor, paths: Sequence[Sequence[int]]
+    ) -> Callable[[int, int], Tensor] | None:
+        """The tokens before what row (b, r) predicts: prompt, committed output, the ids of `since` on its path."""
         if not self.law.needs_prefix:
             return None
-        return lambda b, r: torch.cat([state.committed(b), since[b, : first_row + r]])
+        return lambda b, r: torch.cat([state.committed(b), since[b, list(paths[r])]])

@@ -132,8 +132,8 @@ def _commands(record: ExportRecord, folder: str) -> str:
 def _notes(record: ExportRecord, folder: Path) -> str:
     mask_id = read_object(folder / CONFIG_FILE).get("pard_token")
     return (
-        f"The mask embedding stands in row {mask_id} of the draft's input embeddings, which the target keeps as they "
-        "are; what is emitted is the target's own, whatever row it is. vLLM's number of drafted tokens is one more "
+        f"The mask embedding stands in row {mask_id} of the draft's input embeddings; those of the target stay as they "
+        "are, and what is emitted is the target's own, whatever row it is. vLLM's number of drafted tokens is one more "
         "than the adapter's, as its first is the model's own next token. The draft is a second copy of the weights. "
         f"{ON_A_CPU}"
     )

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from pardec.arguments import integer
-from pardec.decoding.output import GenerationOutput
 from pardec.decoding.stats import (
     DecodeStats,
     SequenceCounts,
@@ -20,6 +19,7 @@ from pardec.decoding.stats import (
     pool,
 )
 from pardec.decoding.verify import Verification
+from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
 
 BATCH_SIZE = 16
@@ -85,6 +85,15 @@ class Acceptance:
         return figures
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """What one batch has come to, of its prompts in order."""
+
+    token_ids: list[list[int]]
+    counts: list[SequenceCounts]
+    seconds: float
+
+
 def digest(token_ids: Sequence[Sequence[int]]) -> str:
     """sha256 of lists of token ids: equal for equal lists, on every machine."""
     return hashlib.sha256(json.dumps([list(map(int, ids)) for ids in token_ids]).encode()).hexdigest()
@@ -105,6 +114,7 @@ def measure_acceptance(
     batch_size: int = BATCH_SIZE,
     categories: Sequence[str] | None = None,
     on_batch: Callable[[int], object] = lambda num_prompts: None,
+    share: Share = ALL_OF_IT,
 ) -> Acceptance:
     """Generates from every prompt and counts; arguments as in `generate`.
 
@@ -125,6 +135,7 @@ def measure_acceptance(
         batch_size: prompts decoded together.
         categories: of each prompt; default none.
         on_batch: told the number of prompts of each batch when it is done.
+        share: the batches that this process decodes; figures are of all.
 
     Raises:
         ValueError: if there are no prompts, or not one category for each, and for what `generate` refuses.
@@ -134,8 +145,8 @@ def measure_acceptance(
     if categories is not None and len(categories) != len(prompts):
         raise ValueError(f"categories: expected {len(prompts)}, one for each prompt, found {len(categories)}")
     batch_size = integer("batch_size", batch_size, 1)
-    outputs: list[GenerationOutput] = []
-    for start in range(0, len(prompts), batch_size):
+    mine: list[tuple[int, Decoded]] = []
+    for start in share.mine(range(0, len(prompts), batch_size)):
         batch = list(prompts[start : start + batch_size])
         out = model.generate(
             batch,
@@ -148,11 +159,12 @@ def measure_acceptance(
             use_head=use_head,
             verification=verification,
         )
-        outputs.append(out)
+        mine.append((start, Decoded(out.token_ids, out.counts, out.stats.seconds)))
         on_batch(len(batch))
-    tokens = [ids for out in outputs for ids in out.token_ids]
-    counts = [one for out in outputs for one in out.counts]
-    return summarise(prompts, tokens, counts, sum(out.stats.seconds for out in outputs), categories)
+    batches = share.of_all(mine)
+    tokens = [ids for one in batches for ids in one.token_ids]
+    counts = [count for one in batches for count in one.counts]
+    return summarise(prompts, tokens, counts, sum(one.seconds for one in batches), categories)
 
 
 def summarise(

@@ -119,8 +119,9 @@ def measure_floor(
         top_k: likewise; with the whole vocabulary it would take minutes.
         seed: likewise.
     """
-    few = {"num_futures": 16, "num_predecessors": 2, "seed": seed}
-    found = measure_overlaps(model, contexts[:8], temperature=temperature, top_k=top_k, **few)
+    found = measure_overlaps(
+        model, contexts[:8], num_futures=16, num_predecessors=2, temperature=temperature, top_k=top_k, seed=seed
+    )
     lengths = {"floor/length": found.blind_length}
     if model.adapter is not None and model.adapter.head is not None:
         lengths["floor/length_with_head"] = found.behind_one_length
@@ -154,7 +155,7 @@ def _of_batch(places: Places, head: HeadDrafter | None, K: int, N: int, P: int) 
         behind_one.add(p[:, chosen], q_one)
         columns.append([*of_blind, *of_one, _drafted(p, q), _drafted(p, q_of_head)])
     by_figure = [torch.stack(list(one), dim=1).cpu() for one in zip(*columns, strict=True)]
-    return Overlaps(*by_figure, blind.length.cpu(), behind_one.length.cpu())
+    return Overlaps(*[*by_figure, blind.length.cpu(), behind_one.length.cpu()])
 
 
 @dataclass
@@ -168,7 +169,7 @@ class _Chain:
     @classmethod
     def begun(cls, B: int, n: int, device: torch.device) -> "_Chain":
         """Before the first draft."""
-        return cls(*(torch.ones(B, n, dtype=torch.float64, device=device), torch.zeros(B, device=device).double()))
+        return cls(torch.ones(B, n, device=device).double(), torch.zeros(B, device=device).double())
 
     def add(self, p: Tensor, q: Tensor) -> None:
         """The next draft."""
@@ -205,7 +206,8 @@ def _blind(p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         laws_of_drafts.append(q.float())
         fitted = [barycentre(one, own)[1] for one in halves]
         shown.append(sum(mean_overlap(halves[1 - i], own, fitted[i]) for i in (0, 1)) / 2)
-    return (*(torch.tensor(one, dtype=torch.float64) for one in (most, shown)), torch.stack(laws_of_drafts))
+    figures = torch.tensor([most, shown], dtype=torch.float64)
+    return figures[0], figures[1], torch.stack(laws_of_drafts)
 
 
 def _behind_one(places: Places, before: Tensor, futures: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,8 +232,8 @@ def _behind_one(places: Places, before: Tensor, futures: Tensor, chosen: Tensor)
         [_given_one(laws[b, :, m], weights[b, :, m], own_half=0 if m < P // 2 else 1) for m in range(P)]
         for b in range(B)
     ]
-    most, shown = (torch.tensor([[one[i] for one in row] for row in found]).double().mean(dim=1) for i in (0, 1))
-    return most, shown, torch.stack([torch.stack([one[2] for one in row]) for row in found])
+    figures = torch.tensor([[one[:2] for one in row] for row in found], dtype=torch.float64).mean(dim=1)
+    return figures[:, 0], figures[:, 1], torch.stack([torch.stack([one[2] for one in row]) for row in found])
 
 
 def _given_one(laws: Tensor, weights: Tensor, own_half: int) -> tuple[float, float, Tensor]:

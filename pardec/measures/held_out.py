@@ -20,6 +20,7 @@ from pardec.data.shards import shards_folder
 from pardec.decoding.verify import Verification
 from pardec.measures.acceptance import BATCH_SIZE, Acceptance, digest, measure_acceptance
 from pardec.measures.ranks import RankAccuracy, measure_ranks
+from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
 
 TOLERANCE = 0.02  # relative
@@ -104,6 +105,7 @@ def measure_held_out(
     verification: Verification = "token",
     categories: Sequence[str] | None = None,
     on_batch: Callable[[int], object] = lambda num_prompts: None,
+    share: Share = ALL_OF_IT,
 ) -> HeldOut:
     """Decodes every prompt sampled and greedy, and ranks what was emitted.
 
@@ -120,6 +122,7 @@ def measure_held_out(
         verification: of the sampled figures.
         categories: of each prompt; default none.
         on_batch: told the number of prompts of each batch when it is decoded one way.
+        share: the batches that this process decodes; figures are of all.
 
     Raises:
         ValueError: for input that `generate` refuses.
@@ -130,21 +133,22 @@ def measure_held_out(
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
     settings |= {"num_speculative_tokens": K, "use_head": use_head, "verification": verification}
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k}
-    told: dict[str, Any] = {"categories": categories, "on_batch": on_batch}
+    told: dict[str, Any] = {"categories": categories, "on_batch": on_batch, "share": share}
     sampled = measure_acceptance(model, prompts, **settings, **sampling, **told)
     greedy = measure_acceptance(model, prompts, **settings, **told)
     without_head = None
     if model.adapter.metadata.head is not None and use_head is not False:
         without_head = measure_acceptance(model, prompts, **{**settings, "use_head": False}, **sampling, **told)
-    ranked = {key: settings[key] for key in ("num_speculative_tokens", "use_head", "batch_size")}
+    ranked: dict[str, Any] = {key: settings[key] for key in ("num_speculative_tokens", "use_head", "batch_size")}
+    ranked |= {"stride": _RANK_STRIDE, "share": share}
     return HeldOut(
         settings=settings | sampling,
         num_prompts=len(prompts),
         prompts_sha256=digest(prompts),
         sampled=sampled,
         greedy=greedy,
-        sampled_ranks=measure_ranks(model, prompts, sampled.token_ids, stride=_RANK_STRIDE, **ranked),
-        greedy_ranks=measure_ranks(model, prompts, greedy.token_ids, stride=_RANK_STRIDE, **ranked),
+        sampled_ranks=measure_ranks(model, prompts, sampled.token_ids, **ranked),
+        greedy_ranks=measure_ranks(model, prompts, greedy.token_ids, **ranked),
         sampled_without_head=without_head,
     )
 

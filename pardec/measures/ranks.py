@@ -16,6 +16,7 @@ from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.layout import chain_layout
+from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
 from pardec.target.cache import SlotCache
 
@@ -60,6 +61,7 @@ def measure_ranks(
     use_head: bool | None = None,
     stride: int = 1,
     batch_size: int = 16,
+    share: Share = ALL_OF_IT,
 ) -> RankAccuracy:
     """Ranks of the continuations' own tokens in what is drafted behind them.
 
@@ -76,9 +78,39 @@ def measure_ranks(
         use_head: rank what the sampler head scores; default if the adapter has one.
         stride: tokens from one place to the next, from the prompt's last token on.
         batch_size: sequences in one forward.
+        share: the batches that this process ranks; figures are of all.
 
     Raises:
         ValueError: without an adapter, or a head that is asked for, or if prompts and continuations do not go together.
+    """
+    found = ranks_by_place(
+        model,
+        prompts,
+        continuations,
+        num_speculative_tokens=num_speculative_tokens,
+        use_head=use_head,
+        stride=stride,
+        batch_size=batch_size,
+        share=share,
+    )
+    return summarise_ranks(torch.cat(found))
+
+
+def ranks_by_place(
+    model: SelfSpeculativeModel,
+    prompts: Sequence[list[int]],
+    continuations: Sequence[list[int]],
+    *,
+    num_speculative_tokens: int | None = None,
+    use_head: bool | None = None,
+    stride: int = 1,
+    batch_size: int = 16,
+    share: Share = ALL_OF_IT,
+) -> list[Tensor]:
+    """The ranks themselves at every place of each sequence, in order: a tensor [places, K] for each, int64.
+
+    0 stands for the likeliest token, -1 where the continuation has no token. Arguments and errors as in
+    `measure_ranks`.
     """
     if model.adapter is None:
         raise ValueError("model: expected one with an adapter, found none")
@@ -92,11 +124,11 @@ def measure_ranks(
     head = model.engines.chosen_head(use_head)
     # rows as the decoder runs them, but for weights that are packed and steps that are captured
     forward = model.engines.row_forward(K, head)
-    found = []
-    for start in range(0, len(prompts), batch_size):
+    mine = []
+    for start in share.mine(range(0, len(prompts), batch_size)):
         part = slice(start, start + batch_size)
-        found.append(_ranks_of_batch(forward, head, prompts[part], continuations[part], K, stride))
-    return summarise_ranks(torch.cat(found))
+        mine.append((start, _ranks_of_batch(forward, head, prompts[part], continuations[part], K, stride).cpu()))
+    return [ranks for batch in share.of_all(mine) for ranks in batch]
 
 
 def summarise_ranks(ranks: Tensor) -> RankAccuracy:
@@ -120,7 +152,7 @@ def _ranks_of_batch(
     K: int,
     stride: int,
 ) -> Tensor:
-    """Ranks at every place of a few sequences, shape [places, K]."""
+    """Ranks at every place of a few sequences, shape [B, places, K]."""
     target, device = forward.target, forward.target.device
     B, P = len(prompts), max(map(len, prompts))
     # real rows: the prompt's last token and the continuation, C at a time, a block behind each `stride`-th of them
@@ -147,7 +179,7 @@ def _ranks_of_batch(
                 hidden = forward.hidden[:, C:].unflatten(1, (N, K))
                 scores = _head_scores(head, scores, hidden, tokens[:, before].clamp_min(0))
             ranks.append(_ranks(scores, tokens[:, before + 1]))
-    return torch.cat(ranks, dim=1).flatten(0, 1)
+    return torch.cat(ranks, dim=1)
 
 
 def _head_scores(head: HeadDrafter, logits: Tensor, hidden: Tensor, previous: Tensor) -> Tensor:

@@ -4,13 +4,16 @@ Both give every layer, sliding-window ones too, keys and values of full length; 
 Knows nothing of tokens or masks. Legend: B batch, H key/value heads, R rows of the forward, S slots, D head size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+BufferKind = tuple[torch.device, torch.dtype, int, int]  # of keys or values: heads and their size
 
 
 @dataclass
@@ -23,6 +26,24 @@ class _Addressing:
     num_sequences: int | None
     slots: Tensor | None = None
     mask_rows: slice | Tensor | None = None
+    # buffers of one kind lie in one store, [n, B, H, S, D], where it is known how many of them there will be
+    expected: Counter[BufferKind] = field(default_factory=Counter)
+    stores: list[Tensor] = field(default_factory=list)
+    unused: dict[BufferKind, list[Tensor]] = field(default_factory=dict)
+
+    def buffer_for(self, states: Tensor) -> Tensor:
+        """Zeros for the states of a layer, shape [B, H, S, D]."""
+        kind = _kind(states)
+        if not self.unused.get(kind):
+            B, (H, D) = self.num_sequences or states.shape[0], kind[2:]
+            # zeros, not empty: a NaN in a masked value slot would still reach the output
+            self.stores.append(states.new_zeros(max(self.expected[kind], 1), B, H, self.num_slots, D))
+            self.unused[kind] = list(self.stores[-1].unbind(0))
+        return self.unused[kind].pop(0)
+
+
+def _kind(states: Tensor) -> BufferKind:
+    return states.device, states.dtype, states.shape[1], states.shape[3]
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -35,10 +56,8 @@ class _SlotLayer(CacheLayerMixin):
         self.owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        B, H = self.owner.num_sequences or key_states.shape[0], key_states.shape[1]
-        # zeros, not empty: a NaN in a masked value slot would still reach the output
-        self.keys = key_states.new_zeros(B, H, self.owner.num_slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(B, H, self.owner.num_slots, value_states.shape[-1])
+        self.keys = self.owner.buffer_for(key_states)
+        self.values = self.owner.buffer_for(value_states)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
@@ -104,8 +123,24 @@ class SlotCache(Cache):
             not attend to them.
     """
 
-    def __init__(self, num_layers: int, num_slots: int, num_sequences: int | None = None):
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        num_sequences: int | None = None,
+        kinds: Mapping[BufferKind, int] | None = None,
+    ):
+        """Allocates nothing yet.
+
+        Args:
+            num_layers: of the model.
+            num_slots: see the class.
+            num_sequences: see the class.
+            kinds: of another cache of the same model: then buffers of a kind lie side by side, and `move` takes a
+                gather and a scatter for all of them.
+        """
         self._here = _Addressing(num_slots, num_slots, num_sequences)
+        self._here.expected.update(kinds or {})
         super().__init__(layers=[_SlotLayer(self._here) for _ in range(num_layers)])
 
     @property
@@ -151,6 +186,11 @@ class SlotCache(Cache):
         found = [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]  # type: ignore[union-attr]
         return [buffer for buffer in found if buffer is not None]
 
+    @property
+    def kinds(self) -> Counter[BufferKind]:
+        """How many buffers of each kind have been written to."""
+        return Counter(map(_kind, self.buffers))
+
     def spread(self, source: Sequence[int], num_slots: int) -> None:
         """Row b takes the first `num_slots` slots of row `source[b]`: prompts that were run once serve several rows.
 
@@ -169,6 +209,24 @@ class SlotCache(Cache):
             # the selection is a copy, so rows may be read and overwritten in any order
             buffer[rows, :, :num_slots] = buffer[origins, :, :num_slots]
 
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """What stands in slots `source` of each sequence comes to stand in its slots `target` as well.
+
+        Positions are no matter of slots: keys are stored as attention takes them.
+
+        Args:
+            source: shape [B, n], int64.
+            target: shape [B, n], int64, distinct in a sequence; may overlap with `source`.
+        """
+        B, n = source.shape
+        for store in self._here.stores:
+            if B == 1:
+                store[:, :1].index_copy_(3, target[0], store[:, :1].index_select(3, source[0]))
+                continue
+            shape = (store.shape[0], B, store.shape[2], n, store.shape[4])
+            taken = store[:, :B].gather(3, source[None, :, None, :, None].expand(shape))
+            store[:, :B].scatter_(3, target[None, :, None, :, None].expand(shape), taken)
+
     def take(self, other: "SlotCache", rows: Tensor) -> None:
         """Row `rows[b]` takes all slots of row b of a smaller cache of the same model; `rows` of shape [B], int64."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
@@ -183,9 +241,12 @@ class SlotCache(Cache):
             mine.keys[rows, :, : other.num_slots] = theirs.keys
             mine.values[rows, :, : other.num_slots] = theirs.values
 
-    def stretched(self, source: Tensor, num_slots: int) -> "SlotCache":
-        """A cache of `num_slots` whose slot s holds what slot `source[s]` holds here; `source` of shape [n], int64."""
-        long = SlotCache(len(self.layers), num_slots, self.num_sequences)
+    def stretched(self, source: Tensor, num_slots: int, kinds: Mapping[BufferKind, int] | None = None) -> "SlotCache":
+        """A cache of `num_slots` whose slot s holds what slot `source[s]` holds here; `source` of shape [n], int64.
+
+        `kinds` as of any cache.
+        """
+        long = SlotCache(len(self.layers), num_slots, self.num_sequences, kinds)
         for layer, short in zip(long.layers, self.layers, strict=True):
             assert isinstance(layer, _SlotLayer)
             assert isinstance(short, _SlotLayer)

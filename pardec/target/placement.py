@@ -1,12 +1,14 @@
 """Where a base's layers run, which with offloading is not where their weights lie.
 
-accelerate keeps the weights of offloaded layers on the device `meta` and brings them in for the time of their forward.
+accelerate keeps the weights of offloaded layers on the device `meta` and brings them in for the time of their forward;
+those of layers that are sharded over processes (`pardec.target.sharding`) are brought in likewise.
 """
 
 from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pardec.target.forward import UnsupportedModelError, embedding_weight
@@ -50,8 +52,8 @@ def refuse_by_placement(base: PreTrainedModel) -> None:
 
 
 def is_offloaded(base: nn.Module) -> bool:
-    """Whether some weights are away between the forwards of their layers."""
-    return any(parameter.device == META for parameter in base.parameters())
+    """Whether some weights, or parts of them in other processes, are away between the forwards of their layers."""
+    return any(parameter.device == META or isinstance(parameter, DTensor) for parameter in base.parameters())
 
 
 def _with_offloading(

@@ -5,6 +5,7 @@ Legend: R rows, G query heads for each key/value head.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pardec.target.attention import (
     query_group,
     split_heads,
 )
-from pardec.target.cache import SlotCache
+from pardec.target.cache import BufferKind, SlotCache
 from pardec.target.forward import TargetModel, text_config
 from pardec.target.split_keys import LEAST_SLOTS, worth_splitting
 
@@ -38,11 +39,13 @@ class Survey:
         bytes_per_slot: keys and values of one token of one sequence, all layers.
         siblings: linear layers in the order in which they run; those of a tuple read the same input tensor.
         query_group: G of the attention route that steps take; None where they keep the model's own attention.
+        kinds: of the cache's buffers, see `SlotCache.kinds`.
     """
 
     bytes_per_slot: int
     siblings: tuple[tuple[nn.Module, ...], ...]
     query_group: int | None
+    kinds: Counter[BufferKind]
 
 
 @torch.no_grad()
@@ -54,7 +57,7 @@ def survey(target: TargetModel) -> Survey:
     group = query_group(target.base) if text_config(target.base)._attn_implementation == STOCK else None
     if group is not None and not _takes_route(target, group, logits):
         group = None
-    return Survey(bytes_per_slot // cache.num_slots, _siblings(inputs), group)
+    return Survey(bytes_per_slot // cache.num_slots, _siblings(inputs), group, cache.kinds)
 
 
 @torch.no_grad()

@@ -19,21 +19,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pardec.errors import shown
-from pardec.run import save_tensors
+from pardec.run import save_tensors, to_disk
 
 STATE_FILE = "state.json"
 # what values that a run must go on with are called
 _CALLED = {
     "num_processes": "number of processes",
+    "global_batch": "global batch (train.batch_size x train.gradient_accumulation_steps x processes)",
     "data_sha256": "data (sha256)",
     "digest": "text, tokenizer and number of processes (sha256)",
 }
 
 
 def save_state(
-    folder: Path, step: int, parameters: Mapping[str, Tensor], optimizers: Sequence[Optimizer], extra: dict[str, Any]
+    folder: Path,
+    step: int,
+    parameters: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    extra: dict[str, Any],
+    *,
+    keep: int = 1,
 ) -> None:
     """Writes `folder/step-N` aside and renames it, then removes older ones: a kill at any moment leaves one whole.
+
+    It is on the disk for good before an older one goes, so that power cuts do not leave less.
 
     Args:
         folder: of the checkpoints.
@@ -41,8 +50,11 @@ def save_state(
         parameters: the trainable ones, by name, in the order of the optimisers' groups.
         optimizers: each over some of them; their state must be tensors.
         extra: JSON values to be given back.
+        keep: so many of the newest stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".writing-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     target = folder / f"step-{step:09d}"
     names = {parameter: name for name, parameter in parameters.items()}
     moments = {
@@ -58,10 +70,16 @@ def save_state(
         save_tensors(plain, aside / "parameters.safetensors")
         save_tensors(moments, aside / "optimizer.safetensors")
         (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
+        for path in (*sorted(aside.iterdir()), aside):
+            to_disk(path)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
-    for older in sorted(folder.glob("step-*"))[:-1]:
-        shutil.rmtree(older)
+        to_disk(folder)
+    for older in sorted(folder.glob("step-*"))[:-keep]:
+        # renamed first: one that is removed half is never taken for whole
+        removed = older.with_name(f".writing-{os.getpid()}-{older.name}")
+        os.replace(older, removed)
+        shutil.rmtree(removed)
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
@@ -70,9 +88,14 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     if not states:
         return None
     try:
-        return json.loads((states[-1] / STATE_FILE).read_text())
+        progress = json.loads((states[-1] / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{states[-1] / STATE_FILE}: expected JSON, found {error}; remove {states[-1]}") from None
+    train = progress.get("recipe", {}).get("train", {})
+    if "num_processes" in progress and "gradient_accumulation_steps" in train:  # of a version that did not multiply
+        of_each = train["batch_size"] * train["gradient_accumulation_steps"]
+        progress.setdefault("global_batch", of_each * progress["num_processes"])
+    return progress
 
 
 def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, result: str) -> int:

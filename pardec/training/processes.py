@@ -1,33 +1,53 @@
-"""The processes of a run of `train/`: how they start, in which precision, what the main one says and logs."""
+"""The processes of a run of `train/`: how they start, in which precision, what the main one says and logs, how they
+agree and how they are stopped."""
 
 import json
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import GeneralTracker, on_main_process
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from pardec.run import command_line, device_name, git_commit, library_versions, written_aside
+from pardec.training.launch import refuse_other_number, refuse_other_type, refuse_other_ways
+
+# what a scheduler sends some time before it takes the machine away
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOPPED = 75  # exit code of a run that was stopped so; of sysexits.h, "try again later"
 
 
 def make_accelerator(
     mixed_precision: str, trackers: Sequence[str | GeneralTracker] = (), folder: Path | None = None
 ) -> Accelerator:
-    """Devices, precision (`auto` is bf16 where the device computes in it), and trackers with the folder they need."""
+    """Devices, precision (`auto` is bf16 where the device computes in it), and trackers with the folder they need.
+
+    Raises:
+        ValueError: if the launcher distributes in a way that is not supported, or has started other processes than it
+            was asked for.
+    """
+    environment = dict(os.environ)  # accelerate writes to it
+    refuse_other_ways(environment)
     if mixed_precision == "auto":
         mixed_precision = "bf16" if bf16_pays() else "no"
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # without this, processes on CPUs would not know of each other
-        # the others wait while one process reads data that nobody has read before, or measures
+        # the others wait while one process reads data that nobody has read before
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=3))],
         mixed_precision=mixed_precision,
         log_with=list(trackers) or None,
         project_dir=folder,
     )
+    refuse_other_type(accelerator.distributed_type)
+    refuse_other_number(accelerator.num_processes, environment)
+    return accelerator
 
 
 def bf16_pays() -> bool:
@@ -49,13 +69,72 @@ def begin_run(accelerator: Accelerator, output_dir: str, sizes: str, first_step:
     accelerator.init_trackers("pardec", config={})
 
 
-def idle_processors(accelerator: Accelerator) -> str:
-    """A line that says how to use all processors, if this run leaves some idle; else nothing."""
-    num_threads, num_cpus = torch.get_num_threads(), os.cpu_count() or 1
-    if accelerator.device.type != "cpu" or accelerator.num_processes * num_threads >= num_cpus:
-        return ""
-    command = f"accelerate launch --num_cpu_threads_per_process {num_cpus}"
-    return f"\n{num_threads} of {num_cpus} processors in use; {command} uses all"
+@contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """Gives a list of the signals of `STOP_SIGNALS` that have come meanwhile, instead of ending the process by them."""
+    received: list[signal.Signals] = []
+    before = {
+        one: signal.signal(one, lambda number, _: received.append(signal.Signals(number))) for one in STOP_SIGNALS
+    }
+    try:
+        yield received
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether it is so in one of the processes at least; all of them must ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))  # type: ignore[arg-type]
+
+
+def refuse_other_state(accelerator: Accelerator, output_dir: Path, step: int) -> None:
+    """Refuses processes that would go on from other checkpoints, as where machines have no folder in common.
+
+    Raises:
+        ValueError: with the steps that they have found.
+    """
+    steps = gather_object([step]) if accelerator.num_processes > 1 else [step]
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"output_dir {output_dir}: expected a folder that all processes share, found checkpoints of steps "
+            f"{', '.join(map(str, steps))}"
+        )
+
+
+def as_steps_run_it(
+    accelerator: Accelerator, module: nn.Module, parameters: Iterable[Tensor], *, base_is_sharded: bool
+) -> nn.Module:
+    """The training module in mixed precision, as a copy that averages its gradients with those of other processes.
+
+    Around a sharded base, whose weights come and go, it cannot be such a copy: it stays as it is, begins with the main
+    process's numbers as copies do, and `average_gradients` is left to the steps.
+
+    Args:
+        accelerator: of the run.
+        module: the training module.
+        parameters: what is learned.
+        base_is_sharded: over several processes.
+    """
+    if base_is_sharded and accelerator.num_processes > 1:
+        for parameter in parameters:
+            torch.distributed.broadcast(parameter.detach(), src=0)
+    return accelerator.prepare_model(module, device_placement=not base_is_sharded, evaluation_mode=base_is_sharded)
+
+
+@torch.no_grad()
+def average_gradients(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
+    """Gives the gradients of what is learned their mean over the processes, which nothing has done where a module is
+    not wrapped for it; in one message."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if accelerator.num_processes == 1 or not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    mean = cast(Tensor, accelerator.reduce(flat, "mean"))  # type: ignore[arg-type]
+    for gradient, part in zip(gradients, mean.split([one.numel() for one in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
 def made_by(accelerator: Accelerator) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
 from pardec.training.module import METRICS, part_of
+from pardec.training.processes import average_gradients
 
 
 def build_optimizer(parameters: Mapping[str, Tensor], learning_rates: Mapping[str, float]) -> Optimizer:
@@ -60,7 +62,7 @@ class Learner:
 
     Attributes:
         accelerator: of the run.
-        wrapped: the training module, wrapped for distribution.
+        wrapped: the training module, wrapped for distribution, or as it is, which leaves gradients to `update`.
         parameters: what is learned, by name.
         optimizer: over them.
         schedule: of its learning rates.
@@ -114,8 +116,10 @@ class Learner:
             of_all = torch.stack([loss_sum.detach(), count.to(loss_sum.dtype)])[:, None].expand(-1, metrics.shape[1])
             totals = totals + torch.cat([metrics if with_metrics else torch.zeros_like(metrics), of_all])
         sums = cast(Tensor, accelerator.reduce(totals, "sum"))  # type: ignore[arg-type]
+        if not isinstance(self.wrapped, DistributedDataParallel):
+            average_gradients(accelerator, self.parameters.values())
         for parameter in self.parameters.values():
-            if parameter.grad is not None:  # a distributed backward has averaged over processes
+            if parameter.grad is not None:  # which is the mean over processes
                 parameter.grad *= accelerator.num_processes / sums[-1, 0].clamp_min(1)
         rates = "train.learning_rate or train.lora_learning_rate; the best adapter so far is kept"
         loss, parameters = mean_loss(sums), self.parameters.values()

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pardec.draft_tree import DraftTree
 from pardec.layout import PLAIN, BlockLengths, full_blocks
 from pardec.tuning import chain
 
@@ -24,12 +25,14 @@ class Way:
         block_lengths: of a fused step, with one for each copied token; K everywhere for two_pass, (0,) for plain.
         use_head: whether drafts are drawn by the adapter's sampler head, where it has one.
         copy_tokens: copied tokens behind the drafts of a fused step.
+        tree: of candidates in place of a chain; `block_lengths` are then those of the full chain of its depth.
     """
 
     mode: Literal["plain", "two_pass", "fused"]
     block_lengths: BlockLengths
     use_head: bool = True
     copy_tokens: int = 0
+    tree: DraftTree | None = None
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -39,6 +42,8 @@ class Way:
     @property
     def num_rows(self) -> int:
         """Rows of a step, in two_pass of its two forwards together."""
+        if self.tree is not None:
+            return len(self.block_lengths) + self.tree.num_nodes + 1 if self.mode == "two_pass" else self.tree.num_rows
         return 2 * len(self.block_lengths) if self.mode == "two_pass" else chain.num_rows(self.block_lengths)
 
 
@@ -54,6 +59,11 @@ def with_copies(way: Way, copy_tokens: int, block_length: int = 0) -> Way:
     """A fused way with copied tokens behind its drafts, and blocks of this length behind each of them."""
     blocks = (*way.block_lengths, *(block_length,) * copy_tokens)
     return replace(way, mode="fused", block_lengths=blocks, copy_tokens=copy_tokens)
+
+
+def tree_way(mode: Literal["two_pass", "fused"], tree: DraftTree, use_head: bool = True) -> Way:
+    """The way that drafts a tree."""
+    return Way(mode, full_blocks(tree.num_speculative_tokens), use_head, tree=tree)
 
 
 def monotone_cost(measured_ms: Mapping[int, float], rows: int) -> float:
@@ -113,8 +123,7 @@ class Candidate:
 
 def predict(way: Way, conditional: ArrayLike, ms_per_step: float, workload: Workload) -> Candidate:
     """What decoding the workload this way will give; `conditional` as in `chain`, of shape [K] for two_pass."""
-    batches, drafts_in_prefill = workload.new_tokens, way.mode == "fused"
-    prefill_ms = workload.prefill_ms if drafts_in_prefill else workload.plain_prefill_ms
+    batches = workload.new_tokens
     longest = max(map(max, batches))
     if way.mode == "plain":
         steps = sum(max(batch) - 1 for batch in batches)
@@ -126,9 +135,26 @@ def predict(way: Way, conditional: ArrayLike, ms_per_step: float, workload: Work
         )
         means = [np.mean([by_tokens[n - 1] for n in batch]) for batch in batches]
         steps = workload.waiting * float(np.sum(means))
-    seconds = (len(batches) * prefill_ms + steps * ms_per_step) / 1000
     # a round of two_pass emits a token of the target's own besides
     tokens_per_step = chain.expected_tokens_per_step(conditional, way.block_lengths) + (way.mode == "two_pass")
+    return _candidate(way, tokens_per_step, steps, ms_per_step, workload)
+
+
+def predict_replayed(
+    way: Way, accepted: Sequence[Sequence[Sequence[int]]], ms_per_step: float, workload: Workload
+) -> Candidate:
+    """What decoding this way will give if each step of each sequence of each batch accepts so many drafts."""
+    steps = workload.waiting * sum(float(np.mean([len(one) for one in batch])) for batch in accepted)
+    counts = [count for batch in accepted for one in batch for count in one]
+    tokens_per_step = 1 + (way.mode == "two_pass") + float(np.mean(counts or [0]))
+    return _candidate(way, tokens_per_step, steps, ms_per_step, workload)
+
+
+def _candidate(way: Way, tokens_per_step: float, steps: float, ms_per_step: float, workload: Workload) -> Candidate:
+    """With the tokens/s of so many steps of batches, prefill included."""
+    batches = workload.new_tokens
+    prefill_ms = workload.prefill_ms if way.mode == "fused" else workload.plain_prefill_ms
+    seconds = (len(batches) * prefill_ms + steps * ms_per_step) / 1000
     return Candidate(way, tokens_per_step, ms_per_step, sum(map(sum, batches)) / seconds)
 
 
@@ -147,14 +173,14 @@ def spread_over_rows(
 def finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     """What is worth measuring: the `count` best predicted, and the best of every kind.
 
-    A kind is a mode, with a head or without, with copied tokens or without, and copies alone. Of one kind and K only
-    the best counts: neighbours in rows hardly differ.
+    A kind is a mode, with a head or without, a chain or a tree, with copied tokens or without, and copies alone. Of one
+    kind and K only the best counts: neighbours in rows hardly differ.
     """
     best: dict[tuple, Candidate] = {}
     kinds: dict[tuple, Candidate] = {}
     for one in sorted(candidates, key=lambda one: -one.tokens_per_second):
         K, copies = one.way.num_speculative_tokens, one.way.copy_tokens > 0
-        kind = (one.way.mode, one.way.use_head, copies, copies and K == 0)
+        kind = (one.way.mode, one.way.use_head, copies, copies and K == 0, one.way.tree is not None)
         best.setdefault((*kind, K), one)
         kinds.setdefault(kind, one)
     return list(dict.fromkeys([*list(best.values())[:count], *kinds.values()]))

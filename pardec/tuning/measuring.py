@@ -5,7 +5,7 @@ Legend: K num_speculative_tokens; a shape is given by its block_lengths, see `pa
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +26,14 @@ from pardec.tuning.choice import (
     with_copies,
 )
 from pardec.tuning.timing import Call, Decode, Measured, StepCosts, measure_costs, measure_finalists
+from pardec.tuning.tree_ways import TreeWays
 
-# that draft, fused with copied tokens among them: the best of each is measured, also if it is predicted to lose
-_NUM_MODES = 3
+# that draft, fused with copied tokens and trees among them: the best of each is measured, if predicted to lose too
+_NUM_MODES = 5
 _WAYS_WITH_COPIES = 3  # of each number of copied tokens, beside copies alone
+
+# ranks of what calls emitted with the head or without, [places, K] for each of their sequences, see `TreeWays`
+Rank = Callable[[bool, Sequence[Call]], Sequence[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Effort:
             mode with and without the head.
         repetitions: of everything that is timed; medians count.
         copy_tokens: numbers of copied tokens that are tried: alone, and behind the drafts predicted to be fastest.
+        num_trees: whose milliseconds per step are measured besides, with the head and without.
     """
 
     num_shapes: int = 6  # with plain decoding no more than a model keeps engines for
@@ -51,13 +56,14 @@ class Effort:
     num_finalists: int = 3
     repetitions: int = 3
     copy_tokens: tuple[int, ...] = (4, 8, 16)
+    num_trees: int = 3
 
     def num_shapes_of(self, num_heads: int) -> int:
         """Shapes that are timed with the head, and without, where there are two such ways."""
         return max(self.num_shapes // num_heads, 2)
 
 
-QUICK = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=2, copy_tokens=(6,))
+QUICK = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=2, copy_tokens=(6,), num_trees=2)
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class _Acceptance:
 def max_calls(effort: Effort, num_batches: int, warm_up: int, has_head: bool = False) -> int:
     """At most so many calls of `generate`."""
     few, num_heads = min(effort.num_batches, num_batches), 2 if has_head else 1
-    num_timed = num_heads * effort.num_shapes_of(num_heads) + 1
+    num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + 1
     costs = num_timed * (min(warm_up, few) + 2 * few * effort.repetitions)
     num_ways = effort.num_finalists + _NUM_MODES * num_heads + 3
     tried = num_heads + len(effort.copy_tokens) * (1 + _WAYS_WITH_COPIES * num_heads)
@@ -136,6 +142,8 @@ def measure(
     effort: Effort,
     warm_up: int,
     has_head: bool = False,
+    rank: Rank | None = None,
+    max_tree_rows: int = 64,
 ) -> Findings:
     """Everything that is measured and predicted, whatever `decode` runs.
 
@@ -147,6 +155,8 @@ def measure(
         effort: how much is measured.
         warm_up: batches that every way runs untimed first.
         has_head: whether ways with and without a sampler head differ.
+        rank: of what the calls of the full chain emitted; None measures no trees.
+        max_tree_rows: rows of the largest tree that is thought of.
 
     Raises:
         ValueError: if no prompt is continued by more than one token.
@@ -165,6 +175,10 @@ def measure(
         for head in heads
         for shape in spread_over_rows(accepted[head].shapes, accepted[head].tables, effort.num_shapes_of(len(heads)))
     ]
+    trees: list[TreeWays] = []
+    if rank is not None:
+        trees = [TreeWays.of(rank(head, accepted[head].calls), num_batches, max_tree_rows, head) for head in heads]
+        probes += [way for one in trees for way in one.probes(effort.num_trees)]
     costs = measure_costs(decode, probes, spread, max_new_tokens, effort.repetitions, warm_up)
     workload = Workload(
         new_tokens=[call.new_tokens for call in calls],
@@ -177,6 +191,7 @@ def measure(
         _seen(way, [decode(way, batch, max_new_tokens) for batch in range(num_batches)], costs)
         for way in _ways_with_copies(predicted, effort.copy_tokens)
     ]
+    predicted += [candidate for one in trees for candidate in one.predicted(costs, workload)]
     plain = predict(PLAIN_WAY, [], costs.plain, workload)
     # plain decoding is the floor, the full chain what would be used untuned
     full = next(one for one in predicted if one.way == full_chain(K))

@@ -48,6 +48,8 @@ class TuneReport:
             "measured": [_figures(one, self.findings.plain) for one in self.findings.measured],
             "ms_per_step_by_rows": costs.by_rows,
             "ms_per_step_by_rows_without_head": costs.by_rows_without_head,
+            "ms_per_step_by_rows_of_trees": costs.fused(use_head=True, trees=True),
+            "ms_per_step_by_rows_of_trees_without_head": costs.fused(use_head=False, trees=True),
             "plain_ms_per_step": costs.plain,
             "prefill_ms": costs.prefill,
             "drift": self.findings.drift,
@@ -62,6 +64,7 @@ def _figures(one: Measured, plain: Measured) -> dict[str, Any]:
     return {
         "mode": predicted.way.mode,
         "block_lengths": list(predicted.way.block_lengths),
+        "tree": None if predicted.way.tree is None else asdict(predicted.way.tree),
         "use_head": predicted.way.use_head,
         "copy_tokens": predicted.way.copy_tokens,
         "rows": predicted.way.num_rows,
@@ -160,12 +163,15 @@ def print_report(report: TuneReport, console: Console) -> None:
 
 def _name(way: Way, has_head: bool) -> str:
     """In a cell: the shape, or the mode and K; and that the head is left out where there is one."""
-    blocks, L = way.block_lengths, way.copy_tokens
+    blocks, L, K = way.block_lengths, way.copy_tokens, way.num_speculative_tokens
     shape = " ".join(map(str, blocks[: len(blocks) - L]))
     if L:
         shape = f"{L} copies" if not any(blocks) else f"{shape} + {L} copies"
         shape += f" of {blocks[-1]}" if blocks[-1] else ""
-    names = {"plain": "plain", "two_pass": f"two_pass, K {way.num_speculative_tokens}", "fused": shape}
+    names = {"plain": "plain", "two_pass": f"two_pass, K {K}", "fused": shape}
+    if way.tree is not None:
+        tree = f"tree of {way.tree.num_nodes}, K {K}"
+        names = {"two_pass": f"two_pass, {tree}", "fused": tree}
     return names[way.mode] + (", no head" if has_head and not way.use_head else "")
 
 
@@ -173,10 +179,15 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
     """The choice in a few words; with `has_head` also whether the head drafts."""
     if choice.mode == "plain":
         return "plain decoding, as nothing measured was faster"
-    way = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens)
+    way = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens, choice.tree)
     ratio = choice.measured_tokens_per_second / choice.plain_tokens_per_second
-    words = [f"K = {choice.num_speculative_tokens}"]
-    words.append("two_pass" if choice.mode == "two_pass" else f"blocks {' '.join(map(str, choice.block_lengths))}")
+    words, shape = [f"K = {choice.num_speculative_tokens}"], " ".join(map(str, choice.block_lengths))
+    if choice.mode == "two_pass":
+        words.append("two_pass")
+    elif choice.tree is None and choice.num_speculative_tokens:
+        words.append(f"blocks {shape}")
+    if choice.tree is not None:
+        words.append(f"a tree of {choice.tree.num_nodes} nodes")
     if choice.copy_tokens:
         words.append(f"{choice.copy_tokens} copied tokens")
     if has_head and choice.num_speculative_tokens:
@@ -201,7 +212,12 @@ def plot_costs(report: TuneReport, path: Path) -> None:
     axes.plot(rows, [costs.by_rows[r] for r in rows], "o-", color="#3b6fb6", label="fused steps")
     axes.plot(1, costs.plain, "s", color="#777777", label="plain decoding")
     chosen_ms = choice.ms_per_step * report.findings.drift  # as if measured together with the others
-    place = Way(choice.mode, choice.block_lengths).num_rows
+    trees = costs.fused(choice.use_head, trees=True)
+    if trees:
+        axes.plot(
+            sorted(trees), [trees[r] for r in sorted(trees)], "o--", color="#3f8f5f", label="fused steps of trees"
+        )
+    place = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens, choice.tree).num_rows
     axes.plot(place, chosen_ms, "*", color="#d9742b", markersize=14, label=describe(choice))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("rows of a step")

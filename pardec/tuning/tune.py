@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from pardec.adapters.tuned import TunedChoice, check_writable, weights_of, write_tuned
@@ -15,13 +16,15 @@ from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import VALIDATION
 from pardec.decoding.messages import message_ids
 from pardec.decoding.prompts import text_ids
+from pardec.measures.ranks import ranks_by_place
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, has_bfloat16, library_versions
 from pardec.tuning.choice import Way
-from pardec.tuning.measuring import Effort, Findings, max_calls, measure
+from pardec.tuning.measuring import Effort, Findings, Rank, max_calls, measure
 from pardec.tuning.report import TuneReport
 from pardec.tuning.timing import Call, Decode, in_turn, median_call, tokens_per_second
 
+MAX_TREE_ROWS_ON_CPU, MAX_TREE_ROWS = 32, 256
 MAX_SPECULATIVE_TOKENS = 16  # the full chain of more has over 300 rows, which no device runs in the time of a few
 
 
@@ -67,7 +70,8 @@ def tune(
     has_head = model.engines.head is not None
     with tqdm(total=max_calls(effort, len(batches), warm_up, has_head), unit="call", desc="tuning") as bar:
         decode = _decoding(model, batches, bar, temperature, top_k, seed)
-        found = measure(decode, len(batches), K, max_new_tokens, effort, warm_up, has_head)
+        rank, rows = _ranking(model, batches, K), _max_tree_rows(model)
+        found = measure(decode, len(batches), K, max_new_tokens, effort, warm_up, has_head, rank, rows)
         bar.total = bar.n  # fewer ways than allowed for may have been worth measuring
     weights = weights_of(directory, model.adapter.metadata.files)
     choice = _choice(model, weights, found, batch_size, temperature, top_k)
@@ -103,6 +107,7 @@ def _choice(
         mode=best.candidate.way.mode,
         use_head=best.candidate.way.use_head,
         copy_tokens=best.candidate.way.copy_tokens,
+        tree=best.candidate.way.tree,
     )
 
 
@@ -117,6 +122,7 @@ def _decoding(
     """Decodes one of the batches with the model."""
 
     def decode(way: Way, batch: int, max_new_tokens: int) -> Call:
+        bar.set_postfix_str(_told(way))
         out = model.generate(
             batches[batch],
             max_new_tokens=max_new_tokens,
@@ -124,15 +130,41 @@ def _decoding(
             top_k=top_k,
             seed=seed,
             mode=way.mode,
-            num_speculative_tokens=way.num_speculative_tokens if way.mode == "two_pass" else None,
-            block_lengths=way.block_lengths if way.mode == "fused" else None,
+            num_speculative_tokens=way.num_speculative_tokens if way.mode == "two_pass" and way.tree is None else None,
+            block_lengths=way.block_lengths if way.mode == "fused" and way.tree is None else None,
             use_head=None if way.use_head else False,
             copy_tokens=way.copy_tokens,
+            tree=way.tree,
         )
         bar.update()
-        return Call(out.stats.seconds, [len(ids) for ids in out.token_ids], [one.accepted for one in out.counts])
+        new_tokens, accepted = [len(ids) for ids in out.token_ids], [one.accepted for one in out.counts]
+        return Call(out.stats.seconds, new_tokens, accepted, out.token_ids)
 
     return decode
+
+
+def _ranking(model: SelfSpeculativeModel, batches: Sequence[list[list[int]]], num_speculative_tokens: int) -> Rank:
+    """Ranks what was emitted in the model's drafts of K tokens."""
+    prompts = [prompt for batch in batches for prompt in batch]
+
+    def rank(use_head: bool, calls: Sequence[Call]) -> list[np.ndarray]:
+        emitted = [ids for call in calls for ids in call.token_ids]
+        options = {"num_speculative_tokens": num_speculative_tokens, "use_head": None if use_head else False}
+        return [one.numpy() for one in ranks_by_place(model, prompts, emitted, **options)]
+
+    return rank
+
+
+def _max_tree_rows(model: SelfSpeculativeModel) -> int:
+    """Rows beyond which no tree can pay: on a CPU every row takes time, elsewhere a few hundred come for little."""
+    return MAX_TREE_ROWS_ON_CPU if model.target.device.type == "cpu" else MAX_TREE_ROWS
+
+
+def _told(way: Way) -> str:
+    """What is being measured, for the progress bar."""
+    parts = [way.mode, f"K = {way.num_speculative_tokens}" if way.num_speculative_tokens else ""]
+    parts += [f"{way.copy_tokens} copied" if way.copy_tokens else "", "tree" if way.tree is not None else ""]
+    return ", ".join(filter(None, parts))
 
 
 def tune_each(
@@ -199,7 +231,7 @@ def _compared(
         def run(key: tuple[str, int]) -> Call:
             dtype, batch = key
             one = choices[dtype]
-            way = Way(one.mode, one.block_lengths, one.use_head, one.copy_tokens)
+            way = Way(one.mode, one.block_lengths, one.use_head, one.copy_tokens, one.tree)
             return decode[dtype](way, batch, max_new_tokens)
 
         calls = in_turn(run, keys, repetitions)

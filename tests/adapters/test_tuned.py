@@ -11,7 +11,15 @@ from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters import packaged
 from pardec.adapters.files import save_adapter
-from pardec.adapters.tuned import TUNED_FILE, TunedChoice, fastest_dtype, read_tuned, weights_of, write_tuned
+from pardec.adapters.tuned import (
+    TUNED_FILE,
+    TunedChoice,
+    fastest_dtype,
+    nearest_choice,
+    read_tuned,
+    weights_of,
+    write_tuned,
+)
 from pardec.layout import PLAIN
 
 
@@ -43,15 +51,15 @@ def choice_for(folder, **changes) -> TunedChoice:
 
 
 def test_a_choice_is_read_back_for_its_device_dtype_and_compile_only(folder):
-    assert read_tuned(folder, "a device", torch.float32) is None
+    assert read_tuned(folder, "a device", torch.float32) == []
     choice = choice_for(folder, top_k=10, temperature=0.8, versions={"torch": "2"})
     assert write_tuned(folder, choice) == folder / TUNED_FILE
-    assert read_tuned(folder, "a device", torch.float32) == choice
-    assert read_tuned(str(folder), "a device", "float32", False) == choice
+    assert read_tuned(folder, "a device", torch.float32) == [choice]
+    assert read_tuned(str(folder), "a device", "float32", False) == [choice]
     assert choice.num_speculative_tokens == 2
     for other in (("b device", torch.float32, False), ("a device", torch.bfloat16, False)):
-        assert read_tuned(folder, *other) is None
-    assert read_tuned(folder, "a device", torch.float32, True) is None
+        assert read_tuned(folder, *other) == []
+    assert read_tuned(folder, "a device", torch.float32, True) == []
 
 
 def test_writing_replaces_the_same_device_and_keeps_the_others(folder):
@@ -61,12 +69,47 @@ def test_writing_replaces_the_same_device_and_keeps_the_others(folder):
         write_tuned(folder, one)
     again = replace(first, block_lengths=PLAIN)
     write_tuned(folder, again)
-    assert read_tuned(folder, "a device", "float32") == again
-    assert read_tuned(folder, "b device", "float32") == other
-    assert read_tuned(folder, "a device", "float32", True) == compiled
+    assert read_tuned(folder, "a device", "float32") == [again]
+    assert read_tuned(folder, "b device", "float32") == [other]
+    assert read_tuned(folder, "a device", "float32", True) == [compiled]
     assert again.num_speculative_tokens == 0
     assert sorted(path.name for path in folder.glob("*tuned*")) == [TUNED_FILE]
     assert os.stat(folder / TUNED_FILE).st_mode & 0o044 == 0o044
+
+
+def test_batch_sizes_and_ways_of_sampling_have_choices_of_their_own(folder):
+    kinds = [(1, 0.0), (4, 0.0), (4, 0.8), (1, 0.0)]
+    shapes = [(1, 1), PLAIN, (2, 1, 0), (2, 2, 2)]
+    for (batch_size, temperature), shape in zip(kinds, shapes, strict=True):
+        write_tuned(folder, choice_for(folder, block_lengths=shape, batch_size=batch_size, temperature=temperature))
+    found = read_tuned(folder, "a device", "float32")
+    assert {(one.batch_size, one.temperature): one.block_lengths for one in found} == dict(
+        zip(kinds, shapes, strict=True)  # the last one stands in place of the first
+    )
+    write_tuned(folder, choice_for(folder, batch_size=4, temperature=0.5))
+    assert len(read_tuned(folder, "a device", "float32")) == 3
+
+
+@pytest.mark.parametrize(
+    ("num_sequences", "is_greedy", "expected"),
+    [
+        (1, True, (2, 0.0)),  # none so small
+        (2, True, (2, 0.0)),
+        (7, True, (2, 0.0)),
+        (8, True, (8, 0.0)),
+        (99, True, (8, 0.0)),
+        (1, False, (4, 0.8)),
+        (64, False, (4, 0.8)),
+    ],
+)
+def test_the_nearest_choice_is_of_the_same_law_and_of_the_largest_batch_that_is_not_larger(
+    folder, num_sequences, is_greedy, expected
+):
+    choices = [choice_for(folder, batch_size=size, temperature=heat) for size, heat in ((8, 0.0), (4, 0.8), (2, 0.0))]
+    found = nearest_choice(choices, num_sequences, is_greedy)
+    assert (found.batch_size, found.temperature) == expected
+    assert nearest_choice([], num_sequences, is_greedy) is None
+    assert nearest_choice(choices[1:2], num_sequences, is_greedy) == choices[1]  # the only one serves all
 
 
 def test_the_fastest_dtype_is_that_of_the_last_comparison_on_the_device(folder):
@@ -87,10 +130,11 @@ def test_a_file_from_before_modes_and_heads_is_read(folder):
     for shape, mode in (((1, 2, 1), "fused"), (PLAIN, "plain")):
         write_tuned(folder, choice_for(folder, block_lengths=shape))
         content = json.loads((folder / TUNED_FILE).read_text())
-        for name in ("mode", "use_head", "by_dtype"):
+        for name in ("mode", "use_head", "copy_tokens", "by_dtype"):
             del content["choices"][0][name]
         (folder / TUNED_FILE).write_text(json.dumps(content))
-        found = read_tuned(folder, "a device", "float32")
+        (found,) = read_tuned(folder, "a device", "float32")
+        assert found.copy_tokens == 0
         assert (found.block_lengths, found.mode, found.use_head, found.by_dtype) == (shape, mode, True, None)
 
 
@@ -102,7 +146,7 @@ def test_a_choice_for_other_weights_is_ignored_and_then_dropped(folder, base, ch
         new = replace(new, mask_embeddings=make_adapter(base, 2, lora_rank=2).mask_embeddings)
     save_adapter(new, folder)
     assert (folder / TUNED_FILE).exists()
-    assert read_tuned(folder, "b device", "float32") is None
+    assert read_tuned(folder, "b device", "float32") == []
     write_tuned(folder, choice_for(folder))
     assert len(json.loads((folder / TUNED_FILE).read_text())["choices"]) == 1
 
@@ -112,10 +156,10 @@ def test_the_choice_of_a_packaged_adapter_is_kept_in_the_users_cache(folder, tmp
     monkeypatch.setattr(packaged, "_packaged", lambda name: folder)
     before = {path.name for path in folder.iterdir()}
     choice = choice_for(folder, by_dtype={"float32": 1.0})
-    assert read_tuned("smollm2", "a device", "float32") is None
+    assert read_tuned("smollm2", "a device", "float32") == []
     kept = tmp_path / "cache" / "pardec" / "tuned" / "smollm2" / TUNED_FILE
     assert write_tuned("smollm2", choice) == kept
-    assert read_tuned("smollm2", "a device", "float32") == choice
+    assert read_tuned("smollm2", "a device", "float32") == [choice]
     assert fastest_dtype("smollm2", "a device") == "float32"
     assert {path.name for path in folder.iterdir()} - before == {"cache"}
 
@@ -173,5 +217,5 @@ def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write_tuned(folder, choice_for(folder, block_lengths=PLAIN))
     monkeypatch.undo()
-    assert read_tuned(folder, "a device", "float32") == first
+    assert read_tuned(folder, "a device", "float32") == [first]
     assert sorted(path.name for path in folder.glob("*tuned*")) == [TUNED_FILE]

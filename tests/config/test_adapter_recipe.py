@@ -56,7 +56,7 @@ def test_every_key_of_the_file_arrives(write):
             "  lora: {r: 8, alpha: 4, target_modules: [q]}}\n"
             "train: {steps: 7, batch_size: 3, objective: cross_entropy,\n"
             "  position_weights: [1, 0.5], seed: 5}\n"
-            "eval: {every: 9, num_prompts: 2, max_new_tokens: 11, temperature: 0.5, top_k: null}\n"
+            "eval: {every: 9, num_prompts: 2, batch_size: 1, max_new_tokens: 11, temperature: 0.5, top_k: null}\n"
         )
     )
     assert recipe.data.model_dump() == {
@@ -70,7 +70,7 @@ def test_every_key_of_the_file_arrives(write):
     assert recipe.train.objective == "cross_entropy"
     assert recipe.position_weights() == [1, 0.5]
     assert recipe.eval.model_dump() == {
-        "every": 9, "num_prompts": 2, "max_new_tokens": 11, "temperature": 0.5, "top_k": None,
+        "every": 9, "num_prompts": 2, "batch_size": 1, "max_new_tokens": 11, "temperature": 0.5, "top_k": None,
     }  # fmt: skip
 
 
@@ -390,3 +390,8 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     path.write_text("base: a\ntrain:\n  steps: 300\n  seed: 1\n  steps: 7\n")
     with pytest.raises(RecipeError, match=r"twice\.yaml: expected YAML, found key 'steps' twice, line 3"):
         load_recipe(path)
+
+
+def test_mask_rows_are_those_of_blocks_as_long_as_they_are(write):
+    recipe = load_recipe(write(MINIMAL), ["train.batch_size=2", "train.keep.ratio=0.5", "train.keep.floor=0"])
+    assert [recipe.mask_rows(8, depth) for depth in (1, 2, 4, None)] == [16, 24, 30, 30]

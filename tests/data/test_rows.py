@@ -11,7 +11,8 @@ import pardec.data.python_sources
 import pardec.data.rows
 from pardec.data.python_sources import TRAIN, python_sources
 from pardec.data.reading import DataError, hold_out, read_rows
-from pardec.data.rows import hold_out_rows, open_rows, pieces_of
+from pardec.data.rows import hold_out_rows, open_rows
+from pardec.data.shards import pieces_of
 
 
 def opened(path, folder, format="auto"):

@@ -9,6 +9,7 @@ from recorded_steps import tape
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
+from pardec.decoding import engine as engine_module
 from pardec.decoding.copying import LONGEST, MARGIN, SHORTEST, Copier, begin_context
 from pardec.decoding.engine import Engine
 from pardec.decoding.output import outputs_of
@@ -219,3 +220,17 @@ def test_captured_steps_copy_what_steps_that_run_copy():
         assert outputs == [plain_generate(model, one, new_tokens) for one in rows]
         assert copied == [sum(accepted for accepted, _ in each) for each in copies]
     assert sum(sum(copied) for _, _, copied in found[0]) > 20
+
+
+def test_a_row_that_has_ended_behind_more_tokens_than_the_others_attend_to_is_no_matter(monkeypatch):
+    """Attention sees as many slots as the longest row that goes on needs."""
+    monkeypatch.setattr(engine_module, "bucket", lambda num_slots, *, few, coarse: num_slots)
+    model = tiny_model("llama")
+    long, short = prompts(61, (60, 5))
+    ends = plain_generate(model, long, 2)
+    engine = Engine(decoder_for(model, "fused"), 1)
+    engine.decoder.eos_token_ids, engine.decoder.max_new_tokens = torch.tensor([ends[1]]), 20
+    seen = [engine.state.cache.num_used for _ in engine.run([long, short])]
+    assert min(seen) < len(long)
+    expected = [plain_generate(model, row, 20, eos_token_id=ends[1], pad_token_id=0) for row in (long, short)]
+    assert outputs_of(engine.state, 2) == expected

@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TypicalLogitsWarper,
 )
+from tree_samples import BRANCHING, CROOKED, WIDE
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
@@ -73,6 +74,11 @@ def decode(
         ("llama", "two_pass", True, 2, {"noise": True}),
         ("llama", "fused", False, 2, {"verification": "block"}),
         ("gpt2", "two_pass", False, 1, {"verification": "block", "head_width": 6}),
+        ("llama", "fused", True, 1, {"tree": BRANCHING}),
+        ("llama", "fused", False, 2, {"tree": CROOKED}),
+        ("gemma3-mixed-windows", "fused", True, 2, {"tree": BRANCHING, "head_width": 6}),
+        ("gpt2", "two_pass", True, 2, {"tree": CROOKED, "noise": True}),
+        ("llama", "two_pass", False, 2, {"tree": WIDE, "head_width": 6}),
         ("llama", "fused", True, 2, {"copy_tokens": 3}),
         ("gpt2", "two_pass", True, 1, {"copy_tokens": 3}),
         ("gemma3-mixed-windows", "fused", False, 2, {"copy_tokens": 2, "head_width": 6}),

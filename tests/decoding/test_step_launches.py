@@ -11,6 +11,7 @@ import torch
 from recorded_steps import sampled
 from timing.launches import StepCount, counted_step
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError, FakeTensorMode
+from tree_samples import BRANCHING
 from without_numbers import tiny_decoder, tiny_state
 
 from pardec.decoding.sampling import TokenLaw
@@ -42,6 +43,9 @@ def counted(family: str, mode: str, num_layers: int, batch_size: int, **options)
     with torch.no_grad(), decoder.attached():
         state = tiny_state(decoder, batch_size)
         decoder.step(state)  # the first allocates
+        if decoder.tree is not None:  # whose steps move keys and values, which lie side by side in the engine's cache
+            state = tiny_state(decoder, batch_size, kinds=state.cache.kinds)
+            decoder.step(state)
         with counted_step() as count:
             decoder.step(state)
     return count
@@ -62,6 +66,22 @@ def test_a_step_keeps_within_its_budget_of_launches(family, mode, batch_size):
     budget = BUDGETS[family][mode]
     assert each <= budget[0]
     assert beside <= budget[1]
+
+
+# beside the layers of the chain of the same depth: the walk looks up where nodes have parents and takes what a path
+# leads over; candidates are sorted out, not only the best; one gather and one scatter move all layers' keys and values.
+# With a head each depth is looked up behind the one before it
+TREE_LAUNCHES = {"two_pass": 6, "fused": 6, FUSED_WITH_HEAD: 11}
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("mode", TREE_LAUNCHES)
+@pytest.mark.parametrize("family", BUDGETS)
+def test_a_tree_launches_little_more_than_the_chain_and_nothing_more_in_a_layer(family, mode, batch_size):
+    each, beside = launches(family, mode, batch_size, tree=BRANCHING)
+    chain = launches(family, mode, batch_size)
+    assert each == chain[0]
+    assert chain[1] < beside <= chain[1] + TREE_LAUNCHES[mode]
 
 
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
@@ -99,14 +119,14 @@ def test_copies_take_launches_beside_the_layers_that_do_not_grow_with_their_numb
 LAWS = {"greedy": TokenLaw(greedy=True), "sampled": TokenLaw(False, sampled().processors)}
 
 
-@pytest.mark.parametrize("copy_tokens", [0, 4])
+@pytest.mark.parametrize("options", [{}, {"copy_tokens": 4}, {"tree": BRANCHING}], ids=["drafts", "copies", "tree"])
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
 @pytest.mark.parametrize("mode", BUDGETS["llama"])
 @pytest.mark.parametrize("family", BUDGETS)
-def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, batch_size, law, copy_tokens):
+def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, batch_size, law, options):
     lora, few = mode == "fused", NUM_LAYERS[family][0]
-    count = counted(family, mode, few, batch_size, lora=lora, law=LAWS[law], copy_tokens=copy_tokens)
+    count = counted(family, mode, few, batch_size, lora=lora, law=LAWS[law], **options)
     assert count.num_launches
     assert count.asked == []
     assert count.on_host == []

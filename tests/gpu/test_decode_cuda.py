@@ -4,6 +4,7 @@ import pytest
 import torch
 from greedy_oracle import plain_generate
 from tiny_models import FAMILIES, make_adapter, tiny_model
+from tree_samples import BRANCHING, CROOKED
 
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import load_base
@@ -25,6 +26,32 @@ def test_float64_tokens_equal_generate(family, mode):
     ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2))
     found = ours.generate(ROWS, max_new_tokens=24, mode=mode).token_ids
     assert found == [plain_generate(model, row, 24) for row in ROWS]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("head_width", [0, 6])
+@pytest.mark.parametrize("mode", ["two_pass", "fused"])
+@pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows", "gpt2"])
+def test_float64_tokens_of_trees_equal_generate(family, mode, head_width, captured):
+    """Of few tokens, so that walks leave the first branch: nodes are moved, in captured steps whatever they are."""
+    model = tiny_model(family, vocab_size=7).cuda()
+    rows = [[1 + token % 6 for token in row] for row in ROWS]  # 0 is padding to `generate`
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2, head_width=head_width, shortlist=6))
+    ours.capture = captured
+    for tree in (BRANCHING, CROOKED):
+        out = ours.generate(rows, max_new_tokens=24, mode=mode, tree=tree)
+        assert out.token_ids == [plain_generate(model, row, 24) for row in rows]
+
+
+def test_sampled_trees_draw_the_same_captured_or_not():
+    model = tiny_model("llama", vocab_size=7).cuda()
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2))
+    found = []
+    for captured in (True, False):
+        ours.capture = captured
+        options = {"max_new_tokens": 24, "temperature": 0.9, "seed": 3, "tree": BRANCHING}
+        found.append(ours.generate([[1, 2, 3], [4, 5]], **options).token_ids)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

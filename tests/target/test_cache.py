@@ -307,3 +307,56 @@ def test_what_a_call_has_cached_is_freed_with_it_and_not_when_cycles_are_collect
         assert [cache() for cache in made] == [None] * len(made)
     finally:
         gc.enable()
+
+
+def written(batch: int, seed: int, **options):
+    """A cache whose first slots hold random states, and what they are."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = SlotCache(LAYERS, SLOTS, **options)
+    for layer in range(LAYERS):
+        cache.update(*random_states(generator, batch, 12), layer)
+    return cache, [buffer.clone() for buffer in cache.buffers]
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_slots_move_at_once_wherever_they_overlap(batch, side_by_side):
+    kinds = written(1, 0)[0].kinds if side_by_side else None
+    cache, before = written(batch, 1, kinds=kinds)
+    source, target = torch.tensor([[3, 5, 9], [4, 4, 4], [11, 1, 3]])[:batch], torch.tensor([[2, 3, 5]] * batch)
+    cache.move(source, target)
+    for buffer, old in zip(cache.buffers, before, strict=True):
+        expected = old.clone()
+        for b in range(batch):
+            for origin, place in zip(source[b].tolist(), target[b].tolist(), strict=True):
+                expected[b, :, place] = old[b, :, origin]
+        assert torch.equal(buffer, expected)
+
+
+def test_fewer_sequences_than_there_is_room_for_move_alone():
+    cache, before = written(2, 1, num_sequences=4)
+    cache.move(torch.tensor([[3], [4]]), torch.tensor([[1], [0]]))
+    assert torch.equal(cache.layers[0].keys[2:], before[0][2:])
+    assert torch.equal(cache.layers[0].keys[1, :, 0], before[0][1, :, 4])
+
+
+def test_buffers_of_one_kind_lie_side_by_side_where_another_cache_shows_how_many_there_are():
+    alone, beside = written(2, 1)[0], written(2, 1, kinds=written(1, 0)[0].kinds)[0]
+    assert len({buffer.untyped_storage().data_ptr() for buffer in alone.buffers}) == 2 * LAYERS
+    assert len({buffer.untyped_storage().data_ptr() for buffer in beside.buffers}) == 1
+    assert all(torch.equal(a, b) for a, b in zip(alone.buffers, beside.buffers, strict=True))
+    assert beside.buffers[0].untyped_storage().nbytes() == sum(buffer.nbytes for buffer in beside.buffers)
+
+
+def test_layers_of_several_kinds_lie_with_their_own():
+    def states(heads: int):
+        return torch.ones(1, heads, 2, D), torch.ones(1, heads, 2, 2 * D)
+
+    cache = SlotCache(3, 2)
+    for _ in range(2):
+        cache = SlotCache(3, SLOTS, 1, kinds=cache.kinds)
+        for layer, heads in enumerate((1, 2, 1)):
+            cache.update(*states(heads), layer)
+    assert len({buffer.untyped_storage().data_ptr() for buffer in cache.buffers}) == 4
+    cache.move(torch.tensor([[1]]), torch.tensor([[5]]))
+    assert all(bool((buffer[:, :, 5] == 1).all()) for buffer in cache.buffers)

@@ -10,6 +10,7 @@ import torch
 import train_adapter
 from accelerate import Accelerator
 from data_samples import code_text, write_jsonl
+from launched import free_port
 from programs import Ended, run, run_in_own_process
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -112,7 +113,9 @@ def checkpoint(output: Path, file: str) -> dict[str, torch.Tensor]:
 
 
 def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp_path):
-    """Gloo with 2 processes of batch 1, and one process with 2 accumulated batches of 1, against batch 2."""
+    """Two processes of batch 1, by accelerate launch; one with 2 accumulated batches of 1; against batch 2."""
+    port = f"--main_process_port={free_port()}"
+    config = f"--config_file={ROOT / 'recipes/accelerate/1x8.yaml'}"
     settings = {
         "one": (),
         "two": ("train.batch_size=1",),
@@ -121,7 +124,7 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp
     gradients, losses = {}, {}
     for name, overrides in settings.items():
         options = (tmp_path / name, text_file, "train.steps=1", *overrides)
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+        launcher = ("-m", "accelerate.commands.launch", config, "--num_processes=2", port)
         ended = train_in_own_process(*options, launcher=launcher) if name == "two" else train(*options)
         assert ended.code == 0, (name, ended.err[-2000:])
         # after one step AdamW's first moment is a tenth of the (clipped) gradient
@@ -145,7 +148,7 @@ def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, 
     cut = tmp_path / "cut"
     code = (
         "import runpy, sys, pardec.training.checkpoints as run; save = run.save_state\n"
-        "def once(*a):\n    save(*a)\n    import os; a[1] and os._exit(9)\n"  # after the first step's checkpoint
+        "def once(*a, **k):\n    save(*a, **k)\n    import os; a[1] and os._exit(9)\n"  # after that of step 1
         "run.save_state = once\n"
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
@@ -176,8 +179,8 @@ def begun(text_file, tmp_path_factory) -> Path:
     """The folder of a run that was killed behind its first checkpoint; shared, so for copying only."""
     output, save_state = tmp_path_factory.mktemp("runs") / "begun", train_adapter.save_state
 
-    def save_and_die(*arguments):
-        save_state(*arguments)
+    def save_and_die(*arguments, **options):
+        save_state(*arguments, **options)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
@@ -204,18 +207,29 @@ def test_a_run_is_not_continued_on_other_data(begun, text_file, tmp_path, monkey
     assert f"output_dir {output}: expected the data (sha256) that it was begun with, " in error
 
 
-def test_a_run_is_not_continued_by_another_number_of_processes(begun, text_file, tmp_path):
-    """Its steps would have other examples."""
+def test_a_run_is_not_continued_by_half_of_the_processes_that_an_older_version_began_it_with(
+    begun, text_file, tmp_path
+):
+    """Its steps would have other examples; an older version told of processes and of the sequences of each."""
     output = shutil.copytree(begun, tmp_path / "run")
-    change_state(output, lambda state: state.update(num_processes=2))
+
+    def as_of_old(state: dict) -> None:
+        del state["global_batch"], state["examples"], state["measured"]
+        state["recipe"]["train"] |= {"batch_size": 2, "gradient_accumulation_steps": 1}
+        state["num_processes"] = 2
+
+    change_state(output, as_of_old)
     error = train(output, text_file, "train.steps=1").error
-    assert f"output_dir {output}: expected the number of processes that it was begun with, 2, found 1; choose" in error
+    assert error.startswith(f"error: output_dir {output}: expected the global batch (train.batch_size x train.grad")
+    assert "that it was begun with, 4, found 2; choose" in error
+    ended = train(output, text_file, "train.steps=1", "train.gradient_accumulation_steps=2")
+    assert ended.code == 0, ended.err[-2000:]
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
 def test_a_run_that_an_older_version_began_is_continued(begun, text_file, tmp_path):
     output = shutil.copytree(begun, tmp_path / "run")
-    change_state(output, lambda state: [state.pop(key) for key in ("num_processes", "data_sha256")])
+    change_state(output, lambda state: [state.pop(key) for key in ("global_batch", "examples", "data_sha256")])
     ended = train(output, text_file, "train.steps=1", "data.min_kept_share=0.25")  # which no checkpoint depends on
     assert ended.code == 0, ended.err[-2000:]
     change_state(output, lambda state: state["data_sha256"][63])  # is there from now on

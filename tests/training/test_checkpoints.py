@@ -1,5 +1,7 @@
 """What a run that was cut off may be continued with, also where the disk was full."""
 
+import os
+
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -24,6 +26,43 @@ def test_a_run_goes_on_with_the_values_that_it_was_saved_with(tmp_path):
 def test_a_checkpoint_of_before_such_values_were_kept_goes_on(tmp_path):
     save_state(tmp_path / "checkpoints", 3, {"w": torch.zeros(1)}, [], {"best": 1.0})
     check_same(tmp_path, {"num_processes": 2, "data_sha256": "a" * 64})
+
+
+def test_the_newest_states_are_kept_and_what_a_killed_save_left_goes(tmp_path):
+    (tmp_path / ".writing-of-the-dead").mkdir()
+    for step in range(5):
+        save_state(tmp_path, step, *trained(step), {"recipe": {}}, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-00000000{step}" for step in (2, 3, 4)]
+    again, optimizers = trained(9)
+    assert load_state(tmp_path, again, optimizers) == {"step": 4, "recipe": {}}
+
+
+def test_a_state_is_on_the_disk_before_it_is_one_and_before_an_older_one_goes(tmp_path, synced, monkeypatch):
+    save_state(tmp_path, 1, *trained(1), {"recipe": {}})
+    replace, moments = os.replace, []
+
+    def replaces(source, target):
+        inside = [source, *source.iterdir()]
+        moments.append(
+            (source.name, {path.stat().st_ino for path in inside} <= synced, tmp_path.stat().st_ino in synced)
+        )
+        synced.discard(tmp_path.stat().st_ino)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replaces)
+    save_state(tmp_path, 2, *trained(2), {"recipe": {}})
+    # the folder was asked about the state of before, and now about the name of the new one
+    assert moments == [("step-000000002", True, True), ("step-000000001", True, True)]
+
+
+def test_a_state_of_before_global_batches_tells_its_own(tmp_path):
+    recipe = {"train": {"batch_size": 3, "gradient_accumulation_steps": 2}}
+    save_state(tmp_path / "checkpoints", 3, {"w": torch.zeros(1)}, [], {"recipe": recipe, "num_processes": 4})
+    check_same(tmp_path, {"global_batch": 24})
+    with pytest.raises(
+        ValueError, match=r"expected the global batch \(.* that it was begun with, 24, found 12; choose"
+    ):
+        check_same(tmp_path, {"global_batch": 12})
 
 
 def trained(seed):

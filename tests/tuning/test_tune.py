@@ -3,9 +3,12 @@
 import builtins
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 from typer.testing import CliRunner
 
 import pardec
@@ -13,9 +16,12 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TUNED_FILE, TunedChoice, read_tuned, weights_of, write_tuned
 from pardec.cli import app
 from pardec.decoding.messages import message_ids
+from pardec.draft_tree import DraftTree
 from pardec.layout import PLAIN
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
+from pardec.tuning import tune as tune_story
+from pardec.tuning.choice import Way
 from pardec.tuning.measuring import QUICK
 from pardec.tuning.report import describe
 from pardec.tuning.tune import prompts_to_tune_on, tune
@@ -151,11 +157,28 @@ def test_the_head_and_two_pass_are_measured_beside_fused_steps(packaged_adapter,
 
 def test_a_choice_in_words():
     facts = ("a", "b", False, (2, 2, 2), {}, 1.0, 1.0, 3.0, 2.0, [])
+    tree = DraftTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
     words = [
         (TunedChoice(*facts), False, "K = 2, blocks 2 2 2, 9 rows, 1.50 x plain"),
         (TunedChoice(*facts), True, "K = 2, blocks 2 2 2, with the head, 9 rows, 1.50 x plain"),
+        (
+            replace(TunedChoice(*facts), block_lengths=(1, 1, 0, 0), copy_tokens=2),
+            False,
+            "K = 1, blocks 1 1 0 0, 2 copied tokens, 6 rows, 1.50 x plain",
+        ),
+        (
+            replace(TunedChoice(*facts), block_lengths=(0, 0, 0), copy_tokens=2),
+            True,
+            "K = 0, 2 copied tokens, 3 rows, 1.50 x plain",
+        ),
         (TunedChoice(*facts, mode="two_pass"), False, "K = 2, two_pass, 6 rows, 1.50 x plain"),
         (TunedChoice(*facts, use_head=False), True, "K = 2, blocks 2 2 2, without the head, 9 rows, 1.50 x plain"),
+        (TunedChoice(*facts, tree=tree), True, "K = 2, a tree of 3 nodes, with the head, 9 rows, 1.50 x plain"),
+        (
+            TunedChoice(*facts, mode="two_pass", tree=tree),
+            False,
+            "K = 2, two_pass, a tree of 3 nodes, 7 rows, 1.50 x plain",
+        ),
     ]
     for choice, has_head, expected in words:
         assert describe(choice, has_head) == expected
@@ -191,7 +214,7 @@ def test_generation_uses_a_mode_and_a_head_that_were_chosen(packaged_adapter, tm
     assert engines.drafting(None, 2, None, None) == fused
     assert engines.drafting("two_pass", 2, None, None).block_lengths == (2, 2, 2)
     assert engines.drafting("plain", None, None, None).mode == "plain"
-    engines.tuned = choice_for(folder, block_lengths=PLAIN)
+    engines.choices = [choice_for(folder, block_lengths=PLAIN)]
     assert engines.drafting(None, None, None, None).mode == "plain"
     assert engines.drafting("fused", None, None, None) == fused
 
@@ -230,7 +253,7 @@ def test_without_matplotlib_there_is_a_line_instead_of_a_picture(saved, tmp_path
     assert result.exit_code == 0, result.output
     assert "no picture: No module named 'matplotlib'; pip install 'pardec[plots]'" in result.stdout.replace("\n", " ")
     assert not picture.exists()
-    assert read_tuned(folder, "another device", "float32") is None
+    assert read_tuned(folder, "another device", "float32") == []
 
 
 @pytest.mark.parametrize(
@@ -281,3 +304,17 @@ def test_a_model_without_adapter_or_tokenizer_is_refused(tiny_base, saved):
         tune(bare, saved, [[1, 2]], effort=QUICK)
     with pytest.raises(ValueError, match="expected a tokenizer beside the model, found none"):
         prompts_to_tune_on(bare, None, 1)
+
+
+def test_the_progress_bar_names_what_is_measured(saved, capsys):
+    """Of a run that is quick because nothing is decoded."""
+    model = pardec.load(saved)
+    stats = SimpleNamespace(seconds=1.0)
+    model.generate = lambda *_, **__: SimpleNamespace(stats=stats, token_ids=[[1, 2]], counts=[])  # type: ignore
+    with tqdm(total=4, mininterval=0) as bar:
+        decode = tune_story._decoding(model, [[[1]]], bar, 0.0, None, 0)
+        for way in (Way("plain", (0,)), Way("two_pass", (2, 2, 2)), Way("fused", (0,) * 5, copy_tokens=4)):
+            decode(way, 0, 2)
+    told = capsys.readouterr().err
+    for words in ("[00:00<?, ?it/s, plain]", "two_pass, K = 2]", "fused, 4 copied]"):
+        assert words in told

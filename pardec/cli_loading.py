@@ -1,0 +1,72 @@
+"""What the command line does around loading: options judged before it, a line while it lasts, advice behind it.
+
+Imports torch and transformers inside its functions only. Nothing is said where standard error is no terminal.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pardec.model import SelfSpeculativeModel
+
+
+def check_options(
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    num_speculative_tokens: int | None = None,
+    mode: str | None = None,
+    verification: str | None = None,
+    copy_tokens: int | None = None,
+) -> None:
+    """Refuses values that no model could be asked with, before one is loaded; all as in `generate`.
+
+    Raises:
+        ValueError: as `generate` says it.
+    """
+    from pardec.arguments import integer, one_of
+    from pardec.decoding.sampling import make_warpers
+    from pardec.decoding.step import MODES
+    from pardec.decoding.verify import VERIFICATIONS
+    from pardec.layout import MAX_COPY_TOKENS, MAX_SPECULATIVE_TOKENS
+
+    make_warpers(temperature, top_k, top_p, min_p)
+    if max_new_tokens is not None:
+        integer("max_new_tokens", max_new_tokens, 1)
+    if seed is not None:
+        integer("seed", seed, 0, 2**63 - 1)
+    if num_speculative_tokens is not None:
+        integer("num_speculative_tokens", num_speculative_tokens, 0, MAX_SPECULATIVE_TOKENS)
+    if copy_tokens is not None:
+        integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
+    if mode is not None:
+        one_of("mode", mode, MODES)
+    if verification is not None:
+        one_of("verification", verification, VERIFICATIONS)
+    if copy_tokens is not None:
+        integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
+
+
+@contextmanager
+def told_in_a_terminal(doing: str) -> Iterator[None]:
+    """A line that moves on standard error, while the work inside lasts."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(doing):
+        yield
+
+
+def advise_tuning(model: "SelfSpeculativeModel", directory: str, mode: str | None) -> None:
+    """One line where drafts are made as trained, which a device may be slower with than without."""
+    asks = mode is None and model.adapter is not None and model.tuned is None
+    if asks and sys.stderr is not None and sys.stderr.isatty():
+        print(f"not tuned for this device, perhaps slower than plain: pardec tune {directory}", file=sys.stderr)

@@ -1,0 +1,125 @@
+"""How a call drafts: what is asked for, else what was tuned, else all that the adapter was trained with.
+
+Knows numbers and the tuned choice; no model, and of the adapter its K.
+Legend: K num_speculative_tokens, L copy_tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pardec.adapters.tuned import TunedChoice
+from pardec.arguments import integer, one_of
+from pardec.decoding.drafting import HeadDrafter
+from pardec.decoding.step import MODES
+from pardec.decoding.verify import Verification
+from pardec.draft_tree import DraftTree
+from pardec.errors import shown
+from pardec.layout import (
+    MAX_COPY_TOKENS,
+    MAX_SPECULATIVE_TOKENS,
+    PLAIN,
+    BlockLengths,
+    check_block_lengths,
+    full_blocks,
+)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How a call drafts.
+
+    Attributes:
+        mode: one of `MODES`; plain where nothing is drafted.
+        block_lengths: of the fused chain, one for each copied token among them; for two_pass the largest counts alone;
+            (0,) for plain decoding.
+        head: draws the drafts one after another; None to draw them from their rows as they are.
+        verification: of drafts that were drawn.
+        copy_tokens: copied ones that are verified behind the drafts.
+        tree: of candidates in place of the chain, as deep as the chain is long; its nodes are not drawn.
+    """
+
+    mode: str
+    block_lengths: BlockLengths
+    head: HeadDrafter | None
+    verification: Verification = "token"
+    copy_tokens: int = 0
+    tree: DraftTree | None = None
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """K; 0 where nothing of the adapter is used."""
+        return max(self.block_lengths)
+
+
+def drafting_for(
+    mode: str | None,
+    asked: int | None,
+    block_lengths: Sequence[int] | None,
+    use_head: bool | None,
+    copy_tokens: int | None,
+    *,
+    trained: int | None,
+    tuned: TunedChoice | None,
+) -> tuple[str, BlockLengths, bool | None, int, DraftTree | None]:
+    """Mode, block lengths, whether the head drafts (None where nothing says so), L and tree; all as in `generate`.
+
+    Args:
+        mode: one of `MODES`, or None.
+        asked: K, or None.
+        block_lengths: instead of K.
+        use_head: or None.
+        copy_tokens: L, or None.
+        trained: K of the adapter; None without one.
+        tuned: used where neither K nor block lengths are asked for, nor another mode than its own.
+
+    Raises:
+        ValueError: for what does not exist, or not together.
+    """
+    if mode is not None:
+        one_of("mode", mode, MODES)
+    L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
+    L, tree = 0 if mode == "plain" else L, None
+    if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
+        mode, blocks, tree = tuned.mode, tuple(tuned.block_lengths), tuned.tree
+        use_head = False if use_head is None and not tuned.use_head else use_head
+        if L is None:
+            L = tuned.copy_tokens
+        elif tuned.copy_tokens != L:  # behind the same drafts in a chain, or where none were worth it alone
+            mode, blocks, tree = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1], None
+    else:
+        mode, L = mode or "fused", L or 0
+        is_given = block_lengths is not None
+        blocks = _checked(mode, asked, block_lengths, L, trained) if is_given else _blocks_for(mode, asked, L, trained)
+    if blocks == PLAIN and not L:
+        return "plain", PLAIN, use_head, 0, None
+    if mode == "fused":
+        blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
+    return mode, blocks, use_head, L, tree
+
+
+def _blocks_for(mode: str, asked: int | None, copy_tokens: int, trained: int | None) -> BlockLengths:
+    if asked is not None:
+        asked = integer("num_speculative_tokens", asked, 0, MAX_SPECULATIVE_TOKENS)
+    if mode == "plain" or (asked == 0 and copy_tokens and mode == "fused"):
+        return PLAIN
+    if trained is None:
+        also = " or num_speculative_tokens=0" if copy_tokens else ""
+        raise ValueError(f"mode: expected plain{also}, the only one without an adapter, found {mode!r}")
+    return full_blocks(trained if asked is None else asked)
+
+
+def _checked(
+    mode: str, asked: int | None, block_lengths: Sequence[int], copy_tokens: int, trained: int | None
+) -> BlockLengths:
+    try:
+        blocks = tuple(integer("block_lengths", length, 0) for length in block_lengths)
+    except TypeError:
+        found = shown(block_lengths)
+        raise ValueError(f"block_lengths: expected K + 1 numbers from 0 to K, found {found}") from None
+    if mode != "fused" or asked is not None:
+        raise ValueError("block_lengths: expected mode fused and no num_speculative_tokens beside it")
+    # those behind copies may be left out, and are 0 then
+    check_block_lengths(blocks, max(0, min(len(blocks) - 1 - max(blocks, default=0), copy_tokens)))
+    if max(blocks) and trained is None:
+        raise ValueError(f"mode: expected plain, the only one without an adapter, found {mode!r}")
+    return blocks

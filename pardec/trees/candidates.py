@@ -1,0 +1,137 @@
+"""Tokens of a tree's nodes: the likeliest ones of mask rows, or what a sampler head finds likeliest behind each parent.
+
+Knows logits and hidden states of mask rows; no layout, no cache, no verification.
+Legend: B batch, N nodes, K num_speculative_tokens, V vocabulary, S tokens of a shortlist, H width of a hidden state.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pardec.adapters.head import SamplerHead
+from pardec.decoding.sampling import largest
+from pardec.draft_tree import DraftTree
+
+
+@dataclass(frozen=True)
+class _Level:
+    """The nodes of one depth.
+
+    Attributes:
+        with_children: places, among the nodes of the depth before, of those that have children, shape [p].
+        ranks: shape [n].
+        num_ranks: guesses that are looked at.
+        flat: of each node, its place among all guesses behind those parents, in order, shape [n].
+        parent_places: place of each node's parent among the nodes of the depth before, shape [n].
+    """
+
+    with_children: Tensor
+    ranks: Tensor
+    num_ranks: int
+    flat: Tensor
+    parent_places: Tensor
+
+
+@dataclass(frozen=True)
+class TreeCandidates:
+    """Which guess each node takes, made once for a tree.
+
+    Attributes:
+        num_ranks: guesses of a mask row that are looked at.
+        by_rank: of each node, its place among the guesses of all mask rows, shape [N].
+        levels: the nodes by depth, from 1 on.
+        order: of the nodes in the order of levels, the place of each node, shape [N].
+        offsets: by S, where the shortlist of each depth begins, and what leads from a place to each node behind it.
+    """
+
+    num_ranks: int
+    by_rank: Tensor
+    levels: tuple[_Level, ...]
+    order: Tensor
+    offsets: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tree: DraftTree, device: torch.device) -> "TreeCandidates":
+        """The candidates of a tree on a device."""
+        num_ranks, depths = max(tree.ranks) + 1, tree.depths
+        by_rank = [(depths[row] - 1) * num_ranks + tree.ranks[row - 1] for row in range(1, len(depths))]
+        levels, before, order = [], [0], []
+        for depth in range(1, tree.num_speculative_tokens + 1):
+            rows = [row for row, found in enumerate(depths) if found == depth]
+            above = [tree.parents[row - 1] for row in rows]
+            parents = sorted(set(above), key=before.index)
+            ranks = [tree.ranks[row - 1] for row in rows]
+            flat = [parents.index(row) * (max(ranks) + 1) + rank for row, rank in zip(above, ranks, strict=True)]
+            numbers = {
+                "with_children": [before.index(row) for row in parents],
+                "ranks": ranks,
+                "flat": flat,
+                "parent_places": [before.index(row) for row in above],
+            }
+            tensors = {name: torch.tensor(one, device=device) for name, one in numbers.items()}
+            levels.append(_Level(num_ranks=max(ranks) + 1, **tensors))
+            before, order = rows, [*order, *rows]
+        places = torch.tensor(order, device=device).argsort()
+        return cls(num_ranks, torch.tensor(by_rank, device=device), tuple(levels), places)
+
+    def from_rows(self, logits: Tensor) -> Tensor:
+        """Nodes by the ranks of mask rows alone, shape [B, N]; `logits` of a run's K mask rows, shape [B, K, V]."""
+        return largest(logits, self.num_ranks)[1].flatten(1).index_select(1, self.by_rank)
+
+    def from_head(
+        self,
+        head: SamplerHead,
+        logits: Tensor,
+        hidden: Tensor,
+        bonus: Tensor,
+        embed: Callable[[Tensor], Tensor],
+        output_embeddings: Tensor,
+        shortlist: int,
+    ) -> Tensor:
+        """Nodes by the ranks that a sampler head gives a shortlist behind each node's parent, shape [B, N].
+
+        Arguments as in `pardec.decoding.drafting.draft_in_turn`; depth after depth, and all parents of a depth at once.
+        """
+        values, ids = largest(logits, min(shortlist, logits.shape[2]))
+        vectors, read = F.embedding(ids, output_embeddings), head.read(hidden)
+        tokens, found = bonus[:, None], []
+        for depth, level in enumerate(self.levels):
+            before = embed(tokens.index_select(1, level.with_children))  # [B, p, D]
+            corrections = head.correct(read[:, depth, None], before) @ vectors[:, depth].transpose(1, 2)
+            best = (values[:, depth, None] + corrections).topk(level.num_ranks, dim=2).indices  # [B, p, ranks]
+            tokens = ids[:, depth].gather(1, best.flatten(1).index_select(1, level.flat))
+            found.append(tokens)
+        return torch.cat(found, dim=1).index_select(1, self.order)
+
+    def from_pairs(
+        self,
+        head: SamplerHead,
+        logits: Tensor,
+        hidden: Tensor,
+        bonus: Tensor,
+        embed: Callable[[Tensor], Tensor],
+        output_embeddings: Tensor,
+        shortlist: int,
+    ) -> Tensor:
+        """`from_head` by other means: every shortlist is ranked behind each token that may come before it, at once."""
+        values, ids = largest(logits, min(shortlist, logits.shape[2]))
+        before = torch.cat([bonus[:, None, None].expand(-1, 1, ids.shape[2]), ids[:, :-1]], dim=1)
+        vectors = F.embedding(ids, output_embeddings)
+        corrections = head.correct(head.read(hidden)[:, :, None], embed(before))  # [B, K, S before, H]
+        scores = values[:, :, None] + corrections @ vectors.transpose(2, 3)  # [B, K, S before, S]
+        K, S, R = *scores.shape[1:3], self.num_ranks
+        # places on the shortlists of all depths, one behind the other, by which the next depth is looked up as well
+        if S not in self.offsets:  # kept for graphs
+            starts = S * torch.arange(K, device=ids.device)[:, None, None]
+            self.offsets[S] = (starts, [level.ranks + S * R for level in self.levels])
+        starts, lines = self.offsets[S]
+        best = (scores.topk(R, dim=3).indices + starts).flatten(1)
+        first, *deeper = self.levels
+        found = [best.index_select(1, first.ranks)]  # behind the bonus token all lists are the same
+        for level, line in zip(deeper, lines[1:], strict=True):
+            parents = found[-1].index_select(1, level.parent_places)
+            found.append(best.gather(1, torch.add(line, parents, alpha=R)))
+        return ids.flatten(1).gather(1, torch.cat(found, dim=1).index_select(1, self.order))

@@ -1,0 +1,79 @@
+"""Expected tokens per step of a tree of drafts: a step goes no deeper than the run was long where the last one ended.
+
+Knows probabilities only: no model, no device, no cost.
+Legend: K num_speculative_tokens, N nodes; `chances` are those of the rows' paths, N + 1 numbers, 1 for the root.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pardec.draft_tree import DraftTree
+
+_DISCOUNT = 1 - 1e-8  # gives the long-run average to about 1e-8, whether or not the chain is ergodic
+
+
+@dataclass(frozen=True)
+class TreeChain:
+    """The Markov chain of a tree over the lengths of the runs that drafts come from.
+
+    Attributes:
+        ends: chance that a step ends at each row, by the length of the run that its nodes come from, shape
+            [K + 1, N + 1].
+        depths: of the rows, shape [N + 1].
+        runs: behind the rows, shape [N + 1].
+    """
+
+    ends: np.ndarray
+    depths: np.ndarray
+    runs: np.ndarray
+
+    @classmethod
+    def of(cls, parents: Sequence[int], depths: Sequence[int], runs: Sequence[int], chances: np.ndarray) -> "TreeChain":
+        """The chain of a tree whose paths have these chances."""
+        depth, K = np.array(depths), max(depths)
+        alive = depth[None] <= np.arange(K + 1)[:, None]
+        reached = np.where(alive, chances, 0.0)
+        onward = reached[:, 1:] @ np.eye(len(depth))[np.array(parents, dtype=int)]
+        return cls(np.maximum(reached - onward, 0.0), depth, np.array(runs))
+
+    @property
+    def accepted(self) -> np.ndarray:
+        """Expected accepted nodes by the length of the run that they come from, shape [K + 1]."""
+        return self.ends @ self.depths
+
+    @property
+    def transitions(self) -> np.ndarray:
+        """Chance that drafts from a run of one length are followed by those from one of another, [K + 1, K + 1]."""
+        K = len(self.ends) - 1
+        return np.stack([self.ends[:, self.runs == length].sum(axis=1) for length in range(K + 1)], axis=1)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """Long-run share of steps whose nodes come from a run of each length, shape [K + 1]; prefill's is whole."""
+        K = len(self.ends) - 1
+        visits = np.linalg.solve((np.eye(K + 1) - _DISCOUNT * self.transitions).T, np.eye(K + 1)[K])
+        return (1 - _DISCOUNT) * visits
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Expected tokens that a step emits in the long run, bonus token included."""
+        return 1.0 + float(self.shares @ self.accepted)
+
+    def expected_steps(self, num_tokens: int) -> np.ndarray:
+        """Expected steps that emit the first n tokens after that of prefill, n = 0..num_tokens: [num_tokens + 1]."""
+        K = len(self.ends) - 1
+        joint = np.zeros((K + 1, K + 1, K + 1))  # by run, accepted nodes and next run
+        for row, (depth, run) in enumerate(zip(self.depths, self.runs, strict=True)):
+            joint[:, depth, run] += self.ends[:, row]
+        steps = np.zeros((num_tokens + 1, K + 1))
+        for n in range(1, num_tokens + 1):
+            left = np.maximum(n - 1 - np.arange(K + 1), 0)
+            steps[n] = 1 + np.einsum("sak,ak->s", joint, steps[left])
+        return steps[:, K]
+
+
+def chain_of(tree: DraftTree, chances: np.ndarray) -> TreeChain:
+    """The chain of a tree whose rows have these chances."""
+    return TreeChain.of(tree.parents, tree.depths, tree.runs, chances)
