@@ -8,7 +8,7 @@ accepted drafts, block_lengths[i] tokens are drafted next. With L copied tokens 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -191,21 +191,27 @@ class TrainingLayout:
     def part(self, sequences: slice, blocks: slice) -> "TrainingLayout":
         """Some neighbouring blocks of some sequences, as a layout of its own."""
         rows = self.rows_of(blocks)
-        positions, targets, behind = (x[sequences, rows] for x in (self.positions, self.targets, self.behind))
-        return replace(
-            self,
-            positions=positions,
-            targets=targets,
-            behind=behind,
-            blocks=self.blocks[rows] - blocks.start,
-            depths=self.depths[rows],
-            block_lengths=self.block_lengths[blocks],
+        return TrainingLayout(
+            self.positions[sequences, rows],
+            self.targets[sequences, rows],
+            self.behind[sequences, rows],
+            self.blocks[rows] - blocks.start,
+            self.depths[rows],
+            self.block_lengths[blocks],
+            self.num_tokens,
         )
 
     def to(self, device: torch.device) -> "TrainingLayout":
         """The same layout with its tensors on `device`."""
-        names = ("positions", "targets", "behind", "blocks", "depths")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        return TrainingLayout(
+            self.positions.to(device),
+            self.targets.to(device),
+            self.behind.to(device),
+            self.blocks.to(device),
+            self.depths.to(device),
+            self.block_lengths,
+            self.num_tokens,
+        )
 
 
 def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: int) -> TrainingLayout:
