@@ -77,6 +77,9 @@ class TunedChoice:
         integer("copy_tokens", self.copy_tokens, 0, MAX_COPY_TOKENS)
         if self.tree is not None and self.copy_tokens:
             raise ValueError(f"copy_tokens: expected 0 beside a tree, found {self.copy_tokens}")
+        if not real(self.plain_tokens_per_second) > 0:  # what speeds are told as multiples of
+            found = shown(self.plain_tokens_per_second)
+            raise ValueError(f"plain_tokens_per_second: expected a number > 0, found {found}")
         if not real(self.temperature) >= 0:  # by which choices are told apart
             raise ValueError(f"temperature: expected a number >= 0, found {shown(self.temperature)}")
         check_block_lengths(self.block_lengths, 0 if self.mode == "two_pass" else self.copy_tokens)
