@@ -30,8 +30,8 @@ from pardec.data.shards import pieces_of
 from pardec.run import written_aside
 
 _BLOCK_BYTES = 1 << 24
-# no JSON object with a row in it is shorter; longer lines of blanks are told as no JSON
-_EMPTY_BYTES = 16
+# what a line of JSON begins with only where it is empty, or somebody has indented it or written a byte order mark
+_PERHAPS_EMPTY = np.frombuffer(b" \t\n\r\x0b\x0c\xef", dtype=np.uint8)
 # rows are looked at in pieces of this size, which keep every core busy for a second
 _CHECKED_BYTES = 1 << 24
 
@@ -259,19 +259,24 @@ def _text_files(files: Iterable[Path], *, skips_unreadable: bool = False) -> Tex
 def _lines_of_json(file: Path) -> LinesOfJson:
     if not file.is_file():
         raise DataError(f"{file}: expected a JSONL file, found {'a folder' if file.exists() else 'nothing'}")
-    digest, ends, done = hashlib.sha256(), [], 0
+    digest, cuts, firsts, done, is_cut = hashlib.sha256(), [], [], 0, True
     with file.open("rb") as blocks:
         while block := blocks.read(_BLOCK_BYTES):
             digest.update(block)
-            ends.append(np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + done + 1)
+            found = np.frombuffer(block, dtype=np.uint8)
+            begin = np.flatnonzero(found == ord("\n")) + 1
+            begin = np.concatenate([[0], begin] if is_cut else [begin])
+            is_cut = block.endswith(b"\n")  # then a line begins with the next block, if there is one
+            begin = begin[begin < len(block)]
+            cuts.append(begin + done)
+            firsts.append(found[begin])
             done += len(block)
-    cuts = np.concatenate([[0], *ends, [done]])
-    starts, sizes = cuts[:-1], np.diff(cuts)
+    starts = np.concatenate(cuts or [np.empty(0, dtype=np.int64)])
+    sizes = np.diff(starts, append=done)
     lines = np.arange(1, len(starts) + 1)
-    short = np.flatnonzero(sizes < _EMPTY_BYTES)
-    full = np.ones(len(sizes), dtype=bool)
+    full = ~np.isin(np.concatenate(firsts or [np.empty(0, dtype=np.uint8)]), _PERHAPS_EMPTY)
     with file.open("rb") as content:
-        for number in short:
+        for number in np.flatnonzero(~full):
             content.seek(int(starts[number]))
             full[number] = bool(content.read(int(sizes[number])).removeprefix(b"\xef\xbb\xbf").strip())
     return LinesOfJson(

@@ -30,6 +30,9 @@ ROWS = [{"text": "one"}, {"messages": CHAT}, {"input_ids": [1, 2, 3], "loss_mask
         "\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
         "\n\n  \n".join(map(json.dumps, ROWS)) + "\n\n",
         "\r\n".join(map(json.dumps, ROWS)) + "\r\n \t\r\n",
+        "\n".join(
+            [" " * 99, *map(json.dumps, ROWS), " \t" * 20 + "\r", "  " + json.dumps(ROWS[0]), "\ufeff" + " " * 40]
+        ),
         json.dumps(ROWS[0]),
         '{"text": "a\u2028b"}\n{"text":"c"}',
     ],
