@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import acceptance
 import pytest
@@ -14,6 +13,7 @@ from tiny_models import make_adapter, tiny_model
 
 import pardec.data.python_sources
 from pardec.adapters.files import save_adapter
+from pardec.adapters.tuned import TunedChoice
 from pardec.config.adapter_recipe import DataConfig, Recipe
 from pardec.data.corpus import load_corpus, standard_prompts
 from pardec.measures.acceptance import measure_acceptance
@@ -119,7 +119,7 @@ def test_block_verification_is_measured_and_told_and_changes_no_greedy_figure(wi
 def test_what_was_trained_is_measured_and_not_what_was_tuned():
     model = tiny()
     expected = measure_held_out(model, PROMPTS, **SETTINGS).to_dict()
-    model.tuned = SimpleNamespace(mode="fused", block_lengths=(1, 1), use_head=True)
+    model.tuned = TunedChoice("cpu", "float32", False, (1, 1), {}, 1.0, 2.0, 2.0, 1.0, [0.5])
     assert len(model.generate(PROMPTS, max_new_tokens=16).stats.acceptance_rate_per_position["unconditional"]) == 1
     assert measure_held_out(model, PROMPTS, **SETTINGS).to_dict() == expected
     fewer = measure_held_out(model, PROMPTS, num_speculative_tokens=1, **SETTINGS)
@@ -163,7 +163,7 @@ def data_of(kind: str, folder: Path) -> dict:
 def test_prompts_are_those_that_training_takes(kind, num_prompts, tmp_path, tokenizer, python_library):
     data = DataConfig(**data_of(kind, tmp_path), max_length=16)
     corpus = load_corpus(
-        data.path, tokenizer, format=data.format, validation_path=data.validation_path, max_length=16, max_tokens=100
+        data.path, tokenizer, format=data.format, validation_path=data.validation_path, max_length=16
     )
     expected = standard_prompts(corpus.validation, num_prompts=num_prompts)
     assert validation_prompts(data.model_dump(), tokenizer, num_prompts, **ROOM) == expected
