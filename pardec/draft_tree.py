@@ -70,7 +70,7 @@ class DraftTree:
         Raises:
             ValueError: for what are no block lengths, or those of plain decoding.
         """
-        blocks: BlockLengths = check_block_lengths(block_lengths)
+        blocks: BlockLengths = check_block_lengths(_integers("runs", block_lengths))
         K = len(blocks) - 1
         return cls(tuple(range(K)), (0,) * K, blocks)
 

@@ -70,6 +70,8 @@ def test_a_chain_of_plain_decoding_is_no_tree():
         DraftTree.chain((0,))
     with pytest.raises(ValueError, match="block_lengths: expected K"):
         DraftTree.chain((1, 2))
+    with pytest.raises(ValueError, match="tree: expected integers as runs, found None"):
+        DraftTree.chain(None)  # type: ignore[arg-type]
 
 
 def test_depth_does_not_go_by_the_order_of_nodes():

@@ -75,10 +75,8 @@ def drafting_for(
     Raises:
         ValueError: for what does not exist, or not together.
     """
-    if mode is not None:
-        one_of("mode", mode, MODES)
-    L = None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
-    L, tree = 0 if mode == "plain" else L, None
+    L, tree = _checked_copies(mode, copy_tokens), None
+    L = 0 if mode == "plain" else L
     if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
         mode, blocks, tree = tuned.mode, tuple(tuned.block_lengths), tuned.tree
         use_head = False if use_head is None and not tuned.use_head else use_head
@@ -95,6 +93,69 @@ def drafting_for(
     if mode == "fused":
         blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
     return mode, blocks, use_head, L, tree
+
+
+def tree_for(
+    mode: str | None,
+    asked: int | None,
+    block_lengths: Sequence[int] | None,
+    copy_tokens: int | None,
+    tree: DraftTree,
+    *,
+    trained: int | None,
+    deepest: int | None,
+) -> tuple[str, BlockLengths, int]:
+    """Mode, the block lengths of the full chain that is as long as the tree is deep, and L, which is 0.
+
+    Args:
+        mode: one of `MODES`, or None.
+        asked: K, or None.
+        block_lengths: or None.
+        copy_tokens: L, or None.
+        tree: that is asked for.
+        trained: K of the adapter; None without one.
+        deepest: K that its mask tokens allow; None for any.
+
+    Raises:
+        ValueError: for what is no tree, or does not go with one.
+    """
+    L = _checked_copies(mode, copy_tokens)
+    if not isinstance(tree, DraftTree):
+        raise ValueError(f"tree: expected a DraftTree, found {shown(tree)}")
+    if mode == "plain" or asked is not None or block_lengths is not None:
+        raise ValueError(
+            "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
+        )
+    if L:
+        raise ValueError(f"copy_tokens: expected 0 beside a tree, found {L}")
+    if trained is None:
+        raise ValueError("tree: expected an adapter that drafts its nodes, found none")
+    K = tree.num_speculative_tokens
+    if deepest is not None and deepest < K:
+        raise ValueError(
+            f"tree: expected a depth of at most {deepest}, the number of distinct mask tokens that the adapter was "
+            f"trained with, found {K}"
+        )
+    return mode or "fused", full_blocks(K), 0
+
+
+def _checked_copies(mode: str | None, copy_tokens: int | None) -> int | None:
+    """L, of a mode that there is."""
+    if mode is not None:
+        one_of("mode", mode, MODES)
+    return None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
+
+
+def check_ranks(tree: DraftTree, vocab_size: int, shortlist: int | None) -> None:
+    """Refuses nodes of ranks that nothing has; `shortlist` of the sampler head that drafts, None without one.
+
+    Raises:
+        ValueError: naming how many tokens are ranked.
+    """
+    limit = vocab_size if shortlist is None else min(vocab_size, shortlist)
+    if max(tree.ranks) >= limit:
+        what = "of the vocabulary" if shortlist is None else "on the sampler head's shortlist"
+        raise ValueError(f"tree: expected ranks below {limit}, the tokens {what}, found {max(tree.ranks)}")
 
 
 def _blocks_for(mode: str, asked: int | None, copy_tokens: int, trained: int | None) -> BlockLengths:

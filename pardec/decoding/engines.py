@@ -17,7 +17,7 @@ from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import flag, integer, one_of, real
-from pardec.decoding.asked import Drafting, drafting_for
+from pardec.decoding.asked import Drafting, check_ranks, drafting_for, tree_for
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
@@ -25,11 +25,10 @@ from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.probing.shared_length import shared_length_limit
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
-from pardec.decoding.step import MODES, Decoder
+from pardec.decoding.step import Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
 from pardec.draft_tree import DraftTree
 from pardec.errors import shown
-from pardec.layout import MAX_COPY_TOKENS, BlockLengths, full_blocks
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
 from pardec.target.forward import TargetModel
@@ -111,60 +110,22 @@ class Engines:
         Raises:
             ValueError: for what does not exist, or not together.
         """
-        if mode is not None:
-            one_of("mode", mode, MODES)
-        if copy_tokens is not None:
-            integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
         one_of("verification", verification, VERIFICATIONS)
+        K = None if self.adapter is None else self.adapter.metadata.num_speculative_tokens
         if tree is not None:
-            mode, blocks = self._checked_tree(mode, asked, block_lengths, copy_tokens, tree)
-            L = 0
+            deepest = K if self.adapter is not None and self.adapter.has_distinct_masks else None
+            mode, blocks, L = tree_for(mode, asked, block_lengths, copy_tokens, tree, trained=K, deepest=deepest)
         else:
-            K = None if self.adapter is None else self.adapter.metadata.num_speculative_tokens
             tuned = nearest_choice(self.choices, num_sequences, is_greedy)
             mode, blocks, use_head, L, tree = drafting_for(
                 mode, asked, block_lengths, use_head, copy_tokens, trained=K, tuned=tuned
             )
         head = self.chosen_head(use_head)
         if tree is not None:
-            self._check_ranks(tree, head)
+            check_ranks(tree, self.target.vocab_size, None if head is None else head.shortlist)
         if mode == "plain":
             return Drafting(mode, blocks, None)
         return Drafting(mode, blocks, head if max(blocks) else None, verification, L, tree)
-
-    def _checked_tree(
-        self,
-        mode: str | None,
-        asked: int | None,
-        block_lengths: Sequence[int] | None,
-        copy_tokens: int | None,
-        tree: DraftTree,
-    ) -> tuple[str, BlockLengths]:
-        """The mode, and the block lengths of the full chain that is as long as the tree is deep."""
-        if not isinstance(tree, DraftTree):
-            raise ValueError(f"tree: expected a DraftTree, found {shown(tree)}")
-        if mode == "plain" or asked is not None or block_lengths is not None:
-            raise ValueError(
-                "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
-            )
-        if copy_tokens:
-            raise ValueError(f"copy_tokens: expected 0 beside a tree, found {copy_tokens}")
-        if self.adapter is None:
-            raise ValueError("tree: expected an adapter that drafts its nodes, found none")
-        K, metadata = tree.num_speculative_tokens, self.adapter.metadata
-        if metadata.num_speculative_tokens < K and self.adapter.has_distinct_masks:
-            raise ValueError(
-                f"tree: expected a depth of at most {metadata.num_speculative_tokens}, the number of distinct mask "
-                f"tokens that the adapter was trained with, found {K}"
-            )
-        return mode or "fused", full_blocks(K)
-
-    def _check_ranks(self, tree: DraftTree, head: HeadDrafter | None) -> None:
-        """Refuses nodes of ranks that nothing has."""
-        limit = min(self.target.vocab_size, self.target.vocab_size if head is None else head.shortlist)
-        if max(tree.ranks) >= limit:
-            what = "of the vocabulary" if head is None else "on the sampler head's shortlist"
-            raise ValueError(f"tree: expected ranks below {limit}, the tokens {what}, found {max(tree.ranks)}")
 
     def chosen_head(self, use_head: bool | None) -> HeadDrafter | None:
         """The head that drafts; `use_head` as in `generate`.
@@ -272,14 +233,7 @@ class Engines:
             way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.tree)
             shape = (*way, drafting.head is not None, drafting.verification, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
-            on = (
-                self.capture,
-                self.compile,
-                sequences,
-                now,
-                arithmetic(target.device),
-                linears.num_packed,
-            )
+            on = (self.capture, self.compile, sequences, now, arithmetic(target.device), linears.num_packed)
             key = (shape, on)
         engine = None if key is None else self._pool.take(key)
         if engine is None:
