@@ -4,8 +4,8 @@
 
 Reads the launch commands at the top of these recipes, builds each model in its published size without weights, and
 recomputes the estimate that `train/train_adapter.py` prints before its first step: weights, what is learned with its
-gradients and moments, logits and activations of mask rows. Estimated, not measured: nothing is run. Prints a table and
-one JSON object as the last line. Exit code 1 if a recipe states another figure or one beyond its card, 0 otherwise.
+gradients and moments, and what tiny steps, run on shapes alone, leave alive. Estimated, not measured. Prints a table
+and one JSON object as the last line. Exit code 1 if a recipe states another figure or one beyond its card, 0 otherwise.
 """
 
 import argparse
@@ -16,15 +16,14 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from matrix.published_sizes import published_model
 from reporting.text_tables import TextTable, print_tables
+from transformers import PreTrainedModel
 
 from pardec.config.adapter_recipe import AdapterConfig, Recipe
 from pardec.config.recipe_files import load_recipe
 from pardec.run import exit_on_unusable_input
-from pardec.target.forward import TargetModel
-from pardec.training.memory import adapter_bytes
+from pardec.training.memory import StepMemory, learned_bytes, measure_step
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
 
@@ -35,6 +34,8 @@ RECIPES = tuple(
 )
 # share of a card that an estimate may take: the rest is the device's own, fragments, and decoding of held-out prompts
 ROOM = 0.85
+# of the models whose steps are run on shapes: what further layers take is carried on
+LAYERS = (1, 2)
 _COMMAND = re.compile(r"^# (\d+) GB, ([\d.]+) GiB: accelerate launch train/train_adapter\.py (\S+)(.*)$", re.MULTILINE)
 
 
@@ -85,28 +86,36 @@ def launches_of(path: Path) -> list[Launch]:
 
 def estimate(recipe: Recipe) -> Estimate:
     """Of a training process with this recipe, whose base is a published one."""
-    target, num_learned = _built(recipe.base, recipe.adapter.model_dump_json())
-    weights = sum(p.numel() * p.element_size() for p in target.base.parameters() if p.dtype == torch.bfloat16)
-    train = recipe.train
-    together = min(train.anchors_per_forward or train.anchors_per_sequence, train.anchors_per_sequence)
-    rows = recipe.mask_rows(train.anchors_per_sequence), recipe.mask_rows(together)
-    total = weights + adapter_bytes(target, *rows, num_learned)
+    weights, step, num_learned = _built(recipe.base, recipe.adapter.model_dump_json())
+    rows = recipe.mask_rows(recipe.anchors_to_try()[0])
+    total = weights + learned_bytes(num_learned) + step.bytes_for(recipe.train.batch_size, recipe.data.max_length, rows)
     return Estimate(weights / 2**30, num_learned, total / 2**30)
 
 
 @lru_cache
-def _built(base_name: str, adapter: str) -> tuple[TargetModel, int]:
-    """The model in bfloat16 with what is learned, in float32, and how many numbers that is; most of the time goes here.
+def _built(base_name: str, adapter: str) -> tuple[int, StepMemory, int]:
+    """Bytes of a model in bfloat16, its steps, and how many numbers are learned for it.
 
     Args:
         base_name: of a published model.
         adapter: section of a recipe, as JSON.
     """
-    base, what = published_model(base_name), AdapterConfig.model_validate_json(adapter)
+    what = AdapterConfig.model_validate_json(adapter)
+    module = _module(published_model(base_name), what)
+    few, more = (measure_step(_module(published_model(base_name, layers), what)) for layers in LAYERS)
+    share = (module.target.num_layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
+    weights = sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+    return weights, few.carried_on(more, share), sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def _module(base: PreTrainedModel, what: AdapterConfig) -> MaskTokenTrainer:
     if what.lora is not None:
         inject_lora(base, r=what.lora.r, alpha=what.lora.alpha, target_modules=what.lora.target_modules)
     module = MaskTokenTrainer(base, what.drafter())
-    return TargetModel.wrap(base), sum(p.numel() for p in module.parameters() if p.requires_grad)
+    for parameter in module.parameters():
+        if parameter.requires_grad:  # in float32, but rows meet them in bfloat16, by autocast, which is not on here
+            parameter.data = parameter.data.to(base.dtype)
+    return module
 
 
 def report(paths: list[Path]) -> bool:

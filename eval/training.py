@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from pardec.layout import MAX_SPECULATIVE_TOKENS
 from pardec.run import exit_on_unusable_input
-from pardec.training.memory import adapter_bytes
+from pardec.training.memory import learned_bytes, measure_step
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora
@@ -146,10 +146,12 @@ def measure(
                 form.seconds += [seconds] * (repetition >= 2)
             trainer.forget_prefix()  # the other form has none
             clear_device_cache(garbage_collection=True)
-    weights = sum(p.numel() * p.element_size() for p in base.parameters())
+    weights = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
     num_learned = sum(p.numel() for p in trainer.parameters() if p.requires_grad)
     mask_rows = args.batch_size * args.anchors * K
-    estimate = weights + adapter_bytes(trainer.target, mask_rows, mask_rows, num_learned)
+    with accelerator.autocast():
+        of_step = measure_step(trainer).bytes_for(args.batch_size, args.length, mask_rows)
+    estimate = weights + learned_bytes(num_learned) + of_step
     rows = [
         {"learned": learned, "form": name, "num_learned": num_learned, "mask_rows": mask_rows}
         | figures(form, forms.get(PREFIX_CACHED), mask_rows)

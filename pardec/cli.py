@@ -141,8 +141,7 @@ def generate(
         chats = [[{"role": "user", "content": text}] for text in prompts]
         given = model.prompt_ids(messages=chats) if as_chat else prompts
         options |= {"use_head": use_head}
-        way: dict[str, Any] = {"verification": verification, "copy_tokens": copy_tokens, "is_greedy": temperature == 0}
-        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, use_head, **way).mode
+        chosen_mode = _chosen_mode(model, mode, options)
         if compare:
             from pardec.race_terminal import run_races
 
@@ -202,8 +201,7 @@ def chat(
         from pardec.chat import Chat
         from pardec.chat_terminal import run_chat
 
-        way: dict[str, Any] = {"verification": verification, "copy_tokens": copy_tokens, "is_greedy": temperature == 0}
-        chosen_mode = model.engines.drafting(mode, num_speculative_tokens, None, None, **way).mode
+        chosen_mode = _chosen_mode(model, mode, options)
         run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)
 
 
@@ -300,6 +298,20 @@ def tune(
 app.command()(export)
 app.command(name="import")(import_lora)
 app.command()(push)
+
+
+def _chosen_mode(model: "SelfSpeculativeModel", mode: str | None, options: dict[str, Any]) -> str:
+    """The mode in which a call with these options decodes.
+
+    Where copies alone follow from a choice to draft nothing, the options say so from now on: with a mode beside them
+    that choice no longer counts.
+    """
+    K, L = options["num_speculative_tokens"], options["copy_tokens"]
+    way: dict[str, Any] = {"verification": options["verification"], "is_greedy": options["temperature"] == 0}
+    drafting = model.engines.drafting(mode, K, None, options.get("use_head"), copy_tokens=L, **way)
+    if K is None and L and drafting.mode == "fused" and drafting.num_speculative_tokens == 0:
+        options["num_speculative_tokens"] = 0
+    return drafting.mode
 
 
 def _load(

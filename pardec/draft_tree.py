@@ -6,7 +6,10 @@ Legend: N nodes, K num_speculative_tokens, which is the depth of the deepest nod
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from pardec.arguments import integer
+from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, BlockLengths, check_block_lengths
 
 MAX_NODES = 512  # walking a tree compares every node with every other
@@ -39,7 +42,7 @@ class DraftTree:
 
     def __post_init__(self) -> None:
         for name in ("parents", "ranks", "runs"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, _integers(name, getattr(self, name)))
         N = len(self.parents)
         if not 1 <= N <= MAX_NODES:
             raise ValueError(f"tree: expected 1 to {MAX_NODES} nodes, found {N}")
@@ -103,3 +106,11 @@ class DraftTree:
     def rank_paths(self) -> tuple[tuple[int, ...], ...]:
         """Ranks on the way to each row, that of the row the last; empty for the root."""
         return tuple(tuple(self.ranks[row - 1] for row in path[1:]) for path in self.paths)
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    """As plain numbers of Python: layouts and tables are made of them, and a tree may be a key."""
+    try:
+        return tuple(integer(name, value, -(2**63)) for value in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"tree: expected integers as {name}, found {shown(values)}") from None

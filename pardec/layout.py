@@ -191,14 +191,27 @@ class TrainingLayout:
     def part(self, sequences: slice, blocks: slice) -> "TrainingLayout":
         """Some neighbouring blocks of some sequences, as a layout of its own."""
         rows = self.rows_of(blocks)
-        each = (x[sequences, rows] for x in (self.positions, self.targets, self.behind))
-        numbers = self.blocks[rows] - blocks.start
-        return TrainingLayout(*each, numbers, self.depths[rows], self.block_lengths[blocks], self.num_tokens)
+        return TrainingLayout(
+            self.positions[sequences, rows],
+            self.targets[sequences, rows],
+            self.behind[sequences, rows],
+            self.blocks[rows] - blocks.start,
+            self.depths[rows],
+            self.block_lengths[blocks],
+            self.num_tokens,
+        )
 
     def to(self, device: torch.device) -> "TrainingLayout":
         """The same layout with its tensors on `device`."""
-        tensors = (x.to(device) for x in (self.positions, self.targets, self.behind, self.blocks, self.depths))
-        return TrainingLayout(*tensors, self.block_lengths, self.num_tokens)
+        return TrainingLayout(
+            self.positions.to(device),
+            self.targets.to(device),
+            self.behind.to(device),
+            self.blocks.to(device),
+            self.depths.to(device),
+            self.block_lengths,
+            self.num_tokens,
+        )
 
 
 def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: int) -> TrainingLayout:

@@ -258,6 +258,14 @@ def test_the_mode_that_was_tuned_is_used_and_another_one_if_asked_for(saved, tmp
     write_tuned(folder, replace(choice, block_lengths=(0,)))
     assert drafted() == (0, False)
     assert json.loads(run(*arguments, "--compare", "--json").stdout)["fused"]["stats"]["num_draft_tokens"]
+    # copies that are asked for stand alone, whatever is printed of them
+    assert drafted("--copy-tokens", "4") == (0, False)
+    assert not json.loads(run(*arguments, "--compare", "--json", "--copy-tokens", "4").stdout)["fused"]["stats"][
+        "num_draft_tokens"
+    ]
+    shown_drafts = run(*arguments, "--show-drafts", "--copy-tokens", "4").stdout
+    assert expected[1] in re.sub(r"\x1b\[[0-9;]*m", "", shown_drafts)
+    assert "\n0 drafted tokens accepted" in re.sub(r"\x1b\[[0-9;]*m", "", shown_drafts)
 
 
 def test_the_head_can_be_left_out(save, monkeypatch):

@@ -47,6 +47,13 @@ WRONG = [
     (((0, 0), (0, 1), (0, 0, 0)), "tree: expected runs from 0 to its depth 1, which is the largest, found (0, 0, 0)"),
     (((0,), (0,), (2, 1)), "tree: expected runs from 0 to its depth 1, which is the largest, found (2, 1)"),
     (((0,), (0,), (1, -1)), "tree: expected runs from 0 to its depth 1, which is the largest, found (1, -1)"),
+    (((0.0,), (0,), (1, 1)), "tree: expected integers as parents, found (0.0,)"),
+    (((0,), (0.5,), (1, 1)), "tree: expected integers as ranks, found (0.5,)"),
+    (((0,), "0", (1, 1)), "tree: expected integers as ranks, found '0'"),
+    (((0,), (0,), (1.0, 1.0)), "tree: expected integers as runs, found (1.0, 1.0)"),
+    (((0,), (0,), (1, None)), "tree: expected integers as runs, found (1, None)"),
+    (((False,), (0,), (1, 1)), "tree: expected integers as parents, found (False,)"),
+    ((None, (0,), (1, 1)), "tree: expected integers as parents, found None"),
     ((range(DEEP), (0,) * DEEP, (0,) * (DEEP + 1)), "tree: expected a depth of at most 64, found 65"),
 ]
 

@@ -32,7 +32,7 @@ from pardec.target.forward import TargetModel, embedding_weight
 from pardec.target.sharding import held_bytes, load_sharded_base, running_bytes
 from pardec.training.checkpoints import check_same, load_state, read_progress, save_state, steps_done_before
 from pardec.training.launch import idle_processors, launch_told
-from pardec.training.memory import adapter_bytes
+from pardec.training.memory import check_fits, free_bytes, learned_bytes, measure_step
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
 from pardec.training.processes import (
@@ -91,7 +91,8 @@ def train(recipe: Recipe) -> None:
     optimizer, loader = accelerator.prepare(optimizer, loader)
     wrapped = as_steps_run_it(accelerator, module, learned.values(), base_is_sharded=bool(train.shard_base))
 
-    sizes = sizes_of(recipe, module.target, learned, prompts)
+    with accelerator.autocast():
+        sizes = sizes_of(recipe, module, learned, prompts)
     begin_run(accelerator, recipe.output_dir, sizes + idle_processors(accelerator), first_step)
     learner = Learner(
         accelerator, wrapped, learned, optimizer, schedule, train.seed, train.anchors_per_forward, train.max_grad_norm
@@ -224,16 +225,23 @@ def begin_module(recipe: Recipe, base, identity: Fingerprint):
     return module, peft_model, {"started_from": source.metadata.files, **({"moved_from": moved} if moved else {})}
 
 
-def sizes_of(recipe: Recipe, target: TargetModel, learned: Mapping[str, Tensor], prompts: list[list[int]]) -> str:
-    """Sizes and a memory estimate."""
-    weights = held_bytes(target.base)
-    N, num_learned = recipe.train.anchors_per_sequence, sum(p.numel() for p in learned.values())
-    mask_rows = recipe.mask_rows(min(recipe.train.anchors_per_forward or N, N))
-    memory = running_bytes(target.base) + adapter_bytes(target, recipe.mask_rows(N), mask_rows, num_learned)
+def sizes_of(recipe: Recipe, module: MaskTokenTrainer, learned: Mapping[str, Tensor], prompts: list[list[int]]) -> str:
+    """Sizes and the memory that the run will take, found by tiny steps.
+
+    Raises:
+        ValueError: if that is more than is free, naming what would fit.
+    """
+    base, train, T = module.target.base, recipe.train, recipe.data.max_length
+    num_learned, step = sum(p.numel() for p in learned.values()), measure_step(module)
+    to_come = learned_bytes(num_learned) * 3 // 4  # the numbers themselves are there
+    needed = {N: step.bytes_for(train.batch_size, T, recipe.mask_rows(N)) for N in recipe.anchors_to_try()}
+    check_fits(needed, to_come, free_bytes(module.target.device), batch_size=train.batch_size)
+    (anchors, of_step), *_ = needed.items()
+    memory, mask_rows = running_bytes(base) + to_come + of_step, recipe.mask_rows(anchors)
     return (
-        f"base {recipe.base}: {weights / 2**20:,.0f} MiB per process; learned: {num_learned:,} numbers; "
+        f"base {recipe.base}: {held_bytes(base) / 2**20:,.0f} MiB per process; learned: {num_learned:,} numbers; "
         f"{len(prompts)} validation prompts\n"
-        f"per forward: {recipe.train.batch_size * recipe.data.max_length:,} real rows, {mask_rows:,} mask rows; "
+        f"per forward: {train.batch_size * T:,} real rows, {mask_rows:,} mask rows; "
         f"memory estimate {memory / 2**30:.1f} GiB per process (less with fewer train.anchors_per_forward)"
     )
 

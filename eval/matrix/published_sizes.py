@@ -105,8 +105,8 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def published_model(name: str) -> PreTrainedModel:
-    """A model of that size in bfloat16 on torch's device `meta`, which holds no numbers.
+def published_model(name: str, num_layers: int | None = None) -> PreTrainedModel:
+    """A model of that size in bfloat16 on torch's device `meta`, which holds no numbers; of so many layers, or all.
 
     Raises:
         ValueError: for a name that is not in the table.
@@ -114,6 +114,15 @@ def published_model(name: str) -> PreTrainedModel:
     if name not in PUBLISHED:
         raise ValueError(f"base: expected one of {', '.join(PUBLISHED)}, found {name!r}")
     model_type, values = PUBLISHED[name]
+    if num_layers is not None:
+        values = _with_layers(values, num_layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**values), dtype=torch.bfloat16)
     return model.eval().requires_grad_(False)
+
+
+def _with_layers(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
+    """The same configuration with another number of layers of its language model."""
+    if "text_config" in values:
+        return {**values, "text_config": _with_layers(values["text_config"], num_layers)}
+    return {**values, "num_hidden_layers": num_layers}

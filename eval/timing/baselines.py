@@ -115,8 +115,9 @@ def ways_for(
     base = first.base_model
     ways, left_out = [pardec_way(first, setting, name="plain", mode="plain")], []
     if not tuned_only:
-        alone = {"num_speculative_tokens": 0, "copy_tokens": COPY_TOKENS}
-        ways.append(pardec_way(first, setting, name="copies", mode="fused", **alone))
+        ways.append(
+            pardec_way(first, setting, name="copies", mode="fused", num_speculative_tokens=0, copy_tokens=COPY_TOKENS)
+        )
     for label, model in models.items():
         assert model.adapter is not None
         facts = model.adapter.metadata
@@ -132,8 +133,7 @@ def ways_for(
             else:
                 ways.append(own(name="fused", mode="fused", num_speculative_tokens=k))
         if not tuned_only:
-            behind = {"num_speculative_tokens": 1, "copy_tokens": COPY_TOKENS}
-            ways.append(own(name="fused + copies", mode="fused", **behind))
+            ways.append(own(name="fused + copies", mode="fused", num_speculative_tokens=1, copy_tokens=COPY_TOKENS))
         choice = model.tuned_for(batch_size, is_greedy=setting.temperature == 0)
         if choice is None:
             left_out.append({"way": "tuned", "adapter": label, "reason": NO_TUNED_CHOICE})

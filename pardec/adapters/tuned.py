@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
 from pardec.adapters.packaged import adapter_folder, tuned_folder
-from pardec.arguments import integer
+from pardec.arguments import integer, real
 from pardec.draft_tree import DraftTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
@@ -73,7 +73,15 @@ class TunedChoice:
     tree: DraftTree | None = None
 
     def __post_init__(self) -> None:
+        integer("batch_size", self.batch_size, 1)
         integer("copy_tokens", self.copy_tokens, 0, MAX_COPY_TOKENS)
+        if self.tree is not None and self.copy_tokens:
+            raise ValueError(f"copy_tokens: expected 0 beside a tree, found {self.copy_tokens}")
+        if not real(self.plain_tokens_per_second) > 0:  # what speeds are told as multiples of
+            found = shown(self.plain_tokens_per_second)
+            raise ValueError(f"plain_tokens_per_second: expected a number > 0, found {found}")
+        if not real(self.temperature) >= 0:  # by which choices are told apart
+            raise ValueError(f"temperature: expected a number >= 0, found {shown(self.temperature)}")
         check_block_lengths(self.block_lengths, 0 if self.mode == "two_pass" else self.copy_tokens)
         if self.block_lengths == PLAIN:
             object.__setattr__(self, "mode", "plain")

@@ -241,6 +241,12 @@ class Recipe(Section):
         train = self.train
         return Objective(train.objective, self.position_weights(), train.temperature, train.top_k)
 
+    def anchors_to_try(self) -> list[int]:
+        """Anchors of a forward: as many as the recipe asks for, then ever fewer, down to one."""
+        most = self.train.anchors_per_sequence
+        asked = min(self.train.anchors_per_forward or most, most)
+        return [asked] + [one for one in range(asked - 1, 0, -1) if one == 1 or one % 8 == 0 or one < 8]
+
     def mask_rows(self, num_anchors: int, max_depth: int | None = None) -> int:
         """Mask rows of a forward with so many anchors per sequence, and so many mask tokens of a block; default K."""
         K, keep = max_depth or self.adapter.num_speculative_tokens, self.train.keep

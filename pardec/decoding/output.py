@@ -67,8 +67,8 @@ def pieces_of(text: "TextStream", chunk: StreamChunk, mode: str, is_first: bool)
     """
     # two_pass emits its exact token first; accepted drafts stand before the bonus token
     origins: list[Origin] = ["target"] if mode == "two_pass" and not is_first else []
-    origins += ["drafted"] * chunk.num_accepted_tokens
-    origins += ["copied"] * chunk.num_copied_tokens
+    origins.extend("drafted" for _ in range(chunk.num_accepted_tokens))
+    origins.extend("copied" for _ in range(chunk.num_copied_tokens))
     for index, token in enumerate(chunk.token_ids):
         yield text.put([token], last=False), origins[index] if index < len(origins) else "target"
 

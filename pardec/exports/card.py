@@ -167,10 +167,20 @@ def _speed(choices: Sequence[TunedChoice]) -> str:
         ratio = one.measured_tokens_per_second / one.plain_tokens_per_second
         rows.append(
             f"| {one.device} | {one.dtype}{', compiled' * one.compile} | {drawn}, batch {one.batch_size} | "
-            f"{one.mode}, K = {one.num_speculative_tokens} | {one.measured_tokens_per_second:.1f} | {ratio:.2f} |"
+            f"{_way(one)} | {one.measured_tokens_per_second:.1f} | {ratio:.2f} |"
         )
     head = ["| device | dtype | decoding | chosen by `pardec tune` | tokens/s | x plain |", "|---|---|---|---|---|---|"]
     return "\n".join([*head, *rows])
+
+
+def _way(choice: TunedChoice) -> str:
+    """Mode, K, and what is verified besides a chain of K drafts."""
+    words = [choice.mode, f"K = {choice.num_speculative_tokens}"]
+    if choice.tree is not None:
+        words.append(f"a tree of {choice.tree.num_nodes} nodes")
+    if choice.copy_tokens:
+        words.append(f"{choice.copy_tokens} copied tokens")
+    return ", ".join(words)
 
 
 def _doors(adapter: Adapter, name: HubName) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel, UnsupportedModelError
@@ -96,7 +96,10 @@ def _observed(target: TargetModel, ids: Tensor) -> tuple[list[tuple[nn.Module, t
     try:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         embeds = target.embed(ids)
-        logits = target.base(inputs_embeds=embeds, position_ids=positions, use_cache=False, return_dict=True).logits
+        cache = PrefixCache(target.num_layers)
+        logits = target.base(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True, return_dict=True
+        ).logits
     finally:
         for handle in handles:
             handle.remove()

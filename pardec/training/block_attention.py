@@ -23,7 +23,7 @@ from pardec.target.cache import PrefixCache
 from pardec.target.forward import CHUNKED, SLIDING, TargetModel, text_config
 from pardec.target.own_head import OwnHead
 from pardec.target.survey import agree
-from pardec.training.prefix_attention import Seen, prefix_attention
+from pardec.training.prefix_attention import Seen, prefix_attention, without_autocast
 
 ROUTE = "pardec_blocks"
 
@@ -174,7 +174,7 @@ def supports(own_head: OwnHead, num_speculative_tokens: int) -> bool:
         return False
     if limit is not None and limit < 6 + K:
         return False
-    with torch.autocast(target.device.type, enabled=False):
+    with without_autocast(target.device):
         return _gives_the_same(own_head, K)
 
 

@@ -121,7 +121,7 @@ class _Compare(torch.autograd.Function):
         if not isinstance(of_q, Tensor):
             return None, None, None, None
         gradient = q * of_q[:, None]
-        if below is not None:
+        if below is not None and of_overlap is not None:
             gradient += below.mul_(of_overlap[:, None])
         if of_cross is not None:
             gradient.addcmul_(p, of_cross[:, None], value=-1)

@@ -140,7 +140,8 @@ class MaskTokenTrainer(nn.Module):
             self.tap = HiddenTap(self.target.base)
             hidden_dim = self.tap.output_embeddings.shape[1]
             self.head = SamplerHead(hidden_dim, self.target.embedding_dim, drafter.head_width).to(self.target.device)
-        self._takes_blocks: bool | None = None
+        self.most_rows = rows_at_once(self.target.vocab_size, self.target.device)  # of a part of the loss
+        self.takes_blocks = supports(self.own_head, drafter.num_speculative_tokens)
         self._prefix: Prefix | None = None
 
     def train(self, mode: bool = True) -> "MaskTokenTrainer":
@@ -190,10 +191,9 @@ class MaskTokenTrainer(nn.Module):
         # where only the head is trained, and only reads, nothing below it needs a gradient
         with torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()):
             hidden = self._run_mask_rows(layout, on_host, prefix.cache)
-        most_rows = rows_at_once(self.target.vocab_size, hidden.device)
         loss_sum, metrics = summed_by_parts(
             partial(self._loss_of, rows, prefix.hidden.flatten(0, 1), with_metrics),
-            list(parts_of(on_host, most_rows, hidden.device)),
+            list(parts_of(on_host, self.most_rows, hidden.device)),
             hidden,
             [] if self.head is None else list(self.head.parameters()),
         )
@@ -267,12 +267,10 @@ class MaskTokenTrainer(nn.Module):
         """Their hidden states, shape [B, M, H]."""
         target, B = self.target, layout.positions.shape[0]
         positions = target.clamp_positions(layout.positions)
-        if self._takes_blocks is None:
-            self._takes_blocks = supports(self.own_head, self.drafter.num_speculative_tokens)
         with ExitStack() as stack:
             # the backward of cuDNN's attention gives NaN for some numbers of keys: pytorch issue 196678
             stack.enter_context(sdpa_kernel(ATTENTION_KERNELS))
-            if self._takes_blocks:
+            if self.takes_blocks:
                 mask = stack.enter_context(block_route(target, layout, on_host, cache)).mask
             else:
                 real = torch.arange(layout.num_tokens, device=positions.device).expand(B, -1)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pardec.layout import TrainingLayout
 
-# rows x vocabulary of a part: on a CPU 2 MiB in float32, which its cache holds, on a device 256 MiB; but so many rows
+# rows x vocabulary of a part: on a CPU 2 MiB in float32, which its cache holds, on a device 128 MiB; but so many rows
 # that reading the head's weights for them pays
-_ENTRIES_ON_CPU, _ENTRIES, _LEAST_ROWS = 2**19, 2**26, 64
+_ENTRIES_ON_CPU, _ENTRIES, _LEAST_ROWS = 2**19, 2**25, 64
 
 
 @dataclass(frozen=True)

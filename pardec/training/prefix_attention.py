@@ -7,6 +7,7 @@ within its own block, D head size.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from pardec.layout import TrainingLayout
 
-# scores at a time: 1 MiB in float32 on a CPU, which its cache holds, on a device 256 MiB; but so many rows that reading
+# scores at a time: 1 MiB in float32 on a CPU, which its cache holds, on a device 128 MiB; but so many rows that reading
 # keys and values for them pays
-_ENTRIES_ON_CPU, _ENTRIES, _LEAST_ROWS = 2**18, 2**26, 16
+_ENTRIES_ON_CPU, _ENTRIES, _LEAST_ROWS = 2**18, 2**25, 16
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def prefix_attention(
     Returns:
         shapes [B, H, G, M, D'] and [B, H, G, M, K].
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         return _PrefixAttention.apply(rows, own_scores, keys, values, seen)  # type: ignore[return-value]
 
 
@@ -136,7 +137,7 @@ class _PrefixAttention(torch.autograd.Function):
         mean = (of_out * out).sum(-1, dtype=exact) + (of_own * own_weights).sum(-1)
         of_own_scores = (own_weights * (of_own - mean[..., None])).to(own_scores.dtype)
         of_out = of_out.to(values.dtype)
-        with torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows.device):
             for part in ctx.seen.slices(_rows_at_once(rows, keys)):
                 n = part.tokens.stop - part.tokens.start
                 weights = _weights(rows, own_scores, keys, ctx.seen, part)
@@ -161,7 +162,16 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Dtypes as they come, on any device; `meta` knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def scores_at_once(device: torch.device) -> int:
+    """Scores that are made at a time, unless `_LEAST_ROWS` rows have more."""
+    return _ENTRIES_ON_CPU if device.type == "cpu" else _ENTRIES
+
+
 def _rows_at_once(rows: Tensor, keys: Tensor) -> int:
     B, H, G, _, _ = rows.shape
-    entries = _ENTRIES_ON_CPU if rows.device.type == "cpu" else _ENTRIES
-    return max(_LEAST_ROWS, entries // (B * H * G * keys.shape[2]))
+    return max(_LEAST_ROWS, scores_at_once(rows.device) // (B * H * G * keys.shape[2]))

@@ -22,6 +22,8 @@ from pardec.adapters.tuned import (
 )
 from pardec.layout import PLAIN
 
+PAIR = {"parents": [0], "ranks": [0], "runs": [1, 1]}  # a tree of one node
+
 
 @pytest.fixture(scope="module")
 def base():
@@ -181,6 +183,17 @@ def broken(folder, **changes) -> str:
         ('{"format_version": 1}', "choices: expected a valid list, found None"),
         ('{"format_version": 1, "choices": [{}]}', "expected key 'choices.0.device', found none"),
         ({"block_lengths": [2, 2]}, "block_lengths: expected K . 1 numbers"),
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1, found 0"),
+        ({"plain_tokens_per_second": 0}, "plain_tokens_per_second: expected a number > 0, found 0"),
+        ({"temperature": "nan"}, "temperature: expected a number >= 0, found nan"),
+        (
+            {"mode": "two_pass", "block_lengths": [1, 1], "copy_tokens": 4, "tree": PAIR},
+            "copy_tokens: expected 0 beside a tree, found 4",
+        ),
+        (
+            {"tree": {**PAIR, "ranks": [0.5]}, "block_lengths": [1, 1]},
+            r"choices\.0\.tree\.ranks\.0: expected a valid integer",
+        ),
         ({"mode": "tree"}, r"choices\.0\.mode: expected"),
         ({"mode": "two_pass"}, r"block_lengths: expected those of two_pass, found \[1, 2, 1\]"),
         ({"mode": "plain"}, r"block_lengths: expected those of plain, found \[1, 2, 1\]"),

@@ -7,10 +7,11 @@ from programs import run
 from timing import shapes
 from timing.joint_forward import JointForward
 
-from pardec.training.memory import adapter_bytes
+from pardec.training.memory import learned_bytes, measure_step
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora
+from pardec.training.processes import make_accelerator
 
 B, T, N, K = 2, 16, 3, 2
 
@@ -84,11 +85,13 @@ def test_both_forms_take_turns_and_the_estimate_is_that_of_training(tmp_path):
     assert all(row["ms_per_step"] > 0 and row["peak_memory_gib"] is None for row in rows)
     assert [row["ratio_to_prefix_cached"] for row in rows[::2]] == [1.0, 1.0]
     trainer = trainer_of(2)
-    weights = sum(p.numel() * p.element_size() for p in trainer.base.parameters())
+    weights = sum(p.numel() * p.element_size() for p in trainer.base.parameters() if not p.requires_grad)
     numbers = 4 * 64 + sum(p.numel() for name, p in trainer.named_parameters() if "lora_" in name)
     assert rows[2]["num_learned"] == numbers
-    expected = weights + adapter_bytes(trainer.target, 8, 8, numbers)
-    assert rows[2]["estimate_gib"] == round(expected / 2**30, 6)
+    trainer = MaskTokenTrainer(trainer.base, Drafter(4, has_lora=True), Objective(weights="expected_length"))
+    with make_accelerator("auto").autocast():
+        expected = weights + learned_bytes(numbers) + measure_step(trainer).bytes_for(1, 12, 8)
+    assert rows[2]["estimate_gib"] == pytest.approx(expected / 2**30, rel=1e-3)
     page = (tmp_path / "found.md").read_text()
     assert page.count("| dense joint |") == 2
     assert "estimate GiB" in ended.out

@@ -10,6 +10,7 @@ from pardec.adapters.files import load_adapter
 from pardec.adapters.hub import HubName
 from pardec.adapters.packaged import PACKAGED_ADAPTERS
 from pardec.adapters.tuned import shipped_choice
+from pardec.draft_tree import DraftTree
 from pardec.exports.card import card_of
 from pardec.exports.doors import door_of
 from pardec.exports.public_form import public_form
@@ -53,6 +54,20 @@ def test_a_shipped_adapter_is_told_with_its_figures():
         "| AMD EPYC, 2 threads | float32 | greedy, batch 1 | fused, K = 1 | 47.6 | 1.10 |",
     ):
         assert words in text
+
+
+def test_what_was_tuned_is_told_with_its_tree_or_its_copies():
+    adapter, choice = load_adapter("smollm2"), shipped_choice("smollm2")
+    assert choice is not None
+    tree = DraftTree((0, 0, 1), (0, 1, 0), (2, 1, 2, 0))
+    ways = {
+        "fused, K = 2, a tree of 3 nodes": {"tree": tree, "block_lengths": (2, 2, 2)},
+        "two_pass, K = 2, 4 copied tokens": {"mode": "two_pass", "block_lengths": (2, 2, 2), "copy_tokens": 4},
+        "fused, K = 0, 2 copied tokens": {"block_lengths": (0, 0, 0), "copy_tokens": 2},
+    }
+    text = card(adapter, [replace(choice, batch_size=n, **way) for n, way in enumerate(ways.values(), start=1)])
+    for n, words in enumerate(ways, start=1):
+        assert f"| greedy, batch {n} | {words} | 47.6 |" in text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 from tiny_models import FAMILIES, tiny_model
 
 from pardec.layout import nested_block_lengths, training_layout
-from pardec.training import parts
 from pardec.training.comparison import target_law
 from pardec.training.first_embeddings import mean_embedding
 from pardec.training.module import METRICS, Drafter, MaskTokenTrainer
@@ -180,8 +179,8 @@ def test_the_route_of_blocks_gives_the_models_own_attention(family, keep):
     for takes_blocks in (True, False):
         trainer = make_trainer(family, True, keep=keep)
         trainer(**make_batch())
-        assert trainer._takes_blocks  # the probe finds that each of these families may take it
-        trainer._takes_blocks = takes_blocks
+        assert trainer.takes_blocks  # the probe finds that each of these families may take it
+        trainer.takes_blocks = takes_blocks
         loss, _, metrics = trainer(**make_batch(), with_metrics=True)
         loss.backward()
         gradients = {n: p.grad for n, p in trainer.named_parameters() if p.grad is not None}
@@ -223,7 +222,7 @@ def test_weights_that_follow_acceptance_are_those_of_each_block_by_itself(rule, 
 def seen_by_the_objective(monkeypatch, trainer, batch) -> list[dict]:
     """What a forward in one part hands over, once without and once with a head, what comes back, and its loss."""
     original, calls = Objective.weighted_losses, []
-    monkeypatch.setattr(parts, "_LEAST_ROWS", 10**6)
+    trainer.most_rows = 10**6
 
     def spy(self, logits, law, ids, counts, layout, K):
         weighted, found = original(self, logits, law, ids, counts, layout, K)

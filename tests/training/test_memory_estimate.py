@@ -1,0 +1,87 @@
+"""What training is said to take, against what it takes: every allocation of full steps counted."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from pardec.training.memory import LiveBytes, check_fits, learned_bytes, measure_step
+from pardec.training.module import Drafter, MaskTokenTrainer
+from pardec.training.objective import Objective
+from pardec.training.peft_lora import inject_lora
+
+# family, changes of its sizes, LoRA rank, head width, B, T, N: many mask rows, long sequences, a large vocabulary
+SHAPES = {
+    "rows": ("llama", {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8}, 4, 0, 2, 128, 120),
+    "length": ("llama", {"num_hidden_layers": 6}, 0, 0, 2, 1024, 8),
+    "vocabulary": ("qwen3", {"vocab_size": 8192}, 4, 16, 2, 96, 80),
+    "all scores": ("llama-eager", {}, 4, 0, 2, 160, 40),
+}
+K = 4
+
+
+def trainer_of(family, changes, rank, head_width) -> MaskTokenTrainer:
+    base = tiny_model(family, dtype=torch.float32, **{"max_position_embeddings": 2048, **changes})
+    if rank:
+        inject_lora(base, r=rank, alpha=2 * rank, target_modules="all-linear")
+    drafter = Drafter(K, has_lora=rank > 0, head_width=head_width)
+    return MaskTokenTrainer(base, drafter, Objective("kl", "expected_length"))
+
+
+def peak_of_step(trainer: MaskTokenTrainer, B: int, T: int, N: int) -> int:
+    """Bytes beside the weights, the learned numbers and their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(trainer.target.vocab_size, (B, T), generator=generator)
+    anchors = torch.rand(B, T - 1, generator=generator).argsort()[:, :N]
+    for parameter in trainer.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    counted = LiveBytes()
+    counted.leave_out([*trainer.parameters(), *trainer.buffers()])
+    counted.leave_out([p.grad for p in trainer.parameters() if p.grad is not None])
+    with counted:
+        loss, _, _ = trainer(ids, torch.ones_like(ids, dtype=torch.bool), anchors)
+        loss.backward()
+    return counted.peak
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_estimate_is_within_15_percent_of_what_a_step_takes(name):
+    *what, B, T, N = SHAPES[name]
+    trainer = trainer_of(*what)
+    found = measure_step(trainer).bytes_for(B, T, B * N * K)
+    assert found == pytest.approx(peak_of_step(trainer, B, T, N), rel=0.15)
+
+
+def test_measuring_leaves_the_module_as_it_was():
+    trainer = trainer_of("llama", {}, 4, 8)
+    before = {name: p.clone() for name, p in trainer.named_parameters()}
+    state, most_rows = torch.get_rng_state(), trainer.most_rows
+    measure_step(trainer)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.most_rows == most_rows
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in trainer.named_parameters())
+
+
+def test_a_storage_is_counted_once_and_until_it_is_gone():
+    with LiveBytes() as counted:
+        one = torch.zeros(100)
+        view = one[10:].view(9, 10)
+        two = one + 1
+        assert counted.live == 800
+        del one, view
+        assert counted.live == 400
+    assert counted.peak == 800
+    assert two.shape == (100,)
+    assert learned_bytes(3) == 48
+
+
+def test_a_run_that_takes_more_than_is_free_is_refused_with_the_setting_that_fits():
+    needed = {64: 40 * 2**30, 32: 20 * 2**30, 8: 5 * 2**30}
+    check_fits(needed, 2**30, 41 * 2**30, batch_size=4)
+    with pytest.raises(
+        ValueError,
+        match=r"at most 22.00 GiB .* found an estimate of 41.00 GiB with 64 anchors a "
+        r"forward; train.anchors_per_forward=32 would fit",
+    ):
+        check_fits(needed, 2**30, 22 * 2**30, batch_size=4)
+    with pytest.raises(ValueError, match=r"not even one anchor at a time fits; lower train.batch_size, here 4"):
+        check_fits(needed, 2**30, 2**30, batch_size=4)
