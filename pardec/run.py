@@ -78,9 +78,16 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def cache_folder() -> Path:
-    """Where this user's conversions and choices are kept: `pardec` in $XDG_CACHE_HOME, by default `~/.cache`."""
+    """Where this user's conversions and choices are kept: `pardec` in $XDG_CACHE_HOME, by default `~/.cache`.
+
+    Raises:
+        OSError: for a user without a home, as containers have them.
+    """
     root = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(root) if root else Path.home() / ".cache") / "pardec"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "pardec"
+    except RuntimeError:
+        raise OSError("cache: expected a folder in XDG_CACHE_HOME or HOME, found neither set") from None
 
 
 def library_versions() -> dict[str, str]:
@@ -142,6 +149,26 @@ def file_sha256(path: Path) -> str:
     """Of what a file holds, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stamp_of(file: Path) -> tuple[int, int]:
+    """Size in bytes and the nanosecond of the last change, which are others when a file is written to."""
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(file: Path, stamp: tuple[int, int]) -> None:
+    """Refuses a file that was written to meanwhile.
+
+    Raises:
+        OSError: with its sizes.
+    """
+    now = stamp_of(file)
+    if now != stamp:
+        raise OSError(
+            f"{file}: expected the file as it was when the run began, {stamp[0]:,} bytes, found it changed, "
+            f"{now[0]:,} bytes; start again"
+        )
 
 
 def to_disk(path: Path) -> None:

@@ -55,6 +55,15 @@ def test_ctrl_c_is_one_word_and_exit_code_130(capsys):
     assert capsys.readouterr().err.strip() == "stopped"
 
 
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    """As in a container that runs as a number without a name."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 12345678)
+    with pytest.raises(OSError, match="cache: expected a folder in XDG_CACHE_HOME or HOME, found neither set"):
+        pardec.run.cache_folder()
+
+
 @pytest.mark.parametrize("body", ["for n in range(10**5): print(n)", "print(1)"], ids=["long", "short"])
 def test_a_reader_that_goes_away_ends_the_program_without_a_word(body):
     """As behind `| head -1`, where the last line may be written when nobody reads any more."""

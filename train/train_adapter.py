@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from pardec.adapters.files import METADATA_FILE, load_adapter
-from pardec.config.adapter_recipe import Recipe
+from pardec.config.adapter_recipe import DataConfig, Recipe
 from pardec.config.recipe_files import recipe_of_command_line
 from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
 from pardec.data.examples import AnchoredSequences, collate
@@ -130,7 +130,8 @@ def farewell(output: Path, best: float) -> str:
 def start(recipe: Recipe) -> tuple[Accelerator, int]:
     """The processes of the run, and the steps that it has behind it."""
     output = Path(recipe.output_dir)
-    first_step = steps_done_before(output, recipe.of_checkpoints(), METADATA_FILE, "an adapter")
+    defaults = Recipe(base="", output_dir="", data=DataConfig(path="")).of_checkpoints()
+    first_step = steps_done_before(output, recipe.of_checkpoints(), METADATA_FILE, "an adapter", defaults)
     log = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
     accelerator = make_accelerator(recipe.train.mixed_precision, [log, *recipe.train.trackers], output)
     refuse_other_state(accelerator, output, first_step)

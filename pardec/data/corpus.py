@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.data.fitting import RowCounts, prompt_of, without_long_prompts
 from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, source_folder
-from pardec.data.reading import DataError, format_of
-from pardec.data.rows import Rows, hold_out_rows, open_held_out, open_rows
+from pardec.data.reading import DataError, format_of, held_out_format
+from pardec.data.rows import Rows, hold_out_rows, open_rows
 from pardec.data.shards import shards_folder
 from pardec.data.streaming import TokenisedStream, streamed_rows
 from pardec.data.tokenised import TokenisedRows, Tokenising, tokenised
@@ -151,6 +151,15 @@ def _check_first(train: TokenisedRows | TokenisedStream, seed: int, min_kept_sha
     if train.counts.kept:
         raise DataError(f"{path}: expected at least {T} tokens (data.max_length) of text, found fewer")
     raise DataError(f"{path}: expected a token to learn, found none: {train.counts.told(T)}")
+
+
+def open_held_out(path: str, split: str, format: str, checked: Path) -> Rows:
+    """Held-out rows of a file or folder, or of a split of the Python sources; see `held_out_rows`.
+
+    Raises:
+        DataError: for data that cannot be used.
+    """
+    return open_rows(path, held_out_format(path, format), split, None, checked)
 
 
 def held_out_documents(

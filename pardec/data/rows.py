@@ -18,7 +18,6 @@ from pardec.data.reading import (
     DataError,
     check_row,
     format_of,
-    held_out_format,
     held_out_numbers,
     hold_out,
     hub_dataset,
@@ -26,8 +25,8 @@ from pardec.data.reading import (
     read_utf8,
     text_files,
 )
-from pardec.data.shards import pieces_of
-from pardec.run import written_aside
+from pardec.data.shards import made_folder, pieces_of
+from pardec.run import check_unchanged, stamp_of, written_aside
 
 _BLOCK_BYTES = 1 << 24
 # what a line of JSON begins with only where it is empty, or somebody has indented it or written a byte order mark
@@ -65,6 +64,7 @@ class LinesOfJson:
         sizes: bytes of each.
         lines: number of each in the file, from 1.
         digest: of the file.
+        stamp: of the file when it was looked at.
     """
 
     file: Path
@@ -72,12 +72,14 @@ class LinesOfJson:
     sizes: np.ndarray
     lines: np.ndarray
     digest: str
+    stamp: tuple[int, int]
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         with self.file.open("rb") as file:
+            check_unchanged(self.file, self.stamp)
             file.seek(int(self.starts[number]))
             line = file.read(int(self.sizes[number]))
         where = f"{self.file}:{self.lines[number]}"
@@ -89,6 +91,7 @@ class TextFiles:
     """Files of text, each a row."""
 
     files: Sequence[Path]
+    stamps: Sequence[tuple[int, int]]
     sizes: np.ndarray
     digest: str
 
@@ -96,6 +99,7 @@ class TextFiles:
         return len(self.files)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
+        check_unchanged(self.files[number], self.stamps[number])
         return {"text": read_utf8(self.files[number])}
 
 
@@ -201,15 +205,6 @@ def open_rows(
     return rows
 
 
-def open_held_out(path: str, split: str, format: str, checked: Path) -> Rows:
-    """Held-out rows of a file or folder, or of a split of the Python sources; see `held_out_rows`.
-
-    Raises:
-        DataError: for data that cannot be used.
-    """
-    return open_rows(path, held_out_format(path, format), split, None, checked)
-
-
 def hold_out_rows(rows: Rows) -> tuple[Rows, Rows]:
     """(training rows, validation rows), the same as of `hold_out`.
 
@@ -240,8 +235,9 @@ def table_of(rows: Any, name: str) -> Table:
 
 
 def _text_files(files: Iterable[Path], *, skips_unreadable: bool = False) -> TextFiles:
-    kept, sizes, digest = [], [], hashlib.sha256()
+    kept, stamps, sizes, digest = [], [], [], hashlib.sha256()
     for file in files:
+        stamp = stamp_of(file)
         try:
             text = read_utf8(file)
         except DataError:
@@ -252,13 +248,15 @@ def _text_files(files: Iterable[Path], *, skips_unreadable: bool = False) -> Tex
             content = text.encode()
             digest.update(f"{len(content)} ".encode() + content)
             kept.append(file)
+            stamps.append(stamp)
             sizes.append(len(content))
-    return TextFiles(kept, np.array(sizes, dtype=np.int64), digest.hexdigest())
+    return TextFiles(kept, stamps, np.array(sizes, dtype=np.int64), digest.hexdigest())
 
 
 def _lines_of_json(file: Path) -> LinesOfJson:
     if not file.is_file():
         raise DataError(f"{file}: expected a JSONL file, found {'a folder' if file.exists() else 'nothing'}")
+    stamp = stamp_of(file)
     digest, cuts, firsts, done, is_cut = hashlib.sha256(), [], [], 0, True
     with file.open("rb") as blocks:
         while block := blocks.read(_BLOCK_BYTES):
@@ -280,7 +278,7 @@ def _lines_of_json(file: Path) -> LinesOfJson:
             content.seek(int(starts[number]))
             full[number] = bool(content.read(int(sizes[number])).removeprefix(b"\xef\xbb\xbf").strip())
     return LinesOfJson(
-        file, starts[full], sizes[full].astype(np.int32), lines[full].astype(np.int32), digest.hexdigest()
+        file, starts[full], sizes[full].astype(np.int32), lines[full].astype(np.int32), digest.hexdigest(), stamp
     )
 
 
@@ -291,7 +289,7 @@ def _check_all(rows: Rows, found_good: Path, show_progress: bool) -> None:
     on_all_cores(
         partial(_check_piece, rows, pieces), range(len(pieces)), title="checking rows", show_progress=show_progress
     )
-    found_good.parent.mkdir(parents=True, exist_ok=True)
+    made_folder(found_good.parent)
     with written_aside(found_good) as aside:
         aside.touch()
 

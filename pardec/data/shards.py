@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -107,11 +108,30 @@ def open_shard(path: Path) -> Shard | None:
         return None
 
 
+def made_folder(folder: Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise OSError(
+            f"data.cache: expected a folder that can be written to at {folder}, found {error.strerror}"
+        ) from None
+
+
 @contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Held by the only process that writes to a folder of shards; what a killed one left half-written is removed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
+    """Held by the only process that writes to a folder of shards; what a killed one left half-written is removed.
+
+    Raises:
+        OSError: if nothing can be written there.
+    """
+    with (made_folder(folder) / "lock").open("a") as lock:
         # a lock of POSIX is this process's own: helpers that outlive it, where it is killed, do not keep it
         fcntl.lockf(lock, fcntl.LOCK_EX)
         for left in folder.glob(f"{_PREFIX}*"):

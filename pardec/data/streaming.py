@@ -18,6 +18,7 @@ from pardec.data.shards import Shard, ShardFolder, open_shard, write_shard
 from pardec.data.tokenised import SHARD_BYTES, Tokenising
 from pardec.data.tokenising import Document
 
+_END_BYTES = 1 << 20
 _BEGINNING = {"state": None, "rows": 0, "is_end": False}
 
 
@@ -31,7 +32,8 @@ class TokenisedStream:
     Attributes:
         open: the stream from its beginning, an `IterableDataset` or what iterates and has `state_dict` as one.
         name: of the data, in errors about rows.
-        digest: SHA-256 of what the data are called and all else that the sequences depend on.
+        digest: SHA-256 of what the data are called, of the ends of files on this disk and of all else that the
+            sequences depend on.
         tokenising: how.
         kept: the shards.
     """
@@ -133,8 +135,25 @@ def streamed_rows(
         DataError: if `datasets` is missing or loads nothing.
     """
     hub_dataset(path, split, subset, streaming=True)
-    data = hashlib.sha256(json.dumps(["stream", path, subset, split]).encode()).hexdigest()
+    called = ["stream", path, subset, split, *_on_this_disk(Path(path))]
+    data = hashlib.sha256(json.dumps(called).encode()).hexdigest()
     digest = hashlib.sha256(f"{data} {tokenising.digest}".encode()).hexdigest()
     kept = ShardFolder(tokenising.folder(data, cache), show_progress)
     opening = partial(hub_dataset, path, split, subset, streaming=True)
     return TokenisedStream(opening, f"{path}:{split}", digest, tokenising, kept)
+
+
+def _on_this_disk(folder: Path) -> list[tuple[str, int, str]]:
+    """Name, size and a digest of the last bytes of each file of a folder that is streamed; of the hub nothing.
+
+    Parquet has its index at the end, with the sizes and bounds of what is before. Whole files are not read: they may
+    be more than a run comes to.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    return [(one.relative_to(folder).as_posix(), one.stat().st_size, _digest_of_end(one)) for one in files]
+
+
+def _digest_of_end(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _END_BYTES))
+        return hashlib.sha256(file.read()).hexdigest()

@@ -13,9 +13,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pardec.config.adapter_recipe import DataConfig
-from pardec.data.corpus import held_out_documents, prompts_with_room
+from pardec.data.corpus import held_out_documents, open_held_out, prompts_with_room
 from pardec.data.python_sources import VALIDATION, source_folder
-from pardec.data.rows import hold_out_rows, open_held_out, open_rows
+from pardec.data.rows import hold_out_rows, open_rows
 from pardec.data.shards import shards_folder
 from pardec.decoding.verify import Verification
 from pardec.measures.acceptance import BATCH_SIZE, Acceptance, digest, measure_acceptance

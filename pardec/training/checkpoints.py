@@ -98,7 +98,9 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     return progress
 
 
-def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, result: str) -> int:
+def steps_done_before(
+    output: Path, recipe: dict[str, Any], result_file: str, result: str, defaults: Mapping[str, Any] | None = None
+) -> int:
     """Steps in the newest state of a run's folder, 0 for a new one.
 
     Args:
@@ -106,6 +108,7 @@ def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, re
         recipe: the parts that a state depends on, as they were saved with it under `recipe`.
         result_file: shows that the folder holds a result.
         result: what that is called.
+        defaults: of keys that recipes did not have when the state was saved; default they are None.
 
     Raises:
         ValueError: if the folder holds something other than a run of this recipe.
@@ -118,7 +121,7 @@ def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, re
             raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
         return 0
     then = progress["recipe"]
-    differs = _first_difference(then, recipe)
+    differs = _first_difference(then, recipe, defaults or {})
     if differs is not None:
         key, before, now = differs
         raise ValueError(
@@ -128,12 +131,15 @@ def steps_done_before(output: Path, recipe: dict[str, Any], result_file: str, re
     return progress["step"]
 
 
-def _first_difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+def _first_difference(
+    then: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
     """(dotted key, value then, value now) of the first that differs of what `now` names."""
     for key, value in now.items():
-        before = then.get(key)
+        default = defaults.get(key)
+        before = then.get(key, default)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            inner = _first_difference(before, value)
+            inner = _first_difference(before, value, default if isinstance(default, Mapping) else {})
             if inner is not None:
                 return f"{key}.{inner[0]}", *inner[1:]
         elif before != value:

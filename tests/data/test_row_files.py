@@ -123,3 +123,25 @@ def test_pieces_are_of_one_size_and_hold_every_row():
         if num_bytes == 10_000:
             assert min(held) > 8000
     assert len(pieces_of(sizes, 10**9)) == 1
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_a_file_that_is_written_to_during_a_run_ends_it(tmp_path, suffix):
+    """What is kept under its digest would be of something else."""
+    path = tmp_path / f"rows.{suffix}"
+    content = "\n".join(json.dumps({"text": f"row {n}"}) for n in range(30))
+    path.write_text(content)
+    rows = opened(path, tmp_path)
+    assert "row 0" in rows[0]["text"]
+    path.write_text(content.replace("row 2", "rows 2"))
+    with pytest.raises(OSError, match=r"expected the file as it was when the run began, 5\d\d bytes, found it changed"):
+        rows[0]
+    assert "row 0" in opened(path, tmp_path)[0]["text"]
+
+
+@pytest.mark.parametrize("cache", ["file", "file/below", "/proc/nothing"])
+def test_a_folder_that_nothing_can_be_written_to_is_named(tmp_path, cache):
+    (tmp_path / "file").write_text("")
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"row {n}"} for n in range(3)])
+    with pytest.raises(OSError, match=r"data\.cache: expected a folder that can be written to at .*, found "):
+        open_rows(str(path), "auto", "train", None, tmp_path / cache)

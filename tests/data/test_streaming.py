@@ -159,3 +159,14 @@ def test_other_streams_have_sequences_of_their_own(folder, held_out, chat_tokeni
     other = load(folder, chat_tokenizer, held_out, tmp_path)
     assert one.digest() != other.digest()
     assert one.train.kept.folder != other.train.kept.folder
+
+
+def test_a_folder_that_is_changed_is_another_stream(folder, rows, held_out, chat_tokenizer, tmp_path):
+    before = load(folder, chat_tokenizer, held_out, tmp_path / "cache")
+    old = everything(before)
+    assert load(folder, chat_tokenizer, held_out, tmp_path / "cache").digest() == before.digest()
+    rows[70] = {"messages": [CHAT[0], {"role": "assistant", "content": "Not any more."}]}
+    Dataset.from_list(rows[60:]).to_parquet(f"{folder}/train-00002-of-00003.parquet")
+    corpus = load(folder, chat_tokenizer, held_out, tmp_path / "cache")
+    assert everything(corpus) == of_rows(rows, chat_tokenizer) != old
+    assert corpus.digest() != before.digest()

@@ -230,6 +230,7 @@ def test_a_run_is_not_continued_by_half_of_the_processes_that_an_older_version_b
 def test_a_run_that_an_older_version_began_is_continued(begun, text_file, tmp_path):
     output = shutil.copytree(begun, tmp_path / "run")
     change_state(output, lambda state: [state.pop(key) for key in ("global_batch", "examples", "data_sha256")])
+    change_state(output, lambda state: state["recipe"]["data"].pop("streamed"))
     ended = train(output, text_file, "train.steps=1", "data.min_kept_share=0.25")  # which no checkpoint depends on
     assert ended.code == 0, ended.err[-2000:]
     change_state(output, lambda state: state["data_sha256"][63])  # is there from now on

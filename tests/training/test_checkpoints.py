@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import pardec.run
-from pardec.training.checkpoints import check_same, load_state, save_state
+from pardec.training.checkpoints import check_same, load_state, save_state, steps_done_before
 
 
 def test_a_run_goes_on_with_the_values_that_it_was_saved_with(tmp_path):
@@ -26,6 +26,24 @@ def test_a_run_goes_on_with_the_values_that_it_was_saved_with(tmp_path):
 def test_a_checkpoint_of_before_such_values_were_kept_goes_on(tmp_path):
     save_state(tmp_path / "checkpoints", 3, {"w": torch.zeros(1)}, [], {"best": 1.0})
     check_same(tmp_path, {"num_processes": 2, "data_sha256": "a" * 64})
+
+
+def test_keys_that_recipes_did_not_have_then_are_at_their_defaults(tmp_path):
+    then = {"base": "b", "data": {"path": "x"}}
+    save_state(tmp_path / "checkpoints", 3, {"w": torch.zeros(1)}, [], {"recipe": then})
+    defaults = {"base": "", "data": {"path": "", "streamed": False}, "train": {"shape": {"is_round": True}}}
+
+    def steps(streamed: bool, is_round: bool) -> int:
+        now = {**then, "data": {"path": "x", "streamed": streamed}, "train": {"shape": {"is_round": is_round}}}
+        return steps_done_before(tmp_path, now, "result", "a result", defaults)
+
+    assert steps(streamed=False, is_round=True) == 3
+    with pytest.raises(
+        ValueError, match=r"expected data\.streamed = True as in this recipe .*, found a run with False;"
+    ):
+        steps(streamed=True, is_round=True)
+    with pytest.raises(ValueError, match=r"expected train\.shape\.is_round = False as in this recipe"):
+        steps(streamed=False, is_round=False)
 
 
 def test_the_newest_states_are_kept_and_what_a_killed_save_left_goes(tmp_path):
