@@ -31,7 +31,7 @@ def choosing(tune):
         report = tune(model, directory, prompts, **options)
         shape = SHAPES[Path(directory).name]
         way = {"block_lengths": shape, "mode": "plain" if shape == (0,) else "fused", "use_head": True}
-        way["tree"] = None
+        way |= {"tree": None, "copy_tokens": 0}
         return replace(report, choice=replace(report.choice, **way))
 
     return chosen

@@ -31,8 +31,10 @@ def fewer(monkeypatch):
 
 
 def accept_all(target, draft_probs_or_tokens, *rest, **options) -> Verdict:
-    """Takes every draft, unseen."""
+    """Takes every draft, unseen; where there is none to compare it is as it should be."""
     drafts = rest[0] if options else draft_probs_or_tokens
+    if not options and not drafts.shape[1]:
+        return Verdict(target, drafts.new_zeros(drafts.shape[0]))
     tokens = torch.cat([drafts, drafts.new_zeros(drafts.shape[0], 1)], dim=1)
     return Verdict(tokens, torch.full((drafts.shape[0],), drafts.shape[1]))
 
