@@ -162,9 +162,7 @@ def data_of(kind: str, folder: Path) -> dict:
 @pytest.mark.parametrize("num_prompts", [3, 40])
 def test_prompts_are_those_that_training_takes(kind, num_prompts, tmp_path, tokenizer, python_library):
     data = DataConfig(**data_of(kind, tmp_path), max_length=16)
-    corpus = load_corpus(
-        data.path, tokenizer, format=data.format, validation_path=data.validation_path, max_length=16
-    )
+    corpus = load_corpus(data.path, tokenizer, format=data.format, validation_path=data.validation_path, max_length=16)
     expected = standard_prompts(corpus.validation, num_prompts=num_prompts)
     assert validation_prompts(data.model_dump(), tokenizer, num_prompts, **ROOM) == expected
 
