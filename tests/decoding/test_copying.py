@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
+from planted_drafts import PlantedDrafts
 from recorded_steps import tape
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
@@ -103,31 +104,16 @@ def run_planted(decoder: Decoder, rows, references, num_true: list[int], wrong_e
 
     Copies come from a context whose prompt has been replaced by what will be emitted; the model does not read it.
     """
-    exact = 1 if decoder.mode == "two_pass" else 0
-    K, state = decoder.num_speculative_tokens, None
-
-    def plant() -> torch.Tensor:
-        drafts = []
-        for b, reference in enumerate(references):
-            start = 0 if state is None else int(state.num_new[b]) + exact
-            truth = (reference + [0] * K)[start : start + K]
-            drafts.append([t if i < num_true[b] else (t + 1) % 61 for i, t in enumerate(truth)])
-        return torch.tensor(drafts).view(len(rows), K)
-
-    class Planted(TokenLaw):
-        def draw(self, logits):
-            return plant(), None
-
-    decoder.law = Planted(greedy=True)
+    plan = PlantedDrafts(decoder, references, num_true)
     with torch.no_grad(), decoder.attached():
-        state = decoder.prefill(rows)
+        plan.state = state = decoder.prefill(rows)
         assert state.context is not None
         for b, reference in enumerate(references):
             P = len(rows[b])
             state.context[b, MARGIN : MARGIN + P] = torch.tensor(planted(reference, P, wrong_every))
         while not state.done.all():
-            if decoder.mode == "fused" and K:
-                state.drafts = plant()
+            if decoder.mode == "fused" and decoder.num_speculative_tokens:
+                state.drafts = plan.drafts()
             decoder.step(state)
     return state
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts
+from planted_drafts import PlantedDrafts
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
@@ -51,27 +52,12 @@ def run_planted(decoder: Decoder, rows, references, num_planted):
 
     Returns the state and the number accepted in every row, which must be the same in each of its rounds.
     """
-    exact = 1 if decoder.mode == "two_pass" else 0  # its drafts stand behind a token of the target's own
-    K, state = decoder.num_speculative_tokens, None
-
-    def plant() -> torch.Tensor:
-        drafts = []
-        for b, reference in enumerate(references):
-            start = 0 if state is None else int(state.num_new[b]) + exact
-            truth = (reference + [0] * K)[start : start + K]
-            drafts.append([t if i < num_planted[b] else (t + 1) % 61 for i, t in enumerate(truth)])
-        return torch.tensor(drafts)
-
-    class Planted(TokenLaw):
-        def draw(self, logits):
-            return plant(), None
-
-    decoder.law = Planted(greedy=True)
+    plan = PlantedDrafts(decoder, references, num_planted)
     with torch.no_grad(), decoder.forward.gate.attached():
-        state = decoder.prefill(rows)
+        plan.state = state = decoder.prefill(rows)
         while not state.done.all():
             if decoder.mode == "fused":
-                state.drafts = plant()
+                state.drafts = plan.drafts()
             decoder.step(state)
     accepted = [{a for a, _ in rounds} for rounds in state.rounds()]
     assert all(len(counts) == 1 for counts in accepted)
