@@ -49,8 +49,6 @@ def check_options(
         one_of("mode", mode, MODES)
     if verification is not None:
         one_of("verification", verification, VERIFICATIONS)
-    if copy_tokens is not None:
-        integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
 
 
 @contextmanager

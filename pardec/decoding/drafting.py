@@ -84,6 +84,29 @@ def scores_pairs(logits: Tensor, shortlist: int) -> bool:
     return logits.device.type != "cpu" and K > 1 and B * K * shortlist <= _MOST_PAIRED_TOKENS
 
 
+def pair_scores(
+    head: SamplerHead,
+    logits: Tensor,
+    hidden: Tensor,
+    bonus: Tensor,
+    embed: Callable[[Tensor], Tensor],
+    output_embeddings: Tensor,
+    shortlist: int,
+) -> tuple[Tensor, Tensor]:
+    """Scores of every shortlist behind each token that may come before it, and the shortlists' tokens.
+
+    Arguments as in `draft_in_turn`.
+
+    Returns:
+        shape [B, K, S before, S], behind the bonus token the same S times; and shape [B, K, S], likeliest first.
+    """
+    values, ids = largest(logits, min(shortlist, logits.shape[2]))
+    before = torch.cat([bonus[:, None, None].expand(-1, 1, ids.shape[2]), ids[:, :-1]], dim=1)
+    vectors = F.embedding(ids, output_embeddings)
+    corrections = head.correct(head.read(hidden)[:, :, None], embed(before))  # [B, K, S before, H]
+    return values[:, :, None] + corrections @ vectors.transpose(2, 3), ids
+
+
 def draft_in_turn(
     head: SamplerHead,
     law: TokenLaw,
@@ -140,11 +163,7 @@ def draft_from_pairs(
 
     What is computed is S times as much, in a few products for all drafts; in turn they are only looked up and drawn.
     """
-    values, ids = largest(logits, min(shortlist, logits.shape[2]))
-    before = torch.cat([bonus[:, None, None].expand(-1, 1, ids.shape[2]), ids[:, :-1]], dim=1)
-    vectors = F.embedding(ids, output_embeddings)
-    corrections = head.correct(head.read(hidden)[:, :, None], embed(before))  # [B, K, S before, H]
-    scores = values[:, :, None] + corrections @ vectors.transpose(2, 3)  # [B, K, S before, S]
+    scores, ids = pair_scores(head, logits, hidden, bonus, embed, output_embeddings, shortlist)
     places, laws = [], []  # behind the bonus token all rows are the same
     if law.greedy:
         best = likeliest(scores)  # [B, K, S before]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pardec.adapters.head import SamplerHead
+from pardec.decoding.drafting import pair_scores
 from pardec.decoding.sampling import largest
 from pardec.draft_tree import DraftTree
 
@@ -117,11 +118,7 @@ class TreeCandidates:
         shortlist: int,
     ) -> Tensor:
         """`from_head` by other means: every shortlist is ranked behind each token that may come before it, at once."""
-        values, ids = largest(logits, min(shortlist, logits.shape[2]))
-        before = torch.cat([bonus[:, None, None].expand(-1, 1, ids.shape[2]), ids[:, :-1]], dim=1)
-        vectors = F.embedding(ids, output_embeddings)
-        corrections = head.correct(head.read(hidden)[:, :, None], embed(before))  # [B, K, S before, H]
-        scores = values[:, :, None] + corrections @ vectors.transpose(2, 3)  # [B, K, S before, S]
+        scores, ids = pair_scores(head, logits, hidden, bonus, embed, output_embeddings, shortlist)
         K, S, R = *scores.shape[1:3], self.num_ranks
         # places on the shortlists of all depths, one behind the other, by which the next depth is looked up as well
         if S not in self.offsets:  # kept for graphs
