@@ -51,9 +51,9 @@ test: setup  ## the whole test suite (GPU tests run only where asked for with -m
 
 # vLLM wants another transformers than ours; its environment is kept
 VLLM := runs/engines/vllm
-$(VLLM)/.installed: tests/vllm_environment.py
+$(VLLM)/.installed: tests/helpers/vllm_environment.py
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python tests/vllm_environment.py
+	$(VLLM)/bin/python tests/helpers/vllm_environment.py
 	touch $@
 
 test-vllm: setup $(VLLM)/.installed  ## vLLM itself serves what is exported: a first time 3 GB of packages, then minutes

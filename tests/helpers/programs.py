@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers.utils import logging
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import types
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = ("srt/layers/utils/common.py", "srt/lora/lora_config.py", "srt/lora/utils.py", "srt/lora/lora.py")
 STUBS = {
     "sglang.srt.configs.load_config": ["LoadConfig"],
