@@ -20,7 +20,7 @@ from pardec.adapters.files import METADATA_FILE, load_adapter
 from pardec.config.adapter_recipe import DataConfig, Recipe
 from pardec.config.recipe_files import recipe_of_command_line
 from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
-from pardec.data.examples import AnchoredSequences, collate
+from pardec.data.examples import AnchoredSequences, collate, collate_used
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probing.probe import probe
@@ -87,8 +87,7 @@ def train(recipe: Recipe) -> None:
     check_source(recipe.adapter.start_from, state.get("started_from"), source)
     schedule = make_schedule(optimizer, train.warmup_steps, train.steps, first_step)
     first_example = int(state.get("examples") or first_step * global_batch)
-    loader = make_loader(recipe, corpus, first_example, global_batch)
-    optimizer, loader = accelerator.prepare(optimizer, loader)
+    optimizer, loader = accelerator.prepare(optimizer, make_loader(recipe, corpus, first_example, global_batch))
     wrapped = as_steps_run_it(accelerator, module, learned.values(), base_is_sharded=bool(train.shard_base))
 
     with accelerator.autocast():
@@ -203,10 +202,11 @@ def read_data(
 
 def make_loader(recipe: Recipe, corpus: Corpus, first_example: int, global_batch: int) -> DataLoader:
     """The examples that are still to come, in the order that every run of this recipe has."""
-    total, anchors = recipe.train.steps * global_batch, recipe.train.anchors_per_sequence
-    examples = AnchoredSequences(corpus.train, total, anchors, recipe.train.seed, examples_per_step=global_batch)
-    rest = Subset(examples, range(first_example, total))
-    return DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
+    train, num_examples = recipe.train, recipe.train.steps * global_batch
+    examples = AnchoredSequences(corpus.train, num_examples, recipe.anchors(), train.seed, global_batch)
+    rest = Subset(examples, range(first_example, num_examples))
+    needs_all = train.anchors_per_forward is not None or train.keep.ratio < 1
+    return DataLoader(rest, batch_size=train.batch_size, collate_fn=collate if needs_all else collate_used)
 
 
 def begin_module(recipe: Recipe, base, identity: Fingerprint):
@@ -282,10 +282,9 @@ def take_steps(
             sums = sums + new
             progress.update()
             if is_logged:
-                losses = losses_of(sums, norm, learner.schedule.get_last_lr()[0])
+                losses, sums = losses_of(sums, norm, learner.schedule.get_last_lr()[0]), 0.0
                 accelerator.log(losses, step=step)
                 progress.set_postfix(loss=f"{losses['loss']:.3f}")
-                sums = 0.0
             is_stopped = any_process(accelerator, bool(received)) and not is_last
             if (step % recipe.eval.every == 0 or is_last) and not is_stopped:
                 best, measured = examiner.measure(step, best), step
