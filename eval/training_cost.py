@@ -12,6 +12,7 @@ a table, writes JSON, Markdown and a picture into eval/results; the last line is
 
 import argparse
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,13 +38,13 @@ FULL = {"lengths": "256,512,2048", "tokens": 512, "repetitions": 3}
 QUICK = {"lengths": "16,32", "tokens": 32, "repetitions": 2}
 DROPPING = Dropping(0.7, 0.2)  # of PARD, section 4
 HEADER = (
-    "T", "way", "learned", "K", "sequences", "anchors", "mask rows", "slots", "µs/slot", "CPU µs/slot", "x pardec",
+    "T", "way", "learned", "K", "sequences", "anchors", "mask rows", "slots", "steps", "µs/slot", "CPU µs/slot", "x pardec",
     "KiB/slot", "x pardec's memory",
 )  # fmt: skip
 NOTES = (
     "slot: a row that has a target; of PARD the rows of the text itself are among them, of which each drafts the first "
     "token",
-    "µs/slot: of a step with its update, median (lower to upper quartile) over repetitions; CPU µs of all threads",
+    "µs/slot: of a step with its update, median (lower to upper quartile) over so many steps; CPU µs of all threads",
     "x pardec: median over repetitions of the ratio of CPU µs/slot to that of pardec with the same K and dropping in "
     "the same repetition, with embeddings alone beside embeddings alone",
     "KiB/slot: the most that is alive at once of what forward and backward make, gradients among it; weights, moments "
@@ -67,6 +68,7 @@ def main() -> None:
     add("--precision", default="auto", choices=("auto", "no", "bf16"), help="as train.mixed_precision")
     add("--threads", type=int, default=1)
     add("--repetitions", type=int, help=f"counted steps of each way, default {FULL['repetitions']}; one more warms up")
+    add("--seconds", type=float, default=math.inf, help="fewer repetitions of a length, where they would take longer")
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/training_cost_<device>")
     add("--quick", action="store_true", help="short sequences: runs/training_cost_quick")
@@ -132,7 +134,7 @@ def measure(args: argparse.Namespace, ways: Sequence[Way], length: int) -> tuple
     ]
     kept = [way for way, fits in zip(ways, fitting, strict=True) if fits]
     sizes = {"batch_size": batch_size, "length": length, "anchors": anchors, "seed": args.seed}
-    costs = measure_in_turn(kept, [batch_of(way, **sizes) for way in kept], args.repetitions)
+    costs = measure_in_turn(kept, [batch_of(way, **sizes) for way in kept], args.repetitions, args.seconds)
     rows = []
     for way, cost in zip(kept, costs, strict=True):
         settings = {
@@ -171,7 +173,7 @@ def reference_of(way: Way, ways: Sequence[Way], costs: Sequence[Cost]) -> Cost:
 
 def figures(cost: Cost, reference: Cost) -> dict[str, Any]:
     """The figures of a way beside those of the reference, rounded."""
-    found: dict[str, Any] = {"slots": cost.slots}
+    found: dict[str, Any] = {"slots": cost.slots, "repetitions": len(cost.seconds)}
     for name, seconds in (("us_per_slot", cost.seconds), ("cpu_us_per_slot", cost.cpu_seconds)):
         low, median, high = quartiles([1e6 * one / cost.slots for one in seconds])
         found |= {name: round(median, 2), f"{name}_quartiles": [round(low, 2), round(high, 2)]}
@@ -195,7 +197,7 @@ def show(result: dict, stem: Path) -> None:
     """Table and notes on the console and in files, and the picture."""
     title = (
         f"{result['base']}, {result['num_parameters'] / 1e6:,.1f} M parameters, {result['dtype']}, mixed precision "
-        f"{result['mixed_precision']}, threads {result['threads']}; {result['device']}"
+        f"{result['mixed_precision']}; {result['device']}"
     )
     lines = []
     for row in result["rows"]:
@@ -204,7 +206,7 @@ def show(result: dict, stem: Path) -> None:
             low, high = row[f"{name}_quartiles"]
             times.append(f"{row[name]:.0f} ({low:.0f} to {high:.0f})")
         K = f"{row['num_speculative_tokens']}{'' if row['keep_ratio'] == 1 else '*'}"
-        sizes = [str(row[name]) for name in ("batch_size", "anchors", "mask_rows", "slots")]
+        sizes = [str(row[name]) for name in ("batch_size", "anchors", "mask_rows", "slots", "repetitions")]
         ratio, memory, beside = (
             number(row[name], digits)
             for name, digits in (("ratio_to_pardec", 2), ("kib_per_slot", 1), ("memory_ratio_to_pardec", 2))

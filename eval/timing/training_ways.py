@@ -5,6 +5,7 @@ Legend: B sequences, T tokens, N anchors of a sequence, K num_speculative_tokens
 """
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -155,10 +156,21 @@ def batch_of(way: Way, *, batch_size: int, length: int, anchors: int, seed: int)
     return {name: values.to(way.learner.accelerator.device) for name, values in batch.items()}
 
 
-def measure_in_turn(ways: Sequence[Way], batches: Sequence[Mapping[str, Tensor]], repetitions: int) -> list[Cost]:
-    """Steps of all ways in turn, every other time in reverse, behind one that warms up; then the memory of one each."""
-    costs = [Cost() for _ in ways]
+def measure_in_turn(
+    ways: Sequence[Way], batches: Sequence[Mapping[str, Tensor]], repetitions: int, seconds: float = math.inf
+) -> list[Cost]:
+    """Steps of all ways in turn, every other time in reverse, behind one that warms up; then the memory of one each.
+
+    Args:
+        ways: to measure.
+        batches: of each.
+        repetitions: counted steps of each way.
+        seconds: fewer, but at least one, where all of them would take longer than that.
+    """
+    costs, began = [Cost() for _ in ways], time.perf_counter()
     for repetition in range(repetitions + 1):
+        if repetition > 1 and time.perf_counter() - began > seconds * repetition / (repetition + 1):
+            break
         turns = list(range(len(ways)))
         for index in turns if repetition % 2 else reversed(turns):
             seconds, cpu_seconds, slots = _step(ways[index], batches[index], repetition + 1)
