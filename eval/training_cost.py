@@ -38,8 +38,8 @@ FULL = {"lengths": "256,512,2048", "tokens": 512, "repetitions": 3}
 QUICK = {"lengths": "16,32", "tokens": 32, "repetitions": 2}
 DROPPING = Dropping(0.7, 0.2)  # of PARD, section 4
 HEADER = (
-    "T", "way", "learned", "K", "sequences", "anchors", "mask rows", "slots", "steps", "µs/slot", "CPU µs/slot", "x pardec",
-    "KiB/slot", "x pardec's memory",
+    "T", "way", "learned", "K", "sequences", "anchors", "mask rows", "slots", "steps", "µs/slot", "CPU µs/slot",
+    "x pardec", "KiB/slot", "x pardec's memory",
 )  # fmt: skip
 NOTES = (
     "slot: a row that has a target; of PARD the rows of the text itself are among them, of which each drafts the first "

@@ -157,7 +157,7 @@ def batch_of(way: Way, *, batch_size: int, length: int, anchors: int, seed: int)
 
 
 def measure_in_turn(
-    ways: Sequence[Way], batches: Sequence[Mapping[str, Tensor]], repetitions: int, seconds: float = math.inf
+    ways: Sequence[Way], batches: Sequence[Mapping[str, Tensor]], repetitions: int, most_seconds: float = math.inf
 ) -> list[Cost]:
     """Steps of all ways in turn, every other time in reverse, behind one that warms up; then the memory of one each.
 
@@ -165,11 +165,11 @@ def measure_in_turn(
         ways: to measure.
         batches: of each.
         repetitions: counted steps of each way.
-        seconds: fewer, but at least one, where all of them would take longer than that.
+        most_seconds: fewer, but at least one, where one more would take longer than that.
     """
     costs, began = [Cost() for _ in ways], time.perf_counter()
     for repetition in range(repetitions + 1):
-        if repetition > 1 and time.perf_counter() - began > seconds * repetition / (repetition + 1):
+        if repetition > 1 and time.perf_counter() - began > most_seconds * repetition / (repetition + 1):
             break
         turns = list(range(len(ways)))
         for index in turns if repetition % 2 else reversed(turns):

@@ -87,7 +87,7 @@ def test_the_dense_joint_form_has_the_loss_of_ours_and_a_way_counts_the_rows_tha
     costs = measure_in_turn(found, [batch_of(way, **SIZES) for way in found], repetitions=2)
     assert [cost.slots for cost in costs] == [int(one[1]) for one in sums]
     assert all(len(cost.seconds) == len(cost.cpu_seconds) == 2 for cost in costs)
-    (short,) = measure_in_turn(found[2:3], [batch_of(found[2], **SIZES)], repetitions=9, seconds=0)
+    (short,) = measure_in_turn(found[2:3], [batch_of(found[2], **SIZES)], repetitions=9, most_seconds=0)
     assert len(short.seconds) == 1
     assert costs[1].peak_bytes > costs[0].peak_bytes
     # gradients of all weights are among what its step makes
