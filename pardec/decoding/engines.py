@@ -27,7 +27,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.errors import shown
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
@@ -98,7 +98,7 @@ class Engines:
         use_head: bool | None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
-        tree: DraftTree | None = None,
+        tree: AnyTree | None = None,
         *,
         num_sequences: int = 1,
         is_greedy: bool = True,
