@@ -22,6 +22,9 @@ from tqdm import tqdm
 
 from pardec.errors import first_line
 
+# what is raised for input, files and machines that a program cannot go on with
+UNUSABLE_INPUT = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
+
 
 @contextmanager
 def exit_on_unusable_input() -> Iterator[None]:
@@ -41,7 +44,7 @@ def exit_on_unusable_input() -> Iterator[None]:
         if sys.stderr is not None:
             tqdm.write("stopped", file=sys.stderr)
         sys.exit(128 + 2)
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except UNUSABLE_INPUT as error:
         if os.environ.get("PARDEC_TRACEBACK") == "1":
             raise
         message = " ".join((str(error) or type(error).__name__).split())
@@ -185,11 +188,27 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which becomes `path` once it is on the disk, and goes if that fails."""
+    """Gives a path beside `path` to write to, which becomes `path` once it is on the disk, and goes if that fails.
+
+    Raises:
+        OSError: naming `path`, if it cannot be written.
+    """
     aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
-        yield aside
-        to_disk(aside)
-        os.replace(aside, path)
+        with writing_to(path):
+            yield aside
+            to_disk(aside)
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Says which file it is where the system says only that it cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None or error.filename is not None:
+            raise
+        raise OSError(f"{path}: expected a file that can be written, found {error.strerror}") from None

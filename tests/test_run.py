@@ -13,7 +13,7 @@ from programs import ROOT
 from safetensors import SafetensorError
 
 import pardec.run
-from pardec.run import exit_on_unusable_input, has_bfloat16, library_versions, save_tensors
+from pardec.run import exit_on_unusable_input, has_bfloat16, library_versions, save_tensors, writing_to
 
 WRITES = "from pardec.run import exit_on_unusable_input\nwith exit_on_unusable_input():\n    {}\n"
 
@@ -96,6 +96,18 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_its_size(tmp_path, monk
     monkeypatch.setattr(pardec.run, "save_file", save_on_a_full_disk)
     with pytest.raises(OSError, match=r"a\.safetensors: expected room for 4,000 bytes, found .*No space left"):
         save_tensors({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    full = Path("/dev/full")
+    with (
+        pytest.raises(OSError, match=r"^/dev/full: expected a file that can be written, found No space left on device"),
+        writing_to(full),
+        full.open("w") as file,
+    ):
+        file.write("x")
+    with pytest.raises(FileNotFoundError), writing_to(full):  # which says itself what is missing
+        (tmp_path / "nothing").open()
 
 
 def test_versions_are_told_where_nothing_was_installed_but_is_on_the_path(monkeypatch):

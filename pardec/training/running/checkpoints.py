@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pardec.errors import shown
-from pardec.run import save_tensors, to_disk
+from pardec.run import save_tensors, to_disk, writing_to, written_aside
 
 STATE_FILE = "state.json"
 # what values that a run must go on with are called
@@ -27,6 +27,7 @@ _CALLED = {
     "num_processes": "number of processes",
     "global_batch": "global batch (train.batch_size x train.gradient_accumulation_steps x processes)",
     "data_sha256": "data (sha256)",
+    "base_sha256": "base (sha256 of its sizes, tokenizer and input embeddings)",
     "digest": "text, tokenizer and number of processes (sha256)",
 }
 
@@ -69,7 +70,8 @@ def save_state(
         plain = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         save_tensors(plain, aside / "parameters.safetensors")
         save_tensors(moments, aside / "optimizer.safetensors")
-        (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
+        with writing_to(target / STATE_FILE):
+            (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
         for path in (*sorted(aside.iterdir()), aside):
             to_disk(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -80,6 +82,13 @@ def save_state(
         removed = older.with_name(f".writing-{os.getpid()}-{older.name}")
         os.replace(older, removed)
         shutil.rmtree(removed)
+
+
+def add_to_state(folder: Path, values: Mapping[str, Any]) -> None:
+    """Changes JSON values of the newest state in `folder`, all of them or, where a kill comes in between, none."""
+    file = max(folder.glob("step-*")) / STATE_FILE
+    with written_aside(file) as aside:
+        aside.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:
