@@ -281,11 +281,10 @@ class Engines:
         if with_lora not in self._linears:
             self._linears[with_lora] = PackedLinears(facts.siblings, self.gate if with_lora else None)
         linears = self._linears[with_lora]
-        if not self.compile or self.target.device.type != "cpu":  # there compiled code packs weights by itself
-            before = linears.num_packed
-            linears.refresh()
-            if before not in (0, linears.num_packed):
-                self._pool.clear()  # graphs hold on to what was packed before
+        before = linears.num_packed
+        linears.refresh()
+        if before not in (0, linears.num_packed):
+            self._pool.clear()  # graphs hold on to what was packed before
         return linears
 
 

@@ -88,8 +88,6 @@ class RowForward:
         self._limit = self.target.max_positions
         # without windows what a row sees follows from the kind of slot alone
         self._mixes_windows = self.target.attention.layer_types != (FULL,)
-        if self.compile_step is not None and self.target.device.type == "cpu":
-            self.linears = None  # compiled code packs weights by itself
         self._route = None if self.query_group is None else AttentionRoute(self.target.base)
         self._split_heads = split_heads(self.target.base, self.target.device)
 
