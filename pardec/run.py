@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from pardec.errors import first_line
+from pardec.errors import first_line, told
 
 # what is raised for input, files and machines that a program cannot go on with
 UNUSABLE_INPUT = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
@@ -47,10 +47,9 @@ def exit_on_unusable_input() -> Iterator[None]:
     except UNUSABLE_INPUT as error:
         if os.environ.get("PARDEC_TRACEBACK") == "1":
             raise
-        message = " ".join((str(error) or type(error).__name__).split())
         _drop_output()
         if sys.stderr is not None:
-            tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
+            tqdm.write(f"error: {told(error)}", file=sys.stderr)  # on a line of its own, also below a progress bar
         sys.exit(2)
 
 

@@ -48,6 +48,14 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(error, capsys, monkeypa
     assert capsys.readouterr().err.strip() == "error: x: expected a, found b"
 
 
+def test_what_the_system_says_of_a_file_is_told_with_what_was_expected(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PARDEC_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit), exit_on_unusable_input():
+        tmp_path.read_text()
+    expected = f"error: {tmp_path}: expected a file or folder that can be used, found Is a directory"
+    assert capsys.readouterr().err.strip() == expected
+
+
 def test_ctrl_c_is_one_word_and_exit_code_130(capsys):
     with pytest.raises(SystemExit) as stopped, exit_on_unusable_input():
         raise KeyboardInterrupt

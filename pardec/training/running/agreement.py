@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from pardec.errors import told
 from pardec.run import UNUSABLE_INPUT
 
 Value = TypeVar("Value")
@@ -44,10 +45,10 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
         wrong = error
     if not any_process(accelerator, wrong is not None):
         return
-    told = of_all(accelerator, None if wrong is None else str(wrong) or type(wrong).__name__)
+    found = of_all(accelerator, None if wrong is None else told(wrong))
     if wrong is not None:
         raise wrong
-    raise ValueError(next(one for one in told if one is not None))
+    raise ValueError(next(one for one in found if one is not None))
 
 
 @contextmanager

@@ -96,11 +96,16 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     states = sorted(folder.glob("step-*"))
     if not states:
         return None
+    file = states[-1] / STATE_FILE
     try:
-        progress = json.loads((states[-1] / STATE_FILE).read_text())
+        progress = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{states[-1] / STATE_FILE}: expected JSON, found {error}; remove {states[-1]}") from None
-    train = progress.get("recipe", {}).get("train", {})
+        raise ValueError(f"{file}: expected JSON, found {error}; remove {states[-1]}") from None
+    is_state = isinstance(progress, dict) and type(progress.get("step")) is int
+    recipe = progress.get("recipe", {}) if is_state else None
+    train = recipe.get("train", {}) if isinstance(recipe, dict) else None
+    if not isinstance(train, dict):
+        raise ValueError(f"{file}: expected step and recipe of a run, found {shown(progress)}; remove {states[-1]}")
     if "num_processes" in progress and "gradient_accumulation_steps" in train:  # of a version that did not multiply
         of_each = train["batch_size"] * train["gradient_accumulation_steps"]
         progress.setdefault("global_batch", of_each * progress["num_processes"])
@@ -129,7 +134,7 @@ def steps_done_before(
             found = "a file" if is_file else result
             raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
         return 0
-    then = progress["recipe"]
+    then = progress.get("recipe", {})
     differs = _first_difference(then, recipe, defaults or {})
     if differs is not None:
         key, before, now = differs

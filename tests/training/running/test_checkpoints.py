@@ -122,6 +122,14 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch, full_at):
     assert torch.equal(again["w"], expected)
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"step": "3"}', '{"step": 3, "recipe": []}', "null", "{"])
+def test_a_state_that_tells_no_step_and_recipe_is_named(tmp_path, text):
+    save_state(tmp_path / "checkpoints", 3, *trained(1), {"recipe": {}})
+    (tmp_path / "checkpoints/step-000000003/state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"state\.json: expected (JSON|step and recipe of a run), found .*; remove /"):
+        steps_done_before(tmp_path, {}, "result", "a result")
+
+
 def test_values_of_the_newest_state_change_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     for step in (1, 2):
         save_state(tmp_path, step, *trained(step), {"best": 1.0, "recipe": {}}, keep=2)
