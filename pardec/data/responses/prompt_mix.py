@@ -12,15 +12,16 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pardec.data.code_requests import code_requests
 from pardec.data.conversations import conversation_of
-from pardec.data.follow_ups import drawn_follow_up
-from pardec.data.passage_requests import MIN_CHARACTERS, PassageRequest, passage_requests
 from pardec.data.python_sources import PACKAGES, STDLIB, source_folder
-from pardec.data.questions import training_questions
-from pardec.data.reading import DataError, training_rows
-from pardec.data.response_prompts import asked_ids
-from pardec.data.responses import Prompt
+from pardec.data.reading import training_rows
+from pardec.data.responses.code_requests import code_requests
+from pardec.data.responses.follow_ups import drawn_follow_up
+from pardec.data.responses.passage_requests import MIN_CHARACTERS, PassageRequest, passage_requests
+from pardec.data.responses.questions import training_questions
+from pardec.data.responses.response_file import Prompt
+from pardec.data.responses.response_prompts import asked_ids
+from pardec.data.row_checks import DataError
 
 Kind = Literal["questions", "code", "passages"]
 # of text; a passage with more than fits into a prompt is cut

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 from data_samples import write_jsonl
 
-from pardec.data.prompt_mix import PromptSource, apportioned, draw_mix
 from pardec.data.python_sources import split_of
-from pardec.data.reading import DataError
+from pardec.data.responses.prompt_mix import PromptSource, apportioned, draw_mix
+from pardec.data.row_checks import DataError
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
-"""The processes of a run of `train/`: how they start, in which precision, what the main one says and logs, how they
-agree and how they are stopped."""
+"""The processes of a run of `train/`: how they start, in which precision, what the main one says and logs, and how
+they are stopped."""
 
 import json
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +13,12 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import GeneralTracker, on_main_process
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from pardec.run import command_line, device_name, git_commit, library_versions, written_aside
-from pardec.training.launch import refuse_other_number, refuse_other_type, refuse_other_ways
+from pardec.run import command_line, device_name, git_commit, library_versions, writing_to, written_aside
+from pardec.training.running.agreement import failing_together, of_all
+from pardec.training.running.launch import refuse_other_number, refuse_other_type, refuse_other_ways
+from pardec.training.running.only_run import only_run
 
 # what a scheduler sends some time before it takes the machine away
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -58,15 +59,24 @@ def bf16_pays() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def begin_run(accelerator: Accelerator, output_dir: str, sizes: str, first_step: int) -> None:
-    """Makes the run's folder, says its sizes and where it goes on, and opens the trackers."""
-    if accelerator.is_main_process:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        print(sizes)
-        if first_step:
-            print(f"continuing {output_dir} at step {first_step}")
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("pardec", config={})
+@contextmanager
+def run_in(accelerator: Accelerator, output_dir: str, sizes: str, first_step: int) -> Iterator[None]:
+    """Makes the run's folder its own while it lasts, says its sizes and where it goes on, and opens the trackers.
+
+    Raises:
+        ValueError: in all processes, if another run is in the folder.
+        OSError: if it cannot be written to.
+    """
+    with ExitStack() as held:
+        with failing_together(accelerator):
+            if accelerator.is_main_process:
+                held.enter_context(only_run(Path(output_dir), first_step))
+                print(sizes)
+                if first_step:
+                    print(f"continuing {output_dir} at step {first_step}")
+        with failing_together(accelerator):
+            accelerator.init_trackers("pardec", config={})
+        yield
 
 
 @contextmanager
@@ -83,20 +93,13 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(one, handler)
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether it is so in one of the processes at least; all of them must ask."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum"))  # type: ignore[arg-type]
-
-
 def refuse_other_state(accelerator: Accelerator, output_dir: Path, step: int) -> None:
     """Refuses processes that would go on from other checkpoints, as where machines have no folder in common.
 
     Raises:
         ValueError: with the steps that they have found.
     """
-    steps = gather_object([step]) if accelerator.num_processes > 1 else [step]
+    steps = of_all(accelerator, step)
     if len(set(steps)) > 1:
         raise ValueError(
             f"output_dir {output_dir}: expected a folder that all processes share, found checkpoints of steps "
@@ -180,5 +183,5 @@ class JsonlTracker(GeneralTracker):
     @on_main_process
     def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
         """One line: the step and the values."""
-        with self.tracker.open("a") as file:
+        with writing_to(self.tracker), self.tracker.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")

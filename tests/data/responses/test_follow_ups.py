@@ -5,8 +5,8 @@ import random
 import chat_templates
 import pytest
 
-from pardec.data.follow_ups import between_answers, drawn_follow_up
-from pardec.data.responses import Prompt
+from pardec.data.responses.follow_ups import between_answers, drawn_follow_up
+from pardec.data.responses.response_file import Prompt
 
 
 def ids_of(text, tokenizer):

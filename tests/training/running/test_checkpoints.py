@@ -8,7 +8,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import pardec.run
-from pardec.training.checkpoints import check_same, load_state, save_state, steps_done_before
+from pardec.training.running.checkpoints import (
+    add_to_state,
+    check_same,
+    load_state,
+    read_progress,
+    save_state,
+    steps_done_before,
+)
 
 
 def test_a_run_goes_on_with_the_values_that_it_was_saved_with(tmp_path):
@@ -113,3 +120,31 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch, full_at):
     progress = load_state(tmp_path, again, optimizers)
     assert progress == {"step": 1, "recipe": {}}
     assert torch.equal(again["w"], expected)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"step": "3"}', '{"step": 3, "recipe": []}', "null", "{"])
+def test_a_state_that_tells_no_step_and_recipe_is_named(tmp_path, text):
+    save_state(tmp_path / "checkpoints", 3, *trained(1), {"recipe": {}})
+    (tmp_path / "checkpoints/step-000000003/state.json").write_text(text)
+    with pytest.raises(ValueError, match=r"state\.json: expected (JSON|step and recipe of a run), found .*; remove /"):
+        steps_done_before(tmp_path, {}, "result", "a result")
+
+
+def test_values_of_the_newest_state_change_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_state(tmp_path, step, *trained(step), {"best": 1.0, "recipe": {}}, keep=2)
+    add_to_state(tmp_path, {"best": 2.0, "measured": 2})
+    assert read_progress(tmp_path) == {"step": 2, "best": 2.0, "measured": 2, "recipe": {}}
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no"):
+        add_to_state(tmp_path, {"best": 3.0})
+    assert read_progress(tmp_path)["best"] == 2.0
+    assert sorted(path.name for path in (tmp_path / "step-000000002").iterdir()) == [
+        "optimizer.safetensors",
+        "parameters.safetensors",
+        "state.json",
+    ]
+
+
+def failing(*arguments: object) -> None:
+    raise OSError("no")

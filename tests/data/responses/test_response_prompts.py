@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from pardec.data.reading import DataError, read_rows
-from pardec.data.response_prompts import draw_prompts
+from pardec.data.reading import read_rows
+from pardec.data.responses.response_prompts import draw_prompts
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import tokenise
 from pardec.measures.acceptance import digest
 

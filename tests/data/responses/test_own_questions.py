@@ -3,8 +3,8 @@
 import pytest
 from chat_templates import GEMMA3_LIKE, MISTRAL_LIKE, QWEN3_LIKE
 
-from pardec.data.own_questions import questions_of, user_turn
-from pardec.data.reading import DataError
+from pardec.data.responses.own_questions import questions_of, user_turn
+from pardec.data.row_checks import DataError
 
 QUESTION = "What is it that a compiler does?"
 

@@ -3,8 +3,8 @@
 import pytest
 from data_samples import CHAT, write_jsonl
 
-from pardec.data.questions import training_questions
-from pardec.data.reading import DataError
+from pardec.data.responses.questions import training_questions
+from pardec.data.row_checks import DataError
 
 
 def user(text):

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from pardec.training.launch import (
+from pardec.training.running.launch import (
     idle_processors,
     launch_told,
     refuse_other_number,

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pardec.errors import shown
-from pardec.run import save_tensors, to_disk
+from pardec.run import save_tensors, to_disk, writing_to, written_aside
 
 STATE_FILE = "state.json"
 # what values that a run must go on with are called
@@ -27,6 +27,7 @@ _CALLED = {
     "num_processes": "number of processes",
     "global_batch": "global batch (train.batch_size x train.gradient_accumulation_steps x processes)",
     "data_sha256": "data (sha256)",
+    "base_sha256": "base (sha256 of its sizes, tokenizer and input embeddings)",
     "digest": "text, tokenizer and number of processes (sha256)",
 }
 
@@ -69,7 +70,8 @@ def save_state(
         plain = {name: parameter.detach().cpu().contiguous() for name, parameter in parameters.items()}
         save_tensors(plain, aside / "parameters.safetensors")
         save_tensors(moments, aside / "optimizer.safetensors")
-        (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
+        with writing_to(target / STATE_FILE):
+            (aside / STATE_FILE).write_text(json.dumps({"step": step, **extra}))
         for path in (*sorted(aside.iterdir()), aside):
             to_disk(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -82,16 +84,28 @@ def save_state(
         shutil.rmtree(removed)
 
 
+def add_to_state(folder: Path, values: Mapping[str, Any]) -> None:
+    """Changes JSON values of the newest state in `folder`, all of them or, where a kill comes in between, none."""
+    file = max(folder.glob("step-*")) / STATE_FILE
+    with written_aside(file) as aside:
+        aside.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
 def read_progress(folder: Path) -> dict[str, Any] | None:
     """The JSON values of the newest state in `folder` with its `step`, None if there is none."""
     states = sorted(folder.glob("step-*"))
     if not states:
         return None
+    file = states[-1] / STATE_FILE
     try:
-        progress = json.loads((states[-1] / STATE_FILE).read_text())
+        progress = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{states[-1] / STATE_FILE}: expected JSON, found {error}; remove {states[-1]}") from None
-    train = progress.get("recipe", {}).get("train", {})
+        raise ValueError(f"{file}: expected JSON, found {error}; remove {states[-1]}") from None
+    is_state = isinstance(progress, dict) and type(progress.get("step")) is int
+    recipe = progress.get("recipe", {}) if is_state else None
+    train = recipe.get("train", {}) if isinstance(recipe, dict) else None
+    if not isinstance(train, dict):
+        raise ValueError(f"{file}: expected step and recipe of a run, found {shown(progress)}; remove {states[-1]}")
     if "num_processes" in progress and "gradient_accumulation_steps" in train:  # of a version that did not multiply
         of_each = train["batch_size"] * train["gradient_accumulation_steps"]
         progress.setdefault("global_batch", of_each * progress["num_processes"])
@@ -120,7 +134,7 @@ def steps_done_before(
             found = "a file" if is_file else result
             raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
         return 0
-    then = progress["recipe"]
+    then = progress.get("recipe", {})
     differs = _first_difference(then, recipe, defaults or {})
     if differs is not None:
         key, before, now = differs

@@ -104,7 +104,7 @@ def launch_told(
         base_is: how it lies in the processes.
     """
     num_processes = accelerator.num_processes
-    machines = num_processes // int(os.environ.get("LOCAL_WORLD_SIZE") or num_processes)
+    machines = num_processes // processes_here(accelerator)
     where = f" on {machines} machines" if machines > 1 else ""
     count = f"{num_processes} processes{where}, each on" if num_processes > 1 else "1 process on"
     sequences = batch_size * accumulation * num_processes
@@ -115,13 +115,18 @@ def launch_told(
     )
 
 
+def processes_here(accelerator: Accelerator) -> int:
+    """Those on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+
+
 def idle_processors(accelerator: Accelerator) -> str:
     """A line that says how to use all processors or GPUs, if this run leaves some idle; else nothing."""
     if accelerator.device.type == "cuda":
         used, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         return f"\n{used} of {there} GPUs in use; {right_command(str(there))} uses all" if used < there else ""
     num_threads, num_cpus = torch.get_num_threads(), os.cpu_count() or 1
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes)
+    local = processes_here(accelerator)
     if accelerator.device.type != "cpu" or local * num_threads >= num_cpus:
         return ""
     if accelerator.num_processes > 1:

@@ -10,7 +10,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from pardec.data.conversations import Conversation
-from pardec.data.responses import Prompt
+from pardec.data.responses.response_file import Prompt
 from pardec.decoding.chat_template import ChatTemplate
 
 _FOLLOW_UPS = (

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from pardec.data.reading import read_rows
-from pardec.data.responses import (
+from pardec.data.responses.response_file import (
     Batch,
     Prompt,
     about_file,

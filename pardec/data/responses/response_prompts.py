@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pardec.data.conversations import Conversation, conversation_of
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import tokenise
 
 # tokenising stops when there are this many times as many places for prompts as prompts are wanted

@@ -2,7 +2,7 @@
 
 import random
 
-from pardec.data.passage_requests import PassageRequest, documentation_of, passage_requests, passages_of
+from pardec.data.responses.passage_requests import PassageRequest, documentation_of, passage_requests, passages_of
 
 PARAGRAPHS = [f"Paragraph {n} " + f"says {n} and so on. " * 6 for n in range(9)]  # 110 to 140 characters each
 TEXT = "\n\n".join(PARAGRAPHS)

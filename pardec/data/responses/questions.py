@@ -6,7 +6,8 @@ Knows neither chat templates nor tokenizers.
 from pathlib import Path
 from typing import Any
 
-from pardec.data.reading import DataError, check_unicode, checked_turns, hold_out, json_lines
+from pardec.data.reading import hold_out, json_lines
+from pardec.data.row_checks import DataError, check_unicode, checked_turns
 from pardec.errors import short, shown
 
 # where a question may stand, in this order; the last two hold turns

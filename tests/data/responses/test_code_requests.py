@@ -4,7 +4,7 @@ import ast
 import random
 import re
 
-from pardec.data.code_requests import code_requests, functions_of
+from pardec.data.responses.code_requests import code_requests, functions_of
 
 SOURCE = '''
 import os

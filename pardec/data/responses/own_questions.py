@@ -10,7 +10,7 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.decoding.chat_template import ChatTemplate
 from pardec.errors import shown
 
