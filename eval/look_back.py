@@ -1,13 +1,14 @@
 """Would a sampler head that looks back over the text draft better, and what would verifying blocks as a whole add?
 
     python eval/look_back.py runs/ADAPTER RESPONSES.jsonl [--split validation] [--steps 2000] [--quick]
+    python eval/look_back.py runs/ADAPTER --steps 0        # trains nothing: what the adapter itself drafts
 
 Mask rows of a frozen adapter are recorded behind many places of texts that the model has sampled (the file is one of
 train/generate_responses.py). On them are trained, for the same steps and the same loss: the sampler head that adapters
 have, one that is as large as the last, and one that attends over the states of the text (arXiv:2608.27339). Texts
 that the model samples behind held-out prompts judge them by exact sums, as drafts would be accepted one by one and as
-blocks (arXiv:2403.10444), at the decoder's shortlist. Mask embeddings and LoRA are the adapter's; a head of its own is
-not used. Writes a table and JSON into eval/results; the last line printed is one JSON object. Exit code 0.
+blocks (arXiv:2403.10444), at the decoder's shortlist. Mask embeddings and LoRA are the adapter's; a head of its own has
+a row too. Writes a table and JSON into eval/results; the last line printed is one JSON object. Exit code 0.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import TEST, VALIDATION
 from pardec.data.rows import open_rows
 from pardec.data.shards import shards_folder
+from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.measures.acceptance import BOOTSTRAP_SAMPLES
 from pardec.model import SelfSpeculativeModel
@@ -41,6 +43,7 @@ from pardec.target.hidden import HiddenTap
 from pardec.target.own_head import OwnHead
 
 QUICK = {"num_texts": 6, "num_prompts": 3, "num_anchors": 4, "steps": 2, "max_new_tokens": 24}
+OWN = "the adapter's own head"
 NONE, SAMPLER, WIDER, LOOKS_BACK = "no head", "sampler head", "sampler head, wider", "head that looks back"
 NOTES = (
     "mean acceptance length: 1 + the expected number of accepted drafts of a block, bonus token included, by exact "
@@ -56,13 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("directory", help="adapter")
-    add("responses", help="what its base has sampled, at the temperature and top-k given here: JSON lines")
+    add("responses", nargs="?", help="what its base has sampled, at temperature and top-k given here: JSON lines")
     add("--split", default=VALIDATION, choices=(VALIDATION, TEST), help="of python-stdlib, whose prompts judge")
     add("--num-prompts", type=int, default=96)
     add("--num-texts", type=int, default=1536, help="of the responses, to train on")
     add("--num-anchors", type=int, default=32, help="places of each text behind which is drafted")
     add("--max-new-tokens", type=int, default=160, help="behind each prompt")
-    add("--steps", type=int, default=2000, help="of 4 texts, with every anchor")
+    add("--steps", type=int, default=2000, help="of 4 texts, with every anchor; 0: trains no head")
     add("--width", type=int, default=256, help="of the sampler head")
     add("--shortlist", type=int, default=64, help="tokens that heads score when decoding")
     add("--learning-rate", type=float, default=3e-3)
@@ -88,11 +91,15 @@ def report(args: argparse.Namespace) -> None:
         )
     law = TokenLaw(False, tuple(make_warpers(args.temperature, args.top_k or None, None, None)))
     scorer = Scorer(OwnHead.of(model.target), HiddenTap(model.target.base), law, args.shortlist)
-    texts, first = responses(args.responses, args.num_texts)
+    heads: dict[str, nn.Module | None] = {NONE: None}
+    own = HeadDrafter.of(model.adapter, model.target)
+    if own is not None:
+        heads[OWN] = own.head
+    if args.steps:
+        texts, first = responses(args.responses, args.num_texts)
+        heads |= trained_heads(scorer, recorded(model, texts, first - 1, args), args)
     judging, first_judged = own_texts(model, args)
-    seen = recorded(model, texts, first - 1, args)
     judged_by = recorded(model, judging, first_judged - 1, args)
-    heads = {NONE: None, **trained_heads(scorer, seen, args)}
     K, rows = model.adapter.metadata.num_speculative_tokens, []
     for name, head in heads.items():
         parts = [judged_by.part(some) for some in torch.arange(len(judging)).split(4)]
@@ -102,7 +109,7 @@ def report(args: argparse.Namespace) -> None:
         rows += [{"head": name, "numbers": size, "verification": way, "lengths": one} for way, one in lengths.items()]
     shown = ("directory", "responses", "split", "num_anchors", "steps", "shortlist", "temperature", "top_k", "seed")
     settings = {key: vars(args)[key] for key in shown}
-    facts = {**settings, "num_prompts": len(judging), "num_texts": len(texts), "num_speculative_tokens": K}
+    facts = {**settings, "num_prompts": len(judging), "num_texts": args.num_texts, "num_speculative_tokens": K}
     result = {**facts, "rows": compared(rows), **provenance(model.target.device)}
     table = table_of(result, "**").markdown()
     page = markdown_page(result, "Heads that look back", f"{title_of(result)}, {result['device']}", [table], NOTES)
@@ -114,12 +121,14 @@ def report(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------- texts and what is seen of them
 
 
-def responses(path: str, num_texts: int) -> tuple[Tensor, int]:
+def responses(path: str | None, num_texts: int) -> tuple[Tensor, int]:
     """Token ids of the first rows that are as long as the longest, shape [S, T], and where their answers begin.
 
     Raises:
-        ValueError: for rows without token ids, or too few of them.
+        ValueError: without a file, for rows without token ids, or too few of them.
     """
+    if path is None:
+        raise ValueError("responses: expected a file to train heads on, or --steps 0, found neither")
     rows = open_rows(path, "jsonl", "train", None, shards_folder())
     if rows[0].get("input_ids") is None or rows[0].get("loss_mask") is None:
         raise ValueError(f"{path}: expected rows with input_ids and loss_mask, found {', '.join(rows[0])}")
@@ -179,7 +188,8 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         low, high = np.percentile(1 + own[draws(len(own))].mean(axis=1), [2.5, 97.5])
         row["mean_acceptance_length"] = round(1 + float(own.mean()), 4)
         row["interval"] = [round(float(low), 4), round(float(high), 4)]
-        row["to_sampler_head"] = ratio(own, lengths[SAMPLER, way]) if row["head"] != SAMPLER else None
+        baseline = lengths.get((SAMPLER, way)) if row["head"] != SAMPLER else None
+        row["to_sampler_head"] = None if baseline is None else ratio(own, baseline)
         row["to_token"] = ratio(own, lengths[row["head"], "token"]) if way != "token" else None
     return rows
 
@@ -201,10 +211,11 @@ def title_of(result: dict[str, Any]) -> str:
     """What the rows have in common."""
     law = f"temperature {result['temperature']}" + (f", top-k {result['top_k']}" if result["top_k"] else "")
     where = f"{result['num_prompts']} prompts of python-stdlib ({result['split']}), {result['num_anchors']} places each"
-    return (
-        f"{result['directory']}, K = {result['num_speculative_tokens']}: {where}, {law}, shortlist "
-        f"{result['shortlist']}; heads trained for {result['steps']} steps on {result['num_texts']} responses"
-    )
+    title = f"{result['directory']}, K = {result['num_speculative_tokens']}: {where}, {law}"
+    if not result["steps"]:
+        return title
+    heads = f"heads trained for {result['steps']} steps on {result['num_texts']} responses"
+    return f"{title}, shortlist {result['shortlist']}; {heads}"
 
 
 def table_of(result: dict[str, Any], bold: str = "") -> TextTable:

@@ -15,6 +15,7 @@ from studies.recorded_drafts import record
 from torch import nn
 
 import pardec
+from pardec.adapters.files import save_adapter
 from pardec.adapters.head import SamplerHead
 from pardec.decoding.drafting import draft_in_turn
 from pardec.decoding.sampling import TokenLaw, make_warpers
@@ -181,3 +182,15 @@ def test_responses_of_another_form_are_refused(adapters, tmp_path):
     (tmp_path / "few.jsonl").write_text('{"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}\n')
     ended = run(look_back.main, adapters / "lora", tmp_path / "few.jsonl", "--quick")
     assert "expected 6 rows of 3 tokens, as the first one is, found 1" in ended.error
+    assert "expected a file to train heads on, or --steps 0" in run(look_back.main, adapters / "lora", "--quick").error
+
+
+def test_without_steps_the_adapters_own_drafts_are_judged(packaged_adapter, tmp_path):
+    save_adapter(packaged_adapter(2, head_width=4), tmp_path / "head")
+    sizes = ("--num-prompts", 2, "--num-anchors", 3, "--max-new-tokens", 12)
+    ended = run(look_back.main, tmp_path / "head", "--steps", 0, *sizes, "--output", tmp_path / "found")
+    assert ended.code == 0, ended.err[-2000:]
+    rows = ended.result["rows"]
+    assert [row["head"] for row in rows[::2]] == [look_back.NONE, look_back.OWN]
+    assert all(row["to_sampler_head"] is None for row in rows)
+    assert rows[2]["numbers"] == 4 * (512 + 1 + 256)
