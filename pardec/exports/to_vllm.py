@@ -12,7 +12,7 @@ from pardec.errors import first_line
 from pardec.exports.base_folder import CONFIG_FILE, LoadedBase, write_config
 from pardec.exports.door import Door
 from pardec.exports.record import ExportRecord
-from pardec.exports.vllm_draft import COUNTED, ON_A_CPU, OTHER_METHODS, config_problems, serve_command
+from pardec.exports.vllm_draft import COUNTED, ON_A_CPU, OTHER_METHODS, TOKENS, config_problems, serve_command
 from pardec.vllm_plugin.architectures import ARCHITECTURES, DRAFT_ARCHITECTURE, TESTED_VERSIONS
 
 
@@ -69,7 +69,7 @@ def _notes(record: ExportRecord, folder: Path) -> str:
         "name `pardec`. The draft runs the target's own layers: there is no second copy of the weights, but keys and "
         "values of its own, and a round is two forwards. vLLM's number of drafted "
         f"tokens, 2 to {K + 1} here, is one more than the adapter's, as its first is the model's own next token. "
-        f"One device: tensor and pipeline parallelism are refused, and so is `--enable-lora`. {ON_A_CPU}"
+        f"One device: tensor and pipeline parallelism are refused, and so is `--enable-lora`. {TOKENS} {ON_A_CPU}"
     )
 
 
