@@ -32,7 +32,7 @@ from pardec.config.train_section import default_anchors
 from pardec.layout import MAX_SPECULATIVE_TOKENS, nested_block_lengths
 from pardec.run import exit_on_unusable_input
 from pardec.target.base import load_base
-from pardec.training.processes import make_accelerator
+from pardec.training.running.processes import make_accelerator
 
 FULL = {"lengths": "256,512,2048", "tokens": 512, "repetitions": 3}
 QUICK = {"lengths": "16,32", "tokens": 32, "repetitions": 2}

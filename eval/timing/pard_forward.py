@@ -11,8 +11,8 @@ from torch.nn.attention import sdpa_kernel
 from transformers import PreTrainedModel
 
 from pardec.layout import nested_block_lengths, training_layout
-from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel
+from pardec.target.prefix_cache import PrefixCache
 from pardec.training.first_embeddings import first_embeddings
 from pardec.training.module import ATTENTION_KERNELS, METRICS
 

@@ -17,7 +17,7 @@ from timing.pard_forward import PardForward
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pardec.training.memory import LiveBytes
+from pardec.training.live_bytes import LiveBytes
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora

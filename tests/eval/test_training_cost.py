@@ -12,7 +12,7 @@ from pardec.config.train_section import default_anchors
 from pardec.layout import nested_block_lengths
 from pardec.training.module import METRICS, Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
-from pardec.training.processes import make_accelerator
+from pardec.training.running.processes import make_accelerator
 
 B, T, K = 2, 12, 3
 SIZES = {"batch_size": B, "length": T, "anchors": 5, "seed": 1}
