@@ -12,6 +12,7 @@ Exit code 1 if a variant failed. The format of study files: eval/studies/study.p
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
@@ -141,8 +142,16 @@ def facts(study: Study, prompts: dict[str, list[list[int]]], device: torch.devic
         "budget": study.budget.model_dump(),
         "num_prompts": min(map(len, prompts.values())),
         "base": list(prompts),
+        "data_sha256": digests_of_files(study),
         **provenance(device),
     }
+
+
+def digests_of_files(study: Study) -> dict[str, str]:
+    """Of the files that variants are trained on, by path; folders, packages and what is not there are left out."""
+    paths = [Path(variant.recipe.data.path) for variant in study.variants if variant.recipe is not None]
+    files = [path for path in dict.fromkeys(paths) if path.is_file()]
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from pardec.decoding.engines import Engines
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.errors import shown
 from pardec.target.base import pad_token_id
 
@@ -95,7 +95,7 @@ def generate_for_transformers(
     use_head: bool | None,
     verification: Verification,
     copy_tokens: int | None,
-    tree: DraftTree | None,
+    tree: AnyTree | None,
     streamer,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Ids as `generate` returns them: prompt and continuation, [B, S + new], padded on the right.

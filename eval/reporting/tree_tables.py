@@ -1,5 +1,6 @@
 """Shows what trees accept to people; knows the keys of the rows, nothing of how they come about."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ HEADER = (
     "shape", "rows", "nodes", "depth", "expected length", "measured", "95 % interval", "differ", "outside repetition",
     "gain over full chain", "95 % interval of it", "ms a step", "x plain",
 )  # fmt: skip
-PAPER_HEADER = ("batch", "rows", "nodes", "launches", "predicted ms", "step, x plain's", "tokens/s, x plain's")
+PAPER_HEADER = ("batch", "shape", "rows", "nodes", "launches", "predicted ms", "step, x plain's", "tokens/s, x plain's")
 TEXT_COLUMNS = ("shape",)
 
 
@@ -28,6 +29,7 @@ def tables_of(result: dict[str, Any]) -> list[TextTable]:
     cells = [
         [
             str(row["batch_size"]),
+            row["kind"],
             str(row["rows"]),
             str(row["nodes"]),
             str(row["launches"]),
@@ -55,7 +57,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number(row["expected"], 3),
         number(row["measured"], 3),
         f"{low:.3f} to {high:.3f}",
-        f"{100 * (row['measured'] / row['expected'] - 1):+.1f} %",
+        "-" if row["measured"] is None else f"{100 * (row['measured'] / row['expected'] - 1):+.1f} %",
         number(row["outside_repetition"], 3),
         f"{100 * row['gain']:+.1f} %",
         f"{100 * gain_low:+.1f} to {100 * gain_high:+.1f} %",
@@ -71,10 +73,12 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         f"{result['adapter']}, K = {result['num_speculative_tokens']}, {drafts}; {result['max_new_tokens']} new "
         f"tokens, sampled at temperature {result['temperature']}, top-k {result['top_k']}; {result['dtype']}",
         "shapes are chosen on the validation split and reported on the test split; tree of N: the whole run behind "
-        "each node; chain and tree: the best of up to so many rows",
+        "each node; chain and tree: the best of up to so many rows; a dynamic tree is drawn anew in every step, one of "
+        "N as deep as the tree of N",
         "lengths: accepted tokens a step and the bonus token, steps that verify nothing among them; expected: the "
         "ranks of the model's own tokens in its drafts, played again; of a sampled chain, whose drafts are drawn, that "
         "of the likeliest drafts",
+        "measured -: of so many rows no texts were decoded; interval, gain and x plain are of what is expected",
         "gain: of accepted length outside repetition over the full chain's on the same prompts, which are resampled in "
         "pairs",
         "ms a step: batch 1, as trees of so many rows take here, between those that were timed on a line; x plain: "
@@ -102,7 +106,8 @@ def panels_of(result: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, flo
     """Lines of the picture."""
     panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     for row in sorted(result["rows"], key=lambda row: row["rows"]):
-        line = {"full chain": "chain"}.get(row["kind"], "tree, whole runs" if " of " in row["kind"] else row["kind"])
+        kind = re.sub(r" of \d+$", ", whole runs", row["kind"])
+        line = {"full chain": "chain"}.get(kind, kind)
         lines = panels.setdefault(row["law"], {})
-        lines.setdefault(line, []).append((row["rows"], row["measured"], row["expected"]))
+        lines.setdefault(line, []).append((row["rows"], row["measured"] or row["expected"], row["expected"]))
     return panels

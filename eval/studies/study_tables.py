@@ -88,6 +88,7 @@ def notes_of(result: dict[str, Any]) -> list[str]:
     limits = {"cpu_minutes": "CPU minutes", "minutes": "minutes"}
     budget = [f"{result['budget'][name]:g} {unit}" for name, unit in limits.items() if result["budget"][name]]
     notes = [*NOTES, *([f"budget of a variant's training: {' and '.join(budget)}"] if budget else [])]
+    notes += [f"{path}: SHA-256 {digest}" for path, digest in result["data_sha256"].items()]
     failed = {row["variant"]: row["reason"] for row in result["rows"] if row["reason"]}
     return notes + [f"{name}: {reason}" for name, reason in failed.items()]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from pardec.layout import training_layout
-from pardec.target.cache import PrefixCache
+from pardec.target.prefix_cache import PrefixCache
 from pardec.training.module import ATTENTION_KERNELS, METRICS, MaskTokenTrainer
 from pardec.training.peft_lora import lora_enabled
 

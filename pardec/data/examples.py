@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pardec.data.fitting import useful_anchors
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import Document
 
 # among so many steps' examples those of similar length are brought together: few tokens of a step are padding then, and

@@ -28,7 +28,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.errors import shown
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
@@ -99,7 +99,7 @@ class Engines:
         use_head: bool | None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
-        tree: DraftTree | None = None,
+        tree: AnyTree | None = None,
         *,
         num_sequences: int = 1,
         is_greedy: bool = True,
@@ -284,11 +284,10 @@ class Engines:
         if with_lora not in self._linears:
             self._linears[with_lora] = PackedLinears(facts.siblings, self.gate if with_lora else None)
         linears = self._linears[with_lora]
-        if not self.compile or self.target.device.type != "cpu":  # there compiled code packs weights by itself
-            before = linears.num_packed
-            linears.refresh()
-            if before not in (0, linears.num_packed):
-                self._pool.clear()  # graphs hold on to what was packed before
+        before = linears.num_packed
+        linears.refresh()
+        if before not in (0, linears.num_packed):
+            self._pool.clear()  # graphs hold on to what was packed before
         return linears
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pardec.decoding.rows import RowForward, RowPlan
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree, DynamicTree
 from pardec.layout import BlockLengths, block_layout, chain_layout, next_blocks, real_layout, tree_layout
 
 
@@ -52,7 +52,7 @@ class StepPlans:
         num_speculative_tokens: int,
         copy_tokens: int,
         blocks: BlockLengths,
-        tree: DraftTree | None,
+        tree: AnyTree | None,
     ) -> "StepPlans":
         """Plans of a mode.
 
@@ -72,10 +72,13 @@ class StepPlans:
             own = blocks[: K + num_copies + 1]
             return Verifying(forward.plan(chain_layout(own)), next_blocks(own, num_copies).to(forward.target.device))
 
-        verify = chain(copy_tokens)
-        if tree is not None:
+        if tree is None:
+            verify = chain(copy_tokens)
+        else:
+            # where parents are data, rows are as if all nodes were the root's children until a step knows better
+            parents = (0,) * tree.num_nodes if isinstance(tree, DynamicTree) else tree.parents
             runs = [0] * len(tree.runs) if is_two_pass else tree.runs
-            verify = Verifying(forward.plan(tree_layout(tree.parents, runs)), None)
+            verify = Verifying(forward.plan(tree_layout(parents, runs)), None)
         return cls(forward.plan(block_layout(K)), verify, chain(0) if copy_tokens else None, is_two_pass)
 
     def verifying(self, num_candidates: int) -> Verifying:

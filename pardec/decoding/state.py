@@ -28,6 +28,7 @@ class DecodeState:
         bonus: the newest emitted token, not yet in the cache, shape [B].
         drafts: drafted token ids behind it, shape [B, K]; of a tree those of its nodes, [B, N].
         draft_probs: the law q they were drawn from, shape [B, K, V]; None when greedy, and of a tree.
+        parents: rows of the parents of a dynamic tree's nodes, shape [B, N]; None of all else.
         draft_length: drafts that exist in each row, of a tree levels of nodes, shape [B], in 0..K.
         done: rows that have met EOS or their length, shape [B], bool.
         room: new tokens still allowed, shape [B]; 0 where done.
@@ -51,6 +52,7 @@ class DecodeState:
     bonus: Tensor
     drafts: Tensor
     draft_probs: Tensor | None
+    parents: Tensor | None
     draft_length: Tensor
     done: Tensor
     room: Tensor
@@ -80,6 +82,7 @@ class DecodeState:
         draft_probs: Tensor | None,
         width: int,
         capacity: int,
+        parents: Tensor | None = None,
         draft_length: int | None = None,
         sources: Tensor | None = None,
     ) -> "DecodeState":
@@ -95,6 +98,7 @@ class DecodeState:
             draft_probs: place for their law, shape [B, K, V], or None.
             width: W.
             capacity: new tokens that there is place for.
+            parents: place for them, shape [B, N], or None.
             draft_length: K of a tree, which has more nodes than that; default as many as there are drafts.
             sources: texts that each row copies from, shape [B, R]; None where nothing is copied.
         """
@@ -105,6 +109,7 @@ class DecodeState:
             bonus=lengths.new_zeros(B),
             drafts=drafts,
             draft_probs=draft_probs,
+            parents=parents,
             draft_length=lengths.new_full((B,), drafts.shape[1] if draft_length is None else draft_length),
             done=torch.zeros(B, dtype=torch.bool, device=lengths.device),
             room=room,

@@ -17,16 +17,18 @@ from pardec.decoding.copying import Candidates, Copier, sources_of
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.plans import StepPlans
 from pardec.decoding.prefill import Prefill
-from pardec.decoding.rows import RowForward
+from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification, verify_copies, verify_greedy, verify_sample
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree, DynamicTree
 from pardec.layout import full_blocks
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
-from pardec.trees.tree_steps import TreeSteps
+from pardec.trees.dynamic_steps import DynamicSteps
+from pardec.trees.standing import StandingTree
+from pardec.trees.tree_steps import TreeSteps, compact
 from pardec.trees.walk import Walk
 
 MODES = ("plain", "two_pass", "fused")
@@ -62,24 +64,26 @@ class Decoder:
     head: HeadDrafter | None = None
     verification: Verification = "token"
     copy_tokens: int = 0
-    tree: DraftTree | None = None
+    tree: AnyTree | None = None
     is_recorded: bool = False
 
     def __post_init__(self) -> None:
         assert (self.head is None) == (self.forward.tap is None)
         K, L = self.num_speculative_tokens, self.copy_tokens
         blocks = (*full_blocks(K), *(0,) * L) if self.block_lengths is None else tuple(self.block_lengths)
-        self._tree = None
-        if self.tree is not None:
-            assert (self.tree.num_speculative_tokens, L) == (K, 0)
-            self._tree = TreeSteps.of(self.tree, self.target.device)
         self._plans = StepPlans.of(
             self.forward, self.mode, num_speculative_tokens=K, copy_tokens=L, blocks=blocks, tree=self.tree
         )
+        self._tree: TreeSteps | DynamicSteps | None = None
+        if self.tree is not None:
+            assert (self.tree.num_speculative_tokens, L) == (K, 0)
+            plan, is_dynamic = self._plans.verify.plan, isinstance(self.tree, DynamicTree)
+            self._tree = DynamicSteps.of(self.tree, plan) if is_dynamic else TreeSteps.of(self.tree, plan)
         block = self._plans.draft if self.mode == "fused" and K else None
         self._prefill = Prefill(self.forward, block, self.num_slots_per_step)
         self._copier = Copier(K + L, self.target.device) if L else None
         self._token_index = torch.arange(self.tokens_per_step, device=self.target.device)
+        self._walk_index = self._token_index[: K + 1]
 
     @property
     def target(self) -> TargetModel:
@@ -147,13 +151,14 @@ class Decoder:
             drafts=ran.lengths.new_zeros(B, self.num_drafts),
             draft_length=K,
             draft_probs=ran.logits.new_zeros(B, K, ran.logits.shape[2]).float() if self._draws_drafts else None,
+            parents=ran.lengths.new_zeros(B, self.num_drafts) if isinstance(self.tree, DynamicTree) else None,
             width=self.tokens_per_step,
             capacity=capacity or self.max_new_tokens,
             sources=looks_in,
         )
         first = self._choose(state, ran.logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
-            state.drafts, state.draft_probs = self._draft(ran.logits[:, 1:], ran.hidden, first[:, 0])
+            self._draft(state, ran.logits[:, 1:], ran.hidden, first[:, 0])
         state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(ran.lengths), self._token_index)
         return state
 
@@ -173,12 +178,15 @@ class Decoder:
         else:
             self._fused_step(state)
 
-    def step_logits(self, state: DecodeState, candidates: Candidates | None = None) -> Tensor:
+    def step_logits(
+        self, state: DecodeState, candidates: Candidates | None = None, plan: RowPlan | None = None
+    ) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, candidates | block_0 .. ]`, [B, R, V]."""
         candidates = self._candidates(state) if candidates is None else candidates
         bonus = state.bonus[:, None]
         rows = torch.cat([bonus, candidates.ids], dim=1) if candidates.ids.shape[1] else bonus
-        return self.forward.run(self._plans.verifying(candidates.ids.shape[1]).plan, state.cache, state.lengths, rows)
+        plan = plan or self._plans.verifying(candidates.ids.shape[1]).plan
+        return self.forward.run(plan, state.cache, state.lengths, rows)
 
     def _candidates(self, state: DecodeState, exact: Tensor | None = None) -> Candidates:
         """The drafts, and what is copied behind them; `exact` = the token between the bonus token and them, [B, 1]."""
@@ -198,14 +206,15 @@ class Decoder:
         K, candidates = self.num_speculative_tokens, self._candidates(state)
         forward = self._plans.verifying(candidates.ids.shape[1])
         num_real = forward.plan.layout.num_real
-        logits = self.step_logits(state, candidates)
         if self._tree is not None:
-            found = self._walk(self._tree, state, logits[:, :num_real], [state.bonus[:, None]])
+            tree = self._tree.standing(state.parents)
+            logits = self.step_logits(state, candidates, tree.plan)
+            found = self._walk(tree, state, logits[:, :num_real], [state.bonus[:, None]])
             state.commit(found.tokens, found.num_accepted, self._token_index)
-            state.draft_length, rows = found.next_length, found.next_rows
-            hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
-            state.drafts, _ = self._draft(rows_of_each(logits, rows), hidden, state.bonus)
+            state.draft_length = found.next_length
+            self._draft_from(state, logits, found.next_rows)
             return
+        logits = self.step_logits(state, candidates)
         # the argmax of all rows at once; processors and float64 models need scores of the real rows, a head of a block
         best = None
         if self.law.is_plain_argmax(logits.dtype):
@@ -221,21 +230,21 @@ class Decoder:
             if best is not None and self.head is None:
                 state.drafts = best.gather(1, rows)
             else:
-                hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
-                state.drafts, state.draft_probs = self._draft(rows_of_each(logits, rows), hidden, state.bonus)
+                self._draft_from(state, logits, rows)
 
     def _two_pass_step(self, state: DecodeState) -> None:
         bonus = state.bonus[:, None]
         logits = self.forward.run(self._plans.draft, state.cache, state.lengths, bonus)
         hidden = self._block_hidden()
         exact = self._choose(state, logits[:, :1], bonus)
-        state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, exact[:, 0])
+        self._draft(state, logits[:, 1:], hidden, exact[:, 0])
         candidates = self._candidates(state, exact)
         rows = torch.cat([exact, candidates.ids], dim=1)
-        forward = self._plans.verifying(candidates.ids.shape[1])
-        logits = self.forward.run(forward.plan, state.cache, state.lengths + 1, rows)
-        if self._tree is not None:
-            found = self._walk(self._tree, state, logits, [bonus, exact])
+        tree = None if self._tree is None else self._tree.standing(state.parents)
+        plan = self._plans.verifying(candidates.ids.shape[1]).plan if tree is None else tree.plan
+        logits = self.forward.run(plan, state.cache, state.lengths + 1, rows)
+        if tree is not None:
+            found = self._walk(tree, state, logits, [bonus, exact])
             tokens, num_accepted = found.tokens, found.num_accepted
         else:
             tokens, num_accepted = self._verify(state, logits, candidates, [bonus, exact])
@@ -246,36 +255,43 @@ class Decoder:
         """What the output head read in the last forward behind its first row, where no head drafts None."""
         return None if self.forward.hidden is None else self.forward.hidden[:, 1:]
 
-    def _draft(self, logits: Tensor, hidden: Tensor | None, previous: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drafts from a block's rows, shape [B, K] or [B, N], and the law q of those that were drawn.
+    def _draft_from(self, state: DecodeState, logits: Tensor, rows: Tensor) -> None:
+        """Drafts behind the bonus token from the run that some rows of the last forward are, shape [B, K]."""
+        hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
+        self._draft(state, rows_of_each(logits, rows), hidden, state.bonus)
+
+    def _draft(self, state: DecodeState, logits: Tensor, hidden: Tensor | None, previous: Tensor) -> None:
+        """Drafts from a block's rows, with the law q of those that are drawn, or the parents that nodes have.
 
         `previous` = the token before the first, shape [B].
         """
         if self._tree is not None:
-            return self._tree.draft(self.head, logits, hidden, previous), None
-        if self.head is None or hidden is None:
-            return self.law.draw(logits)
-        return self.head.draft(self.law, logits, hidden, previous)
+            state.drafts, state.parents = self._tree.draft(self.head, logits, hidden, previous, state.draft_length)
+        elif self.head is None or hidden is None:
+            state.drafts, state.draft_probs = self.law.draw(logits)
+        else:
+            state.drafts, state.draft_probs = self.head.draft(self.law, logits, hidden, previous)
 
-    def _walk(self, tree: TreeSteps, state: DecodeState, real: Tensor, rows: list[Tensor]) -> Walk:
+    def _walk(self, tree: TreeSteps | StandingTree, state: DecodeState, real: Tensor, rows: list[Tensor]) -> Walk:
         """Walks the tree by the target's choices at its rows, whose logits are `real`, and keeps what stands.
 
         `rows` = ids not yet committed before the nodes.
         """
-        prefix_of = None
+        prefix_of, before = None, len(rows) - 1
         if self.law.needs_prefix:
-            before = len(rows) - 1
-            paths = [[*range(before), *(before + row for row in path)] for path in tree.tree.paths]
-            prefix_of = self._prefixes(state, torch.cat([*rows, state.drafts], dim=1), paths)
+            since = torch.cat([*rows, state.drafts], dim=1)
+            prefix_of = self._prefixes(
+                state, since, lambda b, r: [*range(before), *(before + row for row in tree.path_of(b, r))]
+            )
         chosen = self.law.argmax(real, prefix_of) if self.law.greedy else self.law.sample(real, prefix_of)
         found = tree.walk(chosen, state.drafts, state.draft_length)
         state.mark(found.num_accepted)
-        tree.compact(state.cache, found.path, looks=real.is_cpu and not self.is_recorded)
+        compact(state.cache, found.path, self._walk_index, looks=real.is_cpu and not self.is_recorded)
         return found
 
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
-        prefix_of = self._prefixes(state, since, [range(since.shape[1])])
+        prefix_of = self._prefixes(state, since, lambda b, r: range(since.shape[1]))
         if self.law.greedy:
             return self.law.argmax(logits, prefix_of)
         return verify_sample(
@@ -296,8 +312,7 @@ class Decoder:
         K, ids, length = self.num_speculative_tokens, candidates.ids, candidates.length
         prefix_of = None
         if self.law.needs_prefix:
-            paths = [range(len(rows) + r) for r in range(ids.shape[1] + 1)]
-            prefix_of = self._prefixes(state, torch.cat([*rows, ids], dim=1), paths)
+            prefix_of = self._prefixes(state, torch.cat([*rows, ids], dim=1), lambda b, r: range(len(rows) + r))
         if not real.is_floating_point():
             verdict = verify_greedy(real, ids, length)
         elif self.law.greedy or not K:
@@ -318,9 +333,9 @@ class Decoder:
         return F.pad(verdict.tokens, (0, missing)) if missing else verdict.tokens, verdict.num_accepted
 
     def _prefixes(
-        self, state: DecodeState, since: Tensor, paths: Sequence[Sequence[int]]
+        self, state: DecodeState, since: Tensor, path_of: Callable[[int, int], Sequence[int]]
     ) -> Callable[[int, int], Tensor] | None:
         """The tokens before what row (b, r) predicts: prompt, committed output, the ids of `since` on its path."""
         if not self.law.needs_prefix:
             return None
-        return lambda b, r: torch.cat([state.committed(b), since[b, list(paths[r])]])
+        return lambda b, r: torch.cat([state.committed(b), since[b, list(path_of(b, r))]])

@@ -39,7 +39,8 @@ def serve_command(record: ExportRecord, folder: str, *, drafts_in_turn: bool = F
     config = shlex.quote(json.dumps(draft, separators=(",", ":")))
     # vLLM keeps keys and values of windows apart from others, and wants those of a draft to lie together
     together = " --disable-hybrid-kv-cache-manager" if record.architecture.get("sliding_window") else ""
-    return f"vllm serve {base_in_shell(record.base.name)}{together} --speculative-config \\\n    {config}"
+    base, before = base_in_shell(record.base.name)
+    return f"{before}vllm serve {base}{together} --speculative-config \\\n    {config}"
 
 
 def config_problems(config: Mapping[str, Any], record: ExportRecord) -> list[str]:

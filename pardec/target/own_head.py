@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel, UnsupportedModelError
+from pardec.target.prefix_cache import PrefixCache
 from pardec.target.survey import agree
 
 

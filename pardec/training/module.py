@@ -15,15 +15,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pardec.adapters.head import SamplerHead
 from pardec.layout import TrainingLayout, nested_block_lengths, sorted_anchors, training_layout
-from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 from pardec.target.own_head import OwnHead
+from pardec.target.prefix_cache import PrefixCache
 from pardec.training.block_attention import block_route, supports
 from pardec.training.first_embeddings import first_embeddings
 from pardec.training.objective import Objective
 from pardec.training.parts import Part, parts_of, rows_at_once, summed_by_parts
 from pardec.training.peft_lora import lora_enabled
+from pardec.training.prefix_pass import Prefix, run_prefix
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
@@ -58,23 +59,6 @@ class Drafter:
     has_lora: bool = False
     head_width: int = 0
     joint_head: bool = False
-
-
-@dataclass
-class Prefix:
-    """What the pass over the real tokens leaves behind.
-
-    Attributes:
-        cache: their keys and values.
-        hidden: what their law is made of, shape [B, T, H].
-        anchors: of all parts, in the order in which their blocks run, shape [B, N], where the host can read them.
-        lengths: of all blocks.
-    """
-
-    cache: PrefixCache
-    hidden: Tensor
-    anchors: Tensor
-    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -142,6 +126,7 @@ class MaskTokenTrainer(nn.Module):
             self.head = SamplerHead(hidden_dim, self.target.embedding_dim, drafter.head_width).to(self.target.device)
         self.most_rows = rows_at_once(self.target.vocab_size, self.target.device)  # of a part of the loss
         self.takes_blocks = supports(self.own_head, drafter.num_speculative_tokens)
+        self.prefix_slices = 1  # forwards that the real tokens are cut into, see `run_prefix`
         self._prefix: Prefix | None = None
 
     def train(self, mode: bool = True) -> "MaskTokenTrainer":
@@ -175,10 +160,16 @@ class MaskTokenTrainer(nn.Module):
             loss_sum: scalar, the sum of weighted losses; token_count: scalar, how many rows it is a sum of; metrics:
             shape [7, K], sums per position in the order of `METRICS`.
         """
+        short = self.prefix_slices - input_ids.shape[1]
+        if short > 0:  # every process of a sharded base runs as many forwards; padding is never learned
+            input_ids, loss_mask = (nn.functional.pad(one, (0, short)) for one in (input_ids, loss_mask))
         (_, T), N = input_ids.shape, anchors.shape[1]
         if first_anchor == 0:
             lengths = self._block_lengths(N, num_anchors or N, max_depth or self.drafter.num_speculative_tokens)
-            self._prefix = self._run_prefix(input_ids, anchors, lengths)
+            # the one wait for the device, before it has been given anything to do
+            on_host = sorted_anchors(anchors.cpu(), lengths)
+            cache, hidden = run_prefix(self.own_head, input_ids, self.prefix_slices)
+            self._prefix = Prefix(cache, hidden, on_host, lengths)
         prefix = self._prefix
         assert prefix is not None
         part = slice(first_anchor, None if num_anchors is None else first_anchor + num_anchors)
@@ -253,15 +244,6 @@ class MaskTokenTrainer(nn.Module):
         for name, values in metrics.items():
             sums[METRICS.index(name)].index_add_(0, depths, values * counts)
         return sums
-
-    @torch.no_grad()
-    def _run_prefix(self, input_ids: Tensor, anchors: Tensor, lengths: tuple[int, ...]) -> Prefix:
-        # the one wait for the device, before it has been given anything to do
-        on_host = sorted_anchors(anchors.cpu(), lengths)
-        cache = PrefixCache(self.target.num_layers)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        hidden = self.own_head.hidden(self.target.embed(input_ids), positions, None, cache)
-        return Prefix(cache, hidden, on_host, lengths)
 
     def _run_mask_rows(self, layout: TrainingLayout, on_host: TrainingLayout, cache: PrefixCache) -> Tensor:
         """Their hidden states, shape [B, M, H]."""

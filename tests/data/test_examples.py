@@ -8,7 +8,7 @@ import torch
 from data_samples import masked, text
 
 from pardec.data.examples import AnchoredSequences, ExampleOrder, OneShard, collate
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 
 
 def make_sequences(count=7, length=20):

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
     TypicalLogitsWarper,
 )
-from tree_samples import BRANCHING, CROOKED, WIDE
+from tree_samples import BRANCHING, CROOKED, DYNAMIC, WIDE
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
@@ -79,6 +79,9 @@ def decode(
         ("gemma3-mixed-windows", "fused", True, 2, {"tree": BRANCHING, "head_width": 6}),
         ("gpt2", "two_pass", True, 2, {"tree": CROOKED, "noise": True}),
         ("llama", "two_pass", False, 2, {"tree": WIDE, "head_width": 6}),
+        ("llama", "fused", True, 2, {"tree": DYNAMIC["dynamic"], "head_width": 6}),
+        ("gemma3-mixed-windows", "fused", False, 2, {"tree": DYNAMIC["dynamic"]}),
+        ("gpt2", "two_pass", True, 1, {"tree": DYNAMIC["dynamic, few"], "head_width": 6}),
         ("llama", "fused", True, 2, {"copy_tokens": 3}),
         ("gpt2", "two_pass", True, 1, {"copy_tokens": 3}),
         ("gemma3-mixed-windows", "fused", False, 2, {"copy_tokens": 2, "head_width": 6}),

@@ -1,5 +1,6 @@
 """Studies: what a study file may say, that nothing is done twice or mixed up, and the figures of the table."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -556,3 +557,5 @@ def test_two_variants_are_trained_and_compared_from_the_command_line(tmp_path, m
     assert result["rows"][0]["mask_rows_per_step"] == 32
     assert result["rows"][1]["final_loss"] != result["rows"][0]["final_loss"]
     assert {path.suffix for path in tmp_path.glob("two.*")} == {".yaml", ".json", ".md", ".png"}
+    digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    assert f"- {text}: SHA-256 {digest}" in (tmp_path / "two.md").read_text()

@@ -12,7 +12,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree, DynamicTree
 from pardec.target.attention import query_group
 from pardec.target.cache import BufferKind, SlotCache
 from pardec.target.forward import TargetModel
@@ -33,7 +33,7 @@ def tiny_decoder(
     copy_tokens: int = 0,
     law: TokenLaw | None = None,
     device: str = "meta",
-    tree: DraftTree | None = None,
+    tree: AnyTree | None = None,
 ) -> Decoder:
     """A decoder of a tiny model in bfloat16 as it is put together on CUDA, where attention is grouped.
 
@@ -100,6 +100,7 @@ def tiny_state(
         draft_probs=None
         if decoder.law.greedy or decoder.tree is not None
         else torch.empty(*drafts.shape, vocabulary, device=device),
+        parents=torch.empty_like(drafts) if isinstance(decoder.tree, DynamicTree) else None,
         width=decoder.tokens_per_step,
         capacity=CAPACITY,
         sources=torch.empty(batch_size, num_sources, dtype=torch.long, device=device) if decoder.copy_tokens else None,

@@ -415,3 +415,36 @@ def test_every_family_of_the_decoder_tests_can_be_wrapped_for_training():
         loss, count, _ = make_trainer(family)(**make_batch())
         assert torch.isfinite(loss)
         assert int(count) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2-eager", "gemma3-mixed-windows", "qwen3"])
+def test_a_step_learns_the_same_behind_slices(family):
+    found = {}
+    for num_slices in (1, 3):
+        trainer = make_trainer(family, lora=True)
+        trainer.prefix_slices = num_slices
+        batch, both = make_batch(), torch.zeros((), dtype=torch.float64)
+        for first in (0, 2):  # the second part reads what the first has left
+            loss, _, _ = trainer(**batch, first_anchor=first, num_anchors=2)
+            both = both + loss
+        both.backward()
+        found[num_slices] = both.detach(), {n: p.grad for n, p in trainer.named_parameters() if p.grad is not None}
+    # eager attention rounds its softmax to float32
+    near = {"rtol": 1e-4, "atol": 1e-5} if family.endswith("eager") else {"rtol": 1e-6, "atol": 1e-9}
+    torch.testing.assert_close(found[3], found[1], **near)
+
+
+def test_sequences_of_fewer_tokens_than_slices_are_as_they_are():
+    """All processes of a sharded base run as many forwards, however short what one of them has is."""
+    found, forwards, counts = {}, [], []
+    for num_slices in (1, 40):
+        trainer = make_trainer("llama")
+        trainer.own_head.body.register_forward_hook(lambda *args: forwards.append(1))
+        trainer.prefix_slices = num_slices
+        forwards.clear()
+        loss, count, _ = trainer(**make_batch())
+        loss.backward()
+        found[num_slices] = loss.detach(), count, trainer.mask_embeddings.grad
+        counts.append(len(forwards))
+    assert counts[1] - counts[0] == 39
+    torch.testing.assert_close(found[40], found[1], rtol=1e-6, atol=1e-9)
