@@ -19,10 +19,10 @@ from pardec.model import SelfSpeculativeModel
 
 # ---------------------------------------------------------------------- the joint law of two rows, by enumeration
 
-# two texts of one prompt, by size of the vocabulary: what each ends with is followed by something else in the other
+# two texts of one prompt, by size of the vocabulary: the longest match of what each ends with is in the other
 TEXTS = {
     3: ([1, 1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 2, 0, 0, 2, 2]),
-    2: ([1, 1, 1, 1, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 0, 1]),
+    2: ([1, 1, 1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 0, 0, 0, 1, 0, 1]),
 }
 
 
