@@ -108,9 +108,8 @@ class Copier:
         """Drafts that stand in a row's own text, and behind them what followed their longest match.
 
         Of matches of one length those in the row's own text come first, and of these the last. There a row looks before
-        its drafts' end, in others among the tokens that count. A match that ends d
-        tokens before the end of a text is followed by d tokens; behind these they come again, as a loop of that length
-        would go on.
+        its drafts' end, in others among the tokens that count. A match that ends d tokens before the end of a text is
+        followed by d tokens; behind these they come again, as a loop of that length would go on.
 
         Args:
             texts: with the drafts.
