@@ -75,10 +75,11 @@ class Decoder:
             self.forward, self.mode, num_speculative_tokens=K, copy_tokens=L, blocks=blocks, tree=self.tree
         )
         self._tree: TreeSteps | DynamicSteps | None = None
-        if self.tree is not None:
-            assert (self.tree.num_speculative_tokens, L) == (K, 0)
-            plan, is_dynamic = self._plans.verify.plan, isinstance(self.tree, DynamicTree)
-            self._tree = DynamicSteps.of(self.tree, plan) if is_dynamic else TreeSteps.of(self.tree, plan)
+        assert self.tree is None or (self.tree.num_speculative_tokens, L) == (K, 0)
+        if isinstance(self.tree, DynamicTree):
+            self._tree = DynamicSteps.of(self.tree, self._plans.verify.plan)
+        elif self.tree is not None:
+            self._tree = TreeSteps.of(self.tree, self._plans.verify.plan)
         block = self._plans.draft if self.mode == "fused" and K else None
         self._prefill = Prefill(self.forward, block, self.num_slots_per_step)
         self._copier = Copier(K + L, self.target.device) if L else None

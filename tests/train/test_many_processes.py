@@ -187,8 +187,8 @@ def full_disk(*arguments: object) -> None:
     raise OSError("parameters.safetensors: expected room for 1,234 bytes, found No space left on device")
 
 
-def no_number(*arguments: object) -> tuple:
-    losses, found = weighted_losses(*arguments)
+def no_number(*arguments, **options) -> tuple:
+    losses, found = weighted_losses(*arguments, **options)
     return losses * float("nan"), found
 
 
