@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# rows x vocabulary of a sweep on a CPU: 512 KiB in float32; a device takes all that it is given
-_ENTRIES_ON_CPU = 2**17
+# rows x vocabulary of a sweep on a CPU, 256 KiB in float32, but no single rows; a device takes all that it is given
+_ENTRIES_ON_CPU, _LEAST_ROWS = 2**16, 2
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _gradient(
 def _sweeps(like: Tensor) -> Iterator[slice]:
     """Rows of a tensor of shape [M, V], some at a time."""
     num_rows, V = like.shape
-    at_once = max(1, _ENTRIES_ON_CPU // V if like.device.type == "cpu" else num_rows)
+    at_once = max(_LEAST_ROWS, _ENTRIES_ON_CPU // V if like.device.type == "cpu" else num_rows)
     for first in range(0, num_rows, at_once):
         yield slice(first, first + at_once)
 
