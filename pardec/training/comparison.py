@@ -43,6 +43,8 @@ class TargetLaw:
         """That of rows, shape [n], which may name one several times."""
         likeliest = None if self.likeliest is None else self.likeliest[rows]
         mine = rows if self.rows is None else self.rows[rows]
+        if self.table.device.type != "cpu":  # whose sweeps take all rows, so that the table need not stay beside them
+            return TargetLaw(self.table[mine], self.entropy[rows], likeliest)
         return replace(self, entropy=self.entropy[rows], likeliest=likeliest, rows=mine)
 
     def prob_of(self, ids: Tensor) -> Tensor:
