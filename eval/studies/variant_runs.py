@@ -156,7 +156,7 @@ def what_was_trained(variant: Variant, work: Path) -> tuple[str | None, dict[str
     losses = [line["loss"] for line in logged if "loss" in line]
     facts = {"steps": variant.recipe.train.steps, "best_step": found["step"], "final_loss": losses[-1]}
     train = variant.recipe.train
-    rows = [variant.recipe.mask_rows(train.anchors_per_sequence, K) for K in train.grow_speculative_tokens or [None]]
+    rows = [variant.recipe.mask_rows(variant.recipe.anchors(), K) for K in train.grow_speculative_tokens or [None]]
     return None, {**facts, "mask_rows_per_step": train.gradient_accumulation_steps * sum(rows) // len(rows)}
 
 
