@@ -152,9 +152,9 @@ class SelfSpeculativeModel:
                 `pardec tune` did not choose to leave it out.
             verification: of sampled drafts: `token` judges them one by one, `block` all of a step together, by which
                 more of them stand (arXiv:2403.10444); the law is the same.
-            copy_tokens: L, tokens that a step verifies behind its drafts: what followed the longest earlier match, of
-                two to four tokens, of the text with its drafts; with num_speculative_tokens=0 copies alone, which take
-                no adapter. Default what `pardec tune` chose with the drafts, else 0.
+            copy_tokens: L, tokens that a step verifies behind its drafts: what followed the longest match, of two to
+                four tokens, in the text with its drafts or that of another sequence of its prompt; alone, which takes
+                no adapter, with num_speculative_tokens=0. Default what `pardec tune` chose with the drafts, else 0.
             tree: instead of K or block_lengths, many candidates that one forward verifies, a `DraftTree` or a
                 `DynamicTree`; default what `pardec tune` chose. Nodes are the likeliest tokens, also when sampling.
 

@@ -18,6 +18,7 @@ from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import flag, integer, one_of, real
 from pardec.decoding.asked import Drafting, check_ranks, drafting_for, tree_for
+from pardec.decoding.copying import num_sources
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
@@ -233,7 +234,9 @@ class Engines:
             way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.tree)
             shape = (*way, drafting.head is not None, drafting.verification, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
-            on = (self.capture, self.compile, sequences, now, arithmetic(target.device), linears.num_packed)
+            repeats = (num_sequences or len(prompts)) // len(prompts)
+            sources = num_sources(prompts, repeats) if drafting.copy_tokens else 1
+            on = (sources, self.capture, self.compile, sequences, now, arithmetic(target.device), linears.num_packed)
             key = (shape, on)
         engine = None if key is None else self._pool.take(key)
         if engine is None:

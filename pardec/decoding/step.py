@@ -7,24 +7,25 @@ N nodes, R rows of a forward, D width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pardec.decoding.copying import Candidates, Copier
+from pardec.decoding.copying import Candidates, Copier, sources_of
 from pardec.decoding.drafting import HeadDrafter
-from pardec.decoding.prefill import prefill_prompts, prompt_groups
+from pardec.decoding.plans import StepPlans
+from pardec.decoding.prefill import Prefill
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification, verify_copies, verify_greedy, verify_sample
 from pardec.draft_tree import AnyTree, DynamicTree
-from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout, tree_layout
+from pardec.layout import full_blocks
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
-from pardec.target.placement import is_offloaded
 from pardec.trees.dynamic_steps import DynamicSteps
 from pardec.trees.standing import StandingTree
 from pardec.trees.tree_steps import TreeSteps, compact
@@ -65,32 +66,24 @@ class Decoder:
     copy_tokens: int = 0
     tree: AnyTree | None = None
     is_recorded: bool = False
-    _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.head is None) == (self.forward.tap is None)
         K, L = self.num_speculative_tokens, self.copy_tokens
-        blocks = tuple((*full_blocks(K), *(0,) * L) if self.block_lengths is None else self.block_lengths)
-        layouts = {"step": chain_layout(blocks), "verify": real_layout(K + L + 1)}
-        if self.tree is not None:
-            assert (self.tree.num_speculative_tokens, L) == (K, 0)
-            runs = self.tree.runs
-            # where parents are data, rows are as if all nodes were the root's children until a step knows better
-            parents = (0,) * self.num_drafts if isinstance(self.tree, DynamicTree) else self.tree.parents
-            layouts = {"step": tree_layout(parents, runs), "verify": tree_layout(parents, [0] * len(runs))}
-        layouts["draft"] = block_layout(K)
-        del layouts["step" if self.mode == "two_pass" else "verify"]
-        self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
+        blocks = (*full_blocks(K), *(0,) * L) if self.block_lengths is None else tuple(self.block_lengths)
+        self._plans = StepPlans.of(
+            self.forward, self.mode, num_speculative_tokens=K, copy_tokens=L, blocks=blocks, tree=self.tree
+        )
         self._tree: TreeSteps | DynamicSteps | None = None
-        plan = self._plans["verify" if self.mode == "two_pass" else "step"]
+        assert self.tree is None or (self.tree.num_speculative_tokens, L) == (K, 0)
         if isinstance(self.tree, DynamicTree):
-            self._tree = DynamicSteps.of(self.tree, plan)
+            self._tree = DynamicSteps.of(self.tree, self._plans.verify.plan)
         elif self.tree is not None:
-            self._tree = TreeSteps.of(self.tree, plan)
-        device = self.target.device
-        self._next_block = next_blocks(blocks, len(blocks) - 1 - K).to(device)
-        self._copier = Copier(K + L, device) if L else None
-        self._token_index = torch.arange(self.tokens_per_step, device=device)
+            self._tree = TreeSteps.of(self.tree, self._plans.verify.plan)
+        block = self._plans.draft if self.mode == "fused" and K else None
+        self._prefill = Prefill(self.forward, block, self.num_slots_per_step)
+        self._copier = Copier(K + L, self.target.device) if L else None
+        self._token_index = torch.arange(self.tokens_per_step, device=self.target.device)
         self._walk_index = self._token_index[: K + 1]
 
     @property
@@ -101,8 +94,7 @@ class Decoder:
     @property
     def rows_per_step(self) -> int:
         """Rows of the forwards of a step, summed."""
-        names = ("draft", "verify") if self.mode == "two_pass" else ("step",)
-        return sum(self._plans[name].layout.num_rows for name in names)
+        return self._plans.num_rows
 
     @property
     def num_drafts(self) -> int:
@@ -117,7 +109,7 @@ class Decoder:
     @property
     def num_slots_per_step(self) -> int:
         """Cache slots that a step writes behind the committed tokens."""
-        return 1 + max(plan.layout.num_rows for plan in self._plans.values())
+        return self._plans.num_slots
 
     def num_slots(self, prompt_tokens: int) -> int:
         """Cache slots that a sequence needs whose prompt has `prompt_tokens` tokens."""
@@ -144,76 +136,36 @@ class Decoder:
             capacity: new tokens that the state can hold; default `max_new_tokens`.
             num_cached: tokens at the beginning of every prompt whose keys and values `cache` holds already.
         """
-        device, K = self.target.device, self.num_speculative_tokens
-        source = [prompt for prompt in range(len(prompts)) for _ in range(repeats)] + [0] * num_unused
-        B, P = len(source), max(len(prompt) for prompt in prompts)
-        # all that the device is told, it is told before it has anything to do that the host would wait for
-        rows = torch.tensor(source, device=device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
-        cache = cache or SlotCache(self.target.num_layers, self.num_slots(P), B)
-        logits = self._prefill_logits(padded, lengths, cache, num_cached)
-        hidden = self._block_hidden()
-        if len(prompts) < B:
-            cache.spread(source, P + K)
-            padded, lengths, logits = padded[rows], lengths[rows], logits[rows]
-            hidden = None if hidden is None else hidden[rows]
+        K, B = self.num_speculative_tokens, len(prompts) * repeats + num_unused
+        cache = cache or SlotCache(self.target.num_layers, self.num_slots(max(map(len, prompts))), B)
+        looks_in = None
+        if self.copy_tokens:
+            rows = sources_of([prompt for prompt in prompts for _ in range(repeats)], num_unused)
+            looks_in = torch.tensor(rows, device=self.target.device)
+        ran = self._prefill.run(prompts, cache, repeats=repeats, num_unused=num_unused, num_cached=num_cached)
         state = DecodeState.begin(
             cache,
-            padded,
-            lengths,
+            ran.prompts,
+            ran.lengths,
             self.eos_token_ids,
-            room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
-            drafts=lengths.new_zeros(B, self.num_drafts),
+            room=torch.where(torch.arange(B, device=ran.lengths.device) < B - num_unused, self.max_new_tokens, 0),
+            drafts=ran.lengths.new_zeros(B, self.num_drafts),
             draft_length=K,
-            draft_probs=logits.new_zeros(B, K, logits.shape[2]).float() if self._draws_drafts else None,
-            parents=lengths.new_zeros(B, self.num_drafts) if isinstance(self.tree, DynamicTree) else None,
+            draft_probs=ran.logits.new_zeros(B, K, ran.logits.shape[2]).float() if self._draws_drafts else None,
+            parents=ran.lengths.new_zeros(B, self.num_drafts) if isinstance(self.tree, DynamicTree) else None,
             width=self.tokens_per_step,
             capacity=capacity or self.max_new_tokens,
-            copies=self.copy_tokens > 0,
+            sources=looks_in,
         )
-        first = self._choose(state, logits[:, :1], state.drafts[:, :0])
+        first = self._choose(state, ran.logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
-            self._draft(state, logits[:, 1:], hidden, first[:, 0])
-        state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths), self._token_index)
+            self._draft(state, ran.logits[:, 1:], ran.hidden, first[:, 0])
+        state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(ran.lengths), self._token_index)
         return state
 
     @property
     def _draws_drafts(self) -> bool:
         return self.num_speculative_tokens > 0 and not self.law.greedy and self.tree is None
-
-    def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
-        """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
-        # on a CPU padding costs time; weights that every forward has to bring in cost more
-        apart = padded.is_cpu and not is_offloaded(self.target.base)
-        groups = [torch.tensor(group) for group in prompt_groups(lengths.tolist())] if apart else []
-        if len(groups) < 2:
-            return self._prefill_group(padded, lengths, cache, num_cached)
-        logits, hidden = [], []
-        for group in groups:
-            longest = int(lengths[group].max())
-            own = SlotCache(self.target.num_layers, longest + self.num_slots_per_step, len(group))
-            logits.append(self._prefill_group(padded[group, :longest], lengths[group], own))
-            hidden.append(self.forward.hidden)
-            cache.take(own, group)
-        place = torch.cat(groups).argsort()
-        self.forward.hidden = None if self.forward.tap is None else torch.cat(hidden)[place]
-        return torch.cat(logits)[place]
-
-    def _prefill_group(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
-        """The same of prompts that are run together."""
-        K = self.num_speculative_tokens if self.mode == "fused" else 0
-        block = self.forward.block_inputs(lengths, K) if K else None
-        gate, tap = self.forward.gate, self.forward.tap
-        with self.forward.attached(), self.forward.packed():
-            logits = prefill_prompts(self.target, padded, lengths, cache, block, gate, tap, num_cached)
-            if logits is not None:
-                self.forward.hidden = None if tap is None else tap.hidden
-                return logits
-        # long or begun prompts, of which all but the last token is in the cache
-        plan = self._plans["draft"] if K else self.forward.plan(real_layout(1))
-        with self.forward.attached():
-            return self.forward.run(plan, cache, lengths - 1, padded.gather(1, (lengths - 1)[:, None]))
 
     def attached(self) -> AbstractContextManager[None]:
         """What must be on the base while steps run; see `RowForward.attached`."""
@@ -221,7 +173,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, state: DecodeState) -> None:
-        """One round: one forward (plain, fused) or two (two_pass). No value on the device is read by the host."""
+        """One round: one forward (plain, fused) or two (two_pass). No value on a device is read by the host."""
         if self.mode == "two_pass":
             self._two_pass_step(state)
         else:
@@ -234,21 +186,27 @@ class Decoder:
         candidates = self._candidates(state) if candidates is None else candidates
         bonus = state.bonus[:, None]
         rows = torch.cat([bonus, candidates.ids], dim=1) if candidates.ids.shape[1] else bonus
-        return self.forward.run(plan or self._plans["step"], state.cache, state.lengths, rows)
+        plan = plan or self._plans.verifying(candidates.ids.shape[1]).plan
+        return self.forward.run(plan, state.cache, state.lengths, rows)
 
     def _candidates(self, state: DecodeState, exact: Tensor | None = None) -> Candidates:
         """The drafts, and what is copied behind them; `exact` = the token between the bonus token and them, [B, 1]."""
-        if self._copier is None or state.context is None:
+        if self._copier is None or state.texts is None:
             return Candidates(state.drafts, None, state.draft_length)
         ids = state.drafts if exact is None else torch.cat([exact, state.drafts], dim=1)
         first = state.lengths + 1
         state.write(first, ids, self._token_index[: ids.shape[1]])
         first = first if exact is None else first + 1
-        return self._copier.candidates(state.context, first, state.draft_length)
+        found = self._copier.candidates(state.texts, first, state.draft_length)
+        looks = found.length.is_cpu and not self.is_recorded
+        if looks and torch.equal(found.length, state.draft_length):  # nothing is copied, and there rows take time
+            return Candidates(state.drafts, found.num_copies, found.length)
+        return found
 
     def _fused_step(self, state: DecodeState) -> None:
-        K, num_real = self.num_speculative_tokens, self._plans["step"].layout.num_real
-        candidates = self._candidates(state)
+        K, candidates = self.num_speculative_tokens, self._candidates(state)
+        forward = self._plans.verifying(candidates.ids.shape[1])
+        num_real = forward.plan.layout.num_real
         if self._tree is not None:
             tree = self._tree.standing(state.parents)
             logits = self.step_logits(state, candidates, tree.plan)
@@ -266,9 +224,9 @@ class Decoder:
         tokens, num_accepted = self._verify(state, real, candidates, [state.bonus[:, None]])
         state.mark(num_accepted, candidates.num_copies)
         state.commit(tokens, num_accepted, self._token_index)
-        if K:
+        if K and forward.next_block is not None:
             # behind the length of a shorter block its last row's draft stands again, and does not exist
-            block = self._next_block.index_select(0, num_accepted)
+            block = forward.next_block.index_select(0, num_accepted)
             rows, state.draft_length = block[:, :K], block[:, K]
             if best is not None and self.head is None:
                 state.drafts = best.gather(1, rows)
@@ -277,14 +235,14 @@ class Decoder:
 
     def _two_pass_step(self, state: DecodeState) -> None:
         bonus = state.bonus[:, None]
-        logits = self.forward.run(self._plans["draft"], state.cache, state.lengths, bonus)
+        logits = self.forward.run(self._plans.draft, state.cache, state.lengths, bonus)
         hidden = self._block_hidden()
         exact = self._choose(state, logits[:, :1], bonus)
         self._draft(state, logits[:, 1:], hidden, exact[:, 0])
         candidates = self._candidates(state, exact)
         rows = torch.cat([exact, candidates.ids], dim=1)
         tree = None if self._tree is None else self._tree.standing(state.parents)
-        plan = self._plans["verify"] if tree is None else tree.plan
+        plan = self._plans.verifying(candidates.ids.shape[1]).plan if tree is None else tree.plan
         logits = self.forward.run(plan, state.cache, state.lengths + 1, rows)
         if tree is not None:
             found = self._walk(tree, state, logits, [bonus, exact])
@@ -368,11 +326,12 @@ class Decoder:
             verdict = verify_sample(
                 p, q, state.drafts, state.draft_length, verification=self.verification, generator=generator
             )
-            if self.copy_tokens:
+            if ids.shape[1] > K:
                 behind = None if prefix_of is None else lambda b, r: prefix_of(b, r + 1)
                 drawn = self.law.sample(real[:, 1:], behind)
                 verdict = verify_copies(verdict, drawn, ids, state.draft_length, length)
-        return verdict.tokens, verdict.num_accepted
+        missing = K + self.copy_tokens - ids.shape[1]
+        return F.pad(verdict.tokens, (0, missing)) if missing else verdict.tokens, verdict.num_accepted
 
     def _prefixes(
         self, state: DecodeState, since: Tensor, path_of: Callable[[int, int], Sequence[int]]

@@ -56,6 +56,11 @@ class Way:
             return len(self.block_lengths) + self.tree.num_nodes + 1 if self.mode == "two_pass" else self.tree.num_rows
         return 2 * len(self.block_lengths) if self.mode == "two_pass" else chain.num_rows(self.block_lengths)
 
+    @property
+    def num_rows_without_copies(self) -> int:
+        """Rows of a fused step in which nothing is copied, where the host sees that."""
+        return chain.num_rows(self.block_lengths[: self.num_speculative_tokens + 1])
+
 
 PLAIN_WAY = Way("plain", PLAIN)
 

@@ -246,8 +246,15 @@ def _seen(way: Way, calls: Sequence[Call], costs: StepCosts) -> Candidate:
     """What is predicted for a way by the steps that it took, at what steps of so many rows cost."""
     drafts = way.num_speculative_tokens > 0
     by_rows = costs.fused(way.use_head if drafts else not costs.by_rows_without_head)
-    ms, prefill_ms = monotone_cost(by_rows, way.num_rows), costs.prefill if drafts else costs.plain_prefill
-    seconds = sum(prefill_ms + call.num_steps * ms for call in calls) / 1000
+    prefill_ms = costs.prefill if drafts else costs.plain_prefill
+    longer = monotone_cost(by_rows, way.num_rows)
+    shorter = monotone_cost(by_rows, way.num_rows_without_copies) if drafts else costs.plain
+    ms = [call.num_steps * (call.copying * longer + (1 - call.copying) * shorter) for call in calls]
     tokens = sum(n - 1 for call in calls for n in call.new_tokens)
     steps = sum(len(run) for call in calls for run in call.accepted)
-    return Candidate(way, tokens / steps, ms, sum(sum(call.new_tokens) for call in calls) / seconds)
+    return Candidate(
+        way,
+        tokens / steps,
+        sum(ms) / sum(call.num_steps for call in calls),
+        1000 * sum(sum(call.new_tokens) for call in calls) / (len(calls) * prefill_ms + sum(ms)),
+    )

@@ -24,12 +24,14 @@ class Call:
         new_tokens: emitted by each sequence.
         accepted: drafts in each step of each sequence.
         token_ids: emitted by each sequence; empty where nobody asks.
+        copying: share of the steps that had rows of copied tokens, which are left out on a CPU where nothing is copied.
     """
 
     seconds: float
     new_tokens: list[int]
     accepted: list[list[int]]
     token_ids: list[list[int]] = field(default_factory=list)
+    copying: float = 1.0
 
     @property
     def num_steps(self) -> int:

@@ -16,6 +16,7 @@ from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import VALIDATION
 from pardec.decoding.messages import message_ids
 from pardec.decoding.prompts import text_ids
+from pardec.decoding.stats import share_with_copies
 from pardec.measures.drawn_paths import drawn_rows_by_place
 from pardec.measures.ranks import ranks_by_place
 from pardec.model import SelfSpeculativeModel
@@ -141,7 +142,8 @@ def _decoding(
         )
         bar.update()
         new_tokens, accepted = [len(ids) for ids in out.token_ids], [one.accepted for one in out.counts]
-        return Call(out.stats.seconds, new_tokens, accepted, out.token_ids)
+        copying = share_with_copies(out.counts) if model.target.device.type == "cpu" and way.copy_tokens else 1.0
+        return Call(out.stats.seconds, new_tokens, accepted, out.token_ids, copying)
 
     return decode
 

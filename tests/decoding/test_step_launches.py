@@ -34,14 +34,15 @@ PACKED_SAVES, PACKED_LORA_LAUNCHES = 3, 4
 # enough for every kind of layer
 NUM_LAYERS = {"llama": (1, 3), "gemma3-mixed-windows": (3, 6), "gpt2": (1, 3)}
 BATCH_SIZES = (1, 2)
-# finding what is copied, and telling it from drafts; as many for any number of copies
-COPY_LAUNCHES = 36
+# finding what is copied, and telling it from drafts; as many for any number of copies. In several texts it takes more,
+# as many for any number of texts
+COPY_LAUNCHES, COPY_LAUNCHES_OF_MANY = 37, 48
 
 
-def counted(family: str, mode: str, num_layers: int, batch_size: int, **options) -> StepCount:
+def counted(family: str, mode: str, num_layers: int, batch_size: int, *, num_sources: int = 1, **options) -> StepCount:
     decoder = tiny_decoder(family, mode.split()[0], num_layers, head=mode == FUSED_WITH_HEAD, **options)
     with torch.no_grad(), decoder.attached():
-        state = tiny_state(decoder, batch_size)
+        state = tiny_state(decoder, batch_size, num_sources=num_sources)
         decoder.step(state)  # the first allocates
         if decoder.tree is not None:  # whose steps move keys and values, which lie side by side in the engine's cache
             state = tiny_state(decoder, batch_size, kinds=state.cache.kinds)
@@ -116,6 +117,9 @@ def test_copies_take_launches_beside_the_layers_that_do_not_grow_with_their_numb
     assert few == many
     assert few[0] == without[0]
     assert without[1] < few[1] <= without[1] + COPY_LAUNCHES
+    of_two, of_eight = (launches(family, mode, batch_size, copy_tokens=9, num_sources=n) for n in (2, 8))
+    assert of_two == of_eight
+    assert few[1] < of_two[1] <= without[1] + COPY_LAUNCHES_OF_MANY
 
 
 LAWS = {"greedy": TokenLaw(greedy=True), "sampled": TokenLaw(False, sampled().processors)}

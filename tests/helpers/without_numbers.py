@@ -74,9 +74,18 @@ def tiny_decoder(
 
 
 def tiny_state(
-    decoder: Decoder, batch_size: int, device: str = "meta", kinds: Mapping[BufferKind, int] | None = None
+    decoder: Decoder,
+    batch_size: int,
+    device: str = "meta",
+    kinds: Mapping[BufferKind, int] | None = None,
+    num_sources: int = 1,
 ) -> DecodeState:
-    """What prefill leaves; the numbers, where there are any, are whatever they are; `kinds` as in `SlotCache`."""
+    """What prefill leaves; the numbers, where there are any, are whatever they are.
+
+    Args:
+        kinds: as in `SlotCache`.
+        num_sources: texts that each row copies from, where tokens are copied.
+    """
     lengths = torch.empty(batch_size, dtype=torch.long, device=device)
     drafts = lengths.new_empty(batch_size, decoder.num_drafts)
     vocabulary = decoder.target.vocab_size
@@ -94,5 +103,5 @@ def tiny_state(
         parents=torch.empty_like(drafts) if isinstance(decoder.tree, DynamicTree) else None,
         width=decoder.tokens_per_step,
         capacity=CAPACITY,
-        copies=decoder.copy_tokens > 0,
+        sources=torch.empty(batch_size, num_sources, dtype=torch.long, device=device) if decoder.copy_tokens else None,
     )
