@@ -56,7 +56,7 @@ def main() -> None:
     add("--temperature", type=float, default=0.8, help="of the sampled figures")
     add("--top-k", type=int, default=10)
     add("--batch-size", type=int, default=8, help="prompts decoded together; lengths do not depend on it")
-    add("--decoded-rows", type=int, default=256, help="of shapes of more rows what is expected stands alone")
+    add("--decoded-rows", type=int, default=256, help="shapes of more rows are neither decoded with nor timed")
     add("--timed-prompts", type=int, default=3, help="on which steps are timed, one at a time; 0 times none")
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/trees_<device>")
@@ -92,7 +92,8 @@ def report(args: argparse.Namespace) -> None:
             result["rows"] += rows_of(model, reported_on, shapes, setting, texts, args, bar)
             timed = timed or [shape for shape in shapes if shape.kind in TREES]
     if args.timed_prompts:
-        costs = timed_costs(model, reported_on[: args.timed_prompts], timed, args)
+        few = [shape for shape in timed if shape.rows <= args.decoded_rows]
+        costs = timed_costs(model, reported_on[: args.timed_prompts], few, args)
         add_costs(result, costs)
     result["paper"] = on_paper(args, model, result["rows"], timed)
     write_results(result, output_stem("trees", args.output, args.quick, model.target.device))
