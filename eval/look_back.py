@@ -46,8 +46,9 @@ QUICK = {"num_texts": 6, "num_prompts": 3, "num_anchors": 4, "steps": 2, "max_ne
 OWN = "the adapter's own head"
 NONE, SAMPLER, WIDER, LOOKS_BACK = "no head", "sampler head", "sampler head, wider", "head that looks back"
 NOTES = (
-    "mean acceptance length: 1 + the expected number of accepted drafts of a block, bonus token included, by exact "
-    "sums over the vocabulary along texts that the model sampled; 95 % intervals over prompts",
+    "mean acceptance length: tokens of all texts over the steps that they would take, where a text's steps emit 1 + "
+    "the mean of the expected accepted drafts behind its places, by exact sums over the vocabulary; 95 % intervals "
+    "over prompts; places are drawn evenly, and decoding stands more often at hard ones, so that it accepts less",
     "to the sampler head: ratio of mean acceptance lengths under the same verification, less 1; to token "
     "verification: the same with the same head; both paired by prompt, and bold where the interval leaves out 0",
     "the wider head has as many numbers as the one that looks back",
@@ -112,9 +113,11 @@ def report(args: argparse.Namespace) -> None:
     facts = {**settings, "num_prompts": len(judging), "num_texts": args.num_texts, "num_speculative_tokens": K}
     result = {**facts, "rows": compared(rows), **provenance(model.target.device)}
     table = table_of(result, "**").markdown()
-    page = markdown_page(result, "Heads that look back", f"{title_of(result)}, {result['device']}", [table], NOTES)
+    heading = "Heads that look back" if args.steps else "What verifying blocks adds"
+    notes = NOTES if args.steps else NOTES[:-1]  # of which the last is about a trained head
+    page = markdown_page(result, heading, f"{title_of(result)}, {result['device']}", [table], notes)
     write_page(result, output_stem("look_back", args.output, args.quick, model.target.device), page)
-    print_tables([table_of(result)], NOTES, {"head", "verification"})
+    print_tables([table_of(result)], notes, {"head", "verification"})
     print(json.dumps(result))
 
 
@@ -185,8 +188,8 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lengths = {(row["head"], row["verification"]): row.pop("lengths") for row in rows}
     for row in rows:
         own, way = lengths[row["head"], row["verification"]], row["verification"]
-        low, high = np.percentile(1 + own[draws(len(own))].mean(axis=1), [2.5, 97.5])
-        row["mean_acceptance_length"] = round(1 + float(own.mean()), 4)
+        low, high = np.percentile(pooled(own[draws(len(own))]), [2.5, 97.5])
+        row["mean_acceptance_length"] = round(float(pooled(own)), 4)
         row["interval"] = [round(float(low), 4), round(float(high), 4)]
         baseline = lengths.get((SAMPLER, way)) if row["head"] != SAMPLER else None
         row["to_sampler_head"] = None if baseline is None else ratio(own, baseline)
@@ -194,11 +197,16 @@ def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def pooled(lengths: np.ndarray) -> np.ndarray:
+    """Tokens per step of texts of equal length whose steps accept so many drafts each, shape [..., texts]: [...]."""
+    return 1 / (1 / (1 + lengths)).mean(axis=-1)
+
+
 def ratio(lengths: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
     """Of mean acceptance lengths, less 1, with its interval over prompts that are drawn anew for both together."""
     which = draws(len(lengths))
-    low, high = np.percentile((1 + lengths[which].mean(axis=1)) / (1 + baseline[which].mean(axis=1)) - 1, [2.5, 97.5])
-    value = (1 + lengths.mean()) / (1 + baseline.mean()) - 1
+    low, high = np.percentile(pooled(lengths[which]) / pooled(baseline[which]) - 1, [2.5, 97.5])
+    value = pooled(lengths) / pooled(baseline) - 1
     return {"value": round(float(value), 5), "interval": [round(float(low), 5), round(float(high), 5)]}
 
 

@@ -56,8 +56,8 @@ def main() -> None:
     add("--temperature", type=float, default=0.8, help="of the sampled figures")
     add("--top-k", type=int, default=10)
     add("--batch-size", type=int, default=8, help="prompts decoded together; lengths do not depend on it")
-    add("--decoded-rows", type=int, default=256, help="of shapes of more rows what is expected stands alone")
-    add("--timed-prompts", type=int, default=3, help="on which steps are timed, one at a time")
+    add("--decoded-rows", type=int, default=256, help="shapes of more rows are neither decoded with nor timed")
+    add("--timed-prompts", type=int, default=3, help="on which steps are timed, one at a time; 0 times none")
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/trees_<device>")
     add("--quick", action="store_true", help="few shapes and prompts: runs/trees_quick")
@@ -91,7 +91,18 @@ def report(args: argparse.Namespace) -> None:
             texts = RankedTexts(model, reported_on, setting, args.seed, most)
             result["rows"] += rows_of(model, reported_on, shapes, setting, texts, args, bar)
             timed = timed or [shape for shape in shapes if shape.kind in TREES]
-    costs = timed_costs(model, reported_on[: args.timed_prompts], timed, args)
+    if args.timed_prompts:
+        few = [shape for shape in timed if shape.rows <= args.decoded_rows]
+        costs = timed_costs(model, reported_on[: args.timed_prompts], few, args)
+        add_costs(result, costs)
+    result["paper"] = on_paper(args, model, result["rows"], timed)
+    write_results(result, output_stem("trees", args.output, args.quick, model.target.device))
+    print_results(result)
+    print(json.dumps(result))
+
+
+def add_costs(result: dict[str, Any], costs: StepCosts) -> None:
+    """What steps cost on this device, to the result and to its rows."""
     result["costs"] = [{"kind": "plain", "rows": 1, "ms": round(costs.plain, 4)}]
     for kind in TREES:
         by_rows = sorted(measured_costs(costs, kind).items())
@@ -100,10 +111,6 @@ def report(args: argparse.Namespace) -> None:
         ms = cost_of(costs, row)
         row["ms_per_step"] = None if ms is None else round(ms, 4)
         row["times_plain"] = None if ms is None else round(length_of(row) * costs.plain / ms, 4)
-    result["paper"] = on_paper(args, model, result["rows"], timed)
-    write_results(result, output_stem("trees", args.output, args.quick, model.target.device))
-    print_results(result)
-    print(json.dumps(result))
 
 
 def length_of(row: dict[str, Any]) -> float:
@@ -137,11 +144,14 @@ def rows_of(
     assert model.adapter is not None
     blocks = full_blocks(model.adapter.metadata.num_speculative_tokens)
     full = Shape("full chain", len(blocks) + sum(blocks), _chain(blocks), blocks)
-    rows, chain = [], None
+    rows, chain, last = [], None, {}
     for shape in (full, *shapes):
         row, found = measured_row(model, prompts, shape, setting, texts, args.seed, bar.update, args.decoded_rows)
-        chain = chain or found
-        rows.append(row | gain_over(chain, found))
+        chain, last[shape.kind] = chain or found, found
+        # of a dynamic tree also over the tree of as many nodes, or of up to as many rows, which comes before it
+        tree = last.get(shape.kind.removeprefix("dynamic ")) if "dynamic" in shape.kind else None
+        over_tree = None if tree is None else gain_over(tree, found)
+        rows.append(row | gain_over(chain, found) | {"over_tree": over_tree, "ms_per_step": None, "times_plain": None})
     return rows
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from pardec.adapters.files import METADATA_FILE, load_adapter
 from pardec.config.adapter_recipe import DataConfig, Recipe
 from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
-from pardec.data.examples import AnchoredSequences, collate
+from pardec.data.examples import AnchoredSequences, collate, collate_used
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probing.probe import probe
@@ -109,10 +109,12 @@ def read_data(
 
 def make_loader(recipe: Recipe, corpus: Corpus, first_example: int, global_batch: int) -> DataLoader:
     """The examples that are still to come, in the order that every run of this recipe has."""
-    total, anchors = recipe.train.steps * global_batch, recipe.train.anchors_per_sequence
-    examples = AnchoredSequences(corpus.train, total, anchors, recipe.train.seed, examples_per_step=global_batch)
+    train, total = recipe.train, recipe.train.steps * global_batch
+    examples = AnchoredSequences(corpus.train, total, recipe.anchors(), train.seed, examples_per_step=global_batch)
     rest = Subset(examples, range(first_example, total))
-    return DataLoader(rest, batch_size=recipe.train.batch_size, collate_fn=collate)
+    # dropping goes by how many anchors there are, and forwards of some of them must be as many in every process
+    needs_all = train.anchors_per_forward is not None or train.keep.ratio < 1
+    return DataLoader(rest, batch_size=train.batch_size, collate_fn=collate if needs_all else collate_used)
 
 
 def begin_module(recipe: Recipe, base, identity: Fingerprint):

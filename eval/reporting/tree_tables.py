@@ -10,7 +10,7 @@ from reporting.text_tables import TextTable, markdown_page, number, print_tables
 
 HEADER = (
     "shape", "rows", "nodes", "depth", "expected length", "measured", "95 % interval", "differ", "outside repetition",
-    "gain over full chain", "95 % interval of it", "ms a step", "x plain",
+    "gain over full chain", "95 % interval of it", "over the tree", "95 % interval of that", "ms a step", "x plain",
 )  # fmt: skip
 PAPER_HEADER = ("batch", "shape", "rows", "nodes", "launches", "predicted ms", "step, x plain's", "tokens/s, x plain's")
 TEXT_COLUMNS = ("shape",)
@@ -61,9 +61,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number(row["outside_repetition"], 3),
         f"{100 * row['gain']:+.1f} %",
         f"{100 * gain_low:+.1f} to {100 * gain_high:+.1f} %",
+        *_over_tree(row["over_tree"]),
         number(row["ms_per_step"], 2),
         number(row["times_plain"], 2),
     ]
+
+
+def _over_tree(found: dict[str, Any] | None) -> tuple[str, str]:
+    if found is None:
+        return "", ""
+    low, high = found["gain_interval"]
+    return f"{100 * found['gain']:+.1f} %", f"{100 * low:+.1f} to {100 * high:+.1f} %"
 
 
 def notes_of(result: dict[str, Any]) -> list[str]:
@@ -80,7 +88,7 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         "of the likeliest drafts",
         "measured -: of so many rows no texts were decoded; interval, gain and x plain are of what is expected",
         "gain: of accepted length outside repetition over the full chain's on the same prompts, which are resampled in "
-        "pairs",
+        "pairs; over the tree: of a dynamic tree over that of ranks, of as many nodes, or of up to as many rows",
         "ms a step: batch 1, as trees of so many rows take here, between those that were timed on a line; x plain: "
         "measured length over the cost, plain steps 1",
         f"on paper: max(bytes / ({result['share_of_bandwidth']:g} x bandwidth), FLOP / ({result['share_of_flops']:g} x "

@@ -73,8 +73,10 @@ class JointForward(nn.Module):
         targets = layout.targets.clamp_max(T - 1)
         counts = ((layout.targets < T) & loss_mask.gather(1, targets)).flatten()
         ids = input_ids.gather(1, targets).flatten()
-        law = objective.law(of_law.detach().flatten(0, 1))
-        losses, _ = objective.weighted_losses(of_masks.flatten(0, 1), law, ids, counts, layout, K)
+        law = objective.law(of_law.detach().flatten(0, 1), with_metrics=with_metrics)
+        losses, _ = objective.weighted_losses(
+            of_masks.flatten(0, 1), law, ids, counts, layout, K, with_metrics=with_metrics
+        )
         return losses.sum(), counts.sum(), torch.zeros(len(METRICS), K, device=losses.device)
 
     @contextmanager

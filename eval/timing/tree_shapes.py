@@ -20,8 +20,10 @@ from pardec.model import SelfSpeculativeModel
 from pardec.tuning.chain import best_shapes, conditional_acceptance, num_rows
 from pardec.tuning.dynamic_trees import DrawnTexts, best_dynamic_trees
 from pardec.tuning.rank_paths import RankPaths
-from pardec.tuning.tree_growth import best_trees, full_tree
+from pardec.tuning.tree_growth import GrownTree, best_trees, full_tree
 from pardec.tuning.tree_replay import RankReplay
+
+_NUM_REPLAYED = 12  # of the trees of about so many rows, those that promise most
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,9 @@ def shapes_of(texts: RankedTexts, nodes: Sequence[int], rows: Sequence[int]) -> 
             found.append(Shape(f"dynamic tree of {number}", drawn.num_rows, drawn))
     accepted = texts.runs(DraftTree.chain((K,) * (K + 1)))
     chains = [one for k in range(1, K + 1) for one in best_shapes(conditional_acceptance(accepted, k)).values()]
-    grown = {
-        "tree": [one.tree for one in best_trees(paths, max(rows))],
-        "dynamic tree": [one.tree for one in best_dynamic_trees(texts.drawn, max(rows))],
+    grown: dict[str, list[GrownTree]] = {
+        "tree": [*best_trees(paths, max(rows))],
+        "dynamic tree": [*best_dynamic_trees(texts.drawn, max(rows))],
     }
     for limit in rows:
         small = [one for one in chains if num_rows(one) <= limit]
@@ -139,7 +141,9 @@ def shapes_of(texts: RankedTexts, nodes: Sequence[int], rows: Sequence[int]) -> 
             best = max(small, key=lambda one: texts.expected(DraftTree.chain(one)))
             found.append(Shape("chain", num_rows(best), DraftTree.chain(best), best))
         for kind, trees in grown.items():
-            wide = max((one for one in trees if limit / 2 < one.num_rows <= limit), key=texts.expected, default=None)
+            fitting = [one for one in trees if limit / 2 < one.tree.num_rows <= limit]
+            likely = sorted(fitting, key=lambda one: -one.tokens_per_step)[:_NUM_REPLAYED]
+            wide = max((one.tree for one in likely), key=texts.expected, default=None)
             if wide is not None:
                 found.append(Shape(kind, wide.num_rows, wide))
     return list(dict.fromkeys(found))

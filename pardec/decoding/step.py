@@ -83,9 +83,10 @@ class Decoder:
         self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
         self._tree: TreeSteps | DynamicSteps | None = None
         plan = self._plans["verify" if self.mode == "two_pass" else "step"]
-        if self.tree is not None:
-            is_dynamic = isinstance(self.tree, DynamicTree)
-            self._tree = DynamicSteps.of(self.tree, plan) if is_dynamic else TreeSteps.of(self.tree, plan)
+        if isinstance(self.tree, DynamicTree):
+            self._tree = DynamicSteps.of(self.tree, plan)
+        elif self.tree is not None:
+            self._tree = TreeSteps.of(self.tree, plan)
         device = self.target.device
         self._next_block = next_blocks(blocks, len(blocks) - 1 - K).to(device)
         self._copier = Copier(K + L, device) if L else None

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pardec.decoding.drafting import HeadDrafter
-from pardec.draft_tree import DynamicTree
+from pardec.draft_tree import MAX_RANK, DynamicTree
 from pardec.measures.place_rows import PlaceRows, look_by_place
 from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
-from pardec.trees.drawing import Drawing
+from pardec.trees.drawing import Drawing, most_nodes
 
 
 def drawn_rows_by_place(
@@ -65,13 +65,17 @@ def drawn_rows_by_place(
 
 def _rows_of_paths(num_nodes: int, head: HeadDrafter | None, rows: PlaceRows) -> Tensor:
     """Shape [B, P, K, K], see `drawn_rows_by_place`."""
-    (B, P, K), device = rows.logits.shape[:3], rows.logits.device
-    drawing = Drawing.of(DynamicTree((K, *(0,) * num_nodes)), device)
+    (B, P, K, V), device = rows.logits.shape, rows.logits.device
+    num_ranked = min(MAX_RANK + 1 if head is None else head.shortlist, V)
     logits, wanted, bonus = rows.logits.flatten(0, 1), rows.wanted.flatten(0, 1), rows.before[:, :, 0].flatten()
     hidden = None if rows.hidden is None else rows.hidden.flatten(0, 1)
     found = wanted.new_zeros(B * P, K, K)
     for length in range(1, K + 1):
-        tree = drawing.draw(head, logits, hidden, bonus, torch.full_like(bonus, length))
+        # the nodes that are alive in a tree that is deeper, as only so many mask rows exist
+        nodes = most_nodes(num_ranked, length, num_nodes)
+        drawing = Drawing.of(DynamicTree((length, *(0,) * nodes)), device)
+        run = None if hidden is None else hidden[:, :length]
+        tree = drawing.draw(head, logits[:, :length], run, bonus, torch.full_like(bonus, length))
         row = torch.zeros_like(bonus)
         for depth in range(length):
             onward = (tree.parents == row[:, None]) & (tree.tokens == wanted[:, depth, None]) & (row[:, None] >= 0)

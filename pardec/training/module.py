@@ -21,6 +21,7 @@ from pardec.target.own_head import OwnHead
 from pardec.target.prefix_cache import PrefixCache
 from pardec.training.block_attention import block_route, supports
 from pardec.training.first_embeddings import first_embeddings
+from pardec.training.lora_linear import fused_loras
 from pardec.training.objective import Objective
 from pardec.training.parts import Part, parts_of, rows_at_once, summed_by_parts
 from pardec.training.peft_lora import lora_enabled
@@ -182,12 +183,11 @@ class MaskTokenTrainer(nn.Module):
         # where only the head is trained, and only reads, nothing below it needs a gradient
         with torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()):
             hidden = self._run_mask_rows(layout, on_host, prefix.cache)
-        loss_sum, metrics = summed_by_parts(
-            partial(self._loss_of, rows, prefix.hidden.flatten(0, 1), with_metrics),
-            list(parts_of(on_host, self.most_rows, hidden.device)),
-            hidden,
-            [] if self.head is None else list(self.head.parameters()),
-        )
+        loss_of = partial(self._loss_of, rows, prefix.hidden.flatten(0, 1), with_metrics)
+        parts = list(parts_of(on_host, self.most_rows, hidden.device))
+        with self.own_head.cast_once():
+            of_head = [] if self.head is None else list(self.head.parameters())
+            loss_sum, metrics = summed_by_parts(loss_of, parts, hidden, of_head)
         return loss_sum, counts.sum(), metrics
 
     def forget_prefix(self) -> None:
@@ -200,16 +200,17 @@ class MaskTokenTrainer(nn.Module):
         """Loss and metrics of a part; hidden states of all real rows, shape [B T, H], and of its own, shape [R, H]."""
         layout = rows.layout.part(part.sequences, part.blocks)
         ids, before, counts = part.of(rows.ids), part.of(rows.before), part.of(rows.counts)
+        K, objective = self.drafter.num_speculative_tokens, self.objective
         with torch.no_grad():
-            law = self.objective.law(self.own_head.logits(real_hidden[part.real_rows])).at(part.follows)
-        K, loss_sum = self.drafter.num_speculative_tokens, torch.zeros((), device=hidden.device)
-        metrics = {"rows": torch.ones_like(counts, dtype=torch.float32)}
+            logits = self.own_head.logits(real_hidden[part.real_rows])
+            law = objective.law(logits, with_metrics=with_metrics).at(part.follows)
+        metrics, loss_sum = {"rows": counts.float()}, torch.zeros((), device=hidden.device)
         for name, logits in self._draft_logits(hidden, before).items():
-            weighted, found = self.objective.weighted_losses(logits, law, ids, counts, layout, K)
+            weighted, found = objective.weighted_losses(logits, law, ids, counts, layout, K, with_metrics=with_metrics)
             loss_sum = loss_sum + weighted.sum()
             metrics[f"{name}loss"] = weighted.detach()
             if with_metrics:
-                metrics[f"{name}agreement"] = (found.likeliest == law.likeliest).float()
+                metrics[f"{name}agreement"] = found.agreement(law)
                 metrics[f"{name}overlap"] = found.overlap.detach()
         return loss_sum, self._by_position(metrics, counts, layout)
 
@@ -260,6 +261,7 @@ class MaskTokenTrainer(nn.Module):
                 mask = target.attention.render(layout.visible, positions, keys, target.dtype)
             if self.drafter.has_lora:
                 stack.enter_context(lora_enabled(self.base))
+                stack.enter_context(fused_loras(self.base))
             return self.own_head.hidden(self._mask_inputs(layout), positions, mask, cache)
 
     def _mask_inputs(self, layout: TrainingLayout) -> Tensor:

@@ -86,7 +86,7 @@ class Drawing:
     def from_rows(self, logits: Tensor, length: Tensor) -> DrawnTree:
         """Of tokens that know nothing of each other, as mask rows give them; the likeliest of each, as of a head's."""
         values, ids = largest(logits, min(MAX_RANK + 1, logits.shape[2]))
-        scores = self._bounded(values.float().log_softmax(dim=2))
+        scores = self._bounded(values.log_softmax(dim=2, dtype=torch.float32))
         scores = scores + self.steps.index_select(0, length)[:, :, None]
         return self._nodes(ids, lambda depth, places: scores[:, depth, None])
 
@@ -112,8 +112,8 @@ class Drawing:
         def behind(depth: int, places: Tensor | None) -> Tensor:
             before = bonus[:, None] if places is None else ids[:, depth - 1].gather(1, places)
             corrections = head.correct(read[:, depth, None], embed(before)) @ vectors[:, depth].transpose(1, 2)
-            scores = (values[:, depth, None] + corrections).float()
-            return self._bounded(scores.log_softmax(dim=2)) + steps[:, depth]
+            scores = (values[:, depth, None] + corrections).log_softmax(dim=2, dtype=torch.float32)
+            return self._bounded(scores) + steps[:, depth]
 
         return self._nodes(ids, behind)
 
@@ -130,7 +130,8 @@ class Drawing:
     ) -> DrawnTree:
         """`from_head` by other means: every shortlist is scored behind each token that may come before it, at once."""
         pairs, ids = pair_scores(head, logits, hidden, bonus, embed, output_embeddings, shortlist)
-        scores = self._bounded(pairs.float().log_softmax(dim=3)) + self.steps.index_select(0, length)[..., None, None]
+        scores = self._bounded(pairs.log_softmax(dim=3, dtype=torch.float32))
+        scores = scores + self.steps.index_select(0, length)[..., None, None]
 
         def behind(depth: int, places: Tensor | None) -> Tensor:
             return scores[:, 0, :1] if places is None else rows_of_each(scores[:, depth], places)

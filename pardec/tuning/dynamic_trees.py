@@ -27,6 +27,7 @@ class DrawnTexts:
         shapes = [list(one.shape) for one in self._texts]
         if not shapes or any(len(s) != 3 or s[1] != s[2] or s[1:] != shapes[0][1:] for s in shapes):
             raise ValueError(f"rows: expected shape [places, K, K] for each of some texts, found {shapes[:3]}")
+        self._lists = [one.tolist() for one in self._texts]  # many trees are tried, each by looking up single numbers
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -40,8 +41,7 @@ class DrawnTexts:
                 f"tree: expected a depth of at most {self.num_speculative_tokens}, that of the rows, found "
                 f"{tree.num_speculative_tokens}"
             )
-        each = zip(self._texts, num_tokens, strict=True)
-        return [_steps(tree, text.tolist(), wanted, two_pass) for text, wanted in each]
+        return [_steps(tree, *one, two_pass) for one in zip(self._lists, num_tokens, strict=True)]
 
     def ends(self, num_nodes: int, depth: int) -> tuple[np.ndarray, np.ndarray]:
         """Of trees of N nodes, at most so deep, by the length of the run that they come from.

@@ -175,6 +175,14 @@ def test_program_compares_heads_and_verifications_on_the_same_drafts(adapters, t
     assert "K = 2: 3 prompts of python-stdlib (validation), 4 places each" in page
 
 
+def test_texts_count_by_the_steps_that_they_take():
+    # 12 tokens of a text that accepts one draft a step take 6 steps, of one that accepts three 3 steps
+    assert look_back.pooled(np.array([1.0, 3.0])) == pytest.approx(24 / 9)
+    found = look_back.ratio(np.array([1.0, 3.0]), np.array([0.0, 3.0]))
+    assert found["value"] == pytest.approx((24 / 9) / (24 / 15) - 1, abs=1e-5)
+    assert found["interval"] == pytest.approx([0.0, 1.0])
+
+
 def test_responses_of_another_form_are_refused(adapters, tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "def f(): pass"}\n')
     ended = run(look_back.main, adapters / "lora", tmp_path / "text.jsonl", "--quick")
