@@ -27,9 +27,9 @@ from transformers.utils import logging
 
 from pardec.config.recipe_files import load_recipe
 from pardec.config.responses_recipe import ResponsesRecipe
-from pardec.data.prompt_mix import draw_mix
 from pardec.data.reading import training_rows
-from pardec.data.response_prompts import draw_prompts
+from pardec.data.responses.prompt_mix import draw_mix
+from pardec.data.responses.response_prompts import draw_prompts
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input, written_aside
 from pardec.target.base import eos_token_ids, load_base, load_tokenizer, neutral_generation_config, pad_token_id

@@ -35,7 +35,7 @@ from pardec.training.memory import learned_bytes, measure_step
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora
-from pardec.training.processes import make_accelerator
+from pardec.training.running.processes import make_accelerator
 from pardec.training.steps import Learner, build_optimizer, make_schedule
 
 FULL = {"batch_size": 2, "length": 576, "anchors": 64, "repetitions": 5}

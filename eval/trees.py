@@ -30,8 +30,9 @@ from pardec.data.python_sources import TEST, VALIDATION
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
-from pardec.tuning.choice import Way, full_chain, monotone_cost, tree_way
+from pardec.tuning.choice import TREES, Kind, Way, full_chain, monotone_cost, tree_way
 from pardec.tuning.timing import Call, StepCosts, measure_costs
+from pardec.tuning.tree_growth import NUM_NODES
 
 FULL = {"nodes": "1,2,4,8,16,32,64", "rows": "4,8,16,32,64,128,256", "num_prompts": 24, "max_new_tokens": 128}
 QUICK = {"nodes": "2", "rows": "4,8", "num_prompts": 2, "max_new_tokens": 16}
@@ -55,7 +56,8 @@ def main() -> None:
     add("--temperature", type=float, default=0.8, help="of the sampled figures")
     add("--top-k", type=int, default=10)
     add("--batch-size", type=int, default=8, help="prompts decoded together; lengths do not depend on it")
-    add("--timed-prompts", type=int, default=3, help="on which steps are timed, one at a time")
+    add("--decoded-rows", type=int, default=256, help="shapes of more rows are neither decoded with nor timed")
+    add("--timed-prompts", type=int, default=3, help="on which steps are timed, one at a time; 0 times none")
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/trees_<device>")
     add("--quick", action="store_true", help="few shapes and prompts: runs/trees_quick")
@@ -84,21 +86,36 @@ def report(args: argparse.Namespace) -> None:
     with tqdm(unit="prompt") as bar:
         for setting in laws:
             bar.set_description(setting.name)
-            shapes = shapes_of(RankedTexts(model, chosen_on, setting, args.seed), nodes, rows)
-            texts = RankedTexts(model, reported_on, setting, args.seed)
-            result["rows"] += rows_of(model, reported_on, shapes, setting, texts, args.seed, bar)
-            timed = timed or [shape for shape in shapes if shape.kind == "tree"]
-    costs = timed_costs(model, reported_on[: args.timed_prompts], timed, args)
-    result["costs"] = [{"rows": 1, "ms": round(costs.plain, 4)}]
-    result["costs"] += [{"rows": n, "ms": round(ms, 4)} for n, ms in sorted(measured_costs(costs).items())]
-    for row in result["rows"]:
-        ms = cost_of(costs, row)
-        row["ms_per_step"] = None if ms is None else round(ms, 4)
-        row["times_plain"] = None if ms is None else round(row["measured"] * costs.plain / ms, 4)
+            most = max(*nodes, model.adapter.metadata.num_speculative_tokens, NUM_NODES[-1])
+            shapes = shapes_of(RankedTexts(model, chosen_on, setting, args.seed, most), nodes, rows)
+            texts = RankedTexts(model, reported_on, setting, args.seed, most)
+            result["rows"] += rows_of(model, reported_on, shapes, setting, texts, args, bar)
+            timed = timed or [shape for shape in shapes if shape.kind in TREES]
+    if args.timed_prompts:
+        few = [shape for shape in timed if shape.rows <= args.decoded_rows]
+        costs = timed_costs(model, reported_on[: args.timed_prompts], few, args)
+        add_costs(result, costs)
     result["paper"] = on_paper(args, model, result["rows"], timed)
     write_results(result, output_stem("trees", args.output, args.quick, model.target.device))
     print_results(result)
     print(json.dumps(result))
+
+
+def add_costs(result: dict[str, Any], costs: StepCosts) -> None:
+    """What steps cost on this device, to the result and to its rows."""
+    result["costs"] = [{"kind": "plain", "rows": 1, "ms": round(costs.plain, 4)}]
+    for kind in TREES:
+        by_rows = sorted(measured_costs(costs, kind).items())
+        result["costs"] += [{"kind": kind, "rows": n, "ms": round(ms, 4)} for n, ms in by_rows]
+    for row in result["rows"]:
+        ms = cost_of(costs, row)
+        row["ms_per_step"] = None if ms is None else round(ms, 4)
+        row["times_plain"] = None if ms is None else round(length_of(row) * costs.plain / ms, 4)
+
+
+def length_of(row: dict[str, Any]) -> float:
+    """As measured, or as expected where the shape was not decoded with."""
+    return row["expected"] if row["measured"] is None else row["measured"]
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
@@ -120,18 +137,21 @@ def rows_of(
     shapes: Sequence[Shape],
     setting: Setting,
     texts: RankedTexts,
-    seed: int,
+    args: argparse.Namespace,
     bar: tqdm,
 ) -> list[dict[str, Any]]:
     """A row for each shape, with its gain over the full chain, which is measured first."""
     assert model.adapter is not None
     blocks = full_blocks(model.adapter.metadata.num_speculative_tokens)
     full = Shape("full chain", len(blocks) + sum(blocks), _chain(blocks), blocks)
-    rows, chain = [], None
+    rows, chain, last = [], None, {}
     for shape in (full, *shapes):
-        row, found = measured_row(model, prompts, shape, setting, texts, seed, bar.update)
-        chain = chain or found
-        rows.append(row | gain_over(chain, found))
+        row, found = measured_row(model, prompts, shape, setting, texts, args.seed, bar.update, args.decoded_rows)
+        chain, last[shape.kind] = chain or found, found
+        # of a dynamic tree also over the tree of as many nodes, or of up to as many rows, which comes before it
+        tree = last.get(shape.kind.removeprefix("dynamic ")) if "dynamic" in shape.kind else None
+        over_tree = None if tree is None else gain_over(tree, found)
+        rows.append(row | gain_over(chain, found) | {"over_tree": over_tree, "ms_per_step": None, "times_plain": None})
     return rows
 
 
@@ -163,14 +183,14 @@ def timed_costs(
     return measure_costs(decode, ways, range(len(prompts)), args.max_new_tokens, 2, 1)
 
 
-def measured_costs(costs: StepCosts) -> dict[int, float]:
-    """Of trees, by rows."""
-    return costs.fused(True, trees=True) or costs.fused(False, trees=True)
+def measured_costs(costs: StepCosts, kind: Kind) -> dict[int, float]:
+    """Of trees of a kind, by rows."""
+    return costs.fused(True, kind) or costs.fused(False, kind)
 
 
 def cost_of(costs: StepCosts, row: dict[str, Any]) -> float | None:
-    """Milliseconds of a step; None beyond the rows that were timed."""
-    by_rows = {1: costs.plain} | measured_costs(costs)
+    """Milliseconds of a step, of chains as trees take; None beyond the rows that were timed."""
+    by_rows = {1: costs.plain} | measured_costs(costs, "dynamic tree" if "dynamic" in row["kind"] else "tree")
     return None if row["rows"] > max(by_rows) else monotone_cost(by_rows, row["rows"])
 
 
@@ -182,7 +202,8 @@ def on_paper(
     config = model.base_model.config if args.shape is None else config_of(args.shape)
     lora = model.adapter.lora
     only = ShapeOnly(config, torch.bfloat16, 1 if lora is None else lora.rank)
-    lengths = {row["rows"]: row["measured"] for row in rows if row["kind"] == "tree" and row["law"] == rows[0]["law"]}
+    first = [row for row in rows if row["law"] == rows[0]["law"]]
+    lengths = {(row["kind"], row["rows"]): length_of(row) for row in first}
     context = min(PAPER_CONTEXT, config.get_text_config(decoder=True).max_position_embeddings // 2)
     found = []
     for batch in PAPER_BATCHES:
@@ -194,13 +215,14 @@ def on_paper(
             found.append(
                 {
                     "batch_size": batch,
+                    "kind": shape.kind,
                     "rows": shape.rows,
                     "nodes": shape.tree.num_nodes,
                     "context": context,
                     "launches": counted.launches,
                     "predicted_ms": round(1000 * seconds, 4),
                     "ratio_to_plain_step": round(seconds / plain, 4),
-                    "times_plain": round(lengths[shape.rows] * plain / seconds, 4),
+                    "times_plain": round(lengths[shape.kind, shape.rows] * plain / seconds, 4),
                 }
             )
     return found

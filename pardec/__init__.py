@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from pardec.adapters.adapter import Adapter, AdapterError
     from pardec.decoding.kept_cache import KeptCache
     from pardec.decoding.output import GenerationOutput, StreamChunk
-    from pardec.draft_tree import DraftTree
+    from pardec.draft_tree import DraftTree, DynamicTree
     from pardec.loading import load
     from pardec.model import SelfSpeculativeModel
     from pardec.target.forward import UnsupportedModelError
@@ -16,6 +16,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "DraftTree",
+    "DynamicTree",
     "GenerationOutput",
     "KeptCache",
     "SelfSpeculativeModel",
@@ -28,6 +29,7 @@ _HOME = {
     "Adapter": "adapters.adapter",
     "AdapterError": "adapters.adapter",
     "DraftTree": "draft_tree",
+    "DynamicTree": "draft_tree",
     "GenerationOutput": "decoding.output",
     "KeptCache": "decoding.kept_cache",
     "SelfSpeculativeModel": "model",

@@ -7,7 +7,8 @@ import typer
 Directory = Annotated[
     str,
     typer.Argument(
-        help="adapter: a directory, e.g. runs/quickstart, or user/name@revision on the hub", show_default=False
+        help="adapter: a directory, a packaged one such as smollm2, or user/name@revision on the hub",
+        show_default=False,
     ),
 ]
 BaseOption = Annotated[

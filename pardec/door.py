@@ -32,7 +32,7 @@ from pardec.decoding.engines import Engines
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.errors import shown
 from pardec.target.base import pad_token_id
 
@@ -95,7 +95,7 @@ def generate_for_transformers(
     use_head: bool | None,
     verification: Verification,
     copy_tokens: int | None,
-    tree: DraftTree | None,
+    tree: AnyTree | None,
     streamer,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Ids as `generate` returns them: prompt and continuation, [B, S + new], padded on the right.
@@ -214,6 +214,8 @@ def _refuse_processors(processors: list[LogitsProcessor], lengths: list[int], wi
 
 
 def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    if not input_ids.shape[1]:
+        raise ValueError(f"input_ids: expected at least one token in each row, found shape {list(input_ids.shape)}")
     if attention_mask is None:
         return input_ids.tolist()
     if attention_mask.shape != input_ids.shape:
@@ -222,6 +224,8 @@ def _unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int
             f"{list(attention_mask.shape)}"
         )
     mask = attention_mask.bool()
+    if not bool(mask.any(dim=1).all()):
+        raise ValueError("attention_mask: expected at least one token in each row, found a row of zeros")
     if not bool((mask[:, 1:] >= mask[:, :-1]).all() and mask[:, -1].all()):
         raise ValueError("attention_mask: expected padding on the left only, found zeros behind ones")
     return [row[keep].tolist() for row, keep in zip(input_ids, mask, strict=True)]

@@ -1,5 +1,7 @@
 """The shape of a tree of drafts: which nodes there are, which guess each of them takes, and where drafting goes on.
 
+`DraftTree` says all of it before decoding; of a `DynamicTree` every step says anew which nodes there are.
+
 Knows numbers only. Rows count from the root, row 0, which is the bonus token; nodes are rows 1..N.
 Legend: N nodes, K num_speculative_tokens, which is the depth of the deepest node.
 """
@@ -106,6 +108,56 @@ class DraftTree:
     def rank_paths(self) -> tuple[tuple[int, ...], ...]:
         """Ranks on the way to each row, that of the row the last; empty for the root."""
         return tuple(tuple(self.ranks[row - 1] for row in path[1:]) for path in self.paths)
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """A tree of candidates that every step draws anew: the paths of tokens that its drafts make the likeliest.
+
+    A path is as likely as the product of what the mask rows of the last run, or a sampler head behind each token, give
+    its tokens; the N likeliest are the nodes, no deeper than the run was long. Which tokens they hold, and behind which
+    parents, is data; their number, and the mask tokens behind each, are not. Exact as any tree is: it is a function of
+    what was committed. Runs of two_pass, which drafts in a forward of its own, do not count.
+
+    Attributes:
+        runs: mask tokens behind each row, the root's first and then the nodes' from the likeliest on, N + 1 numbers in
+            0..K of which K, the depth that the tree may have, is the largest; N >= K.
+
+    Raises:
+        ValueError: for numbers that are no such tree, naming what was expected and found.
+
+    Source: EAGLE-2, arXiv:2406.16858, section 4 (dynamic draft trees).
+    """
+
+    runs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", _integers("runs", self.runs))
+        N = self.num_nodes
+        if not 1 <= N <= MAX_NODES:
+            raise ValueError(f"tree: expected 1 to {MAX_NODES} nodes, a run for each and the root's, found {max(N, 0)}")
+        K = self.num_speculative_tokens
+        if min(self.runs) < 0 or not 1 <= K <= min(N, MAX_SPECULATIVE_TOKENS):
+            most = min(N, MAX_SPECULATIVE_TOKENS)
+            raise ValueError(f"tree: expected runs from 0 to a depth of 1 to {most}, found {shown(self.runs)}")
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return len(self.runs) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a fused step."""
+        return len(self.runs) + sum(self.runs)
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """K."""
+        return max(self.runs, default=0)
+
+
+AnyTree = DraftTree | DynamicTree
 
 
 def _integers(name: str, values: Any) -> tuple[int, ...]:

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 _WIDTH = 60  # characters of a value
 
 
+def told(error: BaseException) -> str:
+    """All of an error's message in one line; what the system says of a file, in words as of this project."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: expected a file or folder that can be used, found {error.strerror}"
+    return " ".join((str(error) or type(error).__name__).split())
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

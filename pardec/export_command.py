@@ -11,7 +11,11 @@ import typer
 
 def export(
     directory: Annotated[
-        str | None, typer.Argument(help="adapter directory, e.g. runs/quickstart", show_default=False)
+        str | None,
+        typer.Argument(
+            help="adapter: a directory, a packaged one such as smollm2, or user/name@revision on the hub",
+            show_default=False,
+        ),
     ] = None,
     to: Annotated[
         str | None, typer.Option("--to", help="vllm, vllm-stock, sglang, transformers or peft", show_default=False)

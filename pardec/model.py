@@ -26,7 +26,7 @@ from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.decoding.verify import Verification
 from pardec.door import generate_for_transformers
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.errors import shown
 from pardec.target.base import pad_token_id
 from pardec.target.forward import embedding_weight
@@ -127,7 +127,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
-        tree: DraftTree | None = None,
+        tree: AnyTree | None = None,
     ) -> GenerationOutput:
         """Continues every prompt exactly as the base model alone would: the same tokens, or the same law.
 
@@ -152,11 +152,11 @@ class SelfSpeculativeModel:
                 `pardec tune` did not choose to leave it out.
             verification: of sampled drafts: `token` judges them one by one, `block` all of a step together, by which
                 more of them stand (arXiv:2403.10444); the law is the same.
-            copy_tokens: L, tokens that a step verifies behind its drafts: what followed the longest earlier match, of
-                two to four tokens, of the text with its drafts; with num_speculative_tokens=0 copies alone, which take
-                no adapter. Default what `pardec tune` chose with the drafts, else 0.
-            tree: instead of K or block_lengths, many candidates that one forward verifies; default what `pardec tune`
-                chose, if it chose one. Its nodes are the likeliest tokens in order, also when sampling.
+            copy_tokens: L, tokens that a step verifies behind its drafts: what followed the longest match, of two to
+                four tokens, in the text with its drafts or that of another sequence of its prompt; alone, which takes
+                no adapter, with num_speculative_tokens=0. Default what `pardec tune` chose with the drafts, else 0.
+            tree: instead of K or block_lengths, many candidates that one forward verifies, a `DraftTree` or a
+                `DynamicTree`; default what `pardec tune` chose. Nodes are the likeliest tokens, also when sampling.
 
         Raises:
             ValueError: for input that cannot be used, naming what was expected and found.
@@ -195,7 +195,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
-        tree: DraftTree | None = None,
+        tree: AnyTree | None = None,
         kept: KeptCache | None = None,
     ) -> Generator[StreamChunk, None, GenerationOutput]:
         """Yields what each step emits for one prompt or chat; arguments and errors as in `generate`.
@@ -286,7 +286,7 @@ class SelfSpeculativeModel:
         use_head: bool | None = None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
-        tree: DraftTree | None = None,
+        tree: AnyTree | None = None,
         **model_inputs,
     ):
         """`hf_model.generate(**inputs, custom_generate=model)`: our loop under transformers' own arguments.

@@ -20,7 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from pardec.errors import first_line
+from pardec.errors import first_line, told
+
+# what is raised for input, files and machines that a program cannot go on with
+UNUSABLE_INPUT = (ValueError, OSError, SafetensorError, torch.OutOfMemoryError)
 
 
 @contextmanager
@@ -41,13 +44,12 @@ def exit_on_unusable_input() -> Iterator[None]:
         if sys.stderr is not None:
             tqdm.write("stopped", file=sys.stderr)
         sys.exit(128 + 2)
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:
+    except UNUSABLE_INPUT as error:
         if os.environ.get("PARDEC_TRACEBACK") == "1":
             raise
-        message = " ".join((str(error) or type(error).__name__).split())
         _drop_output()
         if sys.stderr is not None:
-            tqdm.write(f"error: {message}", file=sys.stderr)  # on a line of its own, also below a progress bar
+            tqdm.write(f"error: {told(error)}", file=sys.stderr)  # on a line of its own, also below a progress bar
         sys.exit(2)
 
 
@@ -185,11 +187,27 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which becomes `path` once it is on the disk, and goes if that fails."""
+    """Gives a path beside `path` to write to, which becomes `path` once it is on the disk, and goes if that fails.
+
+    Raises:
+        OSError: naming `path`, if it cannot be written.
+    """
     aside = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
-        yield aside
-        to_disk(aside)
-        os.replace(aside, path)
+        with writing_to(path):
+            yield aside
+            to_disk(aside)
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Says which file it is where the system says only that it cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None or error.filename is not None:
+            raise
+        raise OSError(f"{path}: expected a file that can be written, found {error.strerror}") from None

@@ -12,7 +12,7 @@ import pytest
 
 import pardec.all_cores
 from pardec.all_cores import num_cores, on_all_cores
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 
 
 def leave_file(folder: Path, item: int) -> None:

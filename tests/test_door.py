@@ -162,6 +162,19 @@ def test_inputs_of_another_kind_are_refused(llama, ours, name):
         ours(llama, ids, [], [], GenerationConfig(), **{name: values.get(name, ids)})
 
 
+@pytest.mark.parametrize(
+    ("ids", "mask", "words"),
+    [
+        ([[], []], None, r"input_ids: expected at least one token in each row, found shape \[2, 0\]"),
+        ([PROMPT, PROMPT], [[1] * 9, [0] * 9], "attention_mask: expected at least one token in each row, found a row"),
+    ],
+)
+def test_a_row_without_a_token_is_refused(llama, ours, ids, mask, words):
+    mask = None if mask is None else torch.tensor(mask)
+    with pytest.raises(ValueError, match=words):
+        ours(llama, torch.tensor(ids).long(), [], [], GenerationConfig(), attention_mask=mask)
+
+
 def test_transformers_keeps_a_streamer_to_itself(llama, ours):
     """It is handed to no callable, which is why there is `with_streamer`; when that changes, this fails."""
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from tree_samples import BRANCHING, CROOKED, TREES, ancestors, random_tree
 
-from pardec.draft_tree import MAX_NODES, DraftTree
+from pardec.draft_tree import MAX_NODES, DraftTree, DynamicTree
 from pardec.layout import MAX_SPECULATIVE_TOKENS
 
 
@@ -76,3 +76,35 @@ def test_a_chain_of_plain_decoding_is_no_tree():
 
 def test_depth_does_not_go_by_the_order_of_nodes():
     assert CROOKED.depths == (0, 1, 2, 1, 2, 2)
+
+
+# ---------------------------------------------------------------------- dynamic trees
+
+
+def test_a_dynamic_tree_is_told_by_its_runs():
+    tree = DynamicTree([3, 0, 2, 1])  # type: ignore[arg-type]
+    assert tree == DynamicTree((3, 0, 2, 1))
+    assert hash(tree) == hash(DynamicTree((3, 0, 2, 1)))
+    assert (tree.num_nodes, tree.num_speculative_tokens, tree.num_rows) == (3, 3, 10)
+
+
+WRONG_RUNS = [
+    ((), f"tree: expected 1 to {MAX_NODES} nodes, a run for each and the root's, found 0"),
+    ((1,), f"tree: expected 1 to {MAX_NODES} nodes, a run for each and the root's, found 0"),
+    ((1,) * 514, f"tree: expected 1 to {MAX_NODES} nodes, a run for each and the root's, found 513"),
+    ((0, 0), "tree: expected runs from 0 to a depth of 1 to 1, found (0, 0)"),
+    ((2, 1), "tree: expected runs from 0 to a depth of 1 to 1, found (2, 1)"),
+    ((2, -1, 0), "tree: expected runs from 0 to a depth of 1 to 2, found (2, -1, 0)"),
+    ((65,) * 100, "tree: expected runs from 0 to a depth of 1 to 64, found (65, 65, 65"),
+    ((1, 0.5), "tree: expected integers as runs, found (1, 0.5)"),
+    (None, "tree: expected integers as runs, found None"),
+    ("11", "tree: expected integers as runs, found '11'"),
+]
+
+
+@pytest.mark.parametrize(("runs", "message"), WRONG_RUNS)
+def test_runs_that_make_no_dynamic_tree_are_told_in_one_line(runs, message):
+    with pytest.raises(ValueError) as error:
+        DynamicTree(runs)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)

@@ -25,7 +25,8 @@ def run(*arguments: str):
 def test_an_adapter_is_written_and_the_command_that_serves_it_is_shown(saved, tmp_path):
     done = run(saved, "--to", "sglang", "--output", "runs/out")
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("runs/out: written and checked; to use it:\n\npython -m sglang.launch_server ")
+    assert done.stdout.startswith("runs/out: written and checked; to use it:\n\nBASE=$(python -c ")
+    assert 'python -m sglang.launch_server --model-path "$BASE" \\\n' in done.stdout
     assert "--uno-lora-path runs/out \\\n" in done.stdout
     assert done.stderr == ""
     again = run("--check", "runs/out")

@@ -270,7 +270,7 @@ def test_recurrent_layers_are_refused():
 
 def test_the_probe_notices_rows_that_leak(llama, monkeypatch):
     """A layout whose real rows see a mask row must not pass."""
-    from pardec.decoding import step as decode
+    from pardec.decoding import plans
     from pardec.layout import RowLayout, chain_layout
 
     def leaking(block_lengths) -> RowLayout:
@@ -278,7 +278,7 @@ def test_the_probe_notices_rows_that_leak(llama, monkeypatch):
         layout.visible[1, len(block_lengths)] = True
         return layout
 
-    monkeypatch.setattr(decode, "chain_layout", leaking)
+    monkeypatch.setattr(plans, "chain_layout", leaking)
     with pytest.raises(UnsupportedModelError, match="expected rows of a step that are those of a plain forward"):
         probe(TargetModel.wrap(llama))
 

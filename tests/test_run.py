@@ -13,7 +13,7 @@ from programs import ROOT
 from safetensors import SafetensorError
 
 import pardec.run
-from pardec.run import exit_on_unusable_input, has_bfloat16, library_versions, save_tensors
+from pardec.run import exit_on_unusable_input, has_bfloat16, library_versions, save_tensors, writing_to
 
 WRITES = "from pardec.run import exit_on_unusable_input\nwith exit_on_unusable_input():\n    {}\n"
 
@@ -46,6 +46,14 @@ def test_what_cannot_be_used_is_one_line_and_exit_code_2(error, capsys, monkeypa
         raise error("x: expected a,\n found b")
     assert stopped.value.code == 2
     assert capsys.readouterr().err.strip() == "error: x: expected a, found b"
+
+
+def test_what_the_system_says_of_a_file_is_told_with_what_was_expected(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("PARDEC_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit), exit_on_unusable_input():
+        tmp_path.read_text()
+    expected = f"error: {tmp_path}: expected a file or folder that can be used, found Is a directory"
+    assert capsys.readouterr().err.strip() == expected
 
 
 def test_ctrl_c_is_one_word_and_exit_code_130(capsys):
@@ -96,6 +104,18 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_its_size(tmp_path, monk
     monkeypatch.setattr(pardec.run, "save_file", save_on_a_full_disk)
     with pytest.raises(OSError, match=r"a\.safetensors: expected room for 4,000 bytes, found .*No space left"):
         save_tensors({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    full = Path("/dev/full")
+    with (
+        pytest.raises(OSError, match=r"^/dev/full: expected a file that can be written, found No space left on device"),
+        writing_to(full),
+        full.open("w") as file,
+    ):
+        file.write("x")
+    with pytest.raises(FileNotFoundError), writing_to(full):  # which says itself what is missing
+        (tmp_path / "nothing").open()
 
 
 def test_versions_are_told_where_nothing_was_installed_but_is_on_the_path(monkeypatch):

@@ -16,8 +16,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from pardec.data.own_questions import UserTurn, questions_of, user_turn
-from pardec.data.responses import append_rows, read_about, write_about
+from pardec.data.responses.own_questions import UserTurn, questions_of, user_turn
+from pardec.data.responses.response_file import append_rows, read_about, write_about
 from pardec.decoding.probing.probe import probe
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, exit_on_unusable_input, library_versions

@@ -19,12 +19,11 @@ from tqdm.auto import tqdm
 
 from pardec.config.recipe_files import recipe_of_command_line
 from pardec.config.responses_recipe import ResponsesRecipe
-from pardec.data.follow_ups import between_answers
-from pardec.data.prompt_mix import draw_mix
 from pardec.data.python_sources import PACKAGES, STDLIB
 from pardec.data.reading import training_rows
-from pardec.data.response_prompts import draw_prompts
-from pardec.data.responses import (
+from pardec.data.responses.follow_ups import between_answers
+from pardec.data.responses.prompt_mix import draw_mix
+from pardec.data.responses.response_file import (
     BY_LENGTH,
     SHORT_TOKENS,
     Batch,
@@ -42,6 +41,7 @@ from pardec.data.responses import (
     two_turns,
     write_about,
 )
+from pardec.data.responses.response_prompts import draw_prompts
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probing.probe import probe
 from pardec.loading import load
@@ -51,7 +51,8 @@ from pardec.run import exit_on_unusable_input
 from pardec.target.base import eos_token_ids, load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, differences, fingerprint
 from pardec.target.forward import embedding_weight
-from pardec.training.processes import made_by, make_accelerator
+from pardec.training.running.agreement import failing_together, main_process_first
+from pardec.training.running.processes import made_by, make_accelerator
 
 
 def main() -> None:
@@ -94,20 +95,19 @@ def generate(recipe: ResponsesRecipe) -> None:
     batches = plan_batches(len(prompts), recipe.batch_size, recipe.share_of_greedy)
     num_done, counts = begin(output, accelerator, about, batches, prompts)
     announce(recipe, accelerator, prompts, sources, counts["responses"])
-    progress = tqdm(
-        total=len(prompts), initial=counts["responses"], unit="response", disable=not accelerator.is_main_process
-    )
+    there, is_main = counts["responses"], accelerator.is_main_process
+    progress = tqdm(total=len(prompts), initial=there, unit="response", disable=not is_main)
     tokens_before, start = counts["response_tokens"], time.perf_counter()
-    last_run: dict[str, Any] = {"first_response": counts["responses"], "tokens": 0, "seconds": 0.0}
+    last_run: dict[str, Any] = {"first_response": there, "tokens": 0, "seconds": 0.0}
     for first in range(num_done, len(batches), accelerator.num_processes):
         # one batch for each process; the last round may have fewer
         mine = batches[first : first + accelerator.num_processes][accelerator.process_index :][:1]
         rows = gather_object([row for batch in mine for row in respond(recipe, model, batch, prompts)])
-        if accelerator.is_main_process:
-            append_rows(output, rows)
+        with failing_together(accelerator):  # the others would wait for their next round
+            if is_main:
+                append_rows(output, rows)
         counts.update(count_rows(rows))
-        last_run["tokens"] = counts["response_tokens"] - tokens_before
-        last_run["seconds"] = time.perf_counter() - start
+        last_run |= {"tokens": counts["response_tokens"] - tokens_before, "seconds": time.perf_counter() - start}
         last_run["tokens_per_second"] = last_run["tokens"] / last_run["seconds"]
         progress.update(len(rows))
         progress.set_postfix_str(f"{last_run['tokens_per_second']:,.0f} tokens/s")
@@ -145,7 +145,7 @@ def read_prompts(
     assert tokenizer is not None
     limit = longest_prompt(recipe, model)
     accelerator.print(f"reading {data.name}")
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         if data.mix is not None:
             prompts, sources = draw_mix(
                 [section.source() for section in data.mix],

@@ -37,13 +37,18 @@ from pardec.data.pretrain_data import (
     train_tokenizer,
 )
 from pardec.data.python_sources import TEST, TRAIN, VALIDATION
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.run import exit_on_unusable_input
-from pardec.training.checkpoints import check_same, load_state, save_state, steps_done_before
-from pardec.training.memory import pretraining_bytes
 from pardec.training.model_folder import CARD_FILE, MODEL_FILE, export, model_card, round_to_bfloat16, without_folder
-from pardec.training.pretraining import build_optimizers, held_out_loss, optimiser_step, set_rates
-from pardec.training.processes import JsonlTracker, begin_run, make_accelerator
+from pardec.training.pretraining import (
+    build_optimizers,
+    held_out_loss,
+    optimiser_step,
+    pretraining_bytes,
+    set_rates,
+)
+from pardec.training.running.checkpoints import check_same, load_state, save_state, steps_done_before
+from pardec.training.running.processes import JsonlTracker, make_accelerator, run_in
 
 
 def main() -> None:
@@ -80,31 +85,31 @@ def pretrain(recipe: PretrainRecipe) -> None:
     wrapped = accelerator.prepare(model)
 
     sizes = sizes_of(recipe, model, len(corpus.train), num_files, num_tokens)
-    begin_run(accelerator, recipe.output_dir, sizes, first_step)
-    loss_on = partial(held_out_loss, accelerator, batch_size=train.batch_size)
-    take_steps(
-        recipe,
-        accelerator,
-        wrapped,
-        optimizers,
-        [document.input_ids for document in corpus.train],
-        example_order(len(corpus.train), shape, train.seed),
-        first_step,
-        measure=lambda: loss_on(model, windows[VALIDATION]),
-        save=lambda step: save_state(output / "checkpoints", step, parameters, optimizers, kept),
-    )
-
-    # the weights that are measured are the ones that are saved
-    bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    round_to_bfloat16(bare)
-    measured = {split: loss_on(bare, windows[split]) for split in windows}
-    accelerator.log({f"held_out_loss/{split}": loss for split, loss in measured.items()}, step=train.steps)
-    if accelerator.is_main_process:
-        rows = [(s, len(held_out[s]), sum(len(w) - 1 for w in windows[s]), measured[s]) for s in windows]
-        card = model_card(
-            recipe.model_dump(), accelerator, bare, len(corpus.train), num_files, num_characters, num_tokens, rows
+    with run_in(accelerator, recipe.output_dir, sizes, first_step):
+        loss_on = partial(held_out_loss, accelerator, batch_size=train.batch_size)
+        take_steps(
+            recipe,
+            accelerator,
+            wrapped,
+            optimizers,
+            [document.input_ids for document in corpus.train],
+            example_order(len(corpus.train), shape, train.seed),
+            first_step,
+            measure=lambda: loss_on(model, windows[VALIDATION]),
+            save=lambda step: save_state(output / "checkpoints", step, parameters, optimizers, kept),
         )
-        export(output, bare, tokenizer, card)
+
+        # the weights that are measured are the ones that are saved
+        bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        round_to_bfloat16(bare)
+        measured = {split: loss_on(bare, windows[split]) for split in windows}
+        accelerator.log({f"held_out_loss/{split}": loss for split, loss in measured.items()}, step=train.steps)
+        if accelerator.is_main_process:
+            rows = [(s, len(held_out[s]), sum(len(w) - 1 for w in windows[s]), measured[s]) for s in windows]
+            card = model_card(
+                recipe.model_dump(), accelerator, bare, len(corpus.train), num_files, num_characters, num_tokens, rows
+            )
+            export(output, bare, tokenizer, card)
     accelerator.print(
         f"held-out loss {measured[VALIDATION]:.3f} (validation), {measured[TEST]:.3f} (test) nats per token; "
         f"the model is in {output}\n"

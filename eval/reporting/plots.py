@@ -210,6 +210,29 @@ def plot_floor(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Non
     _save(figure, path)
 
 
+def plot_training_cost(panels: Mapping[str, Mapping[str, Mapping[str, float]]], title: str, path: Path) -> None:
+    """Bars of what a way costs at each length of sequences, one panel per kind of cost, on a logarithmic scale.
+
+    Args:
+        panels: by cost, way and length.
+    """
+    figure, grid = _figure((6 * len(panels) + 1, 4.5), len(panels))
+    for axes, (cost, ways) in zip(grid, panels.items(), strict=True):
+        lengths = list(dict.fromkeys(length for found in ways.values() for length in found))
+        width = 0.8 / len(ways)
+        for place, (way, found) in enumerate(ways.items()):
+            xs = [lengths.index(length) + (place - (len(ways) - 1) / 2) * width for length in found]
+            bars = axes.bar(xs, list(found.values()), width, label=way)
+            axes.bar_label(bars, fmt="%.0f", fontsize=6, padding=1)
+        axes.set_xticks(range(len(lengths)), lengths, fontsize=8)
+        axes.set_yscale("log")
+        axes.set_title(cost, fontsize=10)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
 def _figure(
     size: tuple[float, float], num_panels: int, *, sharey: bool = False, layout: str = "constrained"
 ) -> tuple[Any, Sequence[Any]]:

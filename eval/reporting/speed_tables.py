@@ -11,7 +11,7 @@ from reporting.text_tables import CONSOLE_WIDTH, TextTable, markdown_page, numbe
 from rich.console import Console
 from rich.markup import escape
 
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import DraftTree, DynamicTree
 
 HEADER = (
     "batch", "way", "adapter", "K", "tokens/s", "mean acceptance length", "ms/step", "rows/step", "x plain",
@@ -114,8 +114,10 @@ def notes_of(result: dict) -> list[str]:
         blocks = ", ".join(map(str, row["block_lengths"]))
         notes.append(f"{label_of(row)}: mask tokens behind each real row {blocks}")
     for row in {label_of(row): row for row in result["rows"] if row.get("tree")}.values():
-        tree = DraftTree(**row["tree"])
-        notes.append(f"{label_of(row)}: a tree of {tree.num_nodes} nodes, {tree.num_rows} rows where fused")
+        is_drawn = "parents" not in row["tree"]
+        tree = DynamicTree(**row["tree"]) if is_drawn else DraftTree(**row["tree"])
+        kind = "dynamic tree" if is_drawn else "tree"
+        notes.append(f"{label_of(row)}: a {kind} of {tree.num_nodes} nodes, {tree.num_rows} rows where fused")
     for size in result["batch_sizes"]:
         if result["num_prompts"] % size:
             rest = result["num_prompts"] % size

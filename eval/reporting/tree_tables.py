@@ -1,5 +1,6 @@
 """Shows what trees accept to people; knows the keys of the rows, nothing of how they come about."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from reporting.text_tables import TextTable, markdown_page, number, print_tables
 
 HEADER = (
     "shape", "rows", "nodes", "depth", "expected length", "measured", "95 % interval", "differ", "outside repetition",
-    "gain over full chain", "95 % interval of it", "ms a step", "x plain",
+    "gain over full chain", "95 % interval of it", "over the tree", "95 % interval of that", "ms a step", "x plain",
 )  # fmt: skip
-PAPER_HEADER = ("batch", "rows", "nodes", "launches", "predicted ms", "step, x plain's", "tokens/s, x plain's")
+PAPER_HEADER = ("batch", "shape", "rows", "nodes", "launches", "predicted ms", "step, x plain's", "tokens/s, x plain's")
 TEXT_COLUMNS = ("shape",)
 
 
@@ -28,6 +29,7 @@ def tables_of(result: dict[str, Any]) -> list[TextTable]:
     cells = [
         [
             str(row["batch_size"]),
+            row["kind"],
             str(row["rows"]),
             str(row["nodes"]),
             str(row["launches"]),
@@ -55,13 +57,21 @@ def _cells(row: dict[str, Any]) -> list[str]:
         number(row["expected"], 3),
         number(row["measured"], 3),
         f"{low:.3f} to {high:.3f}",
-        f"{100 * (row['measured'] / row['expected'] - 1):+.1f} %",
+        "-" if row["measured"] is None else f"{100 * (row['measured'] / row['expected'] - 1):+.1f} %",
         number(row["outside_repetition"], 3),
         f"{100 * row['gain']:+.1f} %",
         f"{100 * gain_low:+.1f} to {100 * gain_high:+.1f} %",
+        *_over_tree(row["over_tree"]),
         number(row["ms_per_step"], 2),
         number(row["times_plain"], 2),
     ]
+
+
+def _over_tree(found: dict[str, Any] | None) -> tuple[str, str]:
+    if found is None:
+        return "", ""
+    low, high = found["gain_interval"]
+    return f"{100 * found['gain']:+.1f} %", f"{100 * low:+.1f} to {100 * high:+.1f} %"
 
 
 def notes_of(result: dict[str, Any]) -> list[str]:
@@ -71,12 +81,14 @@ def notes_of(result: dict[str, Any]) -> list[str]:
         f"{result['adapter']}, K = {result['num_speculative_tokens']}, {drafts}; {result['max_new_tokens']} new "
         f"tokens, sampled at temperature {result['temperature']}, top-k {result['top_k']}; {result['dtype']}",
         "shapes are chosen on the validation split and reported on the test split; tree of N: the whole run behind "
-        "each node; chain and tree: the best of up to so many rows",
+        "each node; chain and tree: the best of up to so many rows; a dynamic tree is drawn anew in every step, one of "
+        "N as deep as the tree of N",
         "lengths: accepted tokens a step and the bonus token, steps that verify nothing among them; expected: the "
         "ranks of the model's own tokens in its drafts, played again; of a sampled chain, whose drafts are drawn, that "
         "of the likeliest drafts",
+        "measured -: of so many rows no texts were decoded; interval, gain and x plain are of what is expected",
         "gain: of accepted length outside repetition over the full chain's on the same prompts, which are resampled in "
-        "pairs",
+        "pairs; over the tree: of a dynamic tree over that of ranks, of as many nodes, or of up to as many rows",
         "ms a step: batch 1, as trees of so many rows take here, between those that were timed on a line; x plain: "
         "measured length over the cost, plain steps 1",
         f"on paper: max(bytes / ({result['share_of_bandwidth']:g} x bandwidth), FLOP / ({result['share_of_flops']:g} x "
@@ -102,7 +114,8 @@ def panels_of(result: dict[str, Any]) -> dict[str, dict[str, list[tuple[int, flo
     """Lines of the picture."""
     panels: dict[str, dict[str, list[tuple[int, float, float]]]] = {}
     for row in sorted(result["rows"], key=lambda row: row["rows"]):
-        line = {"full chain": "chain"}.get(row["kind"], "tree, whole runs" if " of " in row["kind"] else row["kind"])
+        kind = re.sub(r" of \d+$", ", whole runs", row["kind"])
+        line = {"full chain": "chain"}.get(kind, kind)
         lines = panels.setdefault(row["law"], {})
-        lines.setdefault(line, []).append((row["rows"], row["measured"], row["expected"]))
+        lines.setdefault(line, []).append((row["rows"], row["measured"] or row["expected"], row["expected"]))
     return panels

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import CompileConfig, PreTrainedModel
 
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import eos_token_ids, pad_token_id
@@ -94,7 +94,7 @@ class Way:
     adapter: str = ""
     num_speculative_tokens: int | None = None
     block_lengths: tuple[int, ...] | None = None
-    tree: DraftTree | None = None
+    tree: AnyTree | None = None
 
 
 def ways_for(
@@ -168,7 +168,7 @@ def pardec_way(
     num_speculative_tokens: int | None = None,
     block_lengths: tuple[int, ...] | None = None,
     copy_tokens: int | None = None,
-    tree: DraftTree | None = None,
+    tree: AnyTree | None = None,
 ) -> Way:
     """One of pardec's modes; other arguments as in `Way`.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from pardec.layout import training_layout
-from pardec.target.cache import PrefixCache
+from pardec.target.prefix_cache import PrefixCache
 from pardec.training.module import ATTENTION_KERNELS, METRICS, MaskTokenTrainer
 from pardec.training.peft_lora import lora_enabled
 
@@ -73,8 +73,10 @@ class JointForward(nn.Module):
         targets = layout.targets.clamp_max(T - 1)
         counts = ((layout.targets < T) & loss_mask.gather(1, targets)).flatten()
         ids = input_ids.gather(1, targets).flatten()
-        law = objective.law(of_law.detach().flatten(0, 1))
-        losses, _ = objective.weighted_losses(of_masks.flatten(0, 1), law, ids, counts, layout, K)
+        law = objective.law(of_law.detach().flatten(0, 1), with_metrics=with_metrics)
+        losses, _ = objective.weighted_losses(
+            of_masks.flatten(0, 1), law, ids, counts, layout, K, with_metrics=with_metrics
+        )
         return losses.sum(), counts.sum(), torch.zeros(len(METRICS), K, device=losses.device)
 
     @contextmanager

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from pardec.decoding.output import GenerationOutput
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.layout import BlockLengths
 from pardec.measures.acceptance import Acceptance, summarise
 from pardec.measures.divergence import TOLERANCE, divergence_from
@@ -47,7 +47,7 @@ class Run:
     model: SelfSpeculativeModel
     prompts: list[list[int]]
     block_lengths: BlockLengths | None = None
-    tree: DraftTree | None = None
+    tree: AnyTree | None = None
     outputs: list[GenerationOutput] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     identical: bool | None = None

@@ -24,7 +24,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree, DynamicTree
 from pardec.target.attention import query_group
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
@@ -130,7 +130,7 @@ class ShapeOnly:
         with_lora: bool,
         context: int,
         *,
-        tree: DraftTree | None = None,
+        tree: AnyTree | None = None,
         batch_size: int = 1,
     ) -> Counted:
         """A plain step for K = 0, else a fused one, greedy, behind `context` committed tokens.
@@ -168,7 +168,7 @@ class ShapeOnly:
             least_bytes=self._weight_bytes + self._lora_bytes * with_lora + context_bytes,
         )
 
-    def _decoder(self, K: int, with_lora: bool, tree: DraftTree | None) -> Decoder:
+    def _decoder(self, K: int, with_lora: bool, tree: AnyTree | None) -> Decoder:
         target = self._target
         masks = torch.empty(K, target.embedding_dim, dtype=target.dtype, device="meta") if K else None
         gate, linears = self._gate if with_lora else None, self._linears(with_lora)
@@ -187,13 +187,15 @@ class ShapeOnly:
 def captured_count(decoder: Decoder, cache: SlotCache) -> StepCount:
     """What the graph of a step would hold, the copies into the state that it works on among them."""
     lengths = torch.empty(cache.num_sequences or 1, dtype=torch.long, device="meta")
+    drafts = lengths.new_empty(lengths.shape[0], decoder.num_drafts)
     state = DecodeState.begin(
         cache,
         lengths[:, None],
         lengths,
         decoder.eos_token_ids,
         room=lengths,
-        drafts=lengths.new_empty(lengths.shape[0], decoder.num_drafts),
+        drafts=drafts,
+        parents=torch.empty_like(drafts) if isinstance(decoder.tree, DynamicTree) else None,
         draft_length=decoder.num_speculative_tokens,
         draft_probs=None,
         width=decoder.tokens_per_step,

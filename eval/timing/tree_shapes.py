@@ -10,15 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from pardec.draft_tree import DraftTree
+from pardec.decoding.stats import SequenceCounts
+from pardec.draft_tree import AnyTree, DraftTree, DynamicTree
 from pardec.layout import BlockLengths
 from pardec.measures.acceptance import Acceptance, summarise
+from pardec.measures.drawn_paths import drawn_rows_by_place
 from pardec.measures.ranks import ranks_by_place
 from pardec.model import SelfSpeculativeModel
 from pardec.tuning.chain import best_shapes, conditional_acceptance, num_rows
+from pardec.tuning.dynamic_trees import DrawnTexts, best_dynamic_trees
 from pardec.tuning.rank_paths import RankPaths
-from pardec.tuning.tree_growth import best_trees, full_tree
+from pardec.tuning.tree_growth import GrownTree, best_trees, full_tree
 from pardec.tuning.tree_replay import RankReplay
+
+_NUM_REPLAYED = 12  # of the trees of about so many rows, those that promise most
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Shape:
     """A shape of fused steps.
 
     Attributes:
-        kind: `chain`, `tree of N` with whole runs, or `tree` of the best runs.
+        kind: `chain`, `tree of N` with whole runs, or `tree` of the best runs, and the same of a `dynamic tree`.
         rows: of a step.
         tree: also that of a chain, of one child each.
         block_lengths: of a chain; None for a tree.
@@ -53,15 +58,20 @@ class Shape:
 
     kind: str
     rows: int
-    tree: DraftTree
+    tree: AnyTree
     block_lengths: BlockLengths | None = None
 
 
 class RankedTexts:
-    """What a model goes on with behind some prompts, and the ranks of that in its drafts."""
+    """What a model goes on with behind some prompts, and where that stands in its drafts."""
 
-    def __init__(self, model: SelfSpeculativeModel, prompts: Sequence[list[int]], setting: Setting, seed: int):
-        """Decodes plainly, a few tokens further than is counted, so that the last steps find what they would accept."""
+    def __init__(
+        self, model: SelfSpeculativeModel, prompts: Sequence[list[int]], setting: Setting, seed: int, num_nodes: int
+    ):
+        """Decodes plainly, a few tokens further than is counted, so that the last steps find what they would accept.
+
+        `num_nodes` = of the largest dynamic tree.
+        """
         assert model.adapter is not None
         self.new_tokens = setting.max_new_tokens
         beyond, continuations = model.adapter.metadata.num_speculative_tokens + 1, []
@@ -75,18 +85,31 @@ class RankedTexts:
             )
             continuations += out.token_ids
         self.lengths = [min(len(ids), setting.max_new_tokens) for ids in continuations]
+        self._continuations = continuations
         ranks = ranks_by_place(model, prompts, continuations, use_head=setting.use_head)
         self.ranks = [one.numpy() for one in ranks]
         self._replay = RankReplay(self.ranks)
+        rows = drawn_rows_by_place(model, prompts, continuations, num_nodes, use_head=setting.use_head)
+        self.drawn = DrawnTexts([one.numpy() for one in rows])
 
-    def expected(self, tree: DraftTree) -> float:
+    def expected(self, tree: AnyTree) -> float:
         """Mean acceptance length of decoding these texts with a tree, bonus token included."""
-        steps = [count for one in self._replay.accepted(tree, self.lengths) for count in one]
-        return 1 + float(np.mean(steps))
+        return 1 + float(np.mean([count for one in self.runs(tree) for count in one]))
 
-    def runs(self, tree: DraftTree) -> list[list[int]]:
+    def runs(self, tree: AnyTree) -> list[list[int]]:
         """Accepted nodes of each step of each text."""
+        if isinstance(tree, DynamicTree):
+            return self.drawn.accepted(tree, self.lengths)
         return self._replay.accepted(tree, self.lengths)
+
+    def replayed(self, prompts: Sequence[list[int]], tree: AnyTree) -> Acceptance:
+        """What decoding these texts, behind their prompts, with a tree accepts, as if it had been done."""
+        counts = [
+            SequenceCounts(accepted, [tree.num_speculative_tokens] * len(accepted), length)
+            for accepted, length in zip(self.runs(tree), self.lengths, strict=True)
+        ]
+        tokens = [ids[:length] for ids, length in zip(self._continuations, self.lengths, strict=True)]
+        return summarise(prompts, tokens, counts, 1.0)
 
 
 def shapes_of(texts: RankedTexts, nodes: Sequence[int], rows: Sequence[int]) -> list[Shape]:
@@ -104,17 +127,25 @@ def shapes_of(texts: RankedTexts, nodes: Sequence[int], rows: Sequence[int]) -> 
         tree = full_tree(paths, number)
         if tree is not None and tree.num_nodes == number:
             found.append(Shape(f"tree of {number}", tree.num_rows, tree))
+            drawn = DynamicTree((tree.num_speculative_tokens,) * (number + 1))  # as many nodes, rows and levels
+            found.append(Shape(f"dynamic tree of {number}", drawn.num_rows, drawn))
     accepted = texts.runs(DraftTree.chain((K,) * (K + 1)))
     chains = [one for k in range(1, K + 1) for one in best_shapes(conditional_acceptance(accepted, k)).values()]
-    trees = [one.tree for one in best_trees(paths, max(rows))]
+    grown: dict[str, list[GrownTree]] = {
+        "tree": [*best_trees(paths, max(rows))],
+        "dynamic tree": [*best_dynamic_trees(texts.drawn, max(rows))],
+    }
     for limit in rows:
         small = [one for one in chains if num_rows(one) <= limit]
         if small:
             best = max(small, key=lambda one: texts.expected(DraftTree.chain(one)))
             found.append(Shape("chain", num_rows(best), DraftTree.chain(best), best))
-        wide = max((one for one in trees if limit / 2 < one.num_rows <= limit), key=texts.expected, default=None)
-        if wide is not None:
-            found.append(Shape("tree", wide.num_rows, wide))
+        for kind, trees in grown.items():
+            fitting = [one for one in trees if limit / 2 < one.tree.num_rows <= limit]
+            likely = sorted(fitting, key=lambda one: -one.tokens_per_step)[:_NUM_REPLAYED]
+            wide = max((one.tree for one in likely), key=texts.expected, default=None)
+            if wide is not None:
+                found.append(Shape(kind, wide.num_rows, wide))
     return list(dict.fromkeys(found))
 
 
@@ -126,8 +157,40 @@ def measured_row(
     texts: RankedTexts,
     seed: int,
     on_batch: Callable[[int], object],
+    most_rows: int,
 ) -> tuple[dict[str, Any], Acceptance]:
-    """What a shape accepts, beside what the ranks of the same prompts let expect: a row, and what it comes from."""
+    """What a shape accepts, beside what its texts let expect: a row, and what it comes from.
+
+    A shape of more than `most_rows` rows is not decoded with: what is expected stands for it.
+    """
+    is_decoded = shape.rows <= most_rows
+    found = (
+        _decoded(model, prompts, shape, setting, seed, on_batch) if is_decoded else texts.replayed(prompts, shape.tree)
+    )
+    row = {
+        "law": setting.name,
+        "kind": shape.kind,
+        "rows": shape.rows,
+        "nodes": shape.tree.num_nodes,
+        "depth": shape.tree.num_speculative_tokens,
+        "block_lengths": shape.block_lengths and list(shape.block_lengths),
+        "expected": round(texts.expected(shape.tree), 4),
+        "measured": round(found.mean_acceptance_length, 4) if is_decoded else None,
+        "interval": [round(x, 4) for x in found.interval],
+        "outside_repetition": None if found.outside_repetition is None else round(found.outside_repetition, 4),
+        "tokens_per_step": round(found.stats.tokens_per_step, 4),
+    }
+    return row, found
+
+
+def _decoded(
+    model: SelfSpeculativeModel,
+    prompts: Sequence[list[int]],
+    shape: Shape,
+    setting: Setting,
+    seed: int,
+    on_batch: Callable[[int], object],
+) -> Acceptance:
     tokens, counts, seconds = [], [], 0.0
     for start in range(0, len(prompts), setting.batch_size):
         out = model.generate(
@@ -145,22 +208,7 @@ def measured_row(
         counts += [replace(one, drafted=[max(drafted, 1) for drafted in one.drafted]) for one in out.counts]
         seconds += out.stats.seconds
         on_batch(len(out.token_ids))
-    found = summarise(prompts, tokens, counts, seconds)
-    expected = texts.expected(shape.tree)
-    row = {
-        "law": setting.name,
-        "kind": shape.kind,
-        "rows": shape.rows,
-        "nodes": shape.tree.num_nodes,
-        "depth": shape.tree.num_speculative_tokens,
-        "block_lengths": shape.block_lengths and list(shape.block_lengths),
-        "expected": round(expected, 4),
-        "measured": round(found.mean_acceptance_length, 4),
-        "interval": [round(x, 4) for x in found.interval],
-        "outside_repetition": None if found.outside_repetition is None else round(found.outside_repetition, 4),
-        "tokens_per_step": round(found.stats.tokens_per_step, 4),
-    }
-    return row, found
+    return summarise(prompts, tokens, counts, seconds)
 
 
 def gain_over(chain: Acceptance, other: Acceptance, *, num_samples: int = 2000) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """vLLM's own engine behind a pipe: started by the python of an environment that holds vLLM, it decodes what it is told.
 
 Standard input has a line of JSON with `model`, the folder of a draft or null, and how to serve; then one for each call
-with `prompts`, token ids, and `max_new_tokens`. Standard output answers every line by one: the first by the version and
-sizes, a call by its new tokens, greedy, never ended by EOS, the CPU seconds of this process, all threads together, and
-vLLM's counters of drafts, by what they grew. Imports nothing of this project, which is not on that python's path.
+with `prompts`, token ids, `max_new_tokens` and perhaps `law`, more of how tokens are chosen. Standard output answers
+every line by one: the first by the version and sizes, a call by its new tokens, greedy, never ended by EOS, the CPU
+seconds of this process, all threads together, and vLLM's counters of drafts, by what they grew. Imports nothing of this
+project, which is not on that python's path.
 """
 
 # pyright: reportMissingImports=false
@@ -66,13 +67,15 @@ def engine(asked: Mapping[str, Any]) -> Any:
     )
 
 
-def decoded(llm: Any, prompts: list[list[int]], max_new_tokens: int) -> dict[str, Any]:
+def decoded(
+    llm: Any, prompts: list[list[int]], max_new_tokens: int, law: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """New tokens of every prompt, what they cost and what was counted."""
     from vllm import SamplingParams
 
-    law = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, ignore_eos=True)
+    asked = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, ignore_eos=True, **(law or {}))
     before, start = counters(llm), time.process_time()
-    done = llm.generate([{"prompt_token_ids": ids} for ids in prompts], law, use_tqdm=False)
+    done = llm.generate([{"prompt_token_ids": ids} for ids in prompts], asked, use_tqdm=False)
     seconds = time.process_time() - start
     grown = {name: grown_by(before.get(name), value) for name, value in counters(llm).items()}
     return {"tokens": [list(one.outputs[0].token_ids) for one in done], "cpu_seconds": seconds, "counted": grown}

@@ -105,9 +105,15 @@ class VllmProcess:
             self._process.communicate()
         self._log.close()
 
-    def decode(self, prompts: list[list[int]], max_new_tokens: int) -> Served:
-        """Greedy continuations of so many tokens each, EOS ignored; prompts are token ids."""
-        found = self._ask({"prompts": prompts, "max_new_tokens": max_new_tokens})
+    def decode(self, prompts: list[list[int]], max_new_tokens: int, law: Mapping[str, Any] | None = None) -> Served:
+        """Greedy continuations of so many tokens each, EOS ignored; prompts are token ids.
+
+        Args:
+            prompts: of each sequence.
+            max_new_tokens: of each.
+            law: more of vLLM's SamplingParams, such as penalties.
+        """
+        found = self._ask({"prompts": prompts, "max_new_tokens": max_new_tokens, "law": dict(law or {})})
         counted = found["counted"]
         by_position = counted.get("num_accepted_tokens_per_pos", [])
         return Served(found["tokens"], found["cpu_seconds"], counted.get("num_drafts", 0), by_position)

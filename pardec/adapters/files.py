@@ -18,7 +18,7 @@ from torch import Tensor
 from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, AdapterError, AdapterMetadata
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.adapters.hub import HubName, hub_file, hub_name
-from pardec.adapters.json_files import read_object
+from pardec.adapters.json_files import is_inside, read_object
 from pardec.adapters.packaged import adapter_folder
 from pardec.errors import first_line, problem, short, shown
 from pardec.run import file_sha256, save_tensors
@@ -205,16 +205,10 @@ def _read_metadata(root: Path) -> AdapterMetadata:
     for name, needed in parts.items():
         if needed and name not in metadata.files:
             raise AdapterError(f"{path}: expected {name} among its files, found {shown(sorted(metadata.files))}")
-    outside = [name for name in metadata.files if not _is_inside(name)]
+    outside = [name for name in metadata.files if not is_inside(name)]
     if outside:
         raise AdapterError(f"{path}: expected files inside the adapter directory, found {shown(outside[0])}")
     return metadata
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name, which is shown when something is wrong with its file, is one of a file in the folder."""
-    path = Path(name)
-    return len(name) < 256 and name.isprintable() and not path.is_absolute() and ".." not in path.parts
 
 
 def _read_lora(root: Path) -> LoraWeights:

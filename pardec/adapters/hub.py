@@ -105,6 +105,8 @@ def _line(error: Exception) -> str:
     text = first_line(error)
     if isinstance(error, HfHubHTTPError):
         text = f"HTTP {error.response.status_code} {error.server_message or error.response.reason_phrase}"
+    elif isinstance(error, LookupError | TypeError | AttributeError):  # of huggingface_hub, which found no key there
+        text = f"an answer that is no hub's ({type(error).__name__}: {text})"
     for token in {os.environ.get("HF_TOKEN", ""), get_token() or ""} - {""}:
         text = text.replace(token, "...")  # of headers that cannot be sent, say
     return short(text, 200)

@@ -9,21 +9,31 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
 from pardec.adapters.packaged import adapter_folder, tuned_folder
 from pardec.arguments import integer, real
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
 
 TUNED_FILE = "tuned.json"
+_CONSTANT, _DYNAMIC = "constant tree", "dynamic tree"
+Tree = Annotated[
+    Annotated[DraftTree, Tag(_CONSTANT)] | Annotated[DynamicTree, Tag(_DYNAMIC)],
+    Discriminator(lambda tree: _CONSTANT if isinstance(tree, DraftTree) or _names_parents(tree) else _DYNAMIC),
+]
 FORMAT_VERSION = 1
+
+
+def _names_parents(tree: Any) -> bool:
+    """Whether what a file says of a tree is more than its runs; of a dynamic one, where nodes stand is data."""
+    return isinstance(tree, dict) and "parents" in tree
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ class TunedChoice:
     use_head: bool = True
     copy_tokens: int = 0
     by_dtype: dict[str, float] | None = None
-    tree: DraftTree | None = None
+    tree: Tree | None = None
 
     def __post_init__(self) -> None:
         integer("batch_size", self.batch_size, 1)
@@ -235,7 +245,7 @@ def fresh_choices(directory: str | Path, files: Mapping[str, str] | None = None)
         choices = TypeAdapter(list[TunedChoice]).validate_python(raw.get("choices"))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, ("choices", *first["loc"])))
+        where = ".".join(str(part) for part in ("choices", *first["loc"]) if part not in (_CONSTANT, _DYNAMIC))
         raise ValueError(f"{path}: {problem(first, where)}; remove it and tune again") from None
     except OSError as error:
         raise ValueError(f"{path}: expected a file that can be read, found {error.strerror}") from None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pardec.config.recipe_files import Section
-from pardec.config.train_section import TrainConfig
+from pardec.config.train_section import TrainConfig, default_anchors
 from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, nested_block_lengths
 from pardec.training.module import Drafter
@@ -227,7 +227,12 @@ class Recipe(Section):
         )
         for section, key in unasked:
             del parts[section][key]
+        parts["train"]["anchors_per_sequence"] = self.anchors()
         return parts
+
+    def anchors(self) -> int:
+        """Blocks of mask tokens per sequence."""
+        return self.train.anchors_per_sequence or default_anchors(self.data.max_length)
 
     def position_weights(self) -> list[float] | str:
         """One weight per position, K numbers, or the name of a rule."""
@@ -243,7 +248,7 @@ class Recipe(Section):
 
     def anchors_to_try(self) -> list[int]:
         """Anchors of a forward: as many as the recipe asks for, then ever fewer, down to one."""
-        most = self.train.anchors_per_sequence
+        most = self.anchors()
         asked = min(self.train.anchors_per_forward or most, most)
         return [asked] + [one for one in range(asked - 1, 0, -1) if one == 1 or one % 8 == 0 or one < 8]
 

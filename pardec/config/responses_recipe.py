@@ -6,7 +6,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from pardec.config.adapter_recipe import RowsConfig
 from pardec.config.recipe_files import Section
-from pardec.data.prompt_mix import Kind, PromptSource
+from pardec.data.responses.prompt_mix import Kind, PromptSource
 from pardec.decoding.sampling import make_warpers
 from pardec.errors import shown
 

@@ -37,6 +37,15 @@ class KeepSection(Section):
     floor: float = Field(default=0.2, ge=0, le=1)
 
 
+def default_anchors(max_length: int) -> int:
+    """Anchors of a sequence where a recipe names no number.
+
+    Args:
+        max_length: tokens of a sequence.
+    """
+    return max(1, max_length // 2)
+
+
 class TrainConfig(Section):
     """How it is learned.
 
@@ -44,7 +53,7 @@ class TrainConfig(Section):
         steps: optimiser steps.
         batch_size: sequences per process and forward.
         gradient_accumulation_steps: forwards per step.
-        anchors_per_sequence: blocks of mask tokens per sequence.
+        anchors_per_sequence: blocks of mask tokens per sequence; default by data.max_length, see `default_anchors`.
         anchors_per_forward: run so many of them at a time against the same prefix, to save memory.
         learning_rate: of the mask embeddings.
         lora_learning_rate: of the LoRA.
@@ -76,7 +85,7 @@ class TrainConfig(Section):
     steps: int = Field(default=300, ge=1)
     batch_size: int = Field(default=4, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    anchors_per_sequence: int = Field(default=64, ge=1)
+    anchors_per_sequence: int | None = Field(default=None, ge=1)
     anchors_per_forward: int | None = Field(default=None, ge=1)
     learning_rate: float = Field(default=1e-2, gt=0)
     lora_learning_rate: float = Field(default=3e-3, gt=0)

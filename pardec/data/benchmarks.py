@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import STDLIB, source_folder
-from pardec.data.reading import BYTE_ORDER_MARK, check_unicode
+from pardec.data.reading import BYTE_ORDER_MARK
+from pardec.data.row_checks import check_unicode
 from pardec.decoding.messages import message_ids
 from pardec.decoding.prompts import text_ids
 

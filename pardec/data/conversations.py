@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.decoding.chat_template import ChatTemplate, Turns
 
 # keys of a turn for what a model thinks before it answers

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.data.fitting import RowCounts, prompt_of, without_long_prompts
 from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, source_folder
-from pardec.data.reading import DataError, format_of, held_out_format
+from pardec.data.reading import format_of, held_out_format
+from pardec.data.row_checks import DataError
 from pardec.data.rows import Rows, hold_out_rows, open_rows
 from pardec.data.shards import shards_folder
 from pardec.data.streaming import TokenisedStream, streamed_rows

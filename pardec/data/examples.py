@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pardec.data.fitting import useful_anchors
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import Document
 
 # among so many steps' examples those of similar length are brought together: few tokens of a step are padding then, and
@@ -199,3 +199,13 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         "loss_mask": pad([e["loss_mask"] for e in examples], batch_first=True),
         "anchors": torch.stack([e["anchors"] for e in examples]),
     }
+
+
+def collate_used(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The same without anchors that fill up in all sequences: no row behind them has a target.
+
+    Not where mask tokens are dropped, which goes by how many anchors there are, nor where forwards run some of them at
+    a time, which must be as many in every process.
+    """
+    used = [int((e["anchors"] < len(e["input_ids"]) - 1).sum()) for e in examples]
+    return collate([{**e, "anchors": e["anchors"][: max(1, *used)]} for e in examples])

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import Document
 
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)

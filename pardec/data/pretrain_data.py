@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources, source_folder
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import Document
 
 SEPARATOR = "<|endoftext|>"

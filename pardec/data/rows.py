@@ -14,17 +14,8 @@ import numpy as np
 
 from pardec.all_cores import on_all_cores
 from pardec.data.python_sources import python_files, source_folder, split_of
-from pardec.data.reading import (
-    DataError,
-    check_row,
-    format_of,
-    held_out_numbers,
-    hold_out,
-    hub_dataset,
-    json_line,
-    read_utf8,
-    text_files,
-)
+from pardec.data.reading import format_of, held_out_numbers, hold_out, hub_dataset, json_line, read_utf8, text_files
+from pardec.data.row_checks import DataError, check_row
 from pardec.data.shards import made_folder, pieces_of
 from pardec.run import check_unchanged, stamp_of, written_aside
 

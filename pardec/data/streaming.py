@@ -13,7 +13,8 @@ from typing import Any
 
 from pardec.all_cores import num_cores, on_all_cores
 from pardec.data.fitting import RowCounts
-from pardec.data.reading import DataError, check_row, hub_dataset
+from pardec.data.reading import hub_dataset
+from pardec.data.row_checks import DataError, check_row
 from pardec.data.shards import Shard, ShardFolder, open_shard, write_shard
 from pardec.data.tokenised import SHARD_BYTES, Tokenising
 from pardec.data.tokenising import Document

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.all_cores import num_cores, on_all_cores
 from pardec.data.fitting import RowCounts, pack
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.rows import Rows
 from pardec.data.shards import Shard, ShardFolder, pieces_of, write_shard
 from pardec.data.tokenising import Document, check_token_ids, tokenise

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pardec.data.conversations import Rendered, conversation_of, rendered_answers
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.decoding.prompts import text_ids
 
 

@@ -12,7 +12,7 @@ from pardec.arguments import integer, one_of
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.step import MODES
 from pardec.decoding.verify import Verification
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import MAX_RANK, AnyTree, DynamicTree
 from pardec.errors import shown
 from pardec.layout import (
     MAX_COPY_TOKENS,
@@ -22,6 +22,7 @@ from pardec.layout import (
     check_block_lengths,
     full_blocks,
 )
+from pardec.trees.drawing import most_nodes
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Drafting:
     head: HeadDrafter | None
     verification: Verification = "token"
     copy_tokens: int = 0
-    tree: DraftTree | None = None
+    tree: AnyTree | None = None
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -60,7 +61,7 @@ def drafting_for(
     *,
     trained: int | None,
     tuned: TunedChoice | None,
-) -> tuple[str, BlockLengths, bool | None, int, DraftTree | None]:
+) -> tuple[str, BlockLengths, bool | None, int, AnyTree | None]:
     """Mode, block lengths, whether the head drafts (None where nothing says so), L and tree; all as in `generate`.
 
     Args:
@@ -100,7 +101,7 @@ def tree_for(
     asked: int | None,
     block_lengths: Sequence[int] | None,
     copy_tokens: int | None,
-    tree: DraftTree,
+    tree: AnyTree,
     *,
     trained: int | None,
     deepest: int | None,
@@ -120,8 +121,8 @@ def tree_for(
         ValueError: for what is no tree, or does not go with one.
     """
     L = _checked_copies(mode, copy_tokens)
-    if not isinstance(tree, DraftTree):
-        raise ValueError(f"tree: expected a DraftTree, found {shown(tree)}")
+    if not isinstance(tree, AnyTree):
+        raise ValueError(f"tree: expected a DraftTree or a DynamicTree, found {shown(tree)}")
     if mode == "plain" or asked is not None or block_lengths is not None:
         raise ValueError(
             "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
@@ -146,15 +147,23 @@ def _checked_copies(mode: str | None, copy_tokens: int | None) -> int | None:
     return None if copy_tokens is None else integer("copy_tokens", copy_tokens, 0, MAX_COPY_TOKENS)
 
 
-def check_ranks(tree: DraftTree, vocab_size: int, shortlist: int | None) -> None:
+def check_ranks(tree: AnyTree, vocab_size: int, shortlist: int | None) -> None:
     """Refuses nodes of ranks that nothing has; `shortlist` of the sampler head that drafts, None without one.
 
     Raises:
         ValueError: naming how many tokens are ranked.
     """
     limit = vocab_size if shortlist is None else min(vocab_size, shortlist)
+    what = "of the vocabulary" if shortlist is None else "on the sampler head's shortlist"
+    if isinstance(tree, DynamicTree):
+        ranked = limit if shortlist is not None else min(limit, MAX_RANK + 1)
+        most = most_nodes(ranked, tree.num_speculative_tokens, tree.num_nodes)
+        if most < tree.num_nodes:
+            raise ValueError(
+                f"tree: expected at most {most} nodes of the {ranked} tokens {what}, found {tree.num_nodes}"
+            )
+        return
     if max(tree.ranks) >= limit:
-        what = "of the vocabulary" if shortlist is None else "on the sampler head's shortlist"
         raise ValueError(f"tree: expected ranks below {limit}, the tokens {what}, found {max(tree.ranks)}")
 
 

@@ -1,9 +1,12 @@
 """Copied tokens: what followed the last few tokens where they stood before, to be verified behind the drafts.
 
-Knows token ids alone, on the device, in shapes that depend on no value. Legend: B batch, S positions of the text,
-K num_speculative_tokens, L copy_tokens, W = K + L candidates that a forward verifies.
+Knows token ids alone, on the device, in shapes that depend on no value. Legend: B batch, N texts, one of each sequence
+that a batch began with, R of them that a row looks in, S positions of a text, K num_speculative_tokens, L copy_tokens,
+W = K + L candidates that a forward verifies.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +16,8 @@ from torch import Tensor
 LONGEST, SHORTEST = 4, 2
 # columns before the first token of a context, so that a match may be looked for at the very beginning
 MARGIN = LONGEST - 1
+# texts that a row looks in, its own among them: looking takes time for each, and more of one prompt add little
+MAX_SOURCES = 8
 _NO_TOKEN = -1
 
 
@@ -31,6 +36,22 @@ class Candidates:
     length: Tensor
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Where copies are looked for.
+
+    Attributes:
+        ids: of prompt and output by position, see `begin_context`, shape [N, MARGIN + S]; what stands behind the tokens
+            that count is drafts, or anything.
+        lengths: tokens that count, shape [N].
+        sources: texts that each row looks in, its own first, shape [B, R].
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    sources: Tensor
+
+
 def begin_context(prompts: Tensor, num_positions: int) -> Tensor:
     """Place for the text of each row, position s in column `MARGIN` + s, shape [B, MARGIN + num_positions].
 
@@ -43,6 +64,35 @@ def begin_context(prompts: Tensor, num_positions: int) -> Tensor:
     return context
 
 
+def num_sources(prompts: Sequence[list[int]], repeats: int) -> int:
+    """R of a batch in which `repeats` sequences continue each prompt."""
+    alike = max(Counter(map(tuple, prompts)).values())
+    return min(alike * repeats, MAX_SOURCES)
+
+
+def sources_of(prompts: Sequence[list[int]], num_unused: int = 0) -> list[list[int]]:
+    """The texts that each row looks in, R for each: its own first, then the next ones that continue the same prompt.
+
+    What another row has emitted is known before this row draws, and rows draw independently: a copy of it is verified
+    like any other, so that rows stay independent.
+
+    Args:
+        prompts: of each row.
+        num_unused: rows behind them, which look in their own text alone.
+
+    Source: samples of a prompt that draft for each other, arXiv:2503.05330; there what several say is weighed.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        alike.setdefault(tuple(prompt), []).append(row)
+    R = min(max(map(len, alike.values())), MAX_SOURCES)
+    sources = [[row] * R for row in range(len(prompts) + num_unused)]
+    for rows in alike.values():
+        for place, row in enumerate(rows):
+            sources[row] = [rows[(place + i) % len(rows)] for i in range(R)]
+    return sources
+
+
 class Copier:
     """Finds what is copied; its tensors are made once, so that a captured step may read them."""
 
@@ -51,37 +101,54 @@ class Copier:
         self.num_candidates = num_candidates
         self._index = torch.arange(num_candidates, device=device)
         self._last = torch.arange(MARGIN - LONGEST, MARGIN, device=device)
-        self._weights = torch.arange(1, LONGEST + 1, device=device)
-        self._ends: dict[int, Tensor] = {}  # 1..S by S
+        self._weights = torch.arange(1, LONGEST + 1, device=device, dtype=torch.int8)
+        self._places: dict[tuple[int, int], Tensor] = {}  # 1..R S by (R, S)
 
-    def candidates(self, context: Tensor, first: Tensor, draft_length: Tensor) -> Candidates:
-        """Drafts that stand in the text, and behind them what followed their longest earlier match, of ties the last.
+    def candidates(self, texts: Texts, first: Tensor, draft_length: Tensor) -> Candidates:
+        """Drafts that stand in a row's own text, and behind them what followed their longest match.
 
-        A match that ends d tokens before the end of the text is followed by d tokens; behind these they come again,
-        as a loop of that length would go on.
+        Of matches of one length those in the row's own text come first, and of these the last. There a row looks before
+        its drafts' end, in others among the tokens that count. A match that ends d tokens before the end of a text is
+        followed by d tokens; behind these they come again, as a loop of that length would go on.
 
         Args:
-            context: ids by position, with the drafts, shape [B, MARGIN + S]; what stands behind them is not looked at.
+            texts: with the drafts.
             first: position of the first draft, at least 2, shape [B].
             draft_length: drafts that exist, shape [B].
 
         Source: prompt lookup decoding, github.com/apoorvumang/prompt-lookup-decoding; there of prompt and output alone.
         """
-        S = context.shape[1] - MARGIN
-        if S not in self._ends:
-            self._ends[S] = torch.arange(1, S + 1, device=context.device)
-        ends, end = self._ends[S], (first + draft_length)[:, None]
-        windows = context.unfold(1, LONGEST, 1)  # those of window s end with position s
-        last = context.gather(1, end + self._last)
-        # the tokens of a window up to the last that differs from the text's own last ones
-        differing = ((windows != last[:, None]) * self._weights).amax(dim=2)
-        score = torch.sub(ends, differing, alpha=S).masked_fill(ends >= end, -(LONGEST + 1) * S)
-        best, where = score.max(dim=1, keepdim=True)
-        source = where + 1
+        R, S = texts.sources.shape[1], texts.ids.shape[1] - MARGIN
+        if (R, S) not in self._places:
+            self._places[R, S] = _places(R, S, texts.ids.device)
+        places, end = self._places[R, S], (first + draft_length)[:, None]
+        ids = texts.ids.index_select(0, texts.sources.flatten()).unflatten(0, texts.sources.shape)
+        limits = end if R == 1 else torch.cat([end, texts.lengths[texts.sources[:, 1:]]], dim=1)
+        last = ids[:, 0].gather(1, end + self._last)
+        windows = ids.unfold(2, LONGEST, 1)  # those of window s end with position s
+        # the tokens of a window up to the last that differs from the row's own last ones
+        differing = ((windows != last[:, None, None]) * self._weights).amax(dim=3)
+        score = torch.sub(places, differing, alpha=R * S)
+        # a window that ends a text is followed by nothing; in the last text places are ends
+        score = score.masked_fill(places[-1] >= limits[:, :, None], -(LONGEST + 1) * R * S)
+        best, where = score.flatten(1).max(dim=1, keepdim=True)
         position = first[:, None] + self._index
         behind = position - end
-        source = torch.where(behind < 0, position, source + behind % (end - source))
-        # of ends from 1 to S the score of a match of n tokens is above (n - LONGEST) S
-        found = best[:, 0] > (SHORTEST - LONGEST) * S
+        if R == 1:
+            after = where + 1
+            copied = after + behind % (end - after)
+        else:
+            text, after = where // S, where % S + 1
+            # the row's texts stand one behind the other
+            copied = text * (MARGIN + S) + after + behind % (limits.gather(1, text) - after)
+        source = torch.where(behind < 0, position, copied)
+        # of places from 1 to R S the score of a match of n tokens is above (n - LONGEST) R S
+        found = best[:, 0] > (SHORTEST - LONGEST) * R * S
         num_copies = found * (self.num_candidates - draft_length)
-        return Candidates(context[:, MARGIN:].gather(1, source), num_copies, draft_length + num_copies)
+        return Candidates(ids.flatten(1)[:, MARGIN:].gather(1, source), num_copies, draft_length + num_copies)
+
+
+def _places(num_sources: int, num_positions: int, device: torch.device) -> Tensor:
+    """The order in which equal matches count, from 1 on, shape [R, S]: by text, one's own last, and by position."""
+    places = torch.arange(1, num_sources * num_positions + 1, device=device)
+    return places.view(num_sources, num_positions).flip(0)

@@ -1,4 +1,4 @@
-"""The loop around the step: memory, cache buckets, captured graphs, and reading finished tokens one step behind.
+"""The loop around the step: memory, cache buckets, captured graphs, and when a step is read.
 
 On CUDA the host launches one graph per step and waits for the step before it; elsewhere steps run as they are.
 Legend: B sequences.
@@ -6,7 +6,6 @@ Legend: B sequences.
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -16,30 +15,12 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from pardec.decoding.graphs import CapturedSteps, Recorder, record_cuda_graph
+from pardec.decoding.reports import Progress, Reports
 from pardec.decoding.state import DecodeState, LiveRows
 from pardec.decoding.step import Decoder
 from pardec.target.cache import BufferKind, SlotCache
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a step, or prefill, has brought; one entry per sequence.
-
-    Attributes:
-        num_new: emitted tokens so far.
-        done: whether EOS or the length limit was met.
-        num_accepted: drafts that the step accepted; 0 after prefill.
-        num_copied: copied tokens that it accepted behind them.
-        tokens: ids that the step emitted.
-    """
-
-    num_new: list[int]
-    done: list[bool]
-    num_accepted: list[int]
-    num_copied: list[int]
-    tokens: list[list[int]]
 
 
 class Engine:
@@ -109,7 +90,7 @@ class Engine:
         # the most tokens that a sequence can have committed when a step begins, known to the host without waiting
         longest = max(len(prompt) for prompt in prompts)
         prompt_lengths = [len(prompt) for prompt in prompts for _ in range(repeats)]
-        reports = _Reports(num_sequences)
+        reports = Reports(num_sequences)
         reports.post(state, None)
         progress = reports.read()
         yield progress
@@ -258,54 +239,3 @@ def _reusable_bytes(device: torch.device) -> int:
     segments = [one for one in torch.cuda.memory_snapshot() if one["device"] == index]
     common = [one for one in segments if tuple(one["segment_pool_id"]) == (0, 0)]
     return sum(one["total_size"] - one["allocated_size"] for one in common)
-
-
-class _Reports:
-    """What steps report, on its way from the device to the host; at most two at a time.
-
-    Attributes:
-        num_posted: reports on their way.
-        sequences: that the rows decode, in their order; more rows report nothing.
-    """
-
-    def __init__(self, num_sequences: int):
-        self.num_posted = 0
-        self.sequences = list(range(num_sequences))
-        self._num_new = [0] * num_sequences
-        self._done = [False] * num_sequences
-        self._waiting: list[list[list[int]] | tuple[Tensor, torch.cuda.Event]] = []
-        self._buffers: list[Tensor] = []
-
-    def post(self, state: DecodeState, report: Tensor | None) -> None:
-        """Starts on its way what the last step did."""
-        self.num_posted += 1
-        if state.lengths.device.type != "cuda":
-            n = len(self.sequences)
-            columns = (state.num_new, state.done, state.num_accepted, state.num_copied, state.tokens)
-            rows = zip(*(column.tolist()[:n] for column in columns), strict=True)
-            self._waiting.append([[*counts, *tokens] for *counts, tokens in rows])
-            return
-        report = state.report() if report is None else report
-        if len(self._buffers) < 2:
-            self._buffers.append(torch.empty(report.shape, dtype=report.dtype, pin_memory=True))
-        self._buffers.reverse()  # the two take turns
-        self._buffers[0].copy_(report, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(report.device))
-        self._waiting.append((self._buffers[0], event))
-
-    def read(self) -> Progress:
-        """Waits for the oldest report."""
-        oldest = self._waiting.pop(0)
-        self.num_posted -= 1
-        if isinstance(oldest, tuple):
-            buffer, event = oldest
-            event.synchronize()
-            oldest = buffer[: len(self.sequences)].tolist()
-        before, self._num_new, self._done = self._num_new, self._num_new.copy(), self._done.copy()
-        num_accepted, num_copied, tokens = [0] * len(before), [0] * len(before), [[] for _ in before]
-        for sequence, row in zip(self.sequences, oldest, strict=True):
-            self._num_new[sequence], self._done[sequence] = row[0], bool(row[1])
-            num_accepted[sequence], num_copied[sequence] = row[2:4]
-            tokens[sequence] = row[4 : 4 + row[0] - before[sequence]]
-        return Progress(self._num_new, self._done, num_accepted, num_copied, tokens)

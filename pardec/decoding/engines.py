@@ -18,6 +18,7 @@ from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import flag, integer, one_of, real
 from pardec.decoding.asked import Drafting, check_ranks, drafting_for, tree_for
+from pardec.decoding.copying import num_sources
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
@@ -27,7 +28,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.errors import shown
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
@@ -98,7 +99,7 @@ class Engines:
         use_head: bool | None,
         verification: Verification = "token",
         copy_tokens: int | None = None,
-        tree: DraftTree | None = None,
+        tree: AnyTree | None = None,
         *,
         num_sequences: int = 1,
         is_greedy: bool = True,
@@ -233,7 +234,9 @@ class Engines:
             way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.tree)
             shape = (*way, drafting.head is not None, drafting.verification, law.key, len(eos_ids))
             sequences = power_of_two(num_sequences or len(prompts))
-            on = (self.capture, self.compile, sequences, now, arithmetic(target.device), linears.num_packed)
+            repeats = (num_sequences or len(prompts)) // len(prompts)
+            sources = num_sources(prompts, repeats) if drafting.copy_tokens else 1
+            on = (sources, self.capture, self.compile, sequences, now, arithmetic(target.device), linears.num_packed)
             key = (shape, on)
         engine = None if key is None else self._pool.take(key)
         if engine is None:
@@ -281,11 +284,10 @@ class Engines:
         if with_lora not in self._linears:
             self._linears[with_lora] = PackedLinears(facts.siblings, self.gate if with_lora else None)
         linears = self._linears[with_lora]
-        if not self.compile or self.target.device.type != "cpu":  # there compiled code packs weights by itself
-            before = linears.num_packed
-            linears.refresh()
-            if before not in (0, linears.num_packed):
-                self._pool.clear()  # graphs hold on to what was packed before
+        before = linears.num_packed
+        linears.refresh()
+        if before not in (0, linears.num_packed):
+            self._pool.clear()  # graphs hold on to what was packed before
         return linears
 
 

@@ -1,23 +1,128 @@
 """Prefill: a prompt's keys and values into the cache, without an explicit mask where that can be.
 
-Knows no modes and no verification. Legend: B prompts, P padded prompt length, K mask tokens, V vocabulary.
+Knows rows, no modes and no verification. Legend: B prompts, or sequences that continue them, P padded prompt length,
+K mask tokens, V vocabulary, H width of a hidden state.
 """
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pardec.adapters.gated_lora import LoraGate
+from pardec.decoding.rows import RowForward, RowPlan
+from pardec.layout import real_layout
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
+from pardec.target.placement import is_offloaded
 
 # tokens of all prompts together in one forward; bounds the memory of activations
 _TOKENS_PER_FORWARD = 8192
 _MIN_CHUNK_TOKENS = 256
 # of padding that cost as much as a forward of its own, on a CPU
 _PADDING_OF_A_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """What prefill leaves for B sequences.
+
+    Attributes:
+        prompts: ids, padded on the right, shape [B, P].
+        lengths: shape [B].
+        logits: of each prompt's last token and of the block behind it, shape [B, 1 (+ K), V].
+        hidden: what the output head read at the block, shape [B, K, H]; None where nobody asks.
+    """
+
+    prompts: Tensor
+    lengths: Tensor
+    logits: Tensor
+    hidden: Tensor | None
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Runs prompts by the rows of a decoder.
+
+    Attributes:
+        forward: of its rows; its `hidden` is that of the rows whose logits are returned.
+        block: plan of a prompt's last token and the block of mask tokens behind it; None where no block is wanted.
+        num_spare_slots: of a cache, behind the prompts.
+    """
+
+    forward: RowForward
+    block: RowPlan | None
+    num_spare_slots: int
+
+    def run(
+        self, prompts: list[list[int]], cache: SlotCache, *, repeats: int, num_unused: int, num_cached: int
+    ) -> Prefilled:
+        """Runs each prompt once.
+
+        Args:
+            prompts: lists of token ids, none empty.
+            cache: for all sequences; written to.
+            repeats: sequences that continue each prompt, next to each other.
+            num_unused: further sequences, which continue the first.
+            num_cached: tokens at the beginning of every prompt that it holds already.
+        """
+        device, P = self.forward.target.device, max(len(prompt) for prompt in prompts)
+        source = [prompt for prompt in range(len(prompts)) for _ in range(repeats)] + [0] * num_unused
+        # all that the device is told, it is told before it has anything to do that the host would wait for
+        rows = torch.tensor(source, device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
+        logits = self.logits(padded, lengths, cache, num_cached)
+        hidden = None if self.forward.hidden is None else self.forward.hidden[:, 1:]
+        if len(prompts) < len(source):
+            cache.spread(source, P + logits.shape[1] - 1)
+            padded, lengths, logits = padded[rows], lengths[rows], logits[rows]
+            hidden = None if hidden is None else hidden[rows]
+        return Prefilled(padded, lengths, logits, hidden)
+
+    def logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
+        """Logits of each prompt's last token and of the block behind it, shape [B, 1 (+ K), V].
+
+        Args:
+            padded: prompt ids, shape [B, P], padded on the right.
+            lengths: shape [B].
+            cache: empty but for what `num_cached` says; written to.
+            num_cached: tokens at the beginning of every prompt that the cache holds.
+        """
+        target, forward = self.forward.target, self.forward
+        # on a CPU padding costs time; weights that every forward has to bring in cost more
+        apart = padded.is_cpu and not is_offloaded(target.base)
+        groups = [torch.tensor(group) for group in prompt_groups(lengths.tolist())] if apart else []
+        if len(groups) < 2:
+            return self._of_group(padded, lengths, cache, num_cached)
+        logits, hidden = [], []
+        for group in groups:
+            longest = int(lengths[group].max())
+            own = SlotCache(target.num_layers, longest + self.num_spare_slots, len(group))
+            logits.append(self._of_group(padded[group, :longest], lengths[group], own))
+            hidden.append(forward.hidden)
+            cache.take(own, group)
+        place = torch.cat(groups).argsort()
+        forward.hidden = None if forward.tap is None else torch.cat(hidden)[place]
+        return torch.cat(logits)[place]
+
+    def _of_group(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
+        """The same of prompts that are run together."""
+        forward, block = self.forward, None
+        if self.block is not None:
+            block = forward.block_inputs(lengths, self.block.layout.num_rows - 1)
+        gate, tap = forward.gate, forward.tap
+        with forward.attached(), forward.packed():
+            logits = prefill_prompts(forward.target, padded, lengths, cache, block, gate, tap, num_cached)
+            if logits is not None:
+                forward.hidden = None if tap is None else tap.hidden
+                return logits
+        # long or begun prompts, of which all but the last token is in the cache
+        plan = forward.plan(real_layout(1)) if self.block is None else self.block
+        with forward.attached():
+            return forward.run(plan, cache, lengths - 1, padded.gather(1, (lengths - 1)[:, None]))
 
 
 def prompt_groups(lengths: list[int]) -> list[list[int]]:

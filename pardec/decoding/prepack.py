@@ -22,12 +22,9 @@ from torch import Tensor, nn
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.target.checksums import all_equal, checksum
+from pardec.target.packed_matrix import PackedMatrix
 
 Returned = TypeVar("Returned")
-# rows that oneDNN packs for; any other number is computed correctly, thousands as fast as if packed for them
-_TYPICAL_ROWS = 16
-
-
 # of the memory that is free: what packed weights may take
 _SHARE = {"cpu": 1 / 2, "cuda": 1 / 4, "meta": 1.0}
 
@@ -255,9 +252,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """x -> x W^T + bias, by what the device does for weights that stay."""
     if _keeps_form(weight):
         return partial(nn.functional.linear, weight=weight, bias=bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
-    product = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: product(x, packed, bias, "none", [], "")
+    return PackedMatrix(weight, bias)
 
 
 def _keeps_form(weight: Tensor) -> bool:

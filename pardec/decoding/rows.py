@@ -20,7 +20,7 @@ from pardec.layout import RowLayout
 from pardec.target.attention import AttentionRoute, group_rows, split_heads
 from pardec.target.cache import SlotCache
 from pardec.target.forward import FULL, TargetModel
-from pardec.target.hidden import HiddenTap
+from pardec.target.hidden import HiddenTap, rows_of_each
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class RowPlan:
         layout: on the target's device.
         mask_embeds: inputs of the mask rows, shape [1, M, D]; None without mask rows, or where noise stands there.
         mask_rows: where they stand.
-        offsets: of the layout, shape [1, R].
+        offsets: of the layout, shape [1, R]; here and below B in place of 1 where each sequence has a tree of its own.
         row_index: 0..R-1, shape [1, R].
-        visible_by_kind: by kind of slot (0 committed, 1..R rows, R + 1 stale), shape [R + 2, R], bool.
-        offset_by_kind: position of such a slot minus the committed length, shape [R + 2].
+        visible_by_kind: by kind of slot (0 committed, 1..R rows, R + 1 stale), shape [1, R + 2, R], bool.
+        offset_by_kind: position of such a slot minus the committed length, shape [1, R + 2].
         bias_by_kind: what the attention route adds to the scores, [1, 1, G R, R + 2]; None for other attention.
     """
 
@@ -88,8 +88,6 @@ class RowForward:
         self._limit = self.target.max_positions
         # without windows what a row sees follows from the kind of slot alone
         self._mixes_windows = self.target.attention.layer_types != (FULL,)
-        if self.compile_step is not None and self.target.device.type == "cpu":
-            self.linears = None  # compiled code packs weights by itself
         self._route = None if self.query_group is None else AttentionRoute(self.target.base)
         self._split_heads = split_heads(self.target.base, self.target.device)
 
@@ -137,8 +135,8 @@ class RowForward:
             mask_rows=slice(layout.num_real, R),
             offsets=layout.offsets[None],
             row_index=torch.arange(R, device=layout.offsets.device)[None],
-            visible_by_kind=visible,
-            offset_by_kind=torch.cat([zero, layout.offsets, zero]),
+            visible_by_kind=visible[None],
+            offset_by_kind=torch.cat([zero, layout.offsets, zero])[None],
             bias_by_kind=bias,
         )
 
@@ -208,11 +206,11 @@ class RowForward:
             return _bias(plan.bias_by_kind, kind, self._split_heads)
         kind, behind = kind.view(-1, cache.num_used), behind.view(-1, 1)
         attention = self.target.attention
-        visible = plan.visible_by_kind[kind].transpose(1, 2)
+        visible = _of_each(plan.visible_by_kind, kind).transpose(1, 2)
         slot = self._slot_index[cache.num_used] - 1
         key_positions = slot[None]
         if self._mixes_windows:
-            key_positions = torch.where(kind == 0, slot, behind + plan.offset_by_kind[kind])
+            key_positions = torch.where(kind == 0, slot, behind + _of_each(plan.offset_by_kind, kind))
         mask = attention.render(visible, positions, key_positions, self.target.dtype)
         if self.query_group is None:
             return mask
@@ -224,10 +222,17 @@ def _bias(by_kind: Tensor, kind: Tensor, num_kv_heads: int | None) -> Tensor:
     if kind.dim() == 1:
         mask = by_kind.index_select(3, kind)
         return mask if num_kv_heads is None else mask.expand(-1, num_kv_heads, -1, -1)
-    if num_kv_heads is None:
+    if num_kv_heads is None and by_kind.shape[0] == 1:
         return by_kind[0, 0][:, kind].transpose(0, 1)[:, None]
-    kind = kind[:, None, None].expand(-1, num_kv_heads, by_kind.shape[2], -1)
-    return by_kind.expand(kind.shape[0], num_kv_heads, -1, -1).gather(3, kind)
+    kind = kind[:, None, None].expand(-1, num_kv_heads or 1, by_kind.shape[2], -1)
+    return by_kind.expand(kind.shape[0], num_kv_heads or 1, -1, -1).gather(3, kind)
+
+
+def _of_each(by_kind: Tensor, kind: Tensor) -> Tensor:
+    """What a table [1 or B, R + 2] or [1 or B, R + 2, R] holds for kinds of slots, [B, S]: [B, S] or [B, S, R]."""
+    if by_kind.shape[0] == 1:
+        return by_kind[0][kind]
+    return by_kind.gather(1, kind) if by_kind.dim() == 2 else rows_of_each(by_kind, kind)
 
 
 def _with_hidden(run: Callable[..., Tensor], tap: HiddenTap) -> Callable[..., tuple[Tensor, Tensor]]:

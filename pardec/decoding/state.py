@@ -1,7 +1,7 @@
 """All state of a decoding, in tensors on the device, how emitted tokens change it, and how finished rows leave it.
 
 Legend: B batch, P padded prompt length, K num_speculative_tokens, N nodes of a tree, V vocabulary,
-W tokens that a step emits at most.
+W tokens that a step emits at most, N texts in which tokens are copied from, R of them for each row.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -9,11 +9,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from pardec.decoding.copying import MARGIN, begin_context
+from pardec.decoding.copying import MARGIN, Texts, begin_context
 from pardec.target.cache import SlotCache
 
 # a mark is accepted tokens + draft_length * this + copies * this squared; more than any W
 MARK = 256
+# what rows have in common; texts stay when rows leave, as others copy from them
+_OF_ALL_ROWS = ("cache", "eos_token_ids", "context", "context_lengths")
 
 
 @dataclass
@@ -26,6 +28,7 @@ class DecodeState:
         bonus: the newest emitted token, not yet in the cache, shape [B].
         drafts: drafted token ids behind it, shape [B, K]; of a tree those of its nodes, [B, N].
         draft_probs: the law q they were drawn from, shape [B, K, V]; None when greedy, and of a tree.
+        parents: rows of the parents of a dynamic tree's nodes, shape [B, N]; None of all else.
         draft_length: drafts that exist in each row, of a tree levels of nodes, shape [B], in 0..K.
         done: rows that have met EOS or their length, shape [B], bool.
         room: new tokens still allowed, shape [B]; 0 where done.
@@ -38,7 +41,10 @@ class DecodeState:
         tokens: of the last step, shape [B, W], emitted or not.
         num_accepted: drafts accepted by the last step, shape [B].
         num_copied: copied tokens accepted by the last step, shape [B].
-        context: ids of prompt and output by position, see `copying.begin_context`; None where nothing is copied.
+        context: ids of prompt and output of every sequence of the batch by position, those that have left it too, see
+            `copying.begin_context`; None where nothing is copied.
+        context_lengths: tokens of each that count, shape [N]; not kept up where R is 1.
+        sources: texts that each row copies from, its own first, shape [B, R]; None where nothing is copied.
     """
 
     cache: SlotCache
@@ -46,6 +52,7 @@ class DecodeState:
     bonus: Tensor
     drafts: Tensor
     draft_probs: Tensor | None
+    parents: Tensor | None
     draft_length: Tensor
     done: Tensor
     room: Tensor
@@ -59,6 +66,8 @@ class DecodeState:
     num_accepted: Tensor
     num_copied: Tensor
     context: Tensor | None
+    context_lengths: Tensor | None
+    sources: Tensor | None
 
     @classmethod
     def begin(
@@ -73,8 +82,9 @@ class DecodeState:
         draft_probs: Tensor | None,
         width: int,
         capacity: int,
+        parents: Tensor | None = None,
         draft_length: int | None = None,
-        copies: bool = False,
+        sources: Tensor | None = None,
     ) -> "DecodeState":
         """The state behind prompts that are in the cache, before the first token is emitted.
 
@@ -88,8 +98,9 @@ class DecodeState:
             draft_probs: place for their law, shape [B, K, V], or None.
             width: W.
             capacity: new tokens that there is place for.
+            parents: place for them, shape [B, N], or None.
             draft_length: K of a tree, which has more nodes than that; default as many as there are drafts.
-            copies: whether tokens are copied.
+            sources: texts that each row copies from, shape [B, R]; None where nothing is copied.
         """
         B = lengths.shape[0]
         return cls(
@@ -98,6 +109,7 @@ class DecodeState:
             bonus=lengths.new_zeros(B),
             drafts=drafts,
             draft_probs=draft_probs,
+            parents=parents,
             draft_length=lengths.new_full((B,), drafts.shape[1] if draft_length is None else draft_length),
             done=torch.zeros(B, dtype=torch.bool, device=lengths.device),
             room=room,
@@ -110,8 +122,17 @@ class DecodeState:
             tokens=lengths.new_zeros(B, width),
             num_accepted=lengths.new_zeros(B),
             num_copied=lengths.new_zeros(B),
-            context=begin_context(prompts, cache.num_slots) if copies else None,
+            context=None if sources is None else begin_context(prompts, cache.num_slots),
+            context_lengths=None if sources is None else lengths.clone(),
+            sources=sources,
         )
+
+    @property
+    def texts(self) -> Texts | None:
+        """Where copies are looked for; None where nothing is copied."""
+        if self.context is None or self.context_lengths is None or self.sources is None:
+            return None
+        return Texts(self.context, self.context_lengths, self.sources)
 
     def mark(self, num_accepted: Tensor, num_copies: Tensor | None = None) -> None:
         """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts.
@@ -145,7 +166,7 @@ class DecodeState:
         end = last
         # what stands behind the end of a row's output does not count, so all tokens may be written
         self.output.scatter_(1, self.num_new[:, None] + index, tokens)
-        if self.context is not None:
+        if self.texts is not None:
             self.write(self.prompt_lengths + self.num_new, tokens, index)
         self.tokens = tokens
         if self.eos_token_ids.numel() and tokens.shape[1] > 1:
@@ -158,12 +179,14 @@ class DecodeState:
             self.room = self.room.masked_fill(_is_any(self.bonus, self.eos_token_ids), 0)
         self.num_new = self.num_new + count
         self.done = self.room == 0
+        if self.texts is not None and self.texts.sources.shape[1] > 1:
+            self.texts.lengths.index_copy_(0, self.texts.sources[:, 0], self.prompt_lengths + self.num_new)
         return count
 
     def write(self, first: Tensor, ids: Tensor, index: Tensor) -> None:
-        """Puts ids, shape [B, n], into the context from positions `first`, shape [B], on; index: 0..n-1."""
-        assert self.context is not None
-        self.context.scatter_(1, first[:, None] + (MARGIN + index), ids)
+        """Puts ids, shape [B, n], into each row's own text from positions `first`, shape [B], on; index: 0..n-1."""
+        assert self.texts is not None
+        self.texts.ids.index_put_((self.texts.sources[:, :1], first[:, None] + (MARGIN + index)), ids)
 
     def report(self) -> Tensor:
         """For the host, in one tensor, shape [B, 4 + W]: num_new, done, num_accepted, num_copied, tokens."""
@@ -188,9 +211,7 @@ class DecodeState:
 
     def _by_row(self) -> dict[str, Tensor]:
         """Every tensor of shape [B, ...]."""
-        found = {
-            one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("cache", "eos_token_ids")
-        }
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _OF_ALL_ROWS}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def rounds(self) -> list[list[tuple[int, int]]]:

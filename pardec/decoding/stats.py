@@ -6,6 +6,7 @@ EOS and length cuts; tokens per step and per second are counted after them.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 
@@ -39,6 +40,12 @@ class SequenceCounts:
     def verified_in_all(self) -> list[int]:
         """Tokens that each round verified, drafted or copied."""
         return [d + c for d, c in zip(self.drafted, self.copied or [0] * len(self.drafted), strict=True)]
+
+
+def share_with_copies(counts: Sequence[SequenceCounts]) -> float:
+    """Share of the steps of a batch in which some sequence had copied tokens; 0 without a step."""
+    steps = [any(copied) for copied in zip_longest(*(one.copied for one in counts), fillvalue=0)]
+    return sum(steps) / max(len(steps), 1)
 
 
 @dataclass(frozen=True)

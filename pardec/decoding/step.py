@@ -7,25 +7,28 @@ N nodes, R rows of a forward, D width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pardec.decoding.copying import Candidates, Copier
+from pardec.decoding.copying import Candidates, Copier, sources_of
 from pardec.decoding.drafting import HeadDrafter
-from pardec.decoding.prefill import prefill_prompts, prompt_groups
+from pardec.decoding.plans import StepPlans
+from pardec.decoding.prefill import Prefill
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
 from pardec.decoding.verify import Verification, verify_copies, verify_greedy, verify_sample
-from pardec.draft_tree import DraftTree
-from pardec.layout import block_layout, chain_layout, full_blocks, next_blocks, real_layout, tree_layout
+from pardec.draft_tree import AnyTree, DynamicTree
+from pardec.layout import full_blocks
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
-from pardec.target.placement import is_offloaded
-from pardec.trees.tree_steps import TreeSteps
+from pardec.trees.dynamic_steps import DynamicSteps
+from pardec.trees.standing import StandingTree
+from pardec.trees.tree_steps import TreeSteps, compact
 from pardec.trees.walk import Walk
 
 MODES = ("plain", "two_pass", "fused")
@@ -61,28 +64,27 @@ class Decoder:
     head: HeadDrafter | None = None
     verification: Verification = "token"
     copy_tokens: int = 0
-    tree: DraftTree | None = None
+    tree: AnyTree | None = None
     is_recorded: bool = False
-    _plans: dict[str, RowPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert (self.head is None) == (self.forward.tap is None)
         K, L = self.num_speculative_tokens, self.copy_tokens
-        blocks = tuple((*full_blocks(K), *(0,) * L) if self.block_lengths is None else self.block_lengths)
-        layouts = {"step": chain_layout(blocks), "verify": real_layout(K + L + 1)}
-        self._tree = None
-        if self.tree is not None:
-            assert (self.tree.num_speculative_tokens, L) == (K, 0)
-            self._tree = TreeSteps.of(self.tree, self.target.device)
-            layouts = {"step": tree_layout(self.tree.parents, self.tree.runs)}
-            layouts["verify"] = tree_layout(self.tree.parents, [0] * len(self.tree.runs))
-        layouts["draft"] = block_layout(K)
-        del layouts["step" if self.mode == "two_pass" else "verify"]
-        self._plans = {name: self.forward.plan(layout) for name, layout in layouts.items()}
-        device = self.target.device
-        self._next_block = next_blocks(blocks, len(blocks) - 1 - K).to(device)
-        self._copier = Copier(K + L, device) if L else None
-        self._token_index = torch.arange(self.tokens_per_step, device=device)
+        blocks = (*full_blocks(K), *(0,) * L) if self.block_lengths is None else tuple(self.block_lengths)
+        self._plans = StepPlans.of(
+            self.forward, self.mode, num_speculative_tokens=K, copy_tokens=L, blocks=blocks, tree=self.tree
+        )
+        self._tree: TreeSteps | DynamicSteps | None = None
+        assert self.tree is None or (self.tree.num_speculative_tokens, L) == (K, 0)
+        if isinstance(self.tree, DynamicTree):
+            self._tree = DynamicSteps.of(self.tree, self._plans.verify.plan)
+        elif self.tree is not None:
+            self._tree = TreeSteps.of(self.tree, self._plans.verify.plan)
+        block = self._plans.draft if self.mode == "fused" and K else None
+        self._prefill = Prefill(self.forward, block, self.num_slots_per_step)
+        self._copier = Copier(K + L, self.target.device) if L else None
+        self._token_index = torch.arange(self.tokens_per_step, device=self.target.device)
+        self._walk_index = self._token_index[: K + 1]
 
     @property
     def target(self) -> TargetModel:
@@ -92,8 +94,7 @@ class Decoder:
     @property
     def rows_per_step(self) -> int:
         """Rows of the forwards of a step, summed."""
-        names = ("draft", "verify") if self.mode == "two_pass" else ("step",)
-        return sum(self._plans[name].layout.num_rows for name in names)
+        return self._plans.num_rows
 
     @property
     def num_drafts(self) -> int:
@@ -108,7 +109,7 @@ class Decoder:
     @property
     def num_slots_per_step(self) -> int:
         """Cache slots that a step writes behind the committed tokens."""
-        return 1 + max(plan.layout.num_rows for plan in self._plans.values())
+        return self._plans.num_slots
 
     def num_slots(self, prompt_tokens: int) -> int:
         """Cache slots that a sequence needs whose prompt has `prompt_tokens` tokens."""
@@ -135,75 +136,36 @@ class Decoder:
             capacity: new tokens that the state can hold; default `max_new_tokens`.
             num_cached: tokens at the beginning of every prompt whose keys and values `cache` holds already.
         """
-        device, K = self.target.device, self.num_speculative_tokens
-        source = [prompt for prompt in range(len(prompts)) for _ in range(repeats)] + [0] * num_unused
-        B, P = len(source), max(len(prompt) for prompt in prompts)
-        # all that the device is told, it is told before it has anything to do that the host would wait for
-        rows = torch.tensor(source, device=device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
-        cache = cache or SlotCache(self.target.num_layers, self.num_slots(P), B)
-        logits = self._prefill_logits(padded, lengths, cache, num_cached)
-        hidden = self._block_hidden()
-        if len(prompts) < B:
-            cache.spread(source, P + K)
-            padded, lengths, logits = padded[rows], lengths[rows], logits[rows]
-            hidden = None if hidden is None else hidden[rows]
+        K, B = self.num_speculative_tokens, len(prompts) * repeats + num_unused
+        cache = cache or SlotCache(self.target.num_layers, self.num_slots(max(map(len, prompts))), B)
+        looks_in = None
+        if self.copy_tokens:
+            rows = sources_of([prompt for prompt in prompts for _ in range(repeats)], num_unused)
+            looks_in = torch.tensor(rows, device=self.target.device)
+        ran = self._prefill.run(prompts, cache, repeats=repeats, num_unused=num_unused, num_cached=num_cached)
         state = DecodeState.begin(
             cache,
-            padded,
-            lengths,
+            ran.prompts,
+            ran.lengths,
             self.eos_token_ids,
-            room=torch.where(torch.arange(B, device=device) < B - num_unused, self.max_new_tokens, 0),
-            drafts=lengths.new_zeros(B, self.num_drafts),
+            room=torch.where(torch.arange(B, device=ran.lengths.device) < B - num_unused, self.max_new_tokens, 0),
+            drafts=ran.lengths.new_zeros(B, self.num_drafts),
             draft_length=K,
-            draft_probs=logits.new_zeros(B, K, logits.shape[2]).float() if self._draws_drafts else None,
+            draft_probs=ran.logits.new_zeros(B, K, ran.logits.shape[2]).float() if self._draws_drafts else None,
+            parents=ran.lengths.new_zeros(B, self.num_drafts) if isinstance(self.tree, DynamicTree) else None,
             width=self.tokens_per_step,
             capacity=capacity or self.max_new_tokens,
-            copies=self.copy_tokens > 0,
+            sources=looks_in,
         )
-        first = self._choose(state, logits[:, :1], state.drafts[:, :0])
+        first = self._choose(state, ran.logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
-            state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, first[:, 0])
-        state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(lengths), self._token_index)
+            self._draft(state, ran.logits[:, 1:], ran.hidden, first[:, 0])
+        state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(ran.lengths), self._token_index)
         return state
 
     @property
     def _draws_drafts(self) -> bool:
         return self.num_speculative_tokens > 0 and not self.law.greedy and self.tree is None
-
-    def _prefill_logits(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
-        """Logits of each prompt's last token and, in fused mode, of the block behind it: shape [B, 1 (+ K), V]."""
-        # on a CPU padding costs time; weights that every forward has to bring in cost more
-        apart = padded.is_cpu and not is_offloaded(self.target.base)
-        groups = [torch.tensor(group) for group in prompt_groups(lengths.tolist())] if apart else []
-        if len(groups) < 2:
-            return self._prefill_group(padded, lengths, cache, num_cached)
-        logits, hidden = [], []
-        for group in groups:
-            longest = int(lengths[group].max())
-            own = SlotCache(self.target.num_layers, longest + self.num_slots_per_step, len(group))
-            logits.append(self._prefill_group(padded[group, :longest], lengths[group], own))
-            hidden.append(self.forward.hidden)
-            cache.take(own, group)
-        place = torch.cat(groups).argsort()
-        self.forward.hidden = None if self.forward.tap is None else torch.cat(hidden)[place]
-        return torch.cat(logits)[place]
-
-    def _prefill_group(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
-        """The same of prompts that are run together."""
-        K = self.num_speculative_tokens if self.mode == "fused" else 0
-        block = self.forward.block_inputs(lengths, K) if K else None
-        gate, tap = self.forward.gate, self.forward.tap
-        with self.forward.attached(), self.forward.packed():
-            logits = prefill_prompts(self.target, padded, lengths, cache, block, gate, tap, num_cached)
-            if logits is not None:
-                self.forward.hidden = None if tap is None else tap.hidden
-                return logits
-        # long or begun prompts, of which all but the last token is in the cache
-        plan = self._plans["draft"] if K else self.forward.plan(real_layout(1))
-        with self.forward.attached():
-            return self.forward.run(plan, cache, lengths - 1, padded.gather(1, (lengths - 1)[:, None]))
 
     def attached(self) -> AbstractContextManager[None]:
         """What must be on the base while steps run; see `RowForward.attached`."""
@@ -211,40 +173,49 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, state: DecodeState) -> None:
-        """One round: one forward (plain, fused) or two (two_pass). No value on the device is read by the host."""
+        """One round: one forward (plain, fused) or two (two_pass). No value on a device is read by the host."""
         if self.mode == "two_pass":
             self._two_pass_step(state)
         else:
             self._fused_step(state)
 
-    def step_logits(self, state: DecodeState, candidates: Candidates | None = None) -> Tensor:
+    def step_logits(
+        self, state: DecodeState, candidates: Candidates | None = None, plan: RowPlan | None = None
+    ) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, candidates | block_0 .. ]`, [B, R, V]."""
         candidates = self._candidates(state) if candidates is None else candidates
         bonus = state.bonus[:, None]
         rows = torch.cat([bonus, candidates.ids], dim=1) if candidates.ids.shape[1] else bonus
-        return self.forward.run(self._plans["step"], state.cache, state.lengths, rows)
+        plan = plan or self._plans.verifying(candidates.ids.shape[1]).plan
+        return self.forward.run(plan, state.cache, state.lengths, rows)
 
     def _candidates(self, state: DecodeState, exact: Tensor | None = None) -> Candidates:
         """The drafts, and what is copied behind them; `exact` = the token between the bonus token and them, [B, 1]."""
-        if self._copier is None or state.context is None:
+        if self._copier is None or state.texts is None:
             return Candidates(state.drafts, None, state.draft_length)
         ids = state.drafts if exact is None else torch.cat([exact, state.drafts], dim=1)
         first = state.lengths + 1
         state.write(first, ids, self._token_index[: ids.shape[1]])
         first = first if exact is None else first + 1
-        return self._copier.candidates(state.context, first, state.draft_length)
+        found = self._copier.candidates(state.texts, first, state.draft_length)
+        looks = found.length.is_cpu and not self.is_recorded
+        if looks and torch.equal(found.length, state.draft_length):  # nothing is copied, and there rows take time
+            return Candidates(state.drafts, found.num_copies, found.length)
+        return found
 
     def _fused_step(self, state: DecodeState) -> None:
-        K, num_real = self.num_speculative_tokens, self._plans["step"].layout.num_real
-        candidates = self._candidates(state)
-        logits = self.step_logits(state, candidates)
+        K, candidates = self.num_speculative_tokens, self._candidates(state)
+        forward = self._plans.verifying(candidates.ids.shape[1])
+        num_real = forward.plan.layout.num_real
         if self._tree is not None:
-            found = self._walk(self._tree, state, logits[:, :num_real], [state.bonus[:, None]])
+            tree = self._tree.standing(state.parents)
+            logits = self.step_logits(state, candidates, tree.plan)
+            found = self._walk(tree, state, logits[:, :num_real], [state.bonus[:, None]])
             state.commit(found.tokens, found.num_accepted, self._token_index)
-            state.draft_length, rows = found.next_length, found.next_rows
-            hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
-            state.drafts, _ = self._draft(rows_of_each(logits, rows), hidden, state.bonus)
+            state.draft_length = found.next_length
+            self._draft_from(state, logits, found.next_rows)
             return
+        logits = self.step_logits(state, candidates)
         # the argmax of all rows at once; processors and float64 models need scores of the real rows, a head of a block
         best = None
         if self.law.is_plain_argmax(logits.dtype):
@@ -253,27 +224,28 @@ class Decoder:
         tokens, num_accepted = self._verify(state, real, candidates, [state.bonus[:, None]])
         state.mark(num_accepted, candidates.num_copies)
         state.commit(tokens, num_accepted, self._token_index)
-        if K:
+        if K and forward.next_block is not None:
             # behind the length of a shorter block its last row's draft stands again, and does not exist
-            block = self._next_block.index_select(0, num_accepted)
+            block = forward.next_block.index_select(0, num_accepted)
             rows, state.draft_length = block[:, :K], block[:, K]
             if best is not None and self.head is None:
                 state.drafts = best.gather(1, rows)
             else:
-                hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
-                state.drafts, state.draft_probs = self._draft(rows_of_each(logits, rows), hidden, state.bonus)
+                self._draft_from(state, logits, rows)
 
     def _two_pass_step(self, state: DecodeState) -> None:
         bonus = state.bonus[:, None]
-        logits = self.forward.run(self._plans["draft"], state.cache, state.lengths, bonus)
+        logits = self.forward.run(self._plans.draft, state.cache, state.lengths, bonus)
         hidden = self._block_hidden()
         exact = self._choose(state, logits[:, :1], bonus)
-        state.drafts, state.draft_probs = self._draft(logits[:, 1:], hidden, exact[:, 0])
+        self._draft(state, logits[:, 1:], hidden, exact[:, 0])
         candidates = self._candidates(state, exact)
         rows = torch.cat([exact, candidates.ids], dim=1)
-        logits = self.forward.run(self._plans["verify"], state.cache, state.lengths + 1, rows)
-        if self._tree is not None:
-            found = self._walk(self._tree, state, logits, [bonus, exact])
+        tree = None if self._tree is None else self._tree.standing(state.parents)
+        plan = self._plans.verifying(candidates.ids.shape[1]).plan if tree is None else tree.plan
+        logits = self.forward.run(plan, state.cache, state.lengths + 1, rows)
+        if tree is not None:
+            found = self._walk(tree, state, logits, [bonus, exact])
             tokens, num_accepted = found.tokens, found.num_accepted
         else:
             tokens, num_accepted = self._verify(state, logits, candidates, [bonus, exact])
@@ -284,36 +256,43 @@ class Decoder:
         """What the output head read in the last forward behind its first row, where no head drafts None."""
         return None if self.forward.hidden is None else self.forward.hidden[:, 1:]
 
-    def _draft(self, logits: Tensor, hidden: Tensor | None, previous: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drafts from a block's rows, shape [B, K] or [B, N], and the law q of those that were drawn.
+    def _draft_from(self, state: DecodeState, logits: Tensor, rows: Tensor) -> None:
+        """Drafts behind the bonus token from the run that some rows of the last forward are, shape [B, K]."""
+        hidden = None if self.forward.hidden is None else rows_of_each(self.forward.hidden, rows)
+        self._draft(state, rows_of_each(logits, rows), hidden, state.bonus)
+
+    def _draft(self, state: DecodeState, logits: Tensor, hidden: Tensor | None, previous: Tensor) -> None:
+        """Drafts from a block's rows, with the law q of those that are drawn, or the parents that nodes have.
 
         `previous` = the token before the first, shape [B].
         """
         if self._tree is not None:
-            return self._tree.draft(self.head, logits, hidden, previous), None
-        if self.head is None or hidden is None:
-            return self.law.draw(logits)
-        return self.head.draft(self.law, logits, hidden, previous)
+            state.drafts, state.parents = self._tree.draft(self.head, logits, hidden, previous, state.draft_length)
+        elif self.head is None or hidden is None:
+            state.drafts, state.draft_probs = self.law.draw(logits)
+        else:
+            state.drafts, state.draft_probs = self.head.draft(self.law, logits, hidden, previous)
 
-    def _walk(self, tree: TreeSteps, state: DecodeState, real: Tensor, rows: list[Tensor]) -> Walk:
+    def _walk(self, tree: TreeSteps | StandingTree, state: DecodeState, real: Tensor, rows: list[Tensor]) -> Walk:
         """Walks the tree by the target's choices at its rows, whose logits are `real`, and keeps what stands.
 
         `rows` = ids not yet committed before the nodes.
         """
-        prefix_of = None
+        prefix_of, before = None, len(rows) - 1
         if self.law.needs_prefix:
-            before = len(rows) - 1
-            paths = [[*range(before), *(before + row for row in path)] for path in tree.tree.paths]
-            prefix_of = self._prefixes(state, torch.cat([*rows, state.drafts], dim=1), paths)
+            since = torch.cat([*rows, state.drafts], dim=1)
+            prefix_of = self._prefixes(
+                state, since, lambda b, r: [*range(before), *(before + row for row in tree.path_of(b, r))]
+            )
         chosen = self.law.argmax(real, prefix_of) if self.law.greedy else self.law.sample(real, prefix_of)
         found = tree.walk(chosen, state.drafts, state.draft_length)
         state.mark(found.num_accepted)
-        tree.compact(state.cache, found.path, looks=real.is_cpu and not self.is_recorded)
+        compact(state.cache, found.path, self._walk_index, looks=real.is_cpu and not self.is_recorded)
         return found
 
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
-        prefix_of = self._prefixes(state, since, [range(since.shape[1])])
+        prefix_of = self._prefixes(state, since, lambda b, r: range(since.shape[1]))
         if self.law.greedy:
             return self.law.argmax(logits, prefix_of)
         return verify_sample(
@@ -334,8 +313,7 @@ class Decoder:
         K, ids, length = self.num_speculative_tokens, candidates.ids, candidates.length
         prefix_of = None
         if self.law.needs_prefix:
-            paths = [range(len(rows) + r) for r in range(ids.shape[1] + 1)]
-            prefix_of = self._prefixes(state, torch.cat([*rows, ids], dim=1), paths)
+            prefix_of = self._prefixes(state, torch.cat([*rows, ids], dim=1), lambda b, r: range(len(rows) + r))
         if not real.is_floating_point():
             verdict = verify_greedy(real, ids, length)
         elif self.law.greedy or not K:
@@ -348,16 +326,17 @@ class Decoder:
             verdict = verify_sample(
                 p, q, state.drafts, state.draft_length, verification=self.verification, generator=generator
             )
-            if self.copy_tokens:
+            if ids.shape[1] > K:
                 behind = None if prefix_of is None else lambda b, r: prefix_of(b, r + 1)
                 drawn = self.law.sample(real[:, 1:], behind)
                 verdict = verify_copies(verdict, drawn, ids, state.draft_length, length)
-        return verdict.tokens, verdict.num_accepted
+        missing = K + self.copy_tokens - ids.shape[1]
+        return F.pad(verdict.tokens, (0, missing)) if missing else verdict.tokens, verdict.num_accepted
 
     def _prefixes(
-        self, state: DecodeState, since: Tensor, paths: Sequence[Sequence[int]]
+        self, state: DecodeState, since: Tensor, path_of: Callable[[int, int], Sequence[int]]
     ) -> Callable[[int, int], Tensor] | None:
         """The tokens before what row (b, r) predicts: prompt, committed output, the ids of `since` on its path."""
         if not self.law.needs_prefix:
             return None
-        return lambda b, r: torch.cat([state.committed(b), since[b, list(paths[r])]])
+        return lambda b, r: torch.cat([state.committed(b), since[b, list(path_of(b, r))]])

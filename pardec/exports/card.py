@@ -13,6 +13,7 @@ from pardec.adapters.adapter import UNIFORM_NOISE, Adapter
 from pardec.adapters.hub import HubName
 from pardec.adapters.tuned import TunedChoice
 from pardec.arguments import real
+from pardec.draft_tree import DynamicTree
 from pardec.exports.doors import door_of
 from pardec.exports.export import record_of
 from pardec.exports.record import DOOR_NAMES
@@ -177,7 +178,8 @@ def _way(choice: TunedChoice) -> str:
     """Mode, K, and what is verified besides a chain of K drafts."""
     words = [choice.mode, f"K = {choice.num_speculative_tokens}"]
     if choice.tree is not None:
-        words.append(f"a tree of {choice.tree.num_nodes} nodes")
+        kind = "dynamic tree" if isinstance(choice.tree, DynamicTree) else "tree"
+        words.append(f"a {kind} of {choice.tree.num_nodes} nodes")
     if choice.copy_tokens:
         words.append(f"{choice.copy_tokens} copied tokens")
     return ", ".join(words)

@@ -62,15 +62,21 @@ class Door:
         return f"output: expected a path without {words}, which {self.engine} takes for other methods, found {path}"
 
 
-def base_in_shell(name: str) -> str:
-    """A base as a word of a shell command; a built-in one as the folder that it is."""
-    if name not in BUILT_IN_BASES:
-        return shlex.quote(name)
-    return f'"$(python -c \'from pardec.target.base import resolve_base; print(resolve_base("{name}"))\')"'
+def base_in_shell(name: str) -> tuple[str, str]:
+    """A base as a word of a shell command, and what stands before that command; nothing is served if that fails."""
+    if not _is_converted(name):
+        return shlex.quote(name), ""
+    program = f"from pardec.target.base import resolve_base; print(resolve_base({json.dumps(name)}))"
+    return '"$BASE"', f"BASE=$(python -c {shlex.quote(program)}) && \\\n"
 
 
 def base_in_python(name: str) -> tuple[str, str]:
-    """A base as a Python expression, and the line that it needs before it, which only a built-in one does."""
-    if name not in BUILT_IN_BASES:
+    """A base as a Python expression, and the line that it needs before it."""
+    if not _is_converted(name):
         return json.dumps(name), ""
-    return f'resolve_base("{name}")', "from pardec.target.base import resolve_base\n"
+    return f"resolve_base({json.dumps(name)})", "from pardec.target.base import resolve_base\n"
+
+
+def _is_converted(name: str) -> bool:
+    """Whether engines take not what is so named but the folder that pardec has for it."""
+    return name in BUILT_IN_BASES or name.endswith(".gguf")

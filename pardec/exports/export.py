@@ -5,9 +5,6 @@ Knows the order of things, no engine. What is written is the engine's files, a p
 """
 
 import os
-import re
-import shutil
-import tempfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,12 +26,14 @@ from pardec.exports.record import (
     ExportRecord,
     expected_acceptance,
     read_record,
+    record_digest,
     write_record,
 )
+from pardec.exports.whole_folder import made_whole, refuse_taken
 from pardec.run import file_sha256
 
 _OWN = (RECORD_FILE, TUNED_FILE)  # of the folder itself, and of `pardec tune` on it
-_READ_BY_ENGINES = (".safetensors", ".bin", ".pt", ".json", ".py", ".jinja")
+_READ_BY_ENGINES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json", ".py", ".jinja", ".txt", ".model")
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,7 @@ def export_adapter(
     refuse(adapter, door)
     if with_base and door.name != "transformers":
         raise ValueError(f"--with-base: expected --to transformers, found --to {door.name}")
-    if os.path.lexists(output):
-        raise ValueError(f"output: expected a folder that is not there yet, found {output}")
+    refuse_taken(output)
     wrong = door.path_problem(output)
     if wrong is not None:
         raise ValueError(wrong)
@@ -92,25 +90,10 @@ def export_adapter(
 
 
 def _write(door: Door, adapter: Adapter, loaded: LoadedBase | None, record: ExportRecord, output: Path) -> None:
-    """All files into a folder beside, which becomes `output` once it is whole."""
-    begins = f".writing-{output.name}-"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for path in output.parent.iterdir():
-            if re.fullmatch(re.escape(begins) + "[a-z0-9_]{8}", path.name):
-                shutil.rmtree(path)  # of an export that was killed
-        aside = Path(tempfile.mkdtemp(prefix=begins, dir=output.parent))
-    except OSError as error:
-        raise ValueError(f"output: expected a folder that can be made, found {output}: {error.strerror}") from None
-    try:
+    with made_whole(output) as aside:
         door.write(adapter, loaded, aside)
         (aside / PAGE_FILE).write_text(page_of(record, door, aside, output.name), encoding="utf-8")
         write_record(record.model_copy(update={"files": _digests(aside)}), aside)
-        _settle(aside)
-        aside.chmod(0o755)  # mkdtemp lets only the owner in
-        os.rename(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_export(folder: str | Path) -> Checked:
@@ -157,12 +140,14 @@ def _digests(folder: Path) -> dict[str, str]:
 def _changes(folder: Path, record: ExportRecord) -> list[str]:
     """Files that are missing, changed, or there beside those that were written, where an engine would read them."""
     found = []
+    if (digest := record_digest(folder)) != record.own_sha256:
+        found.append(_changed(folder / RECORD_FILE, record.own_sha256, digest))
     for name, expected in record.files.items():
         path = folder / name
         if not path.is_file():
             found.append(f"{path}: expected a file of the export, found none")
         elif (digest := file_sha256(path)) != expected:
-            found.append(f"{path}: expected sha256 {expected[:12]}, found {digest[:12]}: the file was changed")
+            found.append(_changed(path, expected, digest))
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.suffix in _READ_BY_ENGINES and name not in (*record.files, *_OWN):
@@ -170,20 +155,15 @@ def _changes(folder: Path, record: ExportRecord) -> list[str]:
     return found
 
 
+def _changed(path: Path, expected: str, found: str) -> str:
+    return f"{path}: expected sha256 {expected[:12]}, found {found[:12]}: the file was changed"
+
+
 def _other_version(door: Door) -> str | None:
     try:
         installed = version(door.engine)
     except PackageNotFoundError:
         return None
-    if installed == door.tested:
+    if installed.partition("+")[0] == door.tested:  # behind the plus stands for what device it was built
         return None
     return f"{door.engine}: expected {door.tested}, which this form was checked against, found {installed}; going on"
-
-
-def _settle(folder: Path) -> None:
-    """Puts all files on the disk for good, readable for those who serve them."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o644)  # safetensors lets only the owner read
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

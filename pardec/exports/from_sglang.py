@@ -13,6 +13,7 @@ from pardec.arguments import integer
 from pardec.exports.lora_folder import LORA_CONFIG, LORA_WEIGHTS, read_lora
 from pardec.exports.public_form import public_form
 from pardec.exports.to_sglang import wrong_name
+from pardec.exports.whole_folder import made_whole, refuse_taken
 from pardec.layout import MAX_SPECULATIVE_TOKENS
 from pardec.run import file_sha256
 from pardec.target.base import load_base, load_tokenizer
@@ -30,11 +31,11 @@ def import_uno(source: str | Path, base: str, output: str | Path, num_speculativ
 
     Raises:
         ValueError: for files that are missing or no such LoRA, another base, or an output that is there already.
+        OSError: if there is no room; nothing is left behind.
     """
     K = integer("--num-speculative-tokens", num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
     source, output = Path(source), Path(os.path.normpath(output))
-    if os.path.lexists(output):
-        raise ValueError(f"output: expected a folder that is not there yet, found {output}")
+    refuse_taken(output)
     lora = _read(source)
     model, tokenizer = load_base(base, device="cpu", dtype="auto"), load_tokenizer(base)
     try:
@@ -57,7 +58,8 @@ def import_uno(source: str | Path, base: str, output: str | Path, num_speculativ
     shown = public_form(Adapter(None, metadata, lora))
     # the base is remembered as it was typed, as in training
     shown.metadata.base = metadata.base
-    save_adapter(shown, output)
+    with made_whole(output) as aside:
+        save_adapter(shown, aside)
     return shown
 
 

@@ -3,20 +3,22 @@
 Knows JSON, no engine.
 """
 
+import hashlib
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pardec.adapters.adapter import AdapterMetadata, BaseReference, Sha256
-from pardec.adapters.json_files import read_object
+from pardec.adapters.json_files import is_inside, read_object
 from pardec.arguments import real
 from pardec.errors import problem, shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS
 
 RECORD_FILE = "export.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DoorName = Literal["vllm", "vllm-stock", "sglang", "transformers", "peft"]
 DOOR_NAMES: tuple[DoorName, ...] = get_args(DoorName)
 
@@ -60,6 +62,7 @@ class ExportRecord(BaseModel):
         acceptance: to expect; None where nothing is drafted or nothing was measured.
         sources: sha256 of the adapter's files.
         files: sha256 of every other file of the folder.
+        own_sha256: of all other keys, as sorted JSON.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -76,6 +79,15 @@ class ExportRecord(BaseModel):
     acceptance: ExpectedAcceptance | None = None
     sources: dict[str, Sha256] = {}
     files: dict[str, Sha256] = {}
+    own_sha256: Sha256 = "0" * 64
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, str]) -> dict[str, str]:
+        outside = [name for name in files if not is_inside(name)]
+        if outside:
+            raise ValueError(f"files: expected names of files inside the folder, found {shown(outside[0])}")
+        return files
 
 
 def expected_acceptance(metadata: AdapterMetadata, counted: str, exact_tokens: int) -> ExpectedAcceptance | None:
@@ -103,7 +115,8 @@ def expected_acceptance(metadata: AdapterMetadata, counted: str, exact_tokens: i
 
 
 def write_record(record: ExportRecord, folder: Path) -> None:
-    """Writes `export.json` into the folder."""
+    """Writes `export.json` into the folder, with its own digest."""
+    record = record.model_copy(update={"own_sha256": _digest(record.model_dump(mode="json"))})
     (folder / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -113,13 +126,27 @@ def read_record(folder: Path) -> ExportRecord:
     Raises:
         ValueError: naming the file, if it is missing or not one of ours.
     """
-    path = folder / RECORD_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder}: expected an exported folder with {RECORD_FILE}, found none")
-    raw = read_object(path)
+    path, raw = folder / RECORD_FILE, _raw(folder)
     if raw.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, found {shown(raw.get('format_version'))}")
     try:
         return ExportRecord.model_validate(raw)
     except ValidationError as error:
         raise ValueError(f"{path}: {problem(error.errors()[0])}") from None
+
+
+def record_digest(folder: Path) -> str:
+    """The digest that `export.json` should have as `own_sha256`; errors as of `read_record`."""
+    return _digest(_raw(folder))
+
+
+def _raw(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: expected an exported folder with {RECORD_FILE}, found none")
+    return read_object(path)
+
+
+def _digest(raw: dict[str, Any]) -> str:
+    others = {key: value for key, value in raw.items() if key != "own_sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()

@@ -133,8 +133,9 @@ def _problems(folder: Path, record: ExportRecord) -> list[str]:
 
 
 def _commands(record: ExportRecord, folder: str) -> str:
+    base, before = base_in_shell(record.base.name)
     return (
-        f"python -m sglang.launch_server --model-path {base_in_shell(record.base.name)} \\\n"
+        f"{before}python -m sglang.launch_server --model-path {base} \\\n"
         f"    --speculative-algorithm UNO --uno-lora-path {shlex.quote(folder)} \\\n"
         f"    --speculative-num-draft-tokens {record.num_speculative_tokens + 1}"
     )

@@ -6,13 +6,14 @@ The plugin is `pardec.vllm_plugin`, which vLLM loads where pardec is installed.
 from pathlib import Path
 
 from pardec.adapters.adapter import MASK_EMBEDDINGS, Adapter
-from pardec.adapters.files import HEAD_FILE, load_adapter, save_adapter
+from pardec.adapters.files import HEAD_FILE, METADATA_FILE, load_adapter, save_adapter
 from pardec.adapters.json_files import read_object
 from pardec.errors import first_line
 from pardec.exports.base_folder import CONFIG_FILE, LoadedBase, write_config
 from pardec.exports.door import Door
 from pardec.exports.record import ExportRecord
-from pardec.exports.vllm_draft import COUNTED, ON_A_CPU, OTHER_METHODS, config_problems, serve_command
+from pardec.exports.vllm_draft import COUNTED, ON_A_CPU, OTHER_METHODS, TOKENS, config_problems, serve_command
+from pardec.run import file_sha256
 from pardec.vllm_plugin.architectures import ARCHITECTURES, DRAFT_ARCHITECTURE, TESTED_VERSIONS
 
 
@@ -38,6 +39,8 @@ def _write(adapter: Adapter, base: LoadedBase | None, folder: Path) -> None:
         max_position_embeddings=base.model.config.max_position_embeddings,
         pard_token=mask_id,
         mask_token_id=mask_id,
+        # vLLM keeps what it has compiled by path and configuration; another adapter may lie at this path some day
+        adapter_sha256=file_sha256(folder / METADATA_FILE),
     )
 
 
@@ -69,7 +72,7 @@ def _notes(record: ExportRecord, folder: Path) -> str:
         "name `pardec`. The draft runs the target's own layers: there is no second copy of the weights, but keys and "
         "values of its own, and a round is two forwards. vLLM's number of drafted "
         f"tokens, 2 to {K + 1} here, is one more than the adapter's, as its first is the model's own next token. "
-        f"One device: tensor and pipeline parallelism are refused, and so is `--enable-lora`. {ON_A_CPU}"
+        f"One device: tensor and pipeline parallelism are refused, and so is `--enable-lora`. {TOKENS} {ON_A_CPU}"
     )
 
 

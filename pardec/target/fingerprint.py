@@ -47,6 +47,11 @@ class Fingerprint(BaseModel):
     architecture_sha256: str
     tokenizer: str | None
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it that is the same for every copy of the base on this device."""
+        return _sha256(f"{self.embedding_rows} {self.architecture_sha256} {self.tokenizer}".encode())
+
 
 def fingerprint(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Fingerprint:
     """The fingerprint of a base and of the tokenizer that goes with it."""

@@ -62,8 +62,8 @@ class AttentionForm:
             seen = visible
             if kind == SLIDING:
                 assert self.window is not None
-                distance = query_positions[:, :, None] - key_positions[:, None, :]
-                seen = visible & (distance < self.window)
+                first_seen = query_positions - (self.window - 1)
+                seen = visible & (key_positions[:, None, :] >= first_seen[:, :, None])
             elif kind == CHUNKED:
                 assert self.chunk is not None
                 same = (query_positions // self.chunk)[:, :, None] == (key_positions // self.chunk)[:, None, :]

@@ -5,7 +5,8 @@ hidden states that are there already. Knows no layout and no adapter.
 Legend: B sequences, R rows, H width of hidden states, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
-from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel, UnsupportedModelError
+from pardec.target.prefix_cache import PrefixCache
 from pardec.target.survey import agree
 
 
@@ -81,6 +82,20 @@ class OwnHead:
                 del self.body.forward
             else:
                 self.body.forward = own
+
+    @contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Under autocast the frozen output matrix is cast here, and not again for all logits that are made inside."""
+        head, kind = self.target.base.get_output_embeddings(), self.target.device.type
+        weight = head.weight if type(head) is nn.Linear else None
+        if weight is None or weight.requires_grad or not torch.is_autocast_enabled(kind):
+            yield
+            return
+        head.weight = nn.Parameter(weight.to(torch.get_autocast_dtype(kind)), requires_grad=False)
+        try:
+            yield
+        finally:
+            head.weight = weight
 
 
 def _observed(target: TargetModel, ids: Tensor) -> tuple[list[tuple[nn.Module, type[ModelOutput]]], Tensor]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel
+from pardec.target.prefix_cache import PrefixCache
 
 # no two of B R, R, B times prefix and R + prefix are the same
 _B, _R, _PREFIX = 2, 29, 3

@@ -51,7 +51,15 @@ def draft_loss(objective: str, found: Comparison) -> Tensor:
 
 def learned_tokens(objective: str, law: TargetLaw, ids: Tensor) -> Tensor:
     """Whose log-likelihood the objective looks at, shape [M]: the target's likeliest token, or the data's own."""
-    return law.likeliest if objective == "cross_entropy_argmax" else ids
+    if not learns_likeliest(objective):
+        return ids
+    assert law.likeliest is not None
+    return law.likeliest
+
+
+def learns_likeliest(objective: str) -> bool:
+    """Whether the objective looks at the target's likeliest token."""
+    return objective == "cross_entropy_argmax"
 
 
 def expected_accepted_length(overlap: Tensor, kept: Tensor) -> Tensor:

@@ -15,15 +15,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pardec.adapters.head import SamplerHead
 from pardec.layout import TrainingLayout, nested_block_lengths, sorted_anchors, training_layout
-from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 from pardec.target.own_head import OwnHead
+from pardec.target.prefix_cache import PrefixCache
 from pardec.training.block_attention import block_route, supports
 from pardec.training.first_embeddings import first_embeddings
+from pardec.training.lora_linear import fused_loras
 from pardec.training.objective import Objective
 from pardec.training.parts import Part, parts_of, rows_at_once, summed_by_parts
 from pardec.training.peft_lora import lora_enabled
+from pardec.training.prefix_pass import Prefix, run_prefix
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
@@ -58,23 +60,6 @@ class Drafter:
     has_lora: bool = False
     head_width: int = 0
     joint_head: bool = False
-
-
-@dataclass
-class Prefix:
-    """What the pass over the real tokens leaves behind.
-
-    Attributes:
-        cache: their keys and values.
-        hidden: what their law is made of, shape [B, T, H].
-        anchors: of all parts, in the order in which their blocks run, shape [B, N], where the host can read them.
-        lengths: of all blocks.
-    """
-
-    cache: PrefixCache
-    hidden: Tensor
-    anchors: Tensor
-    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -142,6 +127,7 @@ class MaskTokenTrainer(nn.Module):
             self.head = SamplerHead(hidden_dim, self.target.embedding_dim, drafter.head_width).to(self.target.device)
         self.most_rows = rows_at_once(self.target.vocab_size, self.target.device)  # of a part of the loss
         self.takes_blocks = supports(self.own_head, drafter.num_speculative_tokens)
+        self.prefix_slices = 1  # forwards that the real tokens are cut into, see `run_prefix`
         self._prefix: Prefix | None = None
 
     def train(self, mode: bool = True) -> "MaskTokenTrainer":
@@ -175,10 +161,16 @@ class MaskTokenTrainer(nn.Module):
             loss_sum: scalar, the sum of weighted losses; token_count: scalar, how many rows it is a sum of; metrics:
             shape [7, K], sums per position in the order of `METRICS`.
         """
+        short = self.prefix_slices - input_ids.shape[1]
+        if short > 0:  # every process of a sharded base runs as many forwards; padding is never learned
+            input_ids, loss_mask = (nn.functional.pad(one, (0, short)) for one in (input_ids, loss_mask))
         (_, T), N = input_ids.shape, anchors.shape[1]
         if first_anchor == 0:
             lengths = self._block_lengths(N, num_anchors or N, max_depth or self.drafter.num_speculative_tokens)
-            self._prefix = self._run_prefix(input_ids, anchors, lengths)
+            # the one wait for the device, before it has been given anything to do
+            on_host = sorted_anchors(anchors.cpu(), lengths)
+            cache, hidden = run_prefix(self.own_head, input_ids, self.prefix_slices)
+            self._prefix = Prefix(cache, hidden, on_host, lengths)
         prefix = self._prefix
         assert prefix is not None
         part = slice(first_anchor, None if num_anchors is None else first_anchor + num_anchors)
@@ -191,12 +183,11 @@ class MaskTokenTrainer(nn.Module):
         # where only the head is trained, and only reads, nothing below it needs a gradient
         with torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()):
             hidden = self._run_mask_rows(layout, on_host, prefix.cache)
-        loss_sum, metrics = summed_by_parts(
-            partial(self._loss_of, rows, prefix.hidden.flatten(0, 1), with_metrics),
-            list(parts_of(on_host, self.most_rows, hidden.device)),
-            hidden,
-            [] if self.head is None else list(self.head.parameters()),
-        )
+        loss_of = partial(self._loss_of, rows, prefix.hidden.flatten(0, 1), with_metrics)
+        parts = list(parts_of(on_host, self.most_rows, hidden.device))
+        with self.own_head.cast_once():
+            of_head = [] if self.head is None else list(self.head.parameters())
+            loss_sum, metrics = summed_by_parts(loss_of, parts, hidden, of_head)
         return loss_sum, counts.sum(), metrics
 
     def forget_prefix(self) -> None:
@@ -209,16 +200,17 @@ class MaskTokenTrainer(nn.Module):
         """Loss and metrics of a part; hidden states of all real rows, shape [B T, H], and of its own, shape [R, H]."""
         layout = rows.layout.part(part.sequences, part.blocks)
         ids, before, counts = part.of(rows.ids), part.of(rows.before), part.of(rows.counts)
+        K, objective = self.drafter.num_speculative_tokens, self.objective
         with torch.no_grad():
-            law = self.objective.law(self.own_head.logits(real_hidden[part.real_rows])).at(part.follows)
-        K, loss_sum = self.drafter.num_speculative_tokens, torch.zeros((), device=hidden.device)
-        metrics = {"rows": torch.ones_like(counts, dtype=torch.float32)}
+            logits = self.own_head.logits(real_hidden[part.real_rows])
+            law = objective.law(logits, with_metrics=with_metrics).at(part.follows)
+        metrics, loss_sum = {"rows": counts.float()}, torch.zeros((), device=hidden.device)
         for name, logits in self._draft_logits(hidden, before).items():
-            weighted, found = self.objective.weighted_losses(logits, law, ids, counts, layout, K)
+            weighted, found = objective.weighted_losses(logits, law, ids, counts, layout, K, with_metrics=with_metrics)
             loss_sum = loss_sum + weighted.sum()
             metrics[f"{name}loss"] = weighted.detach()
             if with_metrics:
-                metrics[f"{name}agreement"] = (found.likeliest == law.likeliest).float()
+                metrics[f"{name}agreement"] = found.agreement(law)
                 metrics[f"{name}overlap"] = found.overlap.detach()
         return loss_sum, self._by_position(metrics, counts, layout)
 
@@ -254,15 +246,6 @@ class MaskTokenTrainer(nn.Module):
             sums[METRICS.index(name)].index_add_(0, depths, values * counts)
         return sums
 
-    @torch.no_grad()
-    def _run_prefix(self, input_ids: Tensor, anchors: Tensor, lengths: tuple[int, ...]) -> Prefix:
-        # the one wait for the device, before it has been given anything to do
-        on_host = sorted_anchors(anchors.cpu(), lengths)
-        cache = PrefixCache(self.target.num_layers)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        hidden = self.own_head.hidden(self.target.embed(input_ids), positions, None, cache)
-        return Prefix(cache, hidden, on_host, lengths)
-
     def _run_mask_rows(self, layout: TrainingLayout, on_host: TrainingLayout, cache: PrefixCache) -> Tensor:
         """Their hidden states, shape [B, M, H]."""
         target, B = self.target, layout.positions.shape[0]
@@ -278,6 +261,7 @@ class MaskTokenTrainer(nn.Module):
                 mask = target.attention.render(layout.visible, positions, keys, target.dtype)
             if self.drafter.has_lora:
                 stack.enter_context(lora_enabled(self.base))
+                stack.enter_context(fused_loras(self.base))
             return self.own_head.hidden(self._mask_inputs(layout), positions, mask, cache)
 
     def _mask_inputs(self, layout: TrainingLayout) -> Tensor:

@@ -19,6 +19,7 @@ from pardec.training.loss import (
     draft_loss,
     expected_accepted_length,
     learned_tokens,
+    learns_likeliest,
 )
 
 
@@ -47,9 +48,10 @@ class Objective:
                 f"itself, found {shown(self.weights)}"
             )
 
-    def law(self, target_logits: Tensor) -> TargetLaw:
-        """The law that drafts are compared with, from logits of shape [M, V]."""
-        return target_law(target_logits, self.temperature, self.top_k)
+    def law(self, target_logits: Tensor, *, with_metrics: bool = True) -> TargetLaw:
+        """The law that drafts are compared with, from logits of shape [M, V]; metrics look at its likeliest tokens."""
+        asked = with_metrics or learns_likeliest(self.loss)
+        return target_law(target_logits, self.temperature, self.top_k, with_likeliest=asked)
 
     def weighted_losses(
         self,
@@ -59,6 +61,8 @@ class Objective:
         counts: Tensor,
         layout: TrainingLayout,
         num_speculative_tokens: int,
+        *,
+        with_metrics: bool = True,
     ) -> tuple[Tensor, Comparison]:
         """Weighted loss of every row, 0 where it does not count, and what draft and target have in common.
 
@@ -69,12 +73,14 @@ class Objective:
             counts: rows that have a target, shape [B * M], bool.
             layout: of the rows, in whole blocks.
             num_speculative_tokens: K.
+            with_metrics: find the draft's likeliest tokens too.
 
         Returns:
             losses of shape [B * M]; the comparison that they are made of.
         """
         blocks = _Blocks.of(layout, num_speculative_tokens)
-        found = compare(logits, law, learned_tokens(self.loss, law, ids), self.temperature)
+        learned = learned_tokens(self.loss, law, ids)
+        found = compare(logits, law, learned, self.temperature, with_likeliest=with_metrics)
         if self.loss == ACCEPTED_LENGTH:
             return self._block_losses(found, law, ids, counts, blocks), found
         # where, not a product: a row that does not count must not pass on a non-finite loss
@@ -94,7 +100,7 @@ class Objective:
         self, found: Comparison, law: TargetLaw, ids: Tensor, counts: Tensor, blocks: "_Blocks"
     ) -> Tensor:
         """-log of the expected accepted length of its block at every row, so that their mean is that of the blocks."""
-        of_id = law.probs.gather(1, ids[:, None])[:, 0]
+        of_id = law.prob_of(ids)
         # a token that the target excludes continues none of its texts
         kept = torch.where(of_id > 0, (found.log_likelihood - of_id.log()).clamp_max(0).exp(), 0.0)
         # nothing behind a row that does not count is reached

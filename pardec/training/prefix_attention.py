@@ -46,7 +46,7 @@ class Seen:
         bounds: first and last of each row, shape [B, 1, M, 2], int64.
         first: by row the least and the largest of the sequences' first ones.
         last: likewise of their last ones.
-        hidden: what slices hide, shape [B, 1, 1, R, tokens], by their number; all layers share it.
+        hidden: what slices add to scores, 0 or -inf, shape [B, 1, 1, R, tokens], by their number; all layers share it.
     """
 
     bounds: Tensor
@@ -79,8 +79,10 @@ class Seen:
         if part.number not in self.hidden:
             token = torch.arange(part.tokens.start + part.all_see, part.tokens.stop, device=scores.device)
             first, last = self.bounds[:, 0, part.rows, None].unbind(3)
-            self.hidden[part.number] = ((token < first) | (token > last))[:, None, None]
-        scores[..., part.all_see :].masked_fill_(self.hidden[part.number], float("-inf"))
+            is_hidden = ((token < first) | (token > last))[:, None, None]
+            zeros = torch.zeros(is_hidden.shape, dtype=scores.dtype, device=scores.device)
+            self.hidden[part.number] = zeros.masked_fill_(is_hidden, float("-inf"))
+        scores[..., part.all_see :] += self.hidden[part.number]  # filling by a mask takes a CPU six times as long
 
 
 def _first_seen(layout: TrainingLayout, window: int | None) -> Tensor:

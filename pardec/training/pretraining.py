@@ -92,3 +92,9 @@ def held_out_loss(
         tokens += sum(len(window) - 1 for window in batch)
     sums = accelerator.reduce(torch.tensor([nats, tokens], device=accelerator.device), "sum")
     return float(sums[0] / sums[1])  # type: ignore[index]
+
+
+def pretraining_bytes(num_parameters: int, num_rows: int, vocab_size: int) -> int:
+    """What a process holds for weights, optimisers and the logits of a forward's rows."""
+    # float32 weights, gradients and at most two moments; logits in float32 with their softmax and gradient
+    return num_parameters * 4 * 4 + num_rows * vocab_size * 4 * 3

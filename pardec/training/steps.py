@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_cosine_schedule_with_warmup
 
 from pardec.training.module import METRICS, part_of
-from pardec.training.processes import average_gradients
+from pardec.training.running.processes import average_gradients
 
 
 def build_optimizer(parameters: Mapping[str, Tensor], learning_rates: Mapping[str, float]) -> Optimizer:

@@ -23,17 +23,13 @@ class _Level:
 
     Attributes:
         with_children: places, among the nodes of the depth before, of those that have children, shape [p].
-        ranks: shape [n].
         num_ranks: guesses that are looked at.
         flat: of each node, its place among all guesses behind those parents, in order, shape [n].
-        parent_places: place of each node's parent among the nodes of the depth before, shape [n].
     """
 
     with_children: Tensor
-    ranks: Tensor
     num_ranks: int
     flat: Tensor
-    parent_places: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,14 +41,20 @@ class TreeCandidates:
         by_rank: of each node, its place among the guesses of all mask rows, shape [N].
         levels: the nodes by depth, from 1 on.
         order: of the nodes in the order of levels, the place of each node, shape [N].
-        offsets: by S, where the shortlist of each depth begins, and what leads from a place to each node behind it.
+        path_ranks: of each depth, for every node the rank on its path, any behind its end, each of shape [N].
+        ends: of each node, its place among the nodes of all depths if each depth had all N, shape [N].
+        depths: of the nodes, from 0 on, shape [N].
+        sequences: by B, 0..B-1, shape [B, 1].
     """
 
     num_ranks: int
     by_rank: Tensor
     levels: tuple[_Level, ...]
     order: Tensor
-    offsets: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+    path_ranks: tuple[Tensor, ...]
+    ends: Tensor
+    depths: Tensor
+    sequences: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tree: DraftTree, device: torch.device) -> "TreeCandidates":
@@ -66,17 +68,15 @@ class TreeCandidates:
             parents = sorted(set(above), key=before.index)
             ranks = [tree.ranks[row - 1] for row in rows]
             flat = [parents.index(row) * (max(ranks) + 1) + rank for row, rank in zip(above, ranks, strict=True)]
-            numbers = {
-                "with_children": [before.index(row) for row in parents],
-                "ranks": ranks,
-                "flat": flat,
-                "parent_places": [before.index(row) for row in above],
-            }
-            tensors = {name: torch.tensor(one, device=device) for name, one in numbers.items()}
-            levels.append(_Level(num_ranks=max(ranks) + 1, **tensors))
+            with_children = torch.tensor([before.index(row) for row in parents], device=device)
+            levels.append(_Level(with_children, max(ranks) + 1, torch.tensor(flat, device=device)))
             before, order = rows, [*order, *rows]
+        K, paths, below = tree.num_speculative_tokens, tree.rank_paths[1:], torch.tensor(depths[1:], device=device) - 1
+        padded = torch.tensor([[*path, *(0,) * (K - len(path))] for path in paths], device=device)
+        ends = below * tree.num_nodes + torch.arange(tree.num_nodes, device=device)
         places = torch.tensor(order, device=device).argsort()
-        return cls(num_ranks, torch.tensor(by_rank, device=device), tuple(levels), places)
+        by_rank = torch.tensor(by_rank, device=device)
+        return cls(num_ranks, by_rank, tuple(levels), places, tuple(padded.T.contiguous()), ends, below)
 
     def from_rows(self, logits: Tensor) -> Tensor:
         """Nodes by the ranks of mask rows alone, shape [B, N]; `logits` of a run's K mask rows, shape [B, K, V]."""
@@ -119,16 +119,13 @@ class TreeCandidates:
     ) -> Tensor:
         """`from_head` by other means: every shortlist is ranked behind each token that may come before it, at once."""
         scores, ids = pair_scores(head, logits, hidden, bonus, embed, output_embeddings, shortlist)
-        K, S, R = *scores.shape[1:3], self.num_ranks
-        # places on the shortlists of all depths, one behind the other, by which the next depth is looked up as well
-        if S not in self.offsets:  # kept for graphs
-            starts = S * torch.arange(K, device=ids.device)[:, None, None]
-            self.offsets[S] = (starts, [level.ranks + S * R for level in self.levels])
-        starts, lines = self.offsets[S]
-        best = (scores.topk(R, dim=3).indices + starts).flatten(1)
-        first, *deeper = self.levels
-        found = [best.index_select(1, first.ranks)]  # behind the bonus token all lists are the same
-        for level, line in zip(deeper, lines[1:], strict=True):
-            parents = found[-1].index_select(1, level.parent_places)
-            found.append(best.gather(1, torch.add(line, parents, alpha=R)))
-        return ids.flatten(1).gather(1, torch.cat(found, dim=1).index_select(1, self.order))
+        B, best = len(ids), scores.topk(self.num_ranks, dim=3).indices  # [B, K, S before, ranks]
+        if B not in self.sequences:  # kept for graphs
+            self.sequences[B] = torch.arange(B, device=ids.device)[:, None]
+        sequences, (first, *deeper) = self.sequences[B], self.path_ranks
+        # paths of all nodes, from depth to depth; behind the bonus token all lists are the same
+        places = [best[:, 0, 0].index_select(1, first)]
+        for depth, ranks in enumerate(deeper, start=1):
+            places.append(best[:, depth][sequences, places[-1], ranks])
+        ends = torch.cat(places, dim=1).index_select(1, self.ends)
+        return ids[sequences, self.depths, ends]

@@ -11,9 +11,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree, DynamicTree
 from pardec.layout import PLAIN, BlockLengths, full_blocks
 from pardec.tuning import chain
+
+Kind = Literal["chain", "tree", "dynamic tree"]
+TREES: tuple[Kind, ...] = ("tree", "dynamic tree")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Way:
     block_lengths: BlockLengths
     use_head: bool = True
     copy_tokens: int = 0
-    tree: DraftTree | None = None
+    tree: AnyTree | None = None
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -40,11 +43,23 @@ class Way:
         return max(self.block_lengths)
 
     @property
+    def kind(self) -> Kind:
+        """Of what it drafts."""
+        if self.tree is None:
+            return "chain"
+        return "dynamic tree" if isinstance(self.tree, DynamicTree) else "tree"
+
+    @property
     def num_rows(self) -> int:
         """Rows of a step, in two_pass of its two forwards together."""
         if self.tree is not None:
             return len(self.block_lengths) + self.tree.num_nodes + 1 if self.mode == "two_pass" else self.tree.num_rows
         return 2 * len(self.block_lengths) if self.mode == "two_pass" else chain.num_rows(self.block_lengths)
+
+    @property
+    def num_rows_without_copies(self) -> int:
+        """Rows of a fused step in which nothing is copied, where the host sees that."""
+        return chain.num_rows(self.block_lengths[: self.num_speculative_tokens + 1])
 
 
 PLAIN_WAY = Way("plain", PLAIN)
@@ -61,7 +76,7 @@ def with_copies(way: Way, copy_tokens: int, block_length: int = 0) -> Way:
     return replace(way, mode="fused", block_lengths=blocks, copy_tokens=copy_tokens)
 
 
-def tree_way(mode: Literal["two_pass", "fused"], tree: DraftTree, use_head: bool = True) -> Way:
+def tree_way(mode: Literal["two_pass", "fused"], tree: AnyTree, use_head: bool = True) -> Way:
     """The way that drafts a tree."""
     return Way(mode, full_blocks(tree.num_speculative_tokens), use_head, tree=tree)
 
@@ -173,14 +188,14 @@ def spread_over_rows(
 def finalists(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
     """What is worth measuring: the `count` best predicted, and the best of every kind.
 
-    A kind is a mode, with a head or without, a chain or a tree, with copied tokens or without, and copies alone. Of one
-    kind and K only the best counts: neighbours in rows hardly differ.
+    A kind is a mode, with a head or without, a chain, a tree or a dynamic one, with copied tokens or without, and
+    copies alone. Of one kind and K only the best counts: neighbours in rows hardly differ.
     """
     best: dict[tuple, Candidate] = {}
     kinds: dict[tuple, Candidate] = {}
     for one in sorted(candidates, key=lambda one: -one.tokens_per_second):
         K, copies = one.way.num_speculative_tokens, one.way.copy_tokens > 0
-        kind = (one.way.mode, one.way.use_head, copies, copies and K == 0, one.way.tree is not None)
+        kind = (one.way.mode, one.way.use_head, copies, copies and K == 0, one.way.kind)
         best.setdefault((*kind, K), one)
         kinds.setdefault(kind, one)
     return list(dict.fromkeys([*list(best.values())[:count], *kinds.values()]))

@@ -30,10 +30,12 @@ from pardec.tuning.tree_ways import TreeWays
 
 # that draft, fused with copied tokens and trees among them: the best of each is measured, if predicted to lose too
 _NUM_MODES = 5
+_NUM_DYNAMIC_MODES = 2  # besides, with the head
 _WAYS_WITH_COPIES = 3  # of each number of copied tokens, beside copies alone
 
-# ranks of what calls emitted with the head or without, [places, K] for each of their sequences, see `TreeWays`
-Rank = Callable[[bool, Sequence[Call]], Sequence[np.ndarray]]
+# of what calls emitted, with the head or without, for each of their sequences the ranks, [places, K], and the rows in
+# drawn trees, [places, K, K]; None where none are to be tried; see `TreeWays`
+Rank = Callable[[bool, Sequence[Call]], tuple[Sequence[np.ndarray], Sequence[np.ndarray] | None]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Effort:
             mode with and without the head.
         repetitions: of everything that is timed; medians count.
         copy_tokens: numbers of copied tokens that are tried: alone, and behind the drafts predicted to be fastest.
-        num_trees: whose milliseconds per step are measured besides, with the head and without.
+        num_trees: whose milliseconds per step are measured besides, with the head and without; as many dynamic ones,
+            with the head.
     """
 
     num_shapes: int = 6  # with plain decoding no more than a model keeps engines for
@@ -127,9 +130,9 @@ class _Acceptance:
 def max_calls(effort: Effort, num_batches: int, warm_up: int, has_head: bool = False) -> int:
     """At most so many calls of `generate`."""
     few, num_heads = min(effort.num_batches, num_batches), 2 if has_head else 1
-    num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + 1
+    num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + effort.num_trees * has_head + 1
     costs = num_timed * (min(warm_up, few) + 2 * few * effort.repetitions)
-    num_ways = effort.num_finalists + _NUM_MODES * num_heads + 3
+    num_ways = effort.num_finalists + _NUM_MODES * num_heads + _NUM_DYNAMIC_MODES * has_head + 3
     tried = num_heads + len(effort.copy_tokens) * (1 + _WAYS_WITH_COPIES * num_heads)
     return tried * num_batches + costs + num_ways * (min(warm_up, num_batches) + num_batches * effort.repetitions)
 
@@ -177,7 +180,11 @@ def measure(
     ]
     trees: list[TreeWays] = []
     if rank is not None:
-        trees = [TreeWays.of(rank(head, accepted[head].calls), num_batches, max_tree_rows, head) for head in heads]
+        for head in heads:
+            ranks, rows = rank(head, accepted[head].calls)
+            trees.append(TreeWays.of(ranks, num_batches, max_tree_rows, head))
+            if rows is not None:
+                trees.append(TreeWays.of_drawn(rows, num_batches, max_tree_rows, head))
         probes += [way for one in trees for way in one.probes(effort.num_trees)]
     costs = measure_costs(decode, probes, spread, max_new_tokens, effort.repetitions, warm_up)
     workload = Workload(
@@ -239,8 +246,15 @@ def _seen(way: Way, calls: Sequence[Call], costs: StepCosts) -> Candidate:
     """What is predicted for a way by the steps that it took, at what steps of so many rows cost."""
     drafts = way.num_speculative_tokens > 0
     by_rows = costs.fused(way.use_head if drafts else not costs.by_rows_without_head)
-    ms, prefill_ms = monotone_cost(by_rows, way.num_rows), costs.prefill if drafts else costs.plain_prefill
-    seconds = sum(prefill_ms + call.num_steps * ms for call in calls) / 1000
+    prefill_ms = costs.prefill if drafts else costs.plain_prefill
+    longer = monotone_cost(by_rows, way.num_rows)
+    shorter = monotone_cost(by_rows, way.num_rows_without_copies) if drafts else costs.plain
+    ms = [call.num_steps * (call.copying * longer + (1 - call.copying) * shorter) for call in calls]
     tokens = sum(n - 1 for call in calls for n in call.new_tokens)
     steps = sum(len(run) for call in calls for run in call.accepted)
-    return Candidate(way, tokens / steps, ms, sum(sum(call.new_tokens) for call in calls) / seconds)
+    return Candidate(
+        way,
+        tokens / steps,
+        sum(ms) / sum(call.num_steps for call in calls),
+        1000 * sum(sum(call.new_tokens) for call in calls) / (len(calls) * prefill_ms + sum(ms)),
+    )

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from pardec.adapters.tuned import TunedChoice
 from pardec.layout import full_blocks
-from pardec.tuning.choice import Way
+from pardec.tuning.choice import TREES, Way
 from pardec.tuning.measuring import Findings
 from pardec.tuning.timing import Measured
 
@@ -48,8 +48,10 @@ class TuneReport:
             "measured": [_figures(one, self.findings.plain) for one in self.findings.measured],
             "ms_per_step_by_rows": costs.by_rows,
             "ms_per_step_by_rows_without_head": costs.by_rows_without_head,
-            "ms_per_step_by_rows_of_trees": costs.fused(use_head=True, trees=True),
-            "ms_per_step_by_rows_of_trees_without_head": costs.fused(use_head=False, trees=True),
+            "ms_per_step_by_rows_of_trees": costs.fused(True, "tree"),
+            "ms_per_step_by_rows_of_trees_without_head": costs.fused(False, "tree"),
+            "ms_per_step_by_rows_of_dynamic_trees": costs.fused(True, "dynamic tree"),
+            "ms_per_step_by_rows_of_dynamic_trees_without_head": costs.fused(False, "dynamic tree"),
             "plain_ms_per_step": costs.plain,
             "prefill_ms": costs.prefill,
             "drift": self.findings.drift,
@@ -170,7 +172,7 @@ def _name(way: Way, has_head: bool) -> str:
         shape += f" of {blocks[-1]}" if blocks[-1] else ""
     names = {"plain": "plain", "two_pass": f"two_pass, K {K}", "fused": shape}
     if way.tree is not None:
-        tree = f"tree of {way.tree.num_nodes}, K {K}"
+        tree = f"{way.kind} of {way.tree.num_nodes}, K {K}"
         names = {"two_pass": f"two_pass, {tree}", "fused": tree}
     return names[way.mode] + (", no head" if has_head and not way.use_head else "")
 
@@ -187,7 +189,7 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
     elif choice.tree is None and choice.num_speculative_tokens:
         words.append(f"blocks {shape}")
     if choice.tree is not None:
-        words.append(f"a tree of {choice.tree.num_nodes} nodes")
+        words.append(f"a {way.kind} of {choice.tree.num_nodes} nodes")
     if choice.copy_tokens:
         words.append(f"{choice.copy_tokens} copied tokens")
     if has_head and choice.num_speculative_tokens:
@@ -212,11 +214,10 @@ def plot_costs(report: TuneReport, path: Path) -> None:
     axes.plot(rows, [costs.by_rows[r] for r in rows], "o-", color="#3b6fb6", label="fused steps")
     axes.plot(1, costs.plain, "s", color="#777777", label="plain decoding")
     chosen_ms = choice.ms_per_step * report.findings.drift  # as if measured together with the others
-    trees = costs.fused(choice.use_head, trees=True)
-    if trees:
-        axes.plot(
-            sorted(trees), [trees[r] for r in sorted(trees)], "o--", color="#3f8f5f", label="fused steps of trees"
-        )
+    for kind, color in zip(TREES, ("#3f8f5f", "#8f6f3f"), strict=True):
+        trees = costs.fused(choice.use_head, kind)
+        if trees:
+            axes.plot(sorted(trees), [trees[r] for r in sorted(trees)], "o--", color=color, label=f"fused, {kind}s")
     place = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens, choice.tree).num_rows
     axes.plot(place, chosen_ms, "*", color="#d9742b", markersize=14, label=describe(choice))
     axes.set_ylim(bottom=0)

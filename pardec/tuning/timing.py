@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from pardec.tuning.choice import PLAIN_WAY, Candidate, Way
+from pardec.tuning.choice import PLAIN_WAY, TREES, Candidate, Kind, Way
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -24,12 +24,14 @@ class Call:
         new_tokens: emitted by each sequence.
         accepted: drafts in each step of each sequence.
         token_ids: emitted by each sequence; empty where nobody asks.
+        copying: share of the steps that had rows of copied tokens, which are left out on a CPU where nothing is copied.
     """
 
     seconds: float
     new_tokens: list[int]
     accepted: list[list[int]]
     token_ids: list[list[int]] = field(default_factory=list)
+    copying: float = 1.0
 
     @property
     def num_steps(self) -> int:
@@ -73,7 +75,7 @@ class StepCosts:
         prefill: of a call that drafts, before its first step.
         plain_prefill: the same of plain decoding.
         by_rows_without_head: of fused steps that leave out the head that there is.
-        by_rows_of_trees: of fused steps of trees, by whether they use the head, and then by number of rows.
+        by_rows_of_trees: of fused steps of trees, by kind and by whether they use the head, and then by number of rows.
     """
 
     by_rows: dict[int, float]
@@ -81,12 +83,12 @@ class StepCosts:
     prefill: float
     plain_prefill: float
     by_rows_without_head: dict[int, float] = field(default_factory=dict)
-    by_rows_of_trees: dict[bool, dict[int, float]] = field(default_factory=dict)
+    by_rows_of_trees: dict[tuple[Kind, bool], dict[int, float]] = field(default_factory=dict)
 
-    def fused(self, use_head: bool, trees: bool = False) -> dict[int, float]:
-        """Of fused steps of chains, or of trees, by number of rows; those of trees may be empty."""
-        if trees:
-            return self.by_rows_of_trees.get(use_head, {})
+    def fused(self, use_head: bool, kind: Kind = "chain") -> dict[int, float]:
+        """Of fused steps of one kind by number of rows; those of trees may be empty."""
+        if kind != "chain":
+            return self.by_rows_of_trees.get((kind, use_head), {})
         return self.by_rows if use_head else self.by_rows_without_head
 
 
@@ -120,12 +122,12 @@ def measure_costs(
 
     plain = step_ms(PLAIN_WAY)
 
-    def by_rows(use_head: bool, trees: bool = False) -> dict[int, float]:
+    def by_rows(use_head: bool, kind: Kind = "chain") -> dict[int, float]:
         return {
             way.num_rows: statistics.median(plain)
             * statistics.median(ms / base for ms, base in zip(step_ms(way), plain, strict=True))
             for way in ways
-            if way.use_head is use_head and (way.tree is not None) is trees
+            if (way.use_head, way.kind) == (use_head, kind)
         }
 
     return StepCosts(
@@ -134,7 +136,11 @@ def measure_costs(
         prefill=prefill_ms(ways),
         plain_prefill=prefill_ms([PLAIN_WAY]),
         by_rows_without_head=by_rows(False),
-        by_rows_of_trees={head: found for head in (True, False) if (found := by_rows(head, trees=True))},
+        by_rows_of_trees={
+            (kind, head): found
+            for kind, head in itertools.product(TREES, (True, False))
+            if (found := by_rows(head, kind))
+        },
     )
 
 

@@ -4,7 +4,7 @@ Knows probabilities only: no model, no device, no cost.
 Legend: K num_speculative_tokens, N nodes; `chances` are those of the rows' paths, N + 1 numbers, 1 for the root.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,22 +44,9 @@ class TreeChain:
         return self.ends @ self.depths
 
     @property
-    def transitions(self) -> np.ndarray:
-        """Chance that drafts from a run of one length are followed by those from one of another, [K + 1, K + 1]."""
-        K = len(self.ends) - 1
-        return np.stack([self.ends[:, self.runs == length].sum(axis=1) for length in range(K + 1)], axis=1)
-
-    @property
-    def shares(self) -> np.ndarray:
-        """Long-run share of steps whose nodes come from a run of each length, shape [K + 1]; prefill's is whole."""
-        K = len(self.ends) - 1
-        visits = np.linalg.solve((np.eye(K + 1) - _DISCOUNT * self.transitions).T, np.eye(K + 1)[K])
-        return (1 - _DISCOUNT) * visits
-
-    @property
     def tokens_per_step(self) -> float:
         """Expected tokens that a step emits in the long run, bonus token included."""
-        return 1.0 + float(self.shares @ self.accepted)
+        return 1.0 + float(_shares(self.ends, self.runs) @ self.accepted)
 
     def expected_steps(self, num_tokens: int) -> np.ndarray:
         """Expected steps that emit the first n tokens after that of prefill, n = 0..num_tokens: [num_tokens + 1]."""
@@ -77,3 +64,33 @@ class TreeChain:
 def chain_of(tree: DraftTree, chances: np.ndarray) -> TreeChain:
     """The chain of a tree whose rows have these chances."""
     return TreeChain.of(tree.parents, tree.depths, tree.runs, chances)
+
+
+def shortened_runs(ends: np.ndarray, accepted: np.ndarray) -> Iterator[tuple[tuple[int, ...], float]]:
+    """Runs behind the rows of a tree, whole ones first and one mask token less each time, with tokens per step.
+
+    A run is shortened where that costs least: where a step seldom ends, and a deeper tree brings little. The root's is
+    kept whole.
+
+    Args:
+        ends: chance that a step ends at each row, by the length of the run that its nodes come from, [K + 1, N + 1].
+        accepted: expected accepted nodes, likewise, shape [K + 1].
+    """
+    gained, runs = np.diff(accepted, prepend=0.0), np.full(ends.shape[1], len(ends) - 1)
+    while True:
+        shares = _shares(ends, runs)
+        yield tuple(runs.tolist()), 1.0 + float(shares @ accepted)
+        loss = (shares @ ends) * gained[runs]
+        loss[0], loss[runs == 0] = np.inf, np.inf
+        if not np.isfinite(loss).any():
+            return
+        runs[int(np.argmin(loss))] -= 1
+
+
+def _shares(ends: np.ndarray, runs: np.ndarray) -> np.ndarray:
+    """Long-run share of steps whose nodes come from a run of each length, shape [K + 1]; prefill's is whole."""
+    K = len(ends) - 1
+    # chance that drafts from a run of one length are followed by those from one of another, [K + 1, K + 1]
+    transitions = np.stack([ends[:, runs == length].sum(axis=1) for length in range(K + 1)], axis=1)
+    visits = np.linalg.solve((np.eye(K + 1) - _DISCOUNT * transitions).T, np.eye(K + 1)[K])
+    return (1 - _DISCOUNT) * visits

@@ -5,20 +5,22 @@ Legend: K num_speculative_tokens, N nodes.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-import numpy as np
-
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree, DraftTree
 from pardec.tuning.rank_paths import RankPath, RankPaths, chances_of
-from pardec.tuning.tree_chain import TreeChain
+from pardec.tuning.tree_chain import TreeChain, shortened_runs
 
 NUM_NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
+Shape = TypeVar("Shape", bound=AnyTree)
+
+
 @dataclass(frozen=True)
-class GrownTree:
+class GrownTree(Generic[Shape]):
     """A tree and what is expected of it.
 
     Attributes:
@@ -26,7 +28,7 @@ class GrownTree:
         tokens_per_step: expected in the long run, bonus token included.
     """
 
-    tree: DraftTree
+    tree: Shape
     tokens_per_step: float
 
 
@@ -78,7 +80,7 @@ def tree_of(rank_paths: Sequence[RankPath], runs: dict[RankPath, int]) -> DraftT
     )
 
 
-def best_trees(paths: RankPaths, max_rows: int, nodes: Sequence[int] = NUM_NODES) -> list[GrownTree]:
+def best_trees(paths: RankPaths, max_rows: int, nodes: Sequence[int] = NUM_NODES) -> list[GrownTree[DraftTree]]:
     """For each number of nodes, trees of every number of rows up to `max_rows`, the best that were found.
 
     Runs are shortened one mask token at a time where that costs least: where a step seldom ends, and a deeper tree
@@ -89,18 +91,21 @@ def best_trees(paths: RankPaths, max_rows: int, nodes: Sequence[int] = NUM_NODES
         max_rows: of a fused step.
         nodes: numbers of nodes, root aside.
     """
-    found: dict[tuple[int, int], GrownTree] = {}
+    found: dict[tuple[int, int], GrownTree[DraftTree]] = {}
     for num_nodes in nodes:
         for depth in range(1, paths.num_speculative_tokens + 1):
             taken = grow(paths, num_nodes, depth)
             if max(map(len, taken)) < depth:
                 continue
-            for runs, tokens_per_step in _shortened(paths, taken):
-                rows = len(runs) + sum(runs)
-                best = found.get((len(runs), rows))
-                if rows <= max_rows and (best is None or tokens_per_step > best.tokens_per_step):
+            rows = {path: row for row, path in enumerate(taken)}
+            parents, depths = [rows[path[:-1]] for path in taken[1:]], [len(path) for path in taken]
+            chain = TreeChain.of(parents, depths, [depth] * len(taken), chances_of(paths, taken))
+            for runs, tokens_per_step in shortened_runs(chain.ends, chain.accepted):
+                num_rows = len(runs) + sum(runs)
+                best = found.get((len(runs), num_rows))
+                if num_rows <= max_rows and (best is None or tokens_per_step > best.tokens_per_step):
                     tree = tree_of(taken, dict(zip(taken, runs, strict=True)))
-                    found[len(runs), rows] = GrownTree(tree, tokens_per_step)
+                    found[len(runs), num_rows] = GrownTree(tree, tokens_per_step)
     return list(found.values())
 
 
@@ -114,21 +119,3 @@ def full_tree(paths: RankPaths, num_nodes: int, depth: int | None = None) -> Dra
     if not K:
         return None
     return tree_of(taken, dict.fromkeys(taken, K))
-
-
-def _shortened(paths: RankPaths, taken: Sequence[RankPath]) -> Iterator[tuple[tuple[int, ...], float]]:
-    """Runs behind the rows of these paths, whole ones first and one mask token less each time, with tokens per step."""
-    K = max(map(len, taken))
-    rows = {path: row for row, path in enumerate(taken)}
-    parents, depths = [rows[path[:-1]] for path in taken[1:]], [len(path) for path in taken]
-    chances = chances_of(paths, taken)
-    runs = np.full(len(taken), K)
-    gained = np.bincount(depths, weights=chances, minlength=K + 1)  # f_s - f_(s - 1)
-    while True:
-        chain = TreeChain.of(parents, depths, runs.tolist(), chances)
-        yield tuple(runs.tolist()), chain.tokens_per_step
-        loss = (chain.shares @ chain.ends) * gained[runs]
-        loss[0], loss[runs == 0] = np.inf, np.inf
-        if not np.isfinite(loss).any():
-            return
-        runs[int(np.argmin(loss))] -= 1

@@ -28,6 +28,7 @@ class RankReplay:
         shapes = [list(one.shape) for one in self._texts]
         if not shapes or any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
             raise ValueError(f"ranks: expected shape [places, K] for each of some texts, found {shapes[:3]}")
+        self._lists = [one.tolist() for one in self._texts]  # many trees are tried, each by looking up single numbers
 
     def accepted(self, tree: DraftTree, num_tokens: Sequence[int], *, two_pass: bool = False) -> list[list[int]]:
         """Accepted nodes of each step of each text, until it has so many new tokens, that of prefill among them.
@@ -45,8 +46,7 @@ class RankReplay:
         for row, (parent, rank) in enumerate(zip(tree.parents, tree.ranks, strict=True), start=1):
             children[parent][rank] = row
         return [
-            _steps(tree, children, text.tolist(), wanted, two_pass)
-            for text, wanted in zip(self._texts, num_tokens, strict=True)
+            _steps(tree, children, text, wanted, two_pass) for text, wanted in zip(self._lists, num_tokens, strict=True)
         ]
 
 

@@ -16,6 +16,8 @@ from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import VALIDATION
 from pardec.decoding.messages import message_ids
 from pardec.decoding.prompts import text_ids
+from pardec.decoding.stats import share_with_copies
+from pardec.measures.drawn_paths import drawn_rows_by_place
 from pardec.measures.ranks import ranks_by_place
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, has_bfloat16, library_versions
@@ -23,6 +25,7 @@ from pardec.tuning.choice import Way
 from pardec.tuning.measuring import Effort, Findings, Rank, max_calls, measure
 from pardec.tuning.report import TuneReport
 from pardec.tuning.timing import Call, Decode, in_turn, median_call, tokens_per_second
+from pardec.tuning.tree_growth import NUM_NODES
 
 MAX_TREE_ROWS_ON_CPU, MAX_TREE_ROWS = 32, 256
 MAX_SPECULATIVE_TOKENS = 16  # the full chain of more has over 300 rows, which no device runs in the time of a few
@@ -70,7 +73,8 @@ def tune(
     has_head = model.engines.head is not None
     with tqdm(total=max_calls(effort, len(batches), warm_up, has_head), unit="call", desc="tuning") as bar:
         decode = _decoding(model, batches, bar, temperature, top_k, seed)
-        rank, rows = _ranking(model, batches, K), _max_tree_rows(model)
+        rows = _max_tree_rows(model)
+        rank = _ranking(model, batches, K, max(K, min(rows - 1, NUM_NODES[-1])))
         found = measure(decode, len(batches), K, max_new_tokens, effort, warm_up, has_head, rank, rows)
         bar.total = bar.n  # fewer ways than allowed for may have been worth measuring
     weights = weights_of(directory, model.adapter.metadata.files)
@@ -138,19 +142,29 @@ def _decoding(
         )
         bar.update()
         new_tokens, accepted = [len(ids) for ids in out.token_ids], [one.accepted for one in out.counts]
-        return Call(out.stats.seconds, new_tokens, accepted, out.token_ids)
+        copying = share_with_copies(out.counts) if model.target.device.type == "cpu" and way.copy_tokens else 1.0
+        return Call(out.stats.seconds, new_tokens, accepted, out.token_ids, copying)
 
     return decode
 
 
-def _ranking(model: SelfSpeculativeModel, batches: Sequence[list[list[int]]], num_speculative_tokens: int) -> Rank:
-    """Ranks what was emitted in the model's drafts of K tokens."""
+def _ranking(
+    model: SelfSpeculativeModel, batches: Sequence[list[list[int]]], num_speculative_tokens: int, num_nodes: int
+) -> Rank:
+    """Ranks what was emitted in the model's drafts of K tokens, and finds it in drawn trees of so many nodes.
+
+    Not in trees that mask rows alone draw: these accept no more than those of ranks, as `eval/trees.py` found.
+    """
     prompts = [prompt for batch in batches for prompt in batch]
 
-    def rank(use_head: bool, calls: Sequence[Call]) -> list[np.ndarray]:
+    def rank(use_head: bool, calls: Sequence[Call]) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
         emitted = [ids for call in calls for ids in call.token_ids]
         options = {"num_speculative_tokens": num_speculative_tokens, "use_head": None if use_head else False}
-        return [one.numpy() for one in ranks_by_place(model, prompts, emitted, **options)]
+        ranks = [one.numpy() for one in ranks_by_place(model, prompts, emitted, **options)]
+        if model.engines.head is None or not use_head:
+            return ranks, None
+        rows = drawn_rows_by_place(model, prompts, emitted, num_nodes, **options)
+        return ranks, [one.numpy() for one in rows]
 
     return rank
 
@@ -163,7 +177,7 @@ def _max_tree_rows(model: SelfSpeculativeModel) -> int:
 def _told(way: Way) -> str:
     """What is being measured, for the progress bar."""
     parts = [way.mode, f"K = {way.num_speculative_tokens}" if way.num_speculative_tokens else ""]
-    parts += [f"{way.copy_tokens} copied" if way.copy_tokens else "", "tree" if way.tree is not None else ""]
+    parts += [f"{way.copy_tokens} copied" if way.copy_tokens else "", way.kind if way.tree is not None else ""]
     return ", ".join(filter(None, parts))
 
 

@@ -6,7 +6,11 @@ Reads vLLM's configuration, imports nothing of vLLM.
 from typing import Any
 
 from pardec.adapters.adapter import Adapter
+from pardec.errors import shown
 from pardec.vllm_plugin.architectures import ARCHITECTURES
+
+# of the base that an adapter was trained for, by which its parts and the draft's attention are shaped
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def refuse_unserved(vllm_config: Any, adapter: Adapter) -> None:
@@ -41,3 +45,16 @@ def refuse_unserved(vllm_config: Any, adapter: Adapter) -> None:
     model_type = vllm_config.model_config.hf_config.model_type
     if model_type not in ARCHITECTURES:
         raise ValueError(f"pardec: expected a model_type of {', '.join(ARCHITECTURES)}, found {model_type}")
+    _refuse_another_target(speculative.target_model_config.hf_text_config, adapter)
+
+
+def _refuse_another_target(config: Any, adapter: Adapter) -> None:
+    """Raises ValueError for a target whose layers the draft could borrow but not run; vLLM compares vocabularies."""
+    trained = adapter.metadata.fingerprint.architecture
+    for name in _SIZES:
+        wanted, found = trained.get(name), getattr(config, name, None)
+        if None not in (wanted, found) and wanted != found:
+            raise ValueError(
+                f"pardec: expected the base that the adapter was trained for, with {name} {shown(wanted)}, found a "
+                f"target with {shown(found)}"
+            )

@@ -7,6 +7,7 @@ import pytest
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import RecipeError, Section, parse_recipe
 from pardec.config.recipe_files import load_recipe as load_any_recipe
+from pardec.config.train_section import default_anchors
 from pardec.training.loss import OBJECTIVES
 
 MINIMAL = "base: tiny-python\noutput_dir: runs/x\ndata:\n  path: python-stdlib\n"
@@ -322,6 +323,20 @@ def test_what_is_moved_is_an_adapter_to_start_from(write):
     assert moving.adapter.transfer
     # it allows, and changes nothing that is learned
     assert moving.of_checkpoints() == load_recipe(write(MINIMAL), ["adapter.start_from=runs/x"]).of_checkpoints()
+
+
+def test_anchors_grow_with_the_length_of_sequences_where_no_number_is_named(write):
+    asked = {length: load_recipe(write(MINIMAL), [f"data.max_length={length}"]) for length in (256, 512, 2048)}
+    anchors = [recipe.anchors() for recipe in asked.values()]
+    assert anchors == [default_anchors(length) for length in asked]
+    assert anchors == sorted(set(anchors))
+    assert anchors[2] == 8 * anchors[0]
+    assert [recipe.anchors_to_try()[0] for recipe in asked.values()] == anchors
+    # what was begun with a default goes on with the number that it was, and by no other
+    named = load_recipe(write(MINIMAL), ["data.max_length=512", f"train.anchors_per_sequence={anchors[1]}"])
+    assert named.anchors() == anchors[1]
+    assert named.of_checkpoints() == asked[512].of_checkpoints()
+    assert named.of_checkpoints()["train"]["anchors_per_sequence"] == anchors[1]
 
 
 def test_blocks_grow_to_k(write):

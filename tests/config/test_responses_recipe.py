@@ -4,7 +4,7 @@ import pytest
 
 from pardec.config.recipe_files import RecipeError, load_recipe, parse_recipe
 from pardec.config.responses_recipe import ResponsesRecipe
-from pardec.data.prompt_mix import PromptSource
+from pardec.data.responses.prompt_mix import PromptSource
 
 MIX = {"mix": [{"kind": "questions", "path": "q.jsonl", "key": "problem"}, {"kind": "code", "path": "python-stdlib"}]}
 

@@ -15,8 +15,8 @@ from chat_templates import (
 from data_samples import CHAT, CHAT_TEMPLATE
 
 from pardec.data.conversations import conversation_of, rendered_answers
-from pardec.data.reading import DataError, check_row
-from pardec.data.response_prompts import draw_prompts
+from pardec.data.responses.response_prompts import draw_prompts
+from pardec.data.row_checks import DataError, check_row
 from pardec.data.tokenising import tokenise
 
 

@@ -10,7 +10,7 @@ import pardec.data.python_sources
 from pardec.data.corpus import held_out_documents, held_out_prompts, load_corpus, standard_prompts
 from pardec.data.fitting import pack
 from pardec.data.python_sources import STDLIB, TEST, TRAIN, VALIDATION, python_sources
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 
 
 @pytest.mark.parametrize("lengths", [[3, 4, 5], [25], [8], [7, 1], [1] * 17, [8, 8, 3], [20, 1, 30]])

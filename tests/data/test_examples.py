@@ -7,8 +7,8 @@ import pytest
 import torch
 from data_samples import masked, text
 
-from pardec.data.examples import AnchoredSequences, ExampleOrder, OneShard, collate
-from pardec.data.reading import DataError
+from pardec.data.examples import AnchoredSequences, ExampleOrder, OneShard, collate, collate_used
+from pardec.data.row_checks import DataError
 
 
 def make_sequences(count=7, length=20):
@@ -115,6 +115,18 @@ def test_a_batch_is_padded_on_the_right_with_what_no_loss_counts():
             for target in range(anchor + 2, batch["input_ids"].shape[1]):
                 counted = bool(batch["loss_mask"][b, target])
                 assert not counted or target < len(pair[b]["input_ids"])
+
+
+@pytest.mark.parametrize("lengths", [(6, 5), (12, 5), (3, 3), (1, 2)])
+def test_a_batch_of_used_anchors_lacks_those_that_only_fill_up(lengths):
+    examples = AnchoredSequences([text([1] * length) for length in lengths], 2, 8, seed=0)
+    pair = [examples[0], examples[1]]
+    whole, used = collate(pair), collate_used(pair)
+    assert used["anchors"].shape[1] == max(1, max(lengths) - 2 if max(lengths) < 10 else 8)
+    assert torch.equal(used["anchors"], whole["anchors"][:, : used["anchors"].shape[1]])
+    for one, rest in zip(pair, whole["anchors"][:, used["anchors"].shape[1] :], strict=True):
+        assert (rest == len(one["input_ids"]) - 1).all()
+    assert torch.equal(used["input_ids"], whole["input_ids"])
 
 
 # ---------------------------------------------------------------------- the order

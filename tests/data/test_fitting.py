@@ -6,7 +6,7 @@ from data_samples import write_jsonl
 
 from pardec.data.corpus import load_corpus, prompts_with_room
 from pardec.data.fitting import RowCounts, told_long, windows
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import Document
 
 

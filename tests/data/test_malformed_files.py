@@ -6,7 +6,8 @@ import pytest
 from malformed import UNFIT, damaged_files, is_one_line, keys_of, with_text, without
 
 from pardec.data.prompt_files import read_prompts
-from pardec.data.reading import DataError, read_rows
+from pardec.data.reading import read_rows
+from pardec.data.row_checks import DataError
 
 ROWS = {
     "text": {"text": "x = 1"},

@@ -10,7 +10,8 @@ from datasets import Dataset
 import pardec.data.python_sources
 import pardec.data.rows
 from pardec.data.python_sources import TRAIN, python_sources
-from pardec.data.reading import DataError, hold_out, read_rows
+from pardec.data.reading import hold_out, read_rows
+from pardec.data.row_checks import DataError
 from pardec.data.rows import hold_out_rows, open_rows
 from pardec.data.shards import pieces_of
 

@@ -10,7 +10,7 @@ import pardec.data.streaming
 from pardec.data.corpus import load_corpus
 from pardec.data.examples import AnchoredSequences
 from pardec.data.fitting import pack
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import tokenise
 
 NUM_ROWS = 90

@@ -17,7 +17,7 @@ import pardec.run
 from pardec.data.corpus import load_corpus
 from pardec.data.examples import AnchoredSequences
 from pardec.data.fitting import pack
-from pardec.data.reading import DataError
+from pardec.data.row_checks import DataError
 from pardec.data.rows import open_rows
 from pardec.data.shards import open_shard
 from pardec.data.tokenised import Tokenising, tokenised

@@ -6,7 +6,8 @@ from data_samples import CHAT, CHAT_TEMPLATE, write_jsonl
 from transformers import ByT5Tokenizer
 
 from pardec.data.corpus import load_corpus
-from pardec.data.reading import DataError, read_rows
+from pardec.data.reading import read_rows
+from pardec.data.row_checks import DataError
 from pardec.data.tokenising import tokenise
 
 

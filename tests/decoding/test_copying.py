@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from copying_oracle import copied
 from greedy_oracle import plain_generate, prompts
 from planted_drafts import PlantedDrafts
 from recorded_steps import tape
@@ -11,7 +12,7 @@ from tiny_models import FAMILIES, make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding import engine as engine_module
-from pardec.decoding.copying import LONGEST, MARGIN, SHORTEST, Copier, begin_context
+from pardec.decoding.copying import MARGIN, Copier, Texts, begin_context, num_sources, sources_of
 from pardec.decoding.engine import Engine
 from pardec.decoding.output import outputs_of
 from pardec.decoding.rows import RowForward
@@ -25,21 +26,6 @@ NEW_TOKENS = 26
 # ---------------------------------------------------------------------- which tokens are copied
 
 
-def copied(text: list[int], count: int) -> list[int]:
-    """What followed the longest earlier match of the end of `text`, of ties the last, in plain Python."""
-    best, where = 0, 0
-    for end in range(1, len(text)):  # of an earlier match, exclusive
-        length = next((n for n in range(LONGEST) if n >= end or text[end - 1 - n] != text[-1 - n]), LONGEST)
-        if length >= best:
-            best, where = length, end
-    if best < SHORTEST:
-        return []
-    grown = list(text)
-    for i in range(count):  # a token that was copied may be copied again
-        grown.append(grown[where + i])
-    return grown[len(text) :]
-
-
 @pytest.mark.parametrize("num_tokens", [2, 3, 12])
 def test_copies_are_what_followed_the_longest_and_last_earlier_match(num_tokens):
     source, seen = random.Random(num_tokens), 0
@@ -51,7 +37,8 @@ def test_copies_are_what_followed_the_longest_and_last_earlier_match(num_tokens)
         behind = [source.randrange(num_tokens) for _ in range(40)]  # stale: nobody may look at it
         context = begin_context(torch.tensor([(text + behind)[:40] for text in texts]), 40)
         first = torch.tensor([n - d for n, d in zip(lengths, drafted, strict=True)])
-        found = Copier(width, context.device).candidates(context, first, torch.tensor(drafted))
+        texts_of = Texts(context, first, torch.arange(4)[:, None])
+        found = Copier(width, context.device).candidates(texts_of, first, torch.tensor(drafted))
         for b, (text, d) in enumerate(zip(texts, drafted, strict=True)):
             copies = copied(text, width - d)
             seen += bool(copies)
@@ -64,9 +51,53 @@ def test_copies_are_what_followed_the_longest_and_last_earlier_match(num_tokens)
     assert 0 < seen < 800
 
 
+@pytest.mark.parametrize("num_tokens", [2, 3, 12])
+def test_rows_look_in_the_texts_of_others_up_to_what_these_have_emitted(num_tokens):
+    """Two prompts with rows of texts of any length behind them, drafts behind these, and rows in another order."""
+    source, from_others = random.Random(num_tokens), 0
+    for _ in range(100):
+        first = [source.randrange(num_tokens) for _ in range(source.randint(1, 9))]
+        prompts_of = [first, [*first, 0]]
+        texts = [
+            prompts_of[n % 2] + [source.randrange(num_tokens) for _ in range(source.randint(1, 20))] for n in range(7)
+        ]
+        drafts = [[source.randrange(num_tokens) for _ in range(source.randint(0, 3))] for _ in texts]
+        stale = [source.randrange(num_tokens) for _ in range(40)]
+        context = begin_context(torch.tensor([[*t, *d, *stale][:40] for t, d in zip(texts, drafts, strict=True)]), 40)
+        sources = sources_of([prompts_of[n % 2] for n in range(7)])
+        assert sources == [[n, *((n + 2 * i) % (8 - n % 2 * 2) for i in range(1, 4))] for n in range(7)]
+        rows, width = source.sample(range(7), 4), 6  # some have left the batch, whose texts are looked in
+        lengths = torch.tensor([len(text) for text in texts])
+        found = Copier(width, context.device).candidates(
+            Texts(context, lengths, torch.tensor(sources)[rows]),
+            lengths[rows],
+            torch.tensor([len(drafts[n]) for n in rows]),
+        )
+        for b, n in enumerate(rows):
+            text, d = texts[n] + drafts[n], len(drafts[n])
+            copies = copied(text, width - d, [texts[other] for other in sources[n][1:]])
+            from_others += copies != copied(text, width - d)
+            assert found.ids[b, : int(found.length[b])].tolist() == drafts[n] + copies
+            assert int(found.ids[b].min()) >= 0
+    assert from_others > 50
+
+
+def test_rows_of_one_prompt_look_in_each_others_texts_and_in_few_of_many():
+    one, other = [5, 6], [7]
+    assert sources_of([one, other]) == [[0], [1]]
+    assert sources_of([one, one, other], num_unused=1) == [[0, 1], [1, 0], [2, 2], [3, 3]]
+    assert num_sources([one, other], 1) == 1
+    assert num_sources([one, [5, 6], other], 1) == 2
+    many = sources_of([one] * 20)
+    assert many[0] == list(range(8))
+    assert many[17] == [17, 18, 19, 0, 1, 2, 3, 4]
+    assert num_sources([one], 20) == num_sources([one] * 20, 1) == 8
+
+
 def test_a_loop_goes_on_as_it_went():
     context = begin_context(torch.tensor([[9, 1, 2, 3, 1, 2, 3, 0, 0, 0]]), 10)
-    found = Copier(7, context.device).candidates(context, torch.tensor([7]), torch.tensor([0]))
+    texts = Texts(context, torch.tensor([7]), torch.tensor([[0]]))
+    found = Copier(7, context.device).candidates(texts, torch.tensor([7]), torch.tensor([0]))
     assert found.ids.tolist() == [[1, 2, 3, 1, 2, 3, 1]]
 
 
@@ -206,6 +237,31 @@ def test_captured_steps_copy_what_steps_that_run_copy():
         assert outputs == [plain_generate(model, one, new_tokens) for one in rows]
         assert copied == [sum(accepted for accepted, _ in each) for each in copies]
     assert sum(sum(copied) for _, _, copied in found[0]) > 20
+
+
+@pytest.mark.parametrize(("mode", "num_drafts", "block_lengths"), SHAPES)
+def test_a_step_on_a_cpu_leaves_out_the_rows_of_copies_that_no_sequence_has(mode, num_drafts, block_lengths):
+    """Prompts whose tokens are all different, behind which nothing repeats itself for a while, and rows that leave."""
+    model = tiny_model("llama")
+    rows = [list(range(1, 30)), list(range(30, 40)), list(range(40, 59))]
+    references = [plain_generate(model, row, NEW_TOKENS) for row in rows]
+    decoder = decoder_for(model, mode, block_lengths, num_drafts=num_drafts)
+    decoder.eos_token_ids = torch.tensor([references[1][5]])
+    expected = [reference[: reference.index(references[1][5]) + 1] if references[1][5] in reference else reference
+        for reference in references]  # fmt: skip
+    engine, widths = Engine(decoder, 1), []
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
+    for _ in engine.run(rows, between="nothing"):
+        pass
+    handle.remove()
+    assert outputs_of(engine.state, 3) == expected
+    steps = widths[-2 * len(engine.state.rounds()[0]) :] if mode == "two_pass" else widths[1:]
+    num_copied = [max(n) for n in zip(*([c for _, c in each] for each in engine.state.copies()), strict=False)]
+    whole = decoder.rows_per_step if mode == "fused" else num_drafts + L + 1
+    blocks = (num_drafts,) * (num_drafts + 1) if block_lengths is None else block_lengths[: num_drafts + 1]
+    short = len(blocks) + sum(blocks) if mode == "fused" else num_drafts + 1
+    seen = set(steps[1::2] if mode == "two_pass" else steps)
+    assert seen == {whole, short} if any(num_copied) else seen == {short}
 
 
 def test_a_row_that_has_ended_behind_more_tokens_than_the_others_attend_to_is_no_matter(monkeypatch):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pardec.decoding import engine as engine_module
 from pardec.decoding.engine import Engine, bucket, check_memory
+from pardec.decoding.reports import Reports
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.model import SelfSpeculativeModel
@@ -209,7 +210,7 @@ def test_reading_one_step_behind_brings_the_same_and_still_covers_every_slot(
         engine = Planted(decoder_for(model, mode, TokenLaw(True), new_tokens=NEW), references, num_true,
             says_cuda=says_cuda)  # fmt: skip
         if says_cuda:
-            monkeypatch.setattr(engine_module, "_Reports", _ReportsOnCpu)
+            monkeypatch.setattr(engine_module, "Reports", _ReportsOnCpu)
         brought.append([])
         ahead = 0
         for progress in engine.run(rows):
@@ -223,7 +224,7 @@ def test_reading_one_step_behind_brings_the_same_and_still_covers_every_slot(
         assert list(itertools.chain(*(progress.tokens[b] for progress in behind))) == reference[:NEW]
 
 
-class _ReportsOnCpu(engine_module._Reports):
+class _ReportsOnCpu(Reports):
     """Reads as on a CPU although the loop believes that it is on a GPU."""
 
     def post(self, state, *report):

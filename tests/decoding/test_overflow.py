@@ -14,6 +14,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import sample_from
+from pardec.draft_tree import DynamicTree
 from pardec.model import SelfSpeculativeModel
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
@@ -57,6 +58,8 @@ def test_tokens_are_those_of_plain_decoding(family, dtype, scale, batch, mode, m
     assert not seen  # plain decoding has no such rows
     assert ours.generate(ROWS[:batch], max_new_tokens=16, mode=mode).token_ids == expected
     assert any(seen)  # what is tested did happen
+    tree = DynamicTree((K,) * 7)  # drawn from what is no numbers
+    assert ours.generate(ROWS[:batch], max_new_tokens=16, mode=mode, tree=tree).token_ids == expected
     out = ours.generate(ROWS[:batch], max_new_tokens=16, mode=mode, temperature=0.8, seed=0)
     assert all(0 <= token < V for row in out.token_ids for token in row)
 

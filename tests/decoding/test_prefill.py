@@ -140,7 +140,7 @@ def test_the_first_block_behind_a_long_prompt_goes_through_the_lora(short_chunks
     row = prompts(V, (17,))[0]
     padded, lengths = torch.tensor([row]), torch.tensor([17])
     with torch.no_grad():
-        logits = decoder._prefill_logits(padded, lengths, SlotCache(3, 64, 1))
+        logits = decoder._prefill.logits(padded, lengths, SlotCache(3, 64, 1))
         with decoder.attached(), decoder.forward.gate.open(slice(17, 17 + K), 1, 17 + K):
             embeds = torch.cat([model.get_input_embeddings()(padded), decoder.forward.mask_embeddings[None]], dim=1)
             expected = model(inputs_embeds=embeds, use_cache=False).logits[:, 16:]
@@ -208,7 +208,7 @@ def test_prompts_of_a_base_whose_weights_are_brought_in_run_in_one_forward(small
     model = tiny_model("llama")
     decoder = decoder_for(model)
     for is_offloaded, num_forwards in ((False, 3), (True, 1)):
-        monkeypatch.setattr("pardec.decoding.step.is_offloaded", lambda base, found=is_offloaded: found)
+        monkeypatch.setattr("pardec.decoding.prefill.is_offloaded", lambda base, found=is_offloaded: found)
         with Widths(model) as shapes:
             decoder.prefill(prompts(V, (11, 3, 17)))
         assert len(shapes) == num_forwards

@@ -423,7 +423,7 @@ def test_prefill_with_packed_siblings_and_lora_gives_the_logits_of_hooks(family,
         with torch.no_grad(), monkeypatch.context() as patched:
             if linears is not None:
                 patched.setattr(torch.nn.functional, "linear", None)
-            seen[name] = decoder._prefill_logits(padded, lengths, SlotCache(target.num_layers, 40, 3))
+            seen[name] = decoder._prefill.logits(padded, lengths, SlotCache(target.num_layers, 40, 3))
     spread = seen["hooks"].std()
     assert (seen["packed"] - seen["hooks"]).abs().max() / spread < 1e-3
     assert torch.equal(seen["packed"][:, 0], seen["closed"][:, 0])

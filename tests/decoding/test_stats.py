@@ -11,6 +11,7 @@ from pardec.decoding.stats import (
     acceptance_outside_repetition,
     inside_repetition,
     pool,
+    share_with_copies,
 )
 
 # two sequences of a fused decoder with K = 3; the first round of the second one has no draft
@@ -48,6 +49,12 @@ def test_copies_count_apart_and_in_what_a_step_emits():
     alone = pool([SequenceCounts([0, 0], [0, 0], 7, accepted_copies=[4, 0], copied=[8, 8])], seconds=1.0)
     assert (alone.num_drafts, alone.mean_acceptance_length) == (2, 3.0)
     assert alone.acceptance_rate_per_position["conditional"] == []
+
+
+def test_a_batch_has_rows_of_copies_in_the_steps_in_which_any_sequence_has_some():
+    counts = [SequenceCounts([0] * 4, [0] * 4, 5, copied=[0, 8, 0, 0]), SequenceCounts([0], [0], 3, copied=[8])]
+    assert share_with_copies(counts) == 0.5
+    assert share_with_copies([FIRST]) == 0
 
 
 def test_rates_per_position_by_hand():

@@ -11,7 +11,7 @@ from pardec.training.memory import learned_bytes, measure_step
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora
-from pardec.training.processes import make_accelerator
+from pardec.training.running.processes import make_accelerator
 
 B, T, N, K = 2, 16, 3, 2
 

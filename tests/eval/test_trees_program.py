@@ -15,7 +15,7 @@ from pardec.measures.acceptance import summarise
 
 KEYS = {
     "law", "kind", "rows", "nodes", "depth", "block_lengths", "expected", "measured", "interval", "outside_repetition",
-    "tokens_per_step", "gain", "gain_interval", "ms_per_step", "times_plain",
+    "tokens_per_step", "gain", "gain_interval", "over_tree", "ms_per_step", "times_plain",
 }  # fmt: skip
 
 
@@ -38,9 +38,25 @@ def test_every_shape_has_a_row_for_each_way_to_choose_tokens_and_greedy_lengths_
         assert row["rows"] <= 9 or row["kind"] == "full chain"
         if row["law"] == "greedy":
             assert row["measured"] == pytest.approx(row["expected"], abs=1e-4)
+        assert (row["over_tree"] is not None) == ("dynamic" in row["kind"])
+    kinds = {row["kind"] for row in result["rows"]}
+    assert {"tree", "dynamic tree", "tree of 2", "dynamic tree of 2"} <= kinds
+    assert {"plain", "tree"} <= {one["kind"] for one in result["costs"]} <= {"plain", *kinds}
     full = [row for row in result["rows"] if row["kind"] == "full chain"]
     assert all(row["gain"] == 0 for row in full)
     assert result["costs"][0]["rows"] == 1
+
+
+def test_of_shapes_with_more_rows_than_are_decoded_what_is_expected_stands_alone(adapters, tmp_path):
+    few = ("--quick", "--laws", "greedy", "--decoded-rows", 4, "--timed-prompts", 0, "--output", tmp_path / "few")
+    whole = ("--quick", "--laws", "greedy", "--timed-prompts", 0, "--output", tmp_path / "whole")
+    found, every = (run(trees.main, adapters / "lora", *options).result for options in (few, whole))
+    assert {row["measured"] is None for row in found["rows"]} == {True, False}
+    assert all((row["measured"] is None) == (row["rows"] > 4) for row in found["rows"])
+    assert found["costs"] == []
+    # greedy texts are what is decoded, so all that is said of them is the same
+    changed = [{**row, "measured": None} for row in found["rows"]]
+    assert changed == [{**row, "measured": None} for row in every["rows"]]
 
 
 def test_on_paper_there_is_a_best_shape_for_every_batch(ended):

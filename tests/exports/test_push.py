@@ -235,6 +235,12 @@ def test_an_upload_that_breaks_off_changes_nothing_and_is_made_again(hub, direct
     assert torch.equal(load_adapter(NAME).mask_embeddings, adapter.mask_embeddings + 1)
 
 
+@pytest.mark.parametrize("address", ["/api/repos/create", f"/api/models/{NAME}$"])
+def test_what_answers_and_is_no_hub_is_told(hub, directory, address):
+    hub.say[address] = (200, "welcome")
+    assert f"{NAME}: an answer that is no hub's (KeyError: '" in refusal(directory, NAME)
+
+
 def test_a_record_of_other_measurements_is_pushed_as_it_is(hub, directory):
     adapter = load_adapter(directory)
     adapter.metadata.measured.update(json.loads('{"sampled": 3, "greedy": {"mean_acceptance_length": "x"}}'))

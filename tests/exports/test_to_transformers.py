@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,10 +68,27 @@ found["pipeline"] = pipe(prompt, return_tensors=True, **options)[0]["generated_t
 stop = {"stop_strings": [tokenizer.decode(found["plain"][-4:-2])], "tokenizer": tokenizer}
 ways = ((base, {}), (base, asked), (own, {}))
 stopped = [tokens(model.generate(**inputs, **options, **stop, **more)) for model, more in ways]
-try:
-    own.generate(**inputs, **options, stop_strings="x")
-except ValueError as error:
-    without_tokenizer = str(error)
+config = GenerationConfig(**options, stop_strings=stop["stop_strings"])
+stopped += [tokens(model.generate(**inputs, generation_config=config, tokenizer=tokenizer, **more))
+            for model, more in ways]
+assert config.stop_strings == stop["stop_strings"]
+
+def refusal(model, **more):
+    try:
+        model.generate(**inputs, **options, **more)
+    except ValueError as error:
+        return str(error)
+
+ending = copy.deepcopy(own)
+ending.generation_config.stop_strings = ["x"]
+refused = {
+    "tokenizer": refusal(own, stop_strings="x"),
+    "own config": refusal(ending, tokenizer=tokenizer),
+    "assistant": refusal(own, assistant_model=base),
+    "assistant, alone": refusal(base, assistant_model=base, **asked),
+    "paged": refusal(own, cache_implementation="paged"),
+    "K": refusal(own, num_speculative_tokens=9),
+}
 adapters = {"base": sorted(base._pardec_adapters), "own": sorted(own._pardec_adapters)}
 
 tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
@@ -78,11 +96,7 @@ batch = tokenizer(["import os", "class Queue:\\n    def put("], padding=True, re
 batches = [model.generate(**batch, **options, **more).tolist() for model, more in ways]
 torch.manual_seed(0)
 sampled = tokens(own.generate(**inputs, max_new_tokens=new, do_sample=True, temperature=0.8, top_k=10))
-try:
-    own.generate(**inputs, **options, num_speculative_tokens=9)
-except ValueError as error:
-    refused = str(error)
-print(json.dumps({"stopped": stopped, "without_tokenizer": without_tokenizer}))
+print(json.dumps({"stopped": stopped}))
 print(json.dumps({"found": found, "batches": batches, "sampled": sampled, "refused": refused, "adapters": adapters}))
 """
 
@@ -117,13 +131,19 @@ def test_folders_decode_in_another_process(folders, tiny_base, tokenizer, tmp_pa
     assert len(out["found"]) == 12
     for way, tokens in out["found"].items():
         assert tokens == expected, way
-    assert out["stopped"][0] == out["stopped"][1] == out["stopped"][2]
+    assert all(tokens == out["stopped"][0] for tokens in out["stopped"])
+    assert len(out["stopped"]) == 6
     assert len(prompt) < len(out["stopped"][0]) < len(expected)
-    assert "stop_strings: expected the model's tokenizer" in out["without_tokenizer"]
     assert out["batches"][0] == out["batches"][1] == out["batches"][2]
     assert len(out["sampled"]) > len(prompt)
     assert out["sampled"][: len(prompt)] == prompt
-    assert "num_speculative_tokens: expected at most 3" in out["refused"]  # the adapter's own K
+    refused = out["refused"]
+    assert "stop_strings: expected the model's tokenizer" in refused["tokenizer"]
+    assert "stop_strings: expected them in the call, found some in the model's own" in refused["own config"]
+    said = "assistant_model: expected none, as the adapter drafts, found one"
+    assert refused["assistant"] == refused["assistant, alone"] == said
+    assert refused["paged"] == "cache_implementation: expected one that the adapter drafts with, found 'paged'"
+    assert "num_speculative_tokens: expected at most 3" in refused["K"]  # the adapter's own
     alone, whole = map(str, folders)
     assert out["adapters"] == {"base": [alone], "own": sorted([alone, whole])}
 
@@ -220,3 +240,22 @@ def test_only_transformers_own_generate_is_asked_where_the_folder_is():
         return custom_generate._asked_for(inspect.currentframe())
 
     assert generate("a/folder") is None
+
+
+@pytest.mark.parametrize(("commit", "name"), [(None, "user/repo"), ("a" * 40, f"user/repo@{'a' * 40}")])
+def test_the_adapter_beside_a_model_of_the_hub_is_of_the_same_commit(commit, name):
+    config = SimpleNamespace(_name_or_path="user/repo", _commit_hash=commit)
+    assert custom_generate._loaded_from(SimpleNamespace(config=config)) == name
+
+
+def test_a_folder_is_another_one_where_we_have_gone_elsewhere(adapter, tiny_base, tmp_path, monkeypatch):
+    """Its name alone does not tell which adapter was loaded."""
+    model, expected = copy.deepcopy(tiny_base), None
+    for number in (1, 2):
+        here = tmp_path / str(number)
+        exported(adapter, "transformers", here)
+        monkeypatch.chdir(here)
+        out = custom_generate.generate(torch.tensor([[5, 9, 2]]), model=model, adapter="out", max_new_tokens=4)
+        expected = out if expected is None else expected
+        assert torch.equal(out, expected)
+    assert sorted(model._pardec_adapters) == [str(tmp_path / "1/out"), str(tmp_path / "2/out")]

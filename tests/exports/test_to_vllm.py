@@ -8,11 +8,13 @@ import torch
 from export_samples import K, exported, sample
 from safetensors.torch import load_file
 from tiny_models import make_adapter, tiny_model
+from transformers import AutoConfig
 
 from pardec.adapters.files import load_adapter, save_adapter
 from pardec.exports.export import export_adapter
 from pardec.exports.record import read_record
 from pardec.exports.to_vllm import VLLM
+from pardec.run import file_sha256
 from pardec.target.base import resolve_base
 
 
@@ -48,7 +50,16 @@ def test_the_configuration_is_the_bases_with_the_drafts_architecture_and_an_id_t
     base = json.loads(Path(resolve_base("tiny-python"), "config.json").read_text())
     mask_id = base["vocab_size"]
     draft = {"architectures": ["PardecDraftForCausalLM"], "pard_token": mask_id, "mask_token_id": mask_id}
-    assert found == base | draft
+    assert found == base | draft | {"adapter_sha256": file_sha256(folder / "pardec.json")}
+
+
+def test_what_vllm_compiles_for_one_adapter_is_not_taken_for_another(packaged_adapter, tmp_path):
+    """It knows it by the draft's path and configuration, which transformers reads."""
+    keys = []
+    for rank in (2, 4):
+        out = exported(packaged_adapter(K, lora_rank=rank), "vllm", tmp_path / str(rank))
+        keys.append(AutoConfig.from_pretrained(out, name_or_path="out").to_json_string())
+    assert keys[0] != keys[1]
 
 
 def test_the_page_says_what_the_plugin_needs(folder):

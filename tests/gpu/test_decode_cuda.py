@@ -4,7 +4,7 @@ import pytest
 import torch
 from greedy_oracle import plain_generate
 from tiny_models import FAMILIES, make_adapter, tiny_model
-from tree_samples import BRANCHING, CROOKED
+from tree_samples import BRANCHING, CROOKED, DYNAMIC
 
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import load_base
@@ -38,18 +38,20 @@ def test_float64_tokens_of_trees_equal_generate(family, mode, head_width, captur
     rows = [[1 + token % 6 for token in row] for row in ROWS]  # 0 is padding to `generate`
     ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2, head_width=head_width, shortlist=6))
     ours.capture = captured
-    for tree in (BRANCHING, CROOKED):
+    for tree in (BRANCHING, CROOKED, *DYNAMIC.values()):
         out = ours.generate(rows, max_new_tokens=24, mode=mode, tree=tree)
         assert out.token_ids == [plain_generate(model, row, 24) for row in rows]
 
 
-def test_sampled_trees_draw_the_same_captured_or_not():
+@pytest.mark.parametrize("tree", [BRANCHING, *DYNAMIC.values()], ids=["constant", *DYNAMIC])
+@pytest.mark.parametrize("head_width", [0, 6])
+def test_sampled_trees_draw_the_same_captured_or_not(tree, head_width):
     model = tiny_model("llama", vocab_size=7).cuda()
-    ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2))
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2, head_width=head_width, shortlist=6))
     found = []
     for captured in (True, False):
         ours.capture = captured
-        options = {"max_new_tokens": 24, "temperature": 0.9, "seed": 3, "tree": BRANCHING}
+        options = {"max_new_tokens": 24, "temperature": 0.9, "seed": 3, "tree": tree}
         found.append(ours.generate([[1, 2, 3], [4, 5]], **options).token_ids)
     assert found[0] == found[1]
 

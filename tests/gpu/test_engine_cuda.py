@@ -38,15 +38,15 @@ def engine_for(model, mode: str, law: TokenLaw, *, drafting=None, **options) -> 
     return Engine(decoder, 1, captured=True, **options)
 
 
-def run(engine: Engine, rows, new_tokens: int, *, seed: int = 0) -> list:
+def run(engine: Engine, rows, new_tokens: int, *, seed: int = 0, repeats: int = 1) -> list:
     decoder = engine.decoder
     decoder.max_new_tokens = new_tokens
     decoder.eos_token_ids = torch.empty(0, dtype=torch.long, device="cuda")
     if decoder.law.generator is not None:
         decoder.law.generator.manual_seed(seed)
-    for _ in engine.run(rows):
+    for _ in engine.run(rows, repeats=repeats):
         pass
-    return results(decoder, engine.state)[: len(rows)]
+    return results(decoder, engine.state)[: len(rows) * repeats]
 
 
 # ---------------------------------------------------------------------- captured and uncaptured
@@ -86,6 +86,20 @@ def test_replayed_graphs_leave_bitwise_what_the_same_steps_leave_uncaptured(fami
         for name, tensor in tensors_of(uncaptured.state).items():
             if name not in ("prompts", "output", "marks"):  # what stands behind the end of these does not count
                 assert torch.equal(getattr(captured.state, name)[:n], tensor[:n]), name
+
+
+@pytest.mark.parametrize("mode", ["fused", "two_pass"])
+def test_samples_of_one_prompt_copy_from_each_other_in_replayed_graphs_as_uncaptured(mode):
+    model = tiny_model("llama", dtype=torch.float32).cuda()
+    captured, uncaptured = (
+        engine_for(model, mode, sampled(), drafting={"copy_tokens": 5}, **options)
+        for options in ({}, {"recorder": rerun})
+    )
+    for seed, (lengths, repeats) in enumerate((((11,), 4), ((3, 5), 2), ((11,), 4), ((2, 7, 4), 1))):
+        rows = prompts(V, lengths)
+        expected = run(uncaptured, rows, 40, seed=seed, repeats=repeats)
+        assert run(captured, rows, 40, seed=seed, repeats=repeats) == expected
+        assert captured.state.sources.shape == (4, repeats)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -199,7 +213,7 @@ def test_a_step_never_waits_for_the_device(family, mode, copy_tokens, law):
     decoder = decoder_for(model, mode, asked, copy_tokens=copy_tokens)
     decoder.eos_token_ids = torch.tensor([1, 2], device="cuda")
     with decoder.attached():
-        state = decoder.prefill(prompts(V, (11, 3)))
+        state = decoder.prefill(prompts(V, (11, 3)), repeats=2)
         decoder.step(state)  # whatever is made once is made here
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

@@ -19,7 +19,7 @@ from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import Verification
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree
 from pardec.target.forward import TargetModel
 from pardec.target.survey import survey
 
@@ -122,7 +122,7 @@ def decoder_for(
     head_width: int = 0,
     noise: bool = False,
     verification: Verification = "token",
-    tree: DraftTree | None = None,
+    tree: AnyTree | None = None,
     copy_tokens: int = 0,
 ) -> Decoder:
     target, adapter = TargetModel.wrap(model), make_adapter(model, K, lora_rank=2, head_width=head_width)
@@ -132,9 +132,9 @@ def decoder_for(
         return Decoder(RowForward(target, query_group=group), mode, 0, law, new_tokens, eos_ids)
     masks, gate = adapter.mask_embeddings.to(target.device, target.dtype), LoraGate(model, adapter.lora)
     head, tokens = HeadDrafter.of(adapter, target), NoiseTokens.of(V, target.device) if noise else None
-    masks = None if noise else masks
-    forward = RowForward(target, masks, gate, query_group=group, noise=tokens, tap=head and head.tap)
     depth = K if tree is None else tree.num_speculative_tokens
+    masks = None if noise else masks[:depth]
+    forward = RowForward(target, masks, gate, query_group=group, noise=tokens, tap=head and head.tap)
     parts = {"head": head, "verification": verification, "copy_tokens": copy_tokens, "tree": tree}
     return Decoder(forward, mode, depth, law, new_tokens, eos_ids, **parts)
 

@@ -2,7 +2,7 @@
 
 import random
 
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import DraftTree, DynamicTree
 
 # two children of the root and of one node each, runs of every length; the first branch is rows 1, 2, 3
 BRANCHING = DraftTree((0, 1, 2, 0, 0, 4, 1), (0, 0, 0, 1, 2, 0, 1), (3, 3, 2, 1, 2, 0, 3, 1))
@@ -10,6 +10,9 @@ BRANCHING = DraftTree((0, 1, 2, 0, 0, 4, 1), (0, 0, 0, 1, 2, 0, 1), (3, 3, 2, 1,
 CROOKED = DraftTree((0, 1, 0, 3, 1), (1, 0, 0, 1, 2), (2, 0, 2, 1, 1, 2))
 WIDE = DraftTree((0, 0, 0), (0, 1, 2), (1, 1, 0, 1))
 TREES = {"branching": BRANCHING, "crooked": CROOKED, "wide": WIDE, "chain": DraftTree.chain((3, 2, 0, 3))}
+
+
+DYNAMIC = {"dynamic": DynamicTree((3, 3, 2, 2, 1, 0, 3, 1)), "dynamic, few": DynamicTree((3, 0, 1, 2))}
 
 
 def random_tree(seed: int, num_nodes: int = 7, width: int = 3, depth: int = 3) -> DraftTree:

@@ -12,7 +12,7 @@ from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree, DynamicTree
 from pardec.target.attention import query_group
 from pardec.target.cache import BufferKind, SlotCache
 from pardec.target.forward import TargetModel
@@ -33,7 +33,7 @@ def tiny_decoder(
     copy_tokens: int = 0,
     law: TokenLaw | None = None,
     device: str = "meta",
-    tree: DraftTree | None = None,
+    tree: AnyTree | None = None,
 ) -> Decoder:
     """A decoder of a tiny model in bfloat16 as it is put together on CUDA, where attention is grouped.
 
@@ -74,9 +74,18 @@ def tiny_decoder(
 
 
 def tiny_state(
-    decoder: Decoder, batch_size: int, device: str = "meta", kinds: Mapping[BufferKind, int] | None = None
+    decoder: Decoder,
+    batch_size: int,
+    device: str = "meta",
+    kinds: Mapping[BufferKind, int] | None = None,
+    num_sources: int = 1,
 ) -> DecodeState:
-    """What prefill leaves; the numbers, where there are any, are whatever they are; `kinds` as in `SlotCache`."""
+    """What prefill leaves; the numbers, where there are any, are whatever they are.
+
+    Args:
+        kinds: as in `SlotCache`.
+        num_sources: texts that each row copies from, where tokens are copied.
+    """
     lengths = torch.empty(batch_size, dtype=torch.long, device=device)
     drafts = lengths.new_empty(batch_size, decoder.num_drafts)
     vocabulary = decoder.target.vocab_size
@@ -91,7 +100,8 @@ def tiny_state(
         draft_probs=None
         if decoder.law.greedy or decoder.tree is not None
         else torch.empty(*drafts.shape, vocabulary, device=device),
+        parents=torch.empty_like(drafts) if isinstance(decoder.tree, DynamicTree) else None,
         width=decoder.tokens_per_step,
         capacity=CAPACITY,
-        copies=decoder.copy_tokens > 0,
+        sources=torch.empty(batch_size, num_sources, dtype=torch.long, device=device) if decoder.copy_tokens else None,
     )

@@ -5,6 +5,7 @@ import torch
 from tiny_models import make_adapter, tiny_model
 
 import pardec.decoding.prefill
+import pardec.measures.place_rows
 import pardec.measures.ranks
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
@@ -110,7 +111,9 @@ def assert_equal(found, rows: list[list[int]]) -> None:
     ],
 )
 def test_ranks_are_those_of_a_full_forward_for_every_place(family, lora, sharing, stride, monkeypatch):
-    monkeypatch.setattr(pardec.measures.ranks, "_BLOCKS_PER_FORWARD", 4)  # several forwards, the last of them not full
+    monkeypatch.setattr(
+        pardec.measures.place_rows, "_BLOCKS_PER_FORWARD", 4
+    )  # several forwards, the last of them not full
     model = model_of(family, lora_rank=2 if lora else 0, mask_sharing=sharing)
     continuations = [tokens[:n] for tokens, n in zip(sampled(model, 41), (41, 23, 1), strict=True)]
     found = measure_ranks(model, PROMPTS, continuations, stride=stride, batch_size=2)

@@ -3,6 +3,7 @@
 import pytest
 
 from pardec.measures.acceptance import measure_acceptance
+from pardec.measures.floor import measure_floor
 from pardec.measures.ranks import measure_ranks
 from pardec.measures.share import ALL_OF_IT, Share
 from pardec.model import SelfSpeculativeModel
@@ -45,3 +46,8 @@ def test_every_process_gets_the_figures_of_one(tiny_base, packaged_adapter, of):
         return measure_ranks(model, PROMPTS, alone.token_ids, batch_size=2, share=share)
 
     assert by_processes(ranked, of) == ranked(ALL_OF_IT)
+
+    def floors(share):
+        return measure_floor(model, PROMPTS, temperature=0.8, top_k=10, seed=3, batch_size=2, share=share)
+
+    assert by_processes(floors, of) == floors(ALL_OF_IT)

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from pardec.target.cache import PrefixCache, SlotCache
+from pardec.target.cache import SlotCache
+from pardec.target.prefix_cache import PrefixCache
 
 H, D, LAYERS, SLOTS = 2, 4, 2, 24
 

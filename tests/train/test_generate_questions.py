@@ -8,7 +8,7 @@ import programs
 import pytest
 from transformers import AutoTokenizer
 
-from pardec.data.questions import training_questions
+from pardec.data.responses.questions import training_questions
 from pardec.target.base import resolve_base
 
 END = "return"  # a text that the packaged model writes soon

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pardec.data.corpus import load_corpus
 from pardec.data.python_sources import split_of
-from pardec.data.responses import about_file, plan_batches
+from pardec.data.responses.response_file import about_file, plan_batches
 from pardec.target.base import load_base, resolve_base
 
 PROMPT_TOKENS, MAX_NEW_TOKENS, TOP_K = 16, 8, 5
@@ -206,7 +206,7 @@ def test_what_one_process_was_killed_at_in_the_middle_of_a_row_two_continue_to_t
 ):
     """13 responses in 5 batches, of which one is written: a process has none to generate in some round."""
     code = (
-        "import os, runpy, signal, sys, pardec.data.responses as responses\n"
+        "import os, runpy, signal, sys, pardec.data.responses.response_file as responses\n"
         "append = responses.append_rows\n"
         "def die_in_the_third(file, rows):\n"
         "    if rows[0]['index'] == 8:\n"

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import before_first_step
 import pytest
 import torch
 from data_samples import code_text
@@ -16,9 +17,12 @@ from programs import Ended
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import pardec.data.examples
+import pardec.training.running.checkpoints
 from pardec.adapters.files import load_adapter
 from pardec.target.base import resolve_base
-from pardec.training.processes import STOPPED
+from pardec.training.objective import Objective
+from pardec.training.running.processes import STOPPED
 
 ROOT = Path(__file__).parents[2]
 # a global batch of 4, with batches of an evaluation that do not depend on the number of processes
@@ -169,6 +173,57 @@ def test_a_run_is_not_continued_with_other_steps(whole, text_file, small_base, t
     (error, _) = launch(2, output, text_file, *LONG, f"base={small_base}", "train.batch_size=4").results()
     assert "expected the global batch (train.batch_size x train.gradient_accumulation_steps x processes)" in error.error
     assert "that it was begun with, 4, found 8; choose another output_dir" in error.error
+
+
+def hindered(hindrance: str, rank: int, *arguments: str) -> Ended:
+    """The program where something is wrong in one process alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == str(rank):
+            HINDRANCES[hindrance](patch)
+        return program("train_adapter", *arguments)
+
+
+def full_disk(*arguments: object) -> None:
+    raise OSError("parameters.safetensors: expected room for 1,234 bytes, found No space left on device")
+
+
+def no_number(*arguments, **options) -> tuple:
+    losses, found = weighted_losses(*arguments, **options)
+    return losses * float("nan"), found
+
+
+weighted_losses = Objective.weighted_losses
+HINDRANCES = {
+    "memory": lambda patch: patch.setattr(before_first_step, "free_bytes", lambda *arguments: 2**20),
+    "save": lambda patch: patch.setattr(pardec.training.running.checkpoints, "save_tensors", full_disk),
+    "tokens": lambda patch: patch.setattr(pardec.data.examples.AnchoredSequences, "__getitem__", full_disk),
+    "loss": lambda patch: patch.setattr(Objective, "weighted_losses", no_number),
+}
+
+
+@pytest.mark.parametrize(
+    ("hindrance", "rank", "words"),
+    [
+        ("memory", 1, "memory: expected at most 0.00 GiB beside the weights, which are free, found an estimate of "),
+        ("save", 0, "parameters.safetensors: expected room for 1,234 bytes, found No space left"),
+        ("tokens", 1, "parameters.safetensors: expected room for 1,234 bytes, found No space left"),
+        ("loss", 1, "step 1: expected a finite loss, found loss nan and gradient norm nan; lower train.learning_rate"),
+    ],
+)
+def test_what_is_wrong_in_one_process_ends_both_with_a_line(text_file, small_base, tmp_path, hindrance, rank, words):
+    recipe = [str(ROOT / "recipes/quickstart.yaml"), f"output_dir={tmp_path}/run", f"data.path={text_file}"]
+    options = (*SMALL, "train.batch_size=2", "train.steps=2", f"base={small_base}", "eval.top_k=null")
+    for ended in Launched(2, hindered, hindrance, rank, *recipe, *options).results():
+        assert words in ended.error
+    assert (tmp_path / "run").exists() == (hindrance != "memory")
+
+
+def test_malformed_data_end_both_processes_with_file_and_line(small_base, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "fine"}\n{"text": 3}\n')
+    for ended in launch(2, tmp_path / "run", data, f"base={small_base}").results():
+        assert f"{data}:2: expected non-empty 'text'" in ended.error
+    assert not (tmp_path / "run").exists()
 
 
 KILLS = int(os.environ.get("KILLS", 4))  # for more of them

@@ -18,8 +18,8 @@ from pardec.adapters.files import METADATA_FILE
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import load_recipe
 from pardec.data.corpus import load_corpus
-from pardec.data.prompt_mix import PromptSource, draw_mix
-from pardec.data.responses import append_rows, one_turn, response_row
+from pardec.data.responses.prompt_mix import PromptSource, draw_mix
+from pardec.data.responses.response_file import append_rows, one_turn, response_row
 from pardec.decoding.probing.probe import probe
 from pardec.target.forward import TargetModel
 from pardec.training.steps import part_of

@@ -1,18 +1,14 @@
-"""train/train_adapter.py: what a run leaves behind, what it can be continued from, and what it refuses."""
+"""train/train_adapter.py: what a run leaves behind, and what it refuses."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import train_adapter
 from accelerate import Accelerator
-from data_samples import code_text, write_jsonl
+from adapter_runs import ROOT, checkpoint, train, train_in_own_process
+from data_samples import write_jsonl
 from launched import free_port
-from programs import Ended, run, run_in_own_process
-from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 import pardec
@@ -22,9 +18,7 @@ from pardec.measures.held_out import measure_again
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
 from pardec.training.steps import Learner, make_schedule
-from pardec.training.warm_start import check_source
 
-ROOT = Path(__file__).parents[2]
 K, T = 3, 20
 
 
@@ -57,61 +51,6 @@ def test_a_step_draws_the_same_noise_in_a_run_that_is_continued():
     assert len({first, loss(step=6, seed=0), loss(step=5, seed=1)}) == 3
 
 
-def test_a_run_is_not_continued_on_another_source_than_it_began_with():
-    """Frozen parts are read from there at every start."""
-    before = {"lora/adapter_model.safetensors": "1234"}
-    check_source("runs/distilled", before, dict(before))
-    check_source(None, None, None)
-    with pytest.raises(ValueError, match=r"^adapter\.start_from .*distilled: expected the adapter that this run began"):
-        check_source("runs/distilled", before, {"lora/adapter_model.safetensors": "5678"})
-
-
-# ---------------------------------------------------------------------- the script
-
-SMALL = [
-    "data.max_length=64", "train.batch_size=2", "train.anchors_per_sequence=8", "train.log_every=1",
-    "train.warmup_steps=0", "eval.num_prompts=2", "eval.max_new_tokens=8", "adapter.num_speculative_tokens=2",
-    "train.mixed_precision=no",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "code.txt"
-    path.write_text(code_text(900))
-    return path
-
-
-def command_line(output: Path, text: Path, *overrides: str) -> list[str]:
-    paths = [f"output_dir={output}", f"data.path={text}", f"data.cache={text.parent / 'tokenised'}"]
-    return [str(ROOT / "recipes/quickstart.yaml"), *paths, *SMALL, *overrides]
-
-
-def train(output: Path, text: Path, *overrides: str) -> Ended:
-    return run(train_adapter.main, *command_line(output, text, *overrides))
-
-
-def train_in_own_process(output: Path, text: Path, *overrides: str, launcher: tuple[str, ...]) -> Ended:
-    return run_in_own_process("train/train_adapter.py", *command_line(output, text, *overrides), launcher=launcher)
-
-
-WHOLE = ("train.steps=4", "train.checkpoint_every=2", "eval.every=4", "eval.max_new_tokens=24")
-
-
-@pytest.fixture(scope="module")
-def whole(text_file, tmp_path_factory) -> Path:
-    """The folder that a run which is not cut off leaves."""
-    output = tmp_path_factory.mktemp("runs") / "whole"
-    ended = train(output, text_file, *WHOLE)
-    assert ended.code == 0, ended.err[-2000:]
-    return output
-
-
-def checkpoint(output: Path, file: str) -> dict[str, torch.Tensor]:
-    (newest,) = (output / "checkpoints").glob("step-*")
-    return load_file(newest / file)
-
-
 def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp_path):
     """Two processes of batch 1, by accelerate launch; one with 2 accumulated batches of 1; against batch 2."""
     port = f"--main_process_port={free_port()}"
@@ -140,100 +79,6 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp
                 gradients[name][key], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max())
             )
     assert gradients["one"]["mask_embeddings.exp_avg"].abs().max() > 0
-
-
-# a schedule that begins where a run goes on takes its steps before the optimiser takes one
-@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
-def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, tmp_path):
-    cut = tmp_path / "cut"
-    code = (
-        "import runpy, sys, pardec.training.checkpoints as run; save = run.save_state\n"
-        "def once(*a, **k):\n    save(*a, **k)\n    import os; a[1] and os._exit(9)\n"  # after that of step 1
-        "run.save_state = once\n"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    killed = train_in_own_process(cut, text_file, *WHOLE, launcher=("-c", code))
-    assert killed.code == 9
-    again = train(cut, text_file, *WHOLE)
-    assert again.code == 0, again.err[-2000:]
-    assert "continuing" in again.out
-    file = "parameters.safetensors"
-    expected, continued = checkpoint(whole, file), checkpoint(cut, file)
-    assert all(torch.equal(expected[key], continued[key]) for key in expected)
-    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert steps == [1, 2, 3, 4]
-    finished = train(cut, text_file, *WHOLE)
-    assert finished.code == 0
-    assert "already holds the adapter" in finished.out
-    other = train(cut, text_file, *WHOLE, "train.objective=cross_entropy")
-    assert other.code == 2
-    assert (
-        "expected train.objective = 'cross_entropy' as in this recipe to continue, found a run with 'kl'" in other.err
-    )
-    again = train(cut, text_file, *WHOLE, "train.checkpoint_every=7", "train.log_every=3")
-    assert again.code == 0  # what says only when something is written is no other run
-
-
-@pytest.fixture(scope="module")
-def begun(text_file, tmp_path_factory) -> Path:
-    """The folder of a run that was killed behind its first checkpoint; shared, so for copying only."""
-    output, save_state = tmp_path_factory.mktemp("runs") / "begun", train_adapter.save_state
-
-    def save_and_die(*arguments, **options):
-        save_state(*arguments, **options)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_adapter, "save_state", save_and_die)
-        assert train(output, text_file, "train.steps=1").code == 130  # what a shell says of Ctrl-C
-    return output
-
-
-def change_state(output: Path, change: Callable[[dict], object]) -> None:
-    """Changes what a checkpoint tells of its run."""
-    (file,) = output.glob("checkpoints/step-*/state.json")
-    state = json.loads(file.read_text())
-    change(state)
-    file.write_text(json.dumps(state))
-
-
-def test_a_run_is_not_continued_on_other_data(begun, text_file, tmp_path, monkeypatch):
-    output, text = shutil.copytree(begun, tmp_path / "run"), text_file.read_text()
-    try:
-        text_file.write_text(text.replace("x + 7\n", "x + 8\n"))
-        error = train(output, text_file, "train.steps=1").error
-    finally:
-        text_file.write_text(text)
-    assert f"output_dir {output}: expected the data (sha256) that it was begun with, " in error
-
-
-def test_a_run_is_not_continued_by_half_of_the_processes_that_an_older_version_began_it_with(
-    begun, text_file, tmp_path
-):
-    """Its steps would have other examples; an older version told of processes and of the sequences of each."""
-    output = shutil.copytree(begun, tmp_path / "run")
-
-    def as_of_old(state: dict) -> None:
-        del state["global_batch"], state["examples"], state["measured"]
-        state["recipe"]["train"] |= {"batch_size": 2, "gradient_accumulation_steps": 1}
-        state["num_processes"] = 2
-
-    change_state(output, as_of_old)
-    error = train(output, text_file, "train.steps=1").error
-    assert error.startswith(f"error: output_dir {output}: expected the global batch (train.batch_size x train.grad")
-    assert "that it was begun with, 4, found 2; choose" in error
-    ended = train(output, text_file, "train.steps=1", "train.gradient_accumulation_steps=2")
-    assert ended.code == 0, ended.err[-2000:]
-
-
-@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
-def test_a_run_that_an_older_version_began_is_continued(begun, text_file, tmp_path):
-    output = shutil.copytree(begun, tmp_path / "run")
-    change_state(output, lambda state: [state.pop(key) for key in ("global_batch", "examples", "data_sha256")])
-    change_state(output, lambda state: state["recipe"]["data"].pop("streamed"))
-    ended = train(output, text_file, "train.steps=1", "data.min_kept_share=0.25")  # which no checkpoint depends on
-    assert ended.code == 0, ended.err[-2000:]
-    change_state(output, lambda state: state["data_sha256"][63])  # is there from now on
 
 
 def test_rows_and_prompts_that_are_not_used_are_told(tmp_path):

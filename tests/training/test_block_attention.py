@@ -8,9 +8,9 @@ import torch
 from tiny_models import tiny_model
 
 from pardec.layout import training_layout
-from pardec.target.cache import PrefixCache
 from pardec.target.forward import TargetModel
 from pardec.target.own_head import OwnHead
+from pardec.target.prefix_cache import PrefixCache
 from pardec.training import prefix_attention
 from pardec.training.block_attention import Blocks, block_attention, block_route, supports
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pardec.training import comparison
 from pardec.training.comparison import compare, target_law
 
 M, V = 7, 33
@@ -58,6 +59,31 @@ def test_the_targets_law_has_its_entropy_and_its_likeliest_token(temperature, to
     rows = torch.tensor([3, 0, 3])
     assert torch.equal(law.at(rows).probs, law.probs[rows])
     assert torch.equal(law.at(rows).entropy, law.entropy[rows])
+
+
+@pytest.mark.parametrize("entries", [1, 2 * V, 10 * V])
+def test_rows_a_few_at_a_time_are_all_rows_at_once(entries, monkeypatch):
+    """Whatever a sweep takes, and whether the target's rows are named or are those of the draft."""
+    found = []
+    for at_once in (10**6, entries):
+        monkeypatch.setattr(comparison, "_ENTRIES_ON_CPU", at_once)
+        logits, target, ids, slopes = case(torch.float32)
+        law = target_law(target[:4], top_k=5).at(torch.tensor([3, 0, 1, 1, 2, 3, 3]))
+        one = compare(logits, law, ids)
+        values = torch.stack([one.kl, one.overlap, one.log_likelihood])
+        (values * slopes).sum().backward()
+        found.append([values.detach(), logits.grad, law.probs, law.entropy, one.likeliest, law.prob_of(ids)])
+    for mine, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-6, atol=1e-7)
+    assert torch.equal(found[0][5], found[0][2].gather(1, ids[:, None])[:, 0])
+
+
+def test_likeliest_tokens_are_found_only_where_they_are_asked_for():
+    logits, target, ids, _ = case(torch.float32)
+    law = target_law(target, with_likeliest=False)
+    found = compare(logits, law, ids, with_likeliest=False)
+    assert law.likeliest is law.at(ids[:2] % 3).likeliest is found.likeliest is None
+    torch.testing.assert_close(found.kl, compare(logits, target_law(target), ids).kl)
 
 
 def test_of_the_size_of_the_logits_only_the_two_laws_are_kept():

@@ -1,13 +1,19 @@
 """What training is said to take, against what it takes: every allocation of full steps counted."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import tiny_model
 
-from pardec.training.memory import LiveBytes, check_fits, learned_bytes, measure_step
+from pardec.training.live_bytes import LiveBytes
+from pardec.training.memory import learned_bytes, measure_step
+from pardec.training.memory_fit import GIB, check_fits, fit_step, free_bytes
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora
+from pardec.training.prefix_memory import measure_slices
+from pardec.training.prefix_pass import run_prefix
 
 # family, changes of its sizes, LoRA rank, head width, B, T, N: many mask rows, long sequences, a large vocabulary
 SHAPES = {
@@ -85,3 +91,47 @@ def test_a_run_that_takes_more_than_is_free_is_refused_with_the_setting_that_fit
         check_fits(needed, 2**30, 22 * 2**30, batch_size=4)
     with pytest.raises(ValueError, match=r"not even one anchor at a time fits; lower train.batch_size, here 4"):
         check_fits(needed, 2**30, 2**30, batch_size=4)
+
+
+LONG = {"max_position_embeddings": 2048}
+# windows far shorter than the sequence are made a mask of; eager attention makes all scores at once
+PREFIXES = {
+    "llama": ({**LONG, "num_hidden_layers": 6}, 2, 1024),
+    "llama-eager": (LONG, 2, 512),
+    "gemma3-mixed-windows": ({**LONG, "sliding_window": 128, "hidden_size": 96, "intermediate_size": 384}, 1, 768),
+    "phi3-window": ({**LONG, "sliding_window": 128}, 1, 768),
+}
+
+
+@pytest.mark.parametrize("num_slices", [1, 4])
+@pytest.mark.parametrize("family", PREFIXES)
+def test_the_estimate_of_the_pass_over_real_tokens_knows_masks_scores_and_slices(family, num_slices):
+    changes, B, T = PREFIXES[family]
+    trainer = trainer_of(family, changes, 0, 0)
+    ids = torch.randint(trainer.target.vocab_size, (B, T))
+    counted = LiveBytes()
+    counted.leave_out([*trainer.parameters(), *trainer.buffers()])
+    with counted:
+        run_prefix(trainer.own_head, ids, num_slices)
+    measured = measure_step(trainer).prefix if num_slices == 1 else measure_slices(trainer.own_head)
+    assert measured.bytes_for(B, T, num_slices) == pytest.approx(counted.peak, rel=0.15)
+
+
+def test_the_pass_over_real_tokens_is_cut_only_as_far_as_it_must_be():
+    trainer = trainer_of("llama-eager", {"max_position_embeddings": 4096, "num_attention_heads": 8}, 0, 0)
+    sizes = {"batch_size": 2, "num_tokens": 2048, "learned": 1000}
+    whole, of_step = fit_step(trainer, {8: 8 * K}, **sizes, free=2**40)
+    assert whole == 1
+    slices = measure_slices(trainer.own_head)
+    for num_slices in (2, 8, 32):
+        free = 1000 + slices.bytes_for(2, 2048, num_slices)
+        assert fit_step(trainer, {8: 8 * K}, **sizes, free=free) == (num_slices, free - 1000)
+        assert free < of_step
+    with pytest.raises(ValueError, match=r"not even one anchor at a time fits; lower train\.batch_size, here 2"):
+        fit_step(trainer, {8: 8 * K}, **sizes, free=slices.bytes_for(2, 2048, 64))
+
+
+def test_processes_that_share_a_machine_share_what_is_free_on_it(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    assert free_bytes(torch.device("cpu")) == 8 * GIB
+    assert free_bytes(torch.device("cpu"), 4) == 2 * GIB

@@ -7,16 +7,17 @@ import torch
 from greedy_oracle import plain_generate, prompts
 from tiny_models import make_adapter, tiny_model
 from transformers import GenerationConfig
-from tree_samples import BRANCHING, TREES
+from tree_samples import BRANCHING, DYNAMIC, TREES
 
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TunedChoice, read_tuned, weights_of, write_tuned
 from pardec.decoding.kept_cache import KeptCache
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 
 V, K, NEW = 61, 3, 20
+ALL = TREES | DYNAMIC
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def ours(llama):
 
 @pytest.mark.parametrize("mode", [None, "fused", "two_pass"])
 @pytest.mark.parametrize("use_head", [None, False])
-@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("tree", ALL.values(), ids=ALL)
 def test_generate_gives_generates_tokens(llama, ours, tree, use_head, mode):
     rows = prompts(V)
     out = ours.generate(rows, max_new_tokens=NEW, tree=tree, use_head=use_head, mode=mode)
@@ -88,16 +89,16 @@ def test_the_door_of_transformers_takes_a_tree_and_its_processors_and_stops(llam
 
 
 def test_a_captured_call_and_its_engine_go_by_the_tree(ours):
-    drafting = [ours.engines.drafting(None, None, None, None, tree=tree) for tree in TREES.values()]
-    assert len(set(map(repr, (one.tree for one in drafting)))) == len(TREES)
-    assert [one.block_lengths for one in drafting] == [full_blocks(t.num_speculative_tokens) for t in TREES.values()]
+    drafting = [ours.engines.drafting(None, None, None, None, tree=tree) for tree in ALL.values()]
+    assert len(set(map(repr, (one.tree for one in drafting)))) == len(ALL)
+    assert [one.block_lengths for one in drafting] == [full_blocks(t.num_speculative_tokens) for t in ALL.values()]
 
 
 REFUSED = [
     ({"tree": BRANCHING, "mode": "plain"}, "tree: expected mode fused or two_pass, and neither num_spec"),
     ({"tree": BRANCHING, "num_speculative_tokens": 3}, "tree: expected mode fused or two_pass, and neither num_spec"),
     ({"tree": BRANCHING, "block_lengths": (1, 1)}, "tree: expected mode fused or two_pass, and neither num_spec"),
-    ({"tree": (1, 2)}, "tree: expected a DraftTree, found (1, 2)"),
+    ({"tree": (1, 2)}, "tree: expected a DraftTree or a DynamicTree, found (1, 2)"),
     (
         {"tree": DraftTree.chain((4,) * 5)},
         "tree: expected a depth of at most 3, the number of distinct mask tokens that the adapter was trained with, "
@@ -106,6 +107,19 @@ REFUSED = [
     (
         {"tree": DraftTree((0,), (8,), (1, 1))},
         "tree: expected ranks below 8, the tokens on the sampler head's shortlist, found 8",
+    ),
+    (
+        {"tree": DynamicTree((1,) * 10)},
+        "tree: expected at most 8 nodes of the 8 tokens on the sampler head's shortlist, found 9",
+    ),
+    (
+        {"tree": DynamicTree((1,) * 63), "use_head": False},
+        "tree: expected at most 61 nodes of the 61 tokens of the vocabulary, found 62",
+    ),
+    (
+        {"tree": DynamicTree((4,) * 5)},
+        "tree: expected a depth of at most 3, the number of distinct mask tokens that the adapter was trained with, "
+        "found 4",
     ),
     (
         {"tree": DraftTree((0,), (61,), (1, 1)), "use_head": False},
@@ -141,18 +155,19 @@ def choice_of(directory, **values) -> TunedChoice:
     return TunedChoice(**{**facts, **values})
 
 
-def test_a_chosen_tree_is_kept_and_read_and_used(tmp_path, llama, ours):
+@pytest.mark.parametrize("tree", [BRANCHING, DYNAMIC["dynamic"]], ids=["constant", "dynamic"])
+def test_a_chosen_tree_is_kept_and_read_and_used(tmp_path, llama, ours, tree):
     save_adapter(ours.adapter, tmp_path / "one")
-    choice = choice_of(tmp_path / "one", tree=BRANCHING)
+    choice = choice_of(tmp_path / "one", tree=tree)
     write_tuned(tmp_path / "one", choice)
     (found,) = read_tuned(tmp_path / "one", "a card", "float32")
     assert found == choice
     assert found is not None
-    assert found.tree == BRANCHING
+    assert found.tree == tree
     model = SelfSpeculativeModel(llama, None, ours.adapter)
     model.tuned = found
-    assert model.engines.drafting(None, None, None, None).tree == BRANCHING
-    assert model.engines.drafting("fused", None, None, None).tree == BRANCHING
+    assert model.engines.drafting(None, None, None, None).tree == tree
+    assert model.engines.drafting("fused", None, None, None).tree == tree
     assert model.engines.drafting("fused", 2, None, None).tree is None
     assert model.engines.drafting("two_pass", None, None, None).tree is None
     row = prompts(V)[0]
@@ -166,6 +181,9 @@ def test_a_tree_in_a_file_that_is_none_is_told_with_the_files_name(tmp_path, our
     content["choices"][0]["tree"]["parents"][0] = 5
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"tuned.json: .*expected a parent from 0 to 0 for node 1, found 5; remove it"):
+        read_tuned(tmp_path / "one", "a card", "float32")
+    path.write_text(json.dumps(content | {"choices": [content["choices"][0] | {"tree": {"runs": [3, "x", 1, 1]}}]}))
+    with pytest.raises(ValueError, match=r"tuned.json: choices.0.tree.runs.1: expected .*, found 'x'; remove it"):
         read_tuned(tmp_path / "one", "a card", "float32")
 
 

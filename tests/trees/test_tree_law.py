@@ -25,7 +25,7 @@ from tree_samples import children, random_tree
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import AnyTree, DraftTree, DynamicTree
 from pardec.model import SelfSpeculativeModel
 from pardec.target.forward import TargetModel
 
@@ -43,7 +43,7 @@ def toy():
     return tiny_model("llama", vocab_size=V, seed=3)
 
 
-def decoder_of(toy, tree: DraftTree, mode: str, warper: dict, eos=()) -> Decoder:
+def decoder_of(toy, tree: AnyTree, mode: str, warper: dict, eos=()) -> Decoder:
     law, K = TokenLaw(False, tuple(make_warpers(**warper))), tree.num_speculative_tokens
     masks = make_adapter(toy, K).mask_embeddings
     assert masks is not None
@@ -66,9 +66,12 @@ def outcomes(tree: DraftTree, nodes: list[int], draft_length: int) -> list[tuple
     return found
 
 
-def law_of_step(toy, tree, mode, warper, draft_length, monkeypatch, *, eos=(), exact=None):
-    """What one real step emits and how likely: {tokens: probability}, from the laws that it was about to draw from."""
-    decoder = decoder_of(toy, tree, mode, warper, eos)
+def law_of_step(toy, tree, mode, warper, draft_length, monkeypatch, *, eos=(), exact=None, is_dynamic=False):
+    """What one real step emits and how likely: {tokens: probability}, from the laws that it was about to draw from.
+
+    With `is_dynamic` the shape is what a dynamic tree happens to have in this step.
+    """
+    decoder = decoder_of(toy, DynamicTree(tree.runs) if is_dynamic else tree, mode, warper, eos)
     nodes = distinct_nodes(tree)
     ends = outcomes(tree, nodes, draft_length)
     B = len(ends)
@@ -78,6 +81,10 @@ def law_of_step(toy, tree, mode, warper, draft_length, monkeypatch, *, eos=(), e
             chosen[b, row] = token
     seen = []
 
+    def plant(state, *args):
+        state.drafts = torch.tensor([nodes] * B)
+        state.parents = torch.tensor([tree.parents] * B) if is_dynamic else None
+
     def drawn_tokens(self, logits, prefix_of=None):
         seen.append(self.probs(logits, prefix_of))
         return chosen
@@ -86,13 +93,13 @@ def law_of_step(toy, tree, mode, warper, draft_length, monkeypatch, *, eos=(), e
         state = decoder.prefill([PROMPT] * B)
         state.bonus = torch.full((B,), BONUS)
         state.draft_length = torch.full((B,), draft_length)
-        state.drafts = torch.tensor([nodes] * B)
+        plant(state)
         state.room, state.done = torch.full((B,), 9), torch.zeros(B, dtype=torch.bool)  # whatever prefill emitted
         before = state.num_new.tolist()
         monkeypatch.setattr(TokenLaw, "sample", drawn_tokens)
         if exact is not None:
             monkeypatch.setattr(decoder, "_choose", lambda *args: torch.full((B, 1), exact))
-            monkeypatch.setattr(decoder, "_draft", lambda *args: (torch.tensor([nodes] * B), None))
+            monkeypatch.setattr(decoder, "_draft", plant)
         decoder.step(state)
         monkeypatch.undo()
     (p,) = seen
@@ -115,35 +122,39 @@ def distinct_nodes(tree: DraftTree) -> list[int]:
     return [(parent + 2 * rank + 1) % V for parent, rank in zip(tree.parents, tree.ranks, strict=True)]
 
 
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])
 @pytest.mark.parametrize("warper", list(WARPERS))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_fused_step_of_a_tree_emits_the_targets_law(toy, shape, warper, monkeypatch):
+def test_a_fused_step_of_a_tree_emits_the_targets_law(toy, shape, warper, is_dynamic, monkeypatch):
     tree, options = SHAPES[shape], WARPERS[warper]
     K, prefix = tree.num_speculative_tokens, [*PROMPT, BONUS]
     expected = joint_law(toy, prefix, K + 1, options)
     for draft_length in range(K + 1):
-        law = law_of_step(toy, tree, "fused", options, draft_length, monkeypatch)
+        law = law_of_step(toy, tree, "fused", options, draft_length, monkeypatch, is_dynamic=is_dynamic)
         assert max(map(len, law)) == draft_length + 1
         assert_same_law(extended(toy, law, prefix, K + 1, options), expected)
 
 
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])
 @pytest.mark.parametrize("shape", ["1 wide, 2 deep", "2 wide, 3 deep", "3 wide, 2 deep"])
-def test_a_two_pass_round_of_a_tree_emits_the_targets_law(toy, shape, monkeypatch):
+def test_a_two_pass_round_of_a_tree_emits_the_targets_law(toy, shape, is_dynamic, monkeypatch):
     tree, options, exact = SHAPES[shape], WARPERS["all"], 1
     K, prefix = tree.num_speculative_tokens, [*PROMPT, BONUS]
-    law = law_of_step(toy, tree, "two_pass", options, K, monkeypatch, exact=exact)
+    law = law_of_step(toy, tree, "two_pass", options, K, monkeypatch, exact=exact, is_dynamic=is_dynamic)
     expected = joint_law(toy, [*prefix, exact], K + 1, options)
     assert_same_law(
         extended(toy, law, prefix, K + 2, options), {(exact, *tokens): share for tokens, share in expected.items()}
     )
 
 
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])
 @pytest.mark.parametrize("eos", range(V))
-def test_a_walk_that_meets_eos_emits_nothing_behind_it_and_keeps_its_law(toy, eos, monkeypatch):
+def test_a_walk_that_meets_eos_emits_nothing_behind_it_and_keeps_its_law(toy, eos, is_dynamic, monkeypatch):
     tree, options, prefix = SHAPES["3 wide, 3 deep"], WARPERS["temperature"], [*PROMPT, BONUS]
     K = tree.num_speculative_tokens
     found: dict[tuple[int, ...], float] = {}
-    for tokens, share in law_of_step(toy, tree, "fused", options, K, monkeypatch, eos=[eos]).items():
+    law = law_of_step(toy, tree, "fused", options, K, monkeypatch, eos=[eos], is_dynamic=is_dynamic)
+    for tokens, share in law.items():
         rest = {(): 1.0} if eos in tokens else joint_law(toy, prefix + list(tokens), K + 1 - len(tokens), options)
         for more, probability in rest.items():
             whole = (*tokens, *more)
@@ -161,21 +172,23 @@ def test_a_walk_that_meets_eos_emits_nothing_behind_it_and_keeps_its_law(toy, eo
 
 SAMPLES = 6000
 DEEP = DraftTree((0, 0, 1, 1, 2), (0, 1, 0, 1, 2), (2, 1, 2, 0, 2, 1))
+DRAWN = DynamicTree((2, 1, 2, 0, 2, 1))
 
 
-def sample_counts(model, mode: str, warper: dict, **options) -> Counter:
+def sample_counts(model, mode: str, warper: dict, tree: AnyTree = DEEP) -> Counter:
     out = model.generate(
-        [PROMPT], max_new_tokens=4, mode=mode, seed=0, num_return_sequences=SAMPLES, tree=DEEP, **options, **warper
+        [PROMPT], max_new_tokens=4, mode=mode, seed=0, num_return_sequences=SAMPLES, tree=tree, **warper
     )
     return Counter(tuple(tokens) for tokens in out.token_ids)
 
 
+@pytest.mark.parametrize("tree", [DEEP, DRAWN], ids=["constant", "dynamic"])
 @pytest.mark.parametrize("head_width", [0, 4])
 @pytest.mark.parametrize("mode", ["two_pass", "fused"])
 @pytest.mark.parametrize("warper", ["temperature", "all"])
-def test_generate_with_a_tree_samples_the_targets_law(toy, mode, warper, head_width):
+def test_generate_with_a_tree_samples_the_targets_law(toy, mode, warper, head_width, tree):
     ours = SelfSpeculativeModel(toy, None, make_adapter(toy, 2, lora_rank=2, head_width=head_width, shortlist=V))
-    counts = sample_counts(ours, mode, WARPERS[warper])
+    counts = sample_counts(ours, mode, WARPERS[warper], tree)
     assert chi_square_z(counts, joint_law(toy, PROMPT, 4, WARPERS[warper])) < Z_LIMIT
 
 

@@ -1,17 +1,19 @@
 """Whole steps of trees: token for token what transformers' own generate gives, wherever a walk goes."""
 
+from functools import partial
+
 import pytest
 import torch
 from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts
 from recorded_steps import V, decoder_for, results
 from tiny_models import FAMILIES, tiny_model
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
-from tree_samples import BRANCHING, CROOKED, TREES, WIDE
+from tree_samples import BRANCHING, CROOKED, DYNAMIC, TREES, WIDE
 
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
-from pardec.draft_tree import DraftTree
+from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.target.cache import SlotCache
 
 NEW = 22
@@ -34,13 +36,16 @@ def nodes_that_lead_to(tree: DraftTree, row: int, truth: list[int]) -> list[int]
     ]
 
 
-def decoded_by_planting(decoder: Decoder, rows, references, ends) -> DecodeState:
-    """Decodes with nodes that lead the walk of sequence b in its step s to row `ends(b, s)`, all of them alive."""
-    tree, exact = decoder.tree, 1 if decoder.mode == "two_pass" else 0
-    assert tree is not None
+def decoded_by_planting(decoder: Decoder, rows, references, ends, tree: DraftTree | None = None) -> DecodeState:
+    """Decodes with nodes that lead the walk of sequence b in its step s to row `ends(b, s)`, all of them alive.
+
+    `tree` = the shape that a dynamic tree has in these steps; default the decoder's own.
+    """
+    tree, exact = tree or decoder.tree, 1 if decoder.mode == "two_pass" else 0
+    assert isinstance(tree, DraftTree)
     expected: list[list[int]] = [[] for _ in rows]
 
-    def plant(state: DecodeState, step: int) -> torch.Tensor:
+    def plant(state: DecodeState, *args, step: int) -> None:
         drafts = []
         for b, reference in enumerate(references):
             start = int(state.num_new[b]) + exact
@@ -48,17 +53,18 @@ def decoded_by_planting(decoder: Decoder, rows, references, ends) -> DecodeState
             if not bool(state.done[b]):
                 expected[b].append(tree.depths[row])
             drafts.append(nodes_that_lead_to(tree, row, (reference + [0] * 9)[start:]))
-        return torch.tensor(drafts)
+        state.drafts = torch.tensor(drafts)
+        if isinstance(decoder.tree, DynamicTree):
+            state.parents = torch.tensor([tree.parents] * len(rows))
 
     step = 0
     with torch.no_grad(), decoder.attached():
         state = decoder.prefill(rows)
-        draft = decoder._draft
         while not state.done.all():
             if exact:
-                decoder._draft = lambda *args, step=step: (plant(state, step), draft(*args)[1])  # type: ignore[method-assign]
+                decoder._draft = partial(plant, step=step)  # type: ignore[method-assign]
             else:
-                state.drafts = plant(state, step)
+                plant(state, step=step)
                 state.draft_length = torch.full_like(state.draft_length, tree.num_speculative_tokens)
             decoder.step(state)
             step += 1
@@ -66,14 +72,18 @@ def decoded_by_planting(decoder: Decoder, rows, references, ends) -> DecodeState
     return state
 
 
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("mode", ["fused", "two_pass"])
 @pytest.mark.parametrize("tree", [BRANCHING, CROOKED], ids=["branching", "crooked"])
-def test_walks_to_every_node_leave_tokens_and_cache_as_generate_has_them(family, mode, tree, batch):
+def test_walks_to_every_node_leave_tokens_and_cache_as_generate_has_them(family, mode, tree, batch, is_dynamic):
     model, rows, references = family
-    decoder = decoder_for(model, mode, GREEDY, new_tokens=NEW, tree=tree)
+    shape = DynamicTree(tree.runs) if is_dynamic else tree
+    decoder = decoder_for(model, mode, GREEDY, new_tokens=NEW, tree=shape)
     rows, references = rows[:batch], references[:batch]
-    state = decoded_by_planting(decoder, rows, references, lambda b, s: (3 * s + 2 * b + 1) % (tree.num_nodes + 1))
+    state = decoded_by_planting(
+        decoder, rows, references, lambda b, s: (3 * s + 2 * b + 1) % (tree.num_nodes + 1), tree
+    )
     found = [row[:n] for row, n in zip(state.output.tolist(), state.num_new.tolist(), strict=True)]
     assert found == [reference[:NEW] for reference in references]
 
@@ -96,7 +106,7 @@ def test_what_is_kept_of_the_cache_is_what_plain_steps_write(family):
 
 @pytest.mark.parametrize("options", [{}, {"head_width": 6}, {"noise": True}], ids=["masks", "head", "noise"])
 @pytest.mark.parametrize("mode", ["fused", "two_pass"])
-@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("tree", [*TREES.values(), *DYNAMIC.values()], ids=[*TREES, *DYNAMIC])
 def test_own_drafts_of_any_tree_give_generates_tokens_in_ragged_batches(mode, tree, options):
     model = tiny_model("gemma3-mixed-windows", vocab_size=V)
     rows = prompts(V)
@@ -152,8 +162,7 @@ def test_nodes_deeper_than_the_run_that_they_come_from_are_dead(mode):
         with torch.no_grad(), decoder.attached():
             state = decoder.prefill([row])
             planted = torch.tensor([nodes_that_lead_to(tree, 3, reference[1 + exact :])])
-            draft = decoder._draft
-            decoder._draft = lambda *a, planted=planted, draft=draft: (planted, draft(*a)[1])  # type: ignore
+            decoder._draft = lambda state, *a, planted=planted: setattr(state, "drafts", planted)  # type: ignore
             state.drafts, state.draft_length = planted, torch.tensor([length])
             decoder.step(state)
         assert state.rounds()[0] == [(length, length)]

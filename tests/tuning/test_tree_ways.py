@@ -1,12 +1,14 @@
 """Trees among the ways that tuning measures, on a machine whose cost is known and whose texts have known ranks."""
 
+import itertools
 import random
 
 import numpy as np
 import pytest
 
-from pardec.draft_tree import DraftTree
-from pardec.tuning.choice import PLAIN_WAY, Way, tree_way
+from pardec.draft_tree import DraftTree, DynamicTree
+from pardec.tuning.choice import PLAIN_WAY, TREES, Way, tree_way
+from pardec.tuning.dynamic_trees import DrawnTexts
 from pardec.tuning.measuring import Effort, max_calls, measure
 from pardec.tuning.timing import Call
 from pardec.tuning.tree_replay import RankReplay
@@ -22,12 +24,20 @@ def text(seed: int) -> np.ndarray:
     return np.array([[min(int(draw.expovariate(0.5)), 20) for _ in range(K)] for _ in range(140)])
 
 
+def drawn(ranks: np.ndarray, better: float = 1.0) -> np.ndarray:
+    """Rows in drawn trees that are such ranks' doing: each depth follows the one before it, likelier paths first."""
+    places = np.cumprod(1 + np.minimum(ranks, 20), axis=1)  # of paths, the likeliest having one
+    rows = np.ceil(places / better + np.arange(K)).astype(int)
+    lengths = np.arange(1, K + 1)
+    return np.where(np.arange(K) < lengths[:, None], rows[:, None], 0)
+
+
 class Machine:
     """Decodes by walking texts with known ranks; a step takes as long as a formula of its rows says."""
 
-    def __init__(self, seconds_per_row: float, batch_size: int = 1, seconds_of_trees: float = 0.0):
+    def __init__(self, seconds_per_row: float, batch_size: int = 1, seconds_of_trees: float = 0.0, better: float = 1.0):
         self.seconds_per_row, self.batch_size, self.seconds_of_trees = seconds_per_row, batch_size, seconds_of_trees
-        self.num_calls = 0
+        self.num_calls, self.better = 0, better
 
     def step_seconds(self, way: Way) -> float:
         forwards = 2 if way.mode == "two_pass" else 1
@@ -43,17 +53,22 @@ class Machine:
         if tree is None and way != PLAIN_WAY:
             tree = DraftTree.chain(way.block_lengths)
         wanted = [max_new_tokens] * self.batch_size
+        two_pass, ranks = way.mode == "two_pass", self.ranks(batch)
         if tree is None:
             accepted = [[0] * (max_new_tokens - 1)] * self.batch_size
+        elif isinstance(tree, DynamicTree):
+            rows = [drawn(one, self.better) for one in ranks]
+            accepted = DrawnTexts(rows).accepted(tree, wanted, two_pass=two_pass)
         else:
-            accepted = RankReplay(self.ranks(batch)).accepted(tree, wanted, two_pass=way.mode == "two_pass")
+            accepted = RankReplay(ranks).accepted(tree, wanted, two_pass=two_pass)
         seconds = PREFILL_SECONDS + max(map(len, accepted)) * self.step_seconds(way)
         return Call(seconds, wanted, accepted)
 
 
-def measured(machine: Machine, num_batches: int = 6, max_tree_rows: int = 64):
+def measured(machine: Machine, num_batches: int = 6, max_tree_rows: int = 64, is_drawn: bool = True):
     def rank(use_head, calls):
-        return [one for batch in range(len(calls)) for one in machine.ranks(batch)]
+        texts = [one for batch in range(len(calls)) for one in machine.ranks(batch)]
+        return texts, [drawn(one, machine.better) for one in texts] if is_drawn else None
 
     return measure(machine.decode, num_batches, K, NEW, EFFORT, 1, rank=rank, max_tree_rows=max_tree_rows)
 
@@ -71,7 +86,13 @@ def test_where_rows_are_nearly_free_a_tree_is_chosen_and_runs_as_predicted(batch
             assert one.tokens_per_second == pytest.approx(one.candidate.tokens_per_second, rel=0.02 * batch_size)
             assert one.tokens_per_step == pytest.approx(one.candidate.tokens_per_step, rel=0.05)
             assert one.ms_per_step == pytest.approx(1000 * machine.step_seconds(one.candidate.way), rel=0.01)
-    assert {one.candidate.way.mode for one in found.measured if one.candidate.way.tree} == {"fused", "two_pass"}
+    trees = {(one.candidate.way.mode, one.candidate.way.kind) for one in found.measured if one.candidate.way.tree}
+    assert trees == set(itertools.product(("fused", "two_pass"), TREES))
+
+
+def test_of_two_kinds_of_trees_that_is_chosen_which_catches_more():
+    assert measured(Machine(0.0002, better=4.0)).chosen.candidate.way.kind == "dynamic tree"
+    assert measured(Machine(0.0002, better=0.2)).chosen.candidate.way.kind == "tree"
 
 
 def test_where_rows_or_trees_are_dear_none_is_chosen():
@@ -91,8 +112,9 @@ def test_no_tree_is_thought_of_that_has_more_rows_than_were_timed():
 
 def test_tuning_makes_no_more_calls_than_it_says():
     machine = Machine(0.0002)
-    measured(machine, num_batches=5)
+    found = measured(machine, num_batches=5, is_drawn=False)
     assert machine.num_calls <= max_calls(EFFORT, 5, 1)
+    assert "dynamic tree" not in {one.candidate.way.kind for one in found.measured}
 
 
 def test_probes_go_from_the_smallest_tree_to_the_largest():
@@ -106,6 +128,10 @@ def test_probes_go_from_the_smallest_tree_to_the_largest():
 
 
 def test_drafts_that_are_never_right_leave_no_trees():
-    ways = TreeWays.of([np.full((30, K), 99)], 1, 40, True)
-    assert ways.probes(3) == []
-    assert ways.by_rows == {}
+    for ways in (
+        TreeWays.of([np.full((30, K), 99)], 1, 40, True),
+        TreeWays.of_drawn([np.zeros((30, K, K), dtype=int)], 1, 40, True),
+    ):
+        assert ways.probes(3) == []
+        assert ways.by_rows == {}
+        assert ways.for_two_pass == [] or ways.kind == "tree"

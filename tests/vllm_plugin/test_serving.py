@@ -10,7 +10,12 @@ from pardec.vllm_plugin.serving import refuse_unserved
 def configuration(**changes):
     """Of vLLM, as far as it is read; `changes` by dotted name with __ for the dot."""
     found = SimpleNamespace(
-        speculative_config=SimpleNamespace(method="draft_model", parallel_drafting=True, num_speculative_tokens=4),
+        speculative_config=SimpleNamespace(
+            method="draft_model",
+            parallel_drafting=True,
+            num_speculative_tokens=4,
+            target_model_config=SimpleNamespace(hf_text_config=SimpleNamespace(hidden_size=256, head_dim=None)),
+        ),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         lora_config=None,
@@ -60,6 +65,10 @@ def test_layers_of_two_kinds_are_served_where_their_keys_lie_together(adapter):
         ),
         ({"lora_config": object()}, "pardec: expected a target without --enable-lora"),
         ({"model_config__hf_config__model_type": "opt"}, "pardec: expected a model_type of llama, .*, found opt"),
+        (
+            {"speculative_config__target_model_config__hf_text_config__hidden_size": 512},
+            "expected the base that the adapter was trained for, with hidden_size 256, found a target with 512",
+        ),
     ],
 )
 def test_other_ways_are_refused(adapter, changes, words):

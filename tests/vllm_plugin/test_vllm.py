@@ -143,6 +143,34 @@ def test_the_stock_form_drafts_what_pardec_drafts(shared, prompts, expected):
     assert abs(found.acceptance_length - two_pass(shared, prompts) - 1) < 0.02
 
 
+LAWS = {
+    "up to the limit of the context": {},
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    "stops": {"stop": ["if", "return"], "stop_token_ids": [10, 11, 200], "min_tokens": 8},
+    "tokens that may not be": {"bad_words": ["self"], "allowed_token_ids": list(range(0, 4096, 2))},
+    "log-probabilities": {"logprobs": 2, "prompt_logprobs": 1},
+}
+
+
+def test_whatever_else_vllm_is_asked_the_tokens_are_those_without_a_draft(trained, prompts):
+    K, limit = load_adapter(trained).metadata.num_speculative_tokens, 128
+    asked = {"model": resolve_base("tiny-python"), "dtype": "float32", "max_model_len": limit, "max_num_seqs": 4}
+    asked["engine"] = {"enforce_eager": True}
+    draft = {"draft": str(trained.parent / "vllm"), "num_speculative_tokens": K + 1}
+    draft["options"] = {"use_local_argmax_reduction": True}
+    long = [(prompts[1] * 30)[: limit - left] for left in (1, 2, 3, 40)]
+    with (
+        VllmProcess(ENVIRONMENT / "bin/python", asked) as plain,
+        VllmProcess(ENVIRONMENT / "bin/python", asked | draft) as drafting,
+    ):
+        for name, law in LAWS.items():
+            given, new = (prompts, 32) if law else (long, limit)
+            expected = plain.decode(given, new, law)
+            found = drafting.decode(given, new, law)
+            assert found.tokens == expected.tokens, name
+            assert sum(found.accepted_by_position) > 0, name
+
+
 @pytest.mark.parametrize("form", ["plain", "vllm", "vllm-stock"])
 def test_one_command_serves_streams_over_http(trained, shared, prompts, expected, tokenizer, form, tmp_path):
     command = f"vllm serve {resolve_base('tiny-python')}"
