@@ -53,7 +53,7 @@ NOTES = (
     "sampled, greedy: mean acceptance length, bonus token included, 95 % interval over prompts; greedy figures of "
     "small models are flattered by loops, so the second of them counts only what lies outside exact repetition",
     "CPU minutes: of training, up to the step that was kept, with its own measurements; of a run that went on from "
-    "another adapter, those of both",
+    "another adapter, those of both; where a head was trained beside a LoRA, of both parts in both rows",
     "floor: the largest mean acceptance length that K drafts could have which see no token between, with a head the "
     "one before; an estimate, on average too large; share: of the accepted drafts in it; neither has an interval",
 )

@@ -103,22 +103,23 @@ def report(args: argparse.Namespace) -> None:
         num_steps=2 * len(lengths) * (args.repetitions + 1),
         seed=args.seed,
     )
-    rows, left_out = [], []
-    for length in lengths:
-        found, without = measure(args, ways, length)
-        rows += found
-        left_out += without
-    result = {
+    result: dict[str, Any] = {
         "base": args.base,
         "num_parameters": num_parameters,
-        **{name: getattr(args, name) for name in ("tokens", "lora_rank", "threads", "repetitions", "seed")},
+        **{name: getattr(args, name) for name in ("tokens", "lora_rank", "threads", "seed")},
         "dtype": str(base.dtype).removeprefix("torch."),
         "mixed_precision": accelerator.mixed_precision,
-        "rows": rows,
-        "left_out": left_out,
+        "rows": [],
+        "left_out": [],
         **provenance(device),
     }
-    show(result, output_stem("training_cost", args.output, args.quick, device))
+    for length in lengths:
+        rows, left_out = measure(args, ways, length)
+        result["rows"] += rows
+        result["left_out"] += left_out
+        # a long one behind it may be cut off
+        table, notes = write(result, output_stem("training_cost", args.output, args.quick, device))
+    print_tables([table], notes, ("way", "learned"))
     print(json.dumps(result))
 
 
@@ -193,8 +194,8 @@ def name_of(row: dict) -> str:
     return f"{row['form']}, {row['learned']}, K = {row['num_speculative_tokens']}{dropped}"
 
 
-def show(result: dict, stem: Path) -> None:
-    """Table and notes on the console and in files, and the picture."""
+def write(result: dict, stem: Path) -> tuple[TextTable, list[str]]:
+    """Files and picture; returns the table and its notes."""
     title = (
         f"{result['base']}, {result['num_parameters'] / 1e6:,.1f} M parameters, {result['dtype']}, mixed precision "
         f"{result['mixed_precision']}; {result['device']}"
@@ -220,7 +221,7 @@ def show(result: dict, stem: Path) -> None:
         for panel, name in zip(panels, ("cpu_us_per_slot", "kib_per_slot"), strict=True):
             panels[panel].setdefault(name_of(row), {})[f"T = {row['length']}"] = row[name]
     write_files(result, stem, page, lambda path: plot_training_cost(panels, title, path))
-    print_tables([table], notes, ("way", "learned"))
+    return table, notes
 
 
 if __name__ == "__main__":

@@ -155,8 +155,8 @@ def what_was_trained(variant: Variant, work: Path) -> tuple[str | None, dict[str
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in logged if "loss" in line]
     facts = {"steps": variant.recipe.train.steps, "best_step": found["step"], "final_loss": losses[-1]}
-    train = variant.recipe.train
-    rows = [variant.recipe.mask_rows(train.anchors_per_sequence, K) for K in train.grow_speculative_tokens or [None]]
+    train, anchors = variant.recipe.train, variant.recipe.anchors()
+    rows = [variant.recipe.mask_rows(anchors, K) for K in train.grow_speculative_tokens or [None]]
     return None, {**facts, "mask_rows_per_step": train.gradient_accumulation_steps * sum(rows) // len(rows)}
 
 

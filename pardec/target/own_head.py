@@ -86,16 +86,23 @@ class OwnHead:
     @contextmanager
     def cast_once(self) -> Iterator[None]:
         """Under autocast the frozen output matrix is cast here, and not again for all logits that are made inside."""
-        head, kind = self.target.base.get_output_embeddings(), self.target.device.type
-        weight = head.weight if type(head) is nn.Linear else None
-        if weight is None or weight.requires_grad or not torch.is_autocast_enabled(kind):
+        head, dtype = self.target.base.get_output_embeddings(), autocast_dtype(self.target.device)
+        if not isinstance(head, nn.Linear) or head.weight.requires_grad or dtype is None:
             yield
             return
-        head.weight = nn.Parameter(weight.to(torch.get_autocast_dtype(kind)), requires_grad=False)
+        weight = head.weight
+        head.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         try:
             yield
         finally:
             head.weight = weight
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What matrices are multiplied in under the autocast that is on; None without one, as always on `meta`."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _observed(target: TargetModel, ids: Tensor) -> tuple[list[tuple[nn.Module, type[ModelOutput]]], Tensor]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# rows x vocabulary of a sweep on a CPU: 512 KiB in float32; a device takes all that it is given
-_ENTRIES_ON_CPU = 2**17
+# rows x vocabulary of a sweep on a CPU, 256 KiB in float32, but no single rows; a device takes all that it is given
+_ENTRIES_ON_CPU, _LEAST_ROWS = 2**16, 2
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class TargetLaw:
         """That of rows, shape [n], which may name one several times."""
         likeliest = None if self.likeliest is None else self.likeliest[rows]
         mine = rows if self.rows is None else self.rows[rows]
+        if self.table.device.type != "cpu":  # whose sweeps take all rows, so that the table need not stay beside them
+            return TargetLaw(self.table[mine], self.entropy[rows], likeliest)
         return replace(self, entropy=self.entropy[rows], likeliest=likeliest, rows=mine)
 
     def prob_of(self, ids: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ def _gradient(
 def _sweeps(like: Tensor) -> Iterator[slice]:
     """Rows of a tensor of shape [M, V], some at a time."""
     num_rows, V = like.shape
-    at_once = max(1, _ENTRIES_ON_CPU // V if like.device.type == "cpu" else num_rows)
+    at_once = max(_LEAST_ROWS, _ENTRIES_ON_CPU // V if like.device.type == "cpu" else num_rows)
     for first in range(0, num_rows, at_once):
         yield slice(first, first + at_once)
 

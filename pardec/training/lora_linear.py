@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pardec.target.own_head import autocast_dtype
+
 _ADAPTER = "default"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
 
@@ -75,10 +77,8 @@ def _dtype_of(layer, x: Tensor) -> torch.dtype | None:
     )
     if not is_plain or x.dim() < 2:
         return None
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    matrices = [module.weight for module in (base, *halves)]
-    return x.dtype if all(matrix.dtype == x.dtype for matrix in matrices) else None
+    is_one_dtype = all(module.weight.dtype == x.dtype for module in (base, *halves))
+    return autocast_dtype(x.device) or (x.dtype if is_one_dtype else None)
 
 
 class _LoraLinear(torch.autograd.Function):

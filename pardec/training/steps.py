@@ -103,11 +103,11 @@ class Learner:
         accelerator = self.accelerator
         # noise at mask rows is drawn anew in every step and process, and again where a run is continued
         torch.manual_seed((self.seed * 1_000_003 + step) * accelerator.num_processes + accelerator.process_index)
-        N = batches[0]["anchors"].shape[1]
-        part = self.anchors_per_forward or N
-        chunks = [(batch, first) for batch in batches for first in range(0, N, part)]
+        # each batch by its own number of anchors
+        parts = [(batch, self.anchors_per_forward or batch["anchors"].shape[1]) for batch in batches]
+        chunks = [(batch, first, part) for batch, part in parts for first in range(0, batch["anchors"].shape[1], part)]
         totals: Tensor | float = 0.0
-        for index, (batch, first) in enumerate(chunks):
+        for index, (batch, first, part) in enumerate(chunks):
             is_last = index == len(chunks) - 1
             with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
                 which = {"first_anchor": first, "num_anchors": part, "max_depth": max_depth}
@@ -152,16 +152,21 @@ def apply_gradients(
     return norm
 
 
-def losses_of(sums: Tensor, norm: float, learning_rate: float | Tensor) -> dict[str, Any]:
+def cpu_minutes(before: float) -> float:
+    """Minutes of processor time: `before`, of processes that this one goes on from, and its own."""
+    return before + time.process_time() / 60
+
+
+def losses_of(sums: Tensor, norm: float, learning_rate: float | Tensor, minutes: float) -> dict[str, Any]:
     """What is logged: loss, and teacher-forced agreement and overlap per position.
 
     Args:
         sums: of `Learner.update`, over the steps since the last time.
         norm: of the last step's gradient.
         learning_rate: of the mask embeddings.
+        minutes: of processor time since the run began.
     """
     rows: dict[str, Tensor] = dict(zip(METRICS, sums[:-2], strict=True))
-    minutes = time.process_time() / 60
     values = {"loss": mean_loss(sums), "gradient_norm": norm, "learning_rate": learning_rate, "cpu_minutes": minutes}
     names = {"argmax_agreement": "agreement", "overlap": "overlap"}
     if bool(rows["head_overlap"].any()):

@@ -526,6 +526,12 @@ def test_the_last_line_of_a_log_is_told_from_progress_bars_of_older_runs(tmp_pat
     assert variant_runs.reason_of(0, ["boom"]) is None
 
 
+def test_a_recipe_without_a_number_of_anchors_has_those_of_its_length(lab):
+    overrides = ["train.anchors_per_sequence=null", "data.max_length=64", "train.batch_size=2"]
+    (row,) = lab.run([{"name": "a", "overrides": overrides}])[1]["rows"]
+    assert row["mask_rows_per_step"] == 2 * 32 * 4
+
+
 def test_mask_rows_follow_token_dropping(lab):
     overrides = ["train.keep={ratio: 0.5, floor: 0.1}", "train.anchors_per_sequence=8", "train.batch_size=3"]
     (variant,) = load_study(lab.write([{"name": "a", "overrides": overrides}])).variants

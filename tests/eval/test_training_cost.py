@@ -1,5 +1,7 @@
 """What a slot of training costs: forms beside ours are the steps that they are said to be, and are counted right."""
 
+import json
+
 import pytest
 import torch
 import training_cost
@@ -112,6 +114,20 @@ def test_the_table_has_every_way_at_every_length_beside_ours(tmp_path):
     assert page.count("| dense joint |") == 4
     assert "left out: T = 32, PARD" in page
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_measured_stays_where_a_longer_length_is_cut_off(tmp_path, monkeypatch):
+    measure = training_cost.measure
+
+    def cut_off(args, found, length):
+        if length == 32:
+            raise ValueError("cut off")
+        return measure(args, found[:2], length)
+
+    monkeypatch.setattr(training_cost, "measure", cut_off)
+    assert "cut off" in run(training_cost.main, "--quick", "--output", tmp_path / "found").error
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(row["length"], row["form"]) for row in rows] == [(16, PARDEC), (16, DENSE_JOINT)]
 
 
 @pytest.mark.parametrize(

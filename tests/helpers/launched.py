@@ -15,7 +15,7 @@ from programs import Ended, run
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["train_adapter", "pardec.measures.examiner", "launched"])
-_SECONDS = 120  # after which processes that wait for each other are given up
+_SECONDS = 300  # after which processes that wait for each other are given up
 
 
 class Launched:

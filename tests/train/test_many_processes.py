@@ -253,7 +253,7 @@ def logged_steps(output: Path) -> int:
 
 
 def wait_until(condition) -> None:
-    for _ in range(1200):
+    for _ in range(6000):
         if condition():
             return
         time.sleep(0.05)

@@ -1,6 +1,12 @@
-"""What a training step is told: how far its blocks reach."""
+"""What a training step is told: how far its blocks reach; and that it learns all of its batches."""
 
-from pardec.training.steps import depth_at
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny_models import tiny_model
+
+from pardec.training.module import Drafter, MaskTokenTrainer
+from pardec.training.steps import Learner, depth_at, make_schedule
 
 
 def test_every_depth_has_an_equal_share_of_the_steps_and_the_last_is_the_last():
@@ -21,3 +27,22 @@ def test_the_last_step_trains_all_however_few_there_are():
 
 def test_without_growth_every_step_trains_all_mask_tokens():
     assert [depth_at(step, 3, None) for step in (1, 2, 3)] == [None] * 3
+
+
+@pytest.mark.parametrize("anchors_per_forward", [None, 2])
+def test_every_batch_of_a_step_has_all_of_its_own_anchors(anchors_per_forward):
+    trainer = MaskTokenTrainer(tiny_model("llama"), Drafter(2))
+    parameters = {name: p for name, p in trainer.named_parameters() if p.requires_grad}
+    ids = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(0))
+    whole = {"input_ids": ids, "loss_mask": torch.ones_like(ids, dtype=torch.bool)}
+    few, many = ({**whole, "anchors": torch.arange(N).expand(2, -1)} for N in (2, 7))
+
+    def rows_of(batches) -> int:
+        frozen = torch.optim.SGD(parameters.values(), lr=0.0)
+        learner = Learner(
+            Accelerator(cpu=True), trainer, parameters, frozen, make_schedule(frozen, 0, 10, 0), 0,
+            anchors_per_forward, 1.0,
+        )  # fmt: skip
+        return int(learner.update(batches, 1, with_metrics=False)[0][-1, 0])
+
+    assert rows_of([few, many]) == rows_of([many, few]) == 2 * 2 * (2 + 7)

@@ -41,8 +41,10 @@ def decoded_by_planting(decoder: Decoder, rows, references, ends, tree: DraftTre
 
     `tree` = the shape that a dynamic tree has in these steps; default the decoder's own.
     """
-    tree, exact = tree or decoder.tree, 1 if decoder.mode == "two_pass" else 0
-    assert isinstance(tree, DraftTree)
+    exact = 1 if decoder.mode == "two_pass" else 0
+    if tree is None:
+        assert isinstance(decoder.tree, DraftTree)
+        tree = decoder.tree
     expected: list[list[int]] = [[] for _ in rows]
 
     def plant(state: DecodeState, *args, step: int) -> None:
