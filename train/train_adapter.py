@@ -7,6 +7,7 @@ of processes that makes the same steps; SIGTERM and SIGUSR1 let it finish a step
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from pardec.training.running.agreement import any_process, failing_together
 from pardec.training.running.checkpoints import add_to_state, check_same, load_state, read_progress, save_state
 from pardec.training.running.launch import idle_processors
 from pardec.training.running.processes import STOPPED, as_steps_run_it, run_in, stop_signals
-from pardec.training.steps import Learner, build_optimizer, depth_at, losses_of, make_schedule
+from pardec.training.steps import Learner, build_optimizer, cpu_minutes, depth_at, losses_of, make_schedule
 from pardec.training.warm_start import check_source
 
 
@@ -75,16 +76,18 @@ def train(recipe: Recipe) -> None:
     with accelerator.autocast():
         sizes = sizes_of(recipe, accelerator, module, learned, prompts)
 
+    minutes = partial(cpu_minutes, state.get("cpu_minutes", 0.0))
+
     def save(step: int, best: float, measured: int | None) -> None:
-        progress = {"best": best, "measured": measured, "examples": step * global_batch, **kept}
-        save_state(checkpoints, step, learned, [optimizer], progress, keep=train.checkpoint_keep)
+        progress = {"best": best, "measured": measured, "examples": step * global_batch, "cpu_minutes": minutes()}
+        save_state(checkpoints, step, learned, [optimizer], {**progress, **kept}, keep=train.checkpoint_keep)
 
     with run_in(accelerator, recipe.output_dir, sizes + idle_processors(accelerator), first_step):
         clip = train.max_grad_norm
         learner = Learner(
             accelerator, wrapped, learned, optimizer, schedule, train.seed, train.anchors_per_forward, clip
         )
-        examiner = Examiner(recipe, accelerator, module, peft_model, identity, origin, tokenizer, prompts)
+        examiner = Examiner(recipe, accelerator, module, peft_model, identity, origin, tokenizer, prompts, minutes)
         best, reached = take_steps(recipe, learner, examiner, loader, first_step, state, save)
         accelerator.end_training()
     if reached < train.steps:
@@ -144,7 +147,7 @@ def take_steps(
             sums = sums + new
             progress.update()
             if is_logged:
-                losses = losses_of(sums, norm, learner.schedule.get_last_lr()[0])
+                losses = losses_of(sums, norm, learner.schedule.get_last_lr()[0], examiner.minutes())
                 with failing_together(accelerator):
                     accelerator.log(losses, step=step)
                 progress.set_postfix(loss=f"{losses['loss']:.3f}")

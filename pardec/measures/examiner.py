@@ -4,7 +4,7 @@ All processes of a run measure: each its share of the prompts, or, where the bas
 it alone, all the same ones. Knows the training module and the recipe; no optimiser and no steps.
 """
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Examiner:
         origin: what is told of the adapter that the run began with.
         tokenizer: of the base.
         prompts: held out.
+        minutes: of processor time since the run began, asked for when an adapter is written.
     """
 
     recipe: Recipe
@@ -55,6 +56,7 @@ class Examiner:
     origin: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
+    minutes: Callable[[], float]
 
     def measure(self, step: int, best: float) -> float:
         """Acceptance after `step` steps, sampled and greedy; returns the better of it, sampled, and `best`.
@@ -120,7 +122,7 @@ class Examiner:
                 **self.origin,
                 **made_by(self.accelerator),
                 "step": step,
-                "cpu_minutes": round(time.process_time() / 60, 2),
+                "cpu_minutes": round(self.minutes(), 2),
             },
             measured=measured,
         )

@@ -152,16 +152,21 @@ def apply_gradients(
     return norm
 
 
-def losses_of(sums: Tensor, norm: float, learning_rate: float | Tensor) -> dict[str, Any]:
+def cpu_minutes(before: float) -> float:
+    """Minutes of processor time: `before`, of processes that this one goes on from, and its own."""
+    return before + time.process_time() / 60
+
+
+def losses_of(sums: Tensor, norm: float, learning_rate: float | Tensor, minutes: float) -> dict[str, Any]:
     """What is logged: loss, and teacher-forced agreement and overlap per position.
 
     Args:
         sums: of `Learner.update`, over the steps since the last time.
         norm: of the last step's gradient.
         learning_rate: of the mask embeddings.
+        minutes: of processor time since the run began.
     """
     rows: dict[str, Tensor] = dict(zip(METRICS, sums[:-2], strict=True))
-    minutes = time.process_time() / 60
     values = {"loss": mean_loss(sums), "gradient_norm": norm, "learning_rate": learning_rate, "cpu_minutes": minutes}
     names = {"argmax_agreement": "agreement", "overlap": "overlap"}
     if bool(rows["head_overlap"].any()):

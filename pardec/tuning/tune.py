@@ -153,7 +153,7 @@ def _ranking(
 ) -> Rank:
     """Ranks what was emitted in the model's drafts of K tokens, and finds it in drawn trees of so many nodes.
 
-    Not in trees that mask rows alone draw: these accept no more than those of ranks, as `eval/trees.py` found.
+    Not in trees that mask rows alone draw: these accept hardly more than those of ranks, as `eval/trees.py` found.
     """
     prompts = [prompt for batch in batches for prompt in batch]
 

@@ -12,8 +12,9 @@ import torch
 import train_adapter
 from adapter_runs import WHOLE, checkpoint, train, train_in_own_process
 
+from pardec.adapters.files import load_adapter
 from pardec.measures.examiner import Examiner
-from pardec.training.running.checkpoints import read_progress
+from pardec.training.running.checkpoints import add_to_state, read_progress
 from pardec.training.running.processes import STOPPED
 from pardec.training.warm_start import check_source
 
@@ -39,6 +40,8 @@ def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, 
     )
     killed = train_in_own_process(cut, text_file, *WHOLE, launcher=("-c", code))
     assert killed.code == 9
+    assert read_progress(cut / "checkpoints")["cpu_minutes"] > 0
+    add_to_state(cut / "checkpoints", {"cpu_minutes": 1e6})
     again = train(cut, text_file, *WHOLE)
     assert again.code == 0, again.err[-2000:]
     assert "continuing" in again.out
@@ -47,6 +50,7 @@ def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, 
     assert all(torch.equal(expected[key], continued[key]) for key in expected)
     steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     assert steps == [1, 2, 3, 4]
+    assert load_adapter(cut).metadata.training["cpu_minutes"] > 1e6  # those of before count
     finished = train(cut, text_file, *WHOLE)
     assert finished.code == 0
     assert "already holds the adapter" in finished.out
