@@ -89,7 +89,7 @@ class Subject:
             self.target,
             self.mask_embeddings[:K] if K else None,
             gate,
-            linears=None if variant.compile else self._linears(gate),
+            linears=self._linears(gate),
             query_group=None if variant.attention == STOCK else self.facts.query_group,
             compile_step=compiled if variant.compile else None,
             tap=None if head is None else head.tap,
@@ -100,13 +100,12 @@ class Subject:
         return Engine(decoder, self.facts.bytes_per_slot, captured=device.type == "cuda")
 
     def prepare(self, variant: Variant) -> None:
-        """Packs weights on a CPU; to be called while no engine is between two steps, which keeps layers from it."""
-        if not variant.compile:
-            for gate in (None, self.gate) if variant.lora else (None,):
-                self._linears(gate)
+        """Packs weights; to be called while no engine is between two steps, which keeps layers from it."""
+        for gate in (None, self.gate) if variant.lora else (None,):
+            self._linears(gate)
 
     def _linears(self, gate: LoraGate | None) -> PackedLinears:
-        """Packed weights, for all engines that can share them; empty on other devices than a CPU."""
+        """Packed weights, for all engines that can share them."""
         with_lora = gate is not None
         if with_lora not in self._packed:
             self._packed[with_lora] = PackedLinears(self.facts.siblings, gate)

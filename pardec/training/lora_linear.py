@@ -87,12 +87,14 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows, weight, bias, A, B, scaling: float):  # type: ignore[override]
         W, a, b = (matrix.to(rows.dtype) for matrix in (weight, A, B))
-        out = nn.functional.linear(rows, W, None if bias is None else bias.to(rows.dtype))
-        low = (rows @ a.T).mul_(scaling)
-        out.addmm_(low, b.T)
+        # no view, which nobody might write to afterwards
+        out = rows.new_empty(*x.shape[:-1], len(W))
+        flat, low = out.flatten(0, -2), (rows @ a.T).mul_(scaling)
+        torch.mm(rows, W.T, out=flat) if bias is None else torch.addmm(bias.to(rows.dtype), rows, W.T, out=flat)
+        flat.addmm_(low, b.T)
         ctx.save_for_backward(rows, W, a, b, low)
         ctx.scaling, ctx.dtypes = scaling, (x.dtype, A.dtype, B.dtype)
-        return out.unflatten(0, x.shape[:-1])
+        return out
 
     @staticmethod
     @once_differentiable

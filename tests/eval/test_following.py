@@ -17,8 +17,9 @@ def test_a_row_for_every_shape_and_set_and_a_page(adapters, tmp_path):
     names = [row["way"] for row in rows]
     assert {"plain", "4 copies", "in hindsight", *(f"following: {name}" for name in following.SETS)} <= set(names)
     shapes = [row for row in rows if "following" not in row["way"]]
-    assert shapes[0]["way"] == "in hindsight"
-    assert shapes[1]["beside_best"] == 1
+    in_hindsight = next(row["beside_best"] for row in shapes if row["way"] == "in hindsight")
+    assert in_hindsight == max(row["beside_best"] for row in shapes)  # one shape may be the best of every text
+    assert 1 in [row["beside_best"] for row in shapes if row["way"] != "in hindsight"]
     assert next(row for row in rows if row["way"] == "plain")["ratio_to_plain"] == 1
     page = (tmp_path / "found.md").read_text()
     assert "| in hindsight | " in page

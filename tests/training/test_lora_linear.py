@@ -135,3 +135,18 @@ def test_layers_that_read_the_same_rows_cast_them_once():
         for projection in (layer.q_proj, layer.k_proj, layer.v_proj):
             projection(rows)
     assert Casts.number == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_comes_out_may_be_written_to(bias):
+    """As models do that scale their queries in place."""
+    layer = torch.nn.Sequential(torch.nn.Linear(6, 4, bias=bias)).double()
+    x, A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((1, 3, 6), (2, 6), (4, 2)))
+    weight, offset = layer[0].weight.detach(), layer[0].bias.detach() if bias else None
+    out = _LoraLinear.apply(x, x.detach().flatten(0, -2), weight, offset, A, B, 3.0)
+    out.mul_(2)
+    expected = 2 * (torch.nn.functional.linear(x, weight, offset) + 3 * x @ A.T @ B.T)
+    torch.testing.assert_close(out, expected)
+    found = torch.autograd.grad(out.sum(), [x, A, B])
+    for one, other in zip(found, torch.autograd.grad(expected.sum(), [x, A, B]), strict=True):
+        torch.testing.assert_close(one, other)

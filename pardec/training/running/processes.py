@@ -1,6 +1,7 @@
 """The processes of a run of `train/`: how they start, in which precision, what the main one says and logs, and how
 they are stopped."""
 
+import atexit
 import json
 import os
 import signal
@@ -23,6 +24,10 @@ from pardec.training.running.only_run import only_run
 # what a scheduler sends some time before it takes the machine away
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # exit code of a run that was stopped so; of sysexits.h, "try again later"
+# Kept until the program ends. Whoever frees a group of processes waits for its thread; the copies of a module that average
+# gradients do so without letting go of Python, which that thread may ask for: they would wait for each other.
+_groups: list[Any] = []
+atexit.register(_groups.clear)
 
 
 def make_accelerator(
@@ -48,6 +53,8 @@ def make_accelerator(
     )
     refuse_other_type(accelerator.distributed_type)
     refuse_other_number(accelerator.num_processes, environment)
+    if accelerator.num_processes > 1:
+        _groups.append(torch.distributed.group.WORLD)
     return accelerator
 
 
