@@ -24,8 +24,8 @@ from pardec.training.running.only_run import only_run
 # what a scheduler sends some time before it takes the machine away
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOPPED = 75  # exit code of a run that was stopped so; of sysexits.h, "try again later"
-# Kept until the program ends. Whoever frees a group of processes waits for its thread; the copies of a module that average
-# gradients do so without letting go of Python, which that thread may ask for: they would wait for each other.
+# Kept until the program ends. Whoever frees a group of processes waits for its thread; the copies of a module that
+# average gradients do so without letting go of Python, which that thread may ask for: they would wait for each other.
 _groups: list[Any] = []
 atexit.register(_groups.clear)
 
