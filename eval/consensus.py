@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from reporting.intervals import ratio_interval
 from reporting.result_files import output_stem, provenance, write_page
 from reporting.text_tables import TextTable, markdown_page, print_tables
 from timing.options import add_prompt_options, full_or_quick, integers
@@ -27,7 +28,6 @@ from pardec.run import exit_on_unusable_input
 
 FULL = {"num_prompts": 16, "samples": "2,4,8", "max_new_tokens": 128}
 QUICK = {"num_prompts": 2, "samples": "2", "max_new_tokens": 12}
-BOOTSTRAP_SAMPLES = 2000
 NOTES = (
     "tokens per step: emitted / steps of the sequences, prefill aside, sums over sums",
     "gain: their ratio on the same texts, with its 95 % interval by bootstrap over prompts",
@@ -88,14 +88,12 @@ def row_of(
             some = samples[start : start + count]
             apart[index] += sum(steps_of(prompt, some, copy_tokens, [[row] for row in range(count)]))
             together[index] += sum(steps_of(prompt, some, copy_tokens, sources_of([prompt] * count)))
-    draws = np.random.default_rng(0).integers(len(prompts), size=(BOOTSTRAP_SAMPLES, len(prompts)))
-    gains = apart[draws].sum(axis=1) / together[draws].sum(axis=1)
     return {
         "samples": count,
         "tokens_per_step_apart": round(float(tokens.sum() / apart.sum()), 4),
         "tokens_per_step_together": round(float(tokens.sum() / together.sum()), 4),
         "gain": round(float(apart.sum() / together.sum()), 4),
-        "gain_interval": [round(float(x), 4) for x in np.percentile(gains, [2.5, 97.5])],
+        "gain_interval": ratio_interval(apart, together),
     }
 
 

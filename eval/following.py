@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from reporting.intervals import ratio_interval
 from reporting.result_files import output_stem, provenance, write_page
 from reporting.text_tables import TextTable, markdown_page, print_tables
 from timing.options import add_prompt_options, full_or_quick
@@ -42,7 +43,6 @@ SETS: dict[str, tuple[Shape, ...]] = {
 DECAYS = (0.05, 0.1, 0.2, 0.4)
 LAWS = ("greedy", "sampled")
 HEAD = {"auto": None, "off": False}
-BOOTSTRAP_SAMPLES = 2000
 NOTES = (
     "x plain: time of plain decoding over that of a way, prefill aside, sums over texts; on paper, but for what a step "
     "of so many rows takes here",
@@ -182,7 +182,7 @@ def rows_of(texts: list[PlayedText], cost: Cost) -> list[dict[str, Any]]:
         own = {one: [text.category == one for text in texts] for one in categories}
         by_category = {one: round(float(plain[mine].sum() / ms[mine].sum()), 4) for one, mine in own.items()}
         row = {"way": name, "ratio_to_plain": round(float(plain.sum() / ms.sum()), 4), "by_category": by_category}
-        rows.append(row | {"beside_best": round(float(best.sum() / ms.sum()), 4), "interval": interval(best, ms)})
+        rows.append(row | {"beside_best": round(float(best.sum() / ms.sum()), 4), "interval": ratio_interval(best, ms)})
     return rows
 
 
@@ -190,13 +190,6 @@ def label(shape: Shape) -> str:
     """What tables call a shape."""
     parts = [f"K = {shape[0]}"] * (shape[0] > 0) + [f"{shape[1]} copies"] * (shape[1] > 0)
     return ", ".join(parts) or "plain"
-
-
-def interval(best: np.ndarray, ms: np.ndarray) -> list[float]:
-    """95 % of the ratio of sums over texts."""
-    draws = np.random.default_rng(0).integers(len(ms), size=(BOOTSTRAP_SAMPLES, len(ms)))
-    ratios = best[draws].sum(axis=1) / ms[draws].sum(axis=1)
-    return [round(float(x), 4) for x in np.percentile(ratios, [2.5, 97.5])]
 
 
 def tables_of(result: dict[str, Any]) -> list[TextTable]:

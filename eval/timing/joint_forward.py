@@ -11,10 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from pardec.layout import training_layout
+from pardec.layout import TrainingLayout, training_layout
+from pardec.target.forward import TargetModel
 from pardec.target.prefix_cache import PrefixCache
 from pardec.training.module import ATTENTION_KERNELS, METRICS, MaskTokenTrainer
 from pardec.training.peft_lora import lora_enabled
+
+
+def dense_rows(
+    target: TargetModel, layout: TrainingLayout, num_sequences: int, num_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Positions of real tokens with the mask rows of `layout` behind them, and what each of these rows sees.
+
+    Returns:
+        Shapes [B, T + M], int64, and [B, T + M, T + M], bool.
+    """
+    device = layout.positions.device
+    real = torch.arange(num_tokens, device=device).expand(num_sequences, -1)
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+    of_real = nn.functional.pad(causal, (0, layout.positions.shape[1])).expand(num_sequences, -1, -1)
+    positions = torch.cat([real, target.clamp_positions(layout.positions)], dim=1)
+    return positions, torch.cat([of_real, layout.visible], dim=1)
 
 
 class JointForward(nn.Module):
@@ -48,16 +65,12 @@ class JointForward(nn.Module):
         mine = anchors[:, first_anchor : None if num_anchors is None else first_anchor + num_anchors]
         layout = training_layout(mine, (K,) * mine.shape[1], T)
         M = len(layout.depths)
-        real = torch.arange(T, device=input_ids.device).expand(B, -1)
-        positions = torch.cat([real, target.clamp_positions(layout.positions)], dim=1)
-        causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()
-        of_real = nn.functional.pad(causal, (0, M)).expand(B, -1, -1)
-        visible = torch.cat([of_real, layout.visible], dim=1)
+        positions, visible = dense_rows(target, layout, B, T)
         assert self.trainer.mask_embeddings is not None
         masks = self.trainer.mask_embeddings.to(target.dtype)[layout.depths].expand(B, -1, -1)
         # the mask token at position s predicts what the real token at s predicts
         law_rows = layout.positions.clamp_max(T - 1)
-        rows = torch.cat([law_rows, torch.arange(T, T + M, device=real.device).expand(B, -1)], dim=1)
+        rows = torch.cat([law_rows, torch.arange(T, T + M, device=positions.device).expand(B, -1)], dim=1)
         with ExitStack() as stack:
             stack.enter_context(sdpa_kernel(ATTENTION_KERNELS))
             if drafter.has_lora:

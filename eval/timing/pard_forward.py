@@ -6,6 +6,7 @@ Legend: B sequences, T tokens, K num_speculative_tokens, M mask rows of a sequen
 """
 
 import torch
+from timing.joint_forward import dense_rows
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 from transformers import PreTrainedModel
@@ -73,10 +74,7 @@ class PardForward(nn.Module):
         (_, T), target = input_ids.shape, self.target
         layout = training_layout(anchors, [length - 1 for length in self._lengths(T)], T)
         real = torch.arange(T, device=input_ids.device).expand_as(input_ids)
-        positions = torch.cat([real, target.clamp_positions(layout.positions)], dim=1)
-        causal = torch.ones(T, T, dtype=torch.bool, device=real.device).tril()
-        of_real = nn.functional.pad(causal, (0, positions.shape[1] - T)).expand(len(real), -1, -1)
-        visible = torch.cat([of_real, layout.visible], dim=1)
+        positions, visible = dense_rows(target, layout, len(real), T)
         masks = self.mask_embedding.to(target.dtype).expand(*layout.positions.shape, -1)
         with sdpa_kernel(ATTENTION_KERNELS):
             logits = target.run(
