@@ -50,8 +50,8 @@ class Effort:
             mode with and without the head.
         repetitions: of everything that is timed; medians count.
         copy_tokens: numbers of copied tokens that are tried: alone, and behind the drafts predicted to be fastest.
-        num_trees: whose milliseconds per step are measured besides, with the head and without; as many dynamic ones,
-            with the head.
+        num_trees: whose milliseconds per step are measured besides, with the head and without.
+        num_dynamic_trees: likewise, with the head alone; of 0 none is thought of.
     """
 
     num_shapes: int = 6  # with plain decoding no more than a model keeps engines for
@@ -60,13 +60,17 @@ class Effort:
     repetitions: int = 3
     copy_tokens: tuple[int, ...] = (4, 8, 16)
     num_trees: int = 3
+    num_dynamic_trees: int = 3
 
     def num_shapes_of(self, num_heads: int) -> int:
         """Shapes that are timed with the head, and without, where there are two such ways."""
         return max(self.num_shapes // num_heads, 2)
 
 
-QUICK = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=2, copy_tokens=(6,), num_trees=2)
+# dynamic trees accept hardly more than others, as `eval/trees.py` found: not worth a quick look's time
+QUICK = Effort(
+    num_shapes=3, num_batches=2, num_finalists=2, repetitions=2, copy_tokens=(6,), num_trees=2, num_dynamic_trees=0
+)
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,10 @@ class _Acceptance:
 def max_calls(effort: Effort, num_batches: int, warm_up: int, has_head: bool = False) -> int:
     """At most so many calls of `generate`."""
     few, num_heads = min(effort.num_batches, num_batches), 2 if has_head else 1
-    num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + effort.num_trees * has_head + 1
+    num_dynamic = effort.num_dynamic_trees if has_head else 0
+    num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + num_dynamic + 1
     costs = num_timed * (min(warm_up, few) + 2 * few * effort.repetitions)
-    num_ways = effort.num_finalists + _NUM_MODES * num_heads + _NUM_DYNAMIC_MODES * has_head + 3
+    num_ways = effort.num_finalists + _NUM_MODES * num_heads + _NUM_DYNAMIC_MODES * bool(num_dynamic) + 3
     tried = num_heads + len(effort.copy_tokens) * (1 + _WAYS_WITH_COPIES * num_heads)
     return tried * num_batches + costs + num_ways * (min(warm_up, num_batches) + num_batches * effort.repetitions)
 
@@ -183,9 +188,10 @@ def measure(
         for head in heads:
             ranks, rows = rank(head, accepted[head].calls)
             trees.append(TreeWays.of(ranks, num_batches, max_tree_rows, head))
-            if rows is not None:
+            probes += trees[-1].probes(effort.num_trees)
+            if rows is not None and effort.num_dynamic_trees:
                 trees.append(TreeWays.of_drawn(rows, num_batches, max_tree_rows, head))
-        probes += [way for one in trees for way in one.probes(effort.num_trees)]
+                probes += trees[-1].probes(effort.num_dynamic_trees)
     costs = measure_costs(decode, probes, spread, max_new_tokens, effort.repetitions, warm_up)
     workload = Workload(
         new_tokens=[call.new_tokens for call in calls],

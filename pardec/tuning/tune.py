@@ -74,7 +74,8 @@ def tune(
     with tqdm(total=max_calls(effort, len(batches), warm_up, has_head), unit="call", desc="tuning") as bar:
         decode = _decoding(model, batches, bar, temperature, top_k, seed)
         rows = _max_tree_rows(model)
-        rank = _ranking(model, batches, K, max(K, min(rows - 1, NUM_NODES[-1])))
+        num_nodes = max(K, min(rows - 1, NUM_NODES[-1])) if effort.num_dynamic_trees else 0
+        rank = _ranking(model, batches, K, num_nodes)
         found = measure(decode, len(batches), K, max_new_tokens, effort, warm_up, has_head, rank, rows)
         bar.total = bar.n  # fewer ways than allowed for may have been worth measuring
     weights = weights_of(directory, model.adapter.metadata.files)
@@ -151,7 +152,7 @@ def _decoding(
 def _ranking(
     model: SelfSpeculativeModel, batches: Sequence[list[list[int]]], num_speculative_tokens: int, num_nodes: int
 ) -> Rank:
-    """Ranks what was emitted in the model's drafts of K tokens, and finds it in drawn trees of so many nodes.
+    """Ranks what was emitted in the model's drafts of K tokens, and finds it in drawn trees of so many nodes, if any.
 
     Not in trees that mask rows alone draw: these accept hardly more than those of ranks, as `eval/trees.py` found.
     """
@@ -161,7 +162,7 @@ def _ranking(
         emitted = [ids for call in calls for ids in call.token_ids]
         options = {"num_speculative_tokens": num_speculative_tokens, "use_head": None if use_head else False}
         ranks = [one.numpy() for one in ranks_by_place(model, prompts, emitted, **options)]
-        if model.engines.head is None or not use_head:
+        if model.engines.head is None or not use_head or not num_nodes:
             return ranks, None
         rows = drawn_rows_by_place(model, prompts, emitted, num_nodes, **options)
         return ranks, [one.numpy() for one in rows]

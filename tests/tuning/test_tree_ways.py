@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ class Machine:
 
     def __init__(self, seconds_per_row: float, batch_size: int = 1, seconds_of_trees: float = 0.0, better: float = 1.0):
         self.seconds_per_row, self.batch_size, self.seconds_of_trees = seconds_per_row, batch_size, seconds_of_trees
-        self.num_calls, self.better = 0, better
+        self.num_calls, self.better, self.kinds = 0, better, set()
 
     def step_seconds(self, way: Way) -> float:
         forwards = 2 if way.mode == "two_pass" else 1
@@ -49,6 +50,7 @@ class Machine:
 
     def decode(self, way: Way, batch: int, max_new_tokens: int) -> Call:
         self.num_calls += 1
+        self.kinds.add(way.kind)
         tree = way.tree
         if tree is None and way != PLAIN_WAY:
             tree = DraftTree.chain(way.block_lengths)
@@ -65,12 +67,12 @@ class Machine:
         return Call(seconds, wanted, accepted)
 
 
-def measured(machine: Machine, num_batches: int = 6, max_tree_rows: int = 64, is_drawn: bool = True):
+def measured(machine, num_batches=6, max_tree_rows=64, is_drawn=True, effort=EFFORT):
     def rank(use_head, calls):
         texts = [one for batch in range(len(calls)) for one in machine.ranks(batch)]
         return texts, [drawn(one, machine.better) for one in texts] if is_drawn else None
 
-    return measure(machine.decode, num_batches, K, NEW, EFFORT, 1, rank=rank, max_tree_rows=max_tree_rows)
+    return measure(machine.decode, num_batches, K, NEW, effort, 1, rank=rank, max_tree_rows=max_tree_rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -115,6 +117,12 @@ def test_tuning_makes_no_more_calls_than_it_says():
     found = measured(machine, num_batches=5, is_drawn=False)
     assert machine.num_calls <= max_calls(EFFORT, 5, 1)
     assert "dynamic tree" not in {one.candidate.way.kind for one in found.measured}
+
+
+def test_an_effort_without_dynamic_trees_thinks_of_none():
+    machine = Machine(0.0002, better=4.0)
+    assert measured(machine, effort=replace(EFFORT, num_dynamic_trees=0)).chosen.candidate.way.kind == "tree"
+    assert "dynamic tree" not in machine.kinds
 
 
 def test_probes_go_from_the_smallest_tree_to_the_largest():
