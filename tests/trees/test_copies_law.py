@@ -5,7 +5,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-import torch
 from copying_oracle import copied
 from sampling_oracle import WARPERS, Z_LIMIT, V, chi_square_z, joint_law
 from tiny_models import make_adapter, tiny_model
@@ -141,17 +140,15 @@ def test_generate_with_a_tree_and_copies_samples_the_targets_law(toy, mode, warp
     assert chi_square_z(counts, joint_law(toy, PROMPT, 4, WARPERS[warper])) < Z_LIMIT
 
 
-def test_the_chi_square_notices_whoever_takes_the_deeper_of_two_branches_with_draws_of_their_own(toy, monkeypatch):
-    """Of two draws behind the same tokens none may be chosen by what it is."""
+def test_the_chi_square_notices_a_copy_that_is_taken_unseen_beside_a_tree(toy, monkeypatch):
     verify = copied_branch.verify_copies
 
-    def deeper(verdict, target_tokens, candidates, length):
-        alone = verify(replace(verdict, num_accepted=torch.zeros_like(length)), target_tokens, candidates, length)
-        is_deeper = (alone.num_accepted > verdict.num_accepted)[:, None]
-        tokens = torch.where(is_deeper, alone.tokens, verify(verdict, target_tokens, candidates, length).tokens)
-        return replace(verdict, tokens=tokens, num_accepted=verdict.num_accepted.maximum(alone.num_accepted))
+    def credulous(verdict, target_tokens, candidates, length):
+        tokens, reached = verdict.tokens.clone(), (verdict.num_accepted == 0) & (length > 0)
+        tokens[reached, 0] = candidates[reached, 0]
+        return verify(replace(verdict, tokens=tokens), target_tokens, candidates, length)
 
-    monkeypatch.setattr(copied_branch, "verify_copies", deeper)
+    monkeypatch.setattr(copied_branch, "verify_copies", credulous)
     ours = SelfSpeculativeModel(toy, None, make_adapter(toy, 2, lora_rank=2))
     counts, _ = sampled(ours, "fused", "temperature", DEEP)
     assert chi_square_z(counts, joint_law(toy, PROMPT, 4, WARPERS["temperature"])) > 2 * Z_LIMIT
