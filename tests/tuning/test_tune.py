@@ -21,9 +21,9 @@ from pardec.layout import PLAIN
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.tuning import tune as tune_story
-from pardec.tuning.choice import Way
+from pardec.tuning.choice import PLAIN_WAY, Way, tree_way, with_copies
 from pardec.tuning.measuring import QUICK
-from pardec.tuning.report import describe
+from pardec.tuning.report import _name, describe
 from pardec.tuning.tune import prompts_to_tune_on, tune
 
 K = 2
@@ -179,9 +179,35 @@ def test_a_choice_in_words():
             False,
             "K = 2, two_pass, a tree of 3 nodes, 7 rows, 1.50 x plain",
         ),
+        (
+            replace(TunedChoice(*facts, tree=tree), block_lengths=(2, 2, 2, 2, 2), copy_tokens=2),
+            False,
+            "K = 2, a tree of 3 nodes, 2 copied tokens, 2 drafts behind each, 15 rows, 1.50 x plain",
+        ),
+        (
+            TunedChoice(*facts, mode="two_pass", tree=tree, copy_tokens=2),
+            False,
+            "K = 2, two_pass, a tree of 3 nodes, 2 copied tokens, 9 rows, 1.50 x plain",
+        ),
     ]
     for choice, has_head, expected in words:
         assert describe(choice, has_head) == expected
+
+
+def test_a_way_in_a_cell():
+    tree = DraftTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
+    for way, expected in (
+        (PLAIN_WAY, "plain"),
+        (with_copies(PLAIN_WAY, 3), "3 copies"),
+        (Way("fused", (2, 1, 0), False), "2 1 0, no head"),
+        (with_copies(Way("fused", (1, 1)), 3), "1 1 + 3 copies"),
+        (with_copies(Way("fused", (1, 1)), 3, 1), "1 1 + 3 copies of 1"),
+        (tree_way("fused", tree), "tree of 3, K 2"),
+        (with_copies(tree_way("fused", tree), 3), "tree of 3, K 2 + 3 copies"),
+        (with_copies(tree_way("fused", tree), 3, 2), "tree of 3, K 2 + 3 copies of 2"),
+        (with_copies(tree_way("two_pass", tree, False), 3), "two_pass, tree of 3, K 2 + 3 copies, no head"),
+    ):
+        assert _name(way, has_head=True) == expected
 
 
 def test_prompts_are_chats_where_they_say_so_or_are_asked_to_be(packaged_adapter, tiny_base, chat_tokenizer, tmp_path):
