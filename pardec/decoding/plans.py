@@ -47,9 +47,10 @@ class Verifying:
         branch = (0, *range(N + 1, N + L))[:L]
         runs = (0,) * (N + L + 1) if is_two_pass else (*tree.runs, *copy_runs)
         plan = forward.plan(tree_layout((*parents, *branch), runs))
-        steps = DynamicSteps if isinstance(tree, DynamicTree) else TreeSteps
         found = CopiedBranch.of(tree, copy_runs, plan.offsets.device) if L else None
-        return cls(plan, None, steps.of(tree, plan, copy_runs), found)
+        if isinstance(tree, DynamicTree):
+            return cls(plan, None, DynamicSteps.of(tree, plan, copy_runs), found)
+        return cls(plan, None, TreeSteps.of(tree, plan, copy_runs), found)
 
     def path_of(self, tree: TreeSteps | StandingTree, sequence: int, row: int) -> Sequence[int]:
         """Rows from the root to a real row, both of them included, in a sequence; `tree` as it stands in this step."""
