@@ -202,10 +202,10 @@ class AnchoredSequences(Dataset):
         # anchors at the last token have no targets: they fill up where there are fewer candidates, behind the others,
         # since token dropping goes by this order, which must be random
         fill = torch.full((N - len(chosen),), len(ids) - 1)
-        example = {"input_ids": ids, "loss_mask": mask, "anchors": torch.cat([chosen, fill])}
+        found = {"input_ids": ids, "loss_mask": mask, "anchors": torch.cat([chosen, fill])}
         if weights is not None and self.corrected:
-            example["anchor_weights"] = torch.cat([weights, torch.zeros(len(fill))])
-        return example
+            found["anchor_weights"] = torch.cat([weights, torch.zeros(len(fill))])
+        return found
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
