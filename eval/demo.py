@@ -39,7 +39,7 @@ TEMPERATURE, TOP_K = 0.8, 10
 SAMPLED = f"temperature {TEMPERATURE}, top-k {TOP_K}"
 # for each adapter: half a minute on two cores
 TUNING_PROMPTS, TUNING_TOKENS = 8, 64
-TUNING_EFFORT = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=3)
+TUNING_EFFORT = Effort(num_shapes=3, num_batches=2, num_finalists=2, repetitions=3, copies_beside_tree=False)
 
 
 def main() -> None:

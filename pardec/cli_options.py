@@ -39,7 +39,7 @@ Verification = Annotated[str, typer.Option(help="of sampled drafts: token, one b
 CopyTokens = Annotated[
     int | None,
     typer.Option(
-        help="tokens copied from the text, verified behind the drafts; default the tuned choice, else 0",
+        help="tokens copied from the text, verified with the drafts; default the tuned choice, else 0",
         show_default=False,
     ),
 ]

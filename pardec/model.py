@@ -147,14 +147,16 @@ class SelfSpeculativeModel:
             mode: `plain`, `two_pass` or `fused`; default what `pardec tune` chose, else fused.
             num_return_sequences: continuations per prompt, next to each other; they share its prefill.
             block_lengths: instead of K, how many tokens a fused step drafts behind 0, 1, .. K accepted ones: K + 1
-                numbers of which K is the largest, and up to L more, 0 where they are left out.
+                numbers of which K is the largest, and up to L more, 0 where they are left out. Beside a tree, K + 1
+                times its depth K, and behind L copied tokens the L more.
             use_head: draw the drafts one after another with the sampler head; default if the adapter has one and
                 `pardec tune` did not choose to leave it out.
             verification: of sampled drafts: `token` judges them one by one, `block` all of a step together, by which
                 more of them stand (arXiv:2403.10444); the law is the same.
             copy_tokens: L, tokens that a step verifies behind its drafts: what followed the longest match, of two to
                 four tokens, in the text with its drafts or that of another sequence of its prompt; alone, which takes
-                no adapter, with num_speculative_tokens=0. Default what `pardec tune` chose with the drafts, else 0.
+                no adapter, with num_speculative_tokens=0; beside a tree as one more branch of it, which follows the
+                text without drafts. Default what `pardec tune` chose with the drafts, else 0.
             tree: instead of K or block_lengths, many candidates that one forward verifies, a `DraftTree` or a
                 `DynamicTree`; default what `pardec tune` chose. Nodes are the likeliest tokens, also when sampling.
 

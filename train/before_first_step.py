@@ -126,6 +126,7 @@ def begin_module(recipe: Recipe, base, identity: Fingerprint):
     module = MaskTokenTrainer(
         base, recipe.adapter.drafter(), recipe.objective(), keep_ratio=keep.ratio, keep_floor=keep.floor
     )
+    module.run_layers_twice(recipe.train.gradient_checkpointing)
     if recipe.adapter.start_from is None:
         return module, peft_model, {"started_from": None}
     source = load_adapter(recipe.adapter.start_from)
@@ -161,5 +162,6 @@ def sizes_of(
         f"base {recipe.base}: {held_bytes(base) / 2**20:,.0f} MiB per process; learned: {num_learned:,} numbers; "
         f"{len(prompts)} validation prompts\n"
         f"per forward: {train.batch_size * T:,} real rows{in_slices}, {next(iter(mask_rows.values())):,} mask rows; "
-        f"memory estimate {memory / 2**30:.1f} GiB per process (less with fewer train.anchors_per_forward)"
+        f"memory estimate {memory / 2**30:.1f} GiB per process "
+        "(less with fewer train.anchors_per_forward, or train.gradient_checkpointing)"
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from pardec.draft_tree import AnyTree
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import eos_token_ids, pad_token_id
+from pardec.tuning.choice import Way as Shape
 
 # as Spec-Bench runs prompt lookup: github.com/hemingkx/Spec-Bench, evaluation/inference_pld.py
 PROMPT_LOOKUP_TOKENS = 10
@@ -140,7 +141,7 @@ def ways_for(
         else:
             mode, blocks = choice.mode, tuple(choice.block_lengths)
             copies = " + copies" if choice.copy_tokens else ""
-            shape = {"block_lengths": blocks, "tree": choice.tree}
+            shape = {"block_lengths": blocks, "copy_tokens": choice.copy_tokens, "tree": choice.tree}
             ways.append(own(name=f"{mode}{copies} tuned", mode=mode, **shape))
     ways.append(generate_way(base, setting, name="generate"))
     if base.device.type == "cuda":
@@ -163,7 +164,7 @@ def pardec_way(
     setting: Setting,
     *,
     name: str,
-    mode: str,
+    mode: Literal["plain", "two_pass", "fused"],
     adapter: str = "",
     num_speculative_tokens: int | None = None,
     block_lengths: tuple[int, ...] | None = None,
@@ -177,17 +178,16 @@ def pardec_way(
         setting: how tokens are chosen.
         mode: `plain`, `two_pass` or `fused`.
         num_speculative_tokens: K; None in plain mode, or with block_lengths.
-        block_lengths: of the tuned choice, which its mode makes by itself where no K is asked for, as it does the head
-            and the copied tokens.
-        copy_tokens: behind the drafts; None for none, or with block_lengths.
-        tree: of the tuned choice, likewise.
+        block_lengths: of the tuned choice, which its mode makes by itself where no K is asked for, as it does the head.
+        copy_tokens: behind the drafts; None for none, with block_lengths those of the tuned choice.
+        tree: of the tuned choice, as block_lengths are.
     """
-    blocks = block_lengths or (*full_blocks(num_speculative_tokens or 0), *(0,) * (copy_tokens or 0))
-    K = max(blocks)
+    blocks = block_lengths or full_blocks(num_speculative_tokens or 0)
+    K, L = max(blocks), copy_tokens or 0
+    if mode == "fused":
+        blocks = (*blocks, *(0,) * (K + 1 + L - len(blocks)))
     # a round of two_pass is a drafting and a verifying forward
-    rows_per_step = 2 * (K + 1) if mode == "two_pass" else len(blocks) + sum(blocks)
-    if tree is not None:
-        rows_per_step = K + 1 + tree.num_nodes + 1 if mode == "two_pass" else tree.num_rows
+    rows_per_step = Shape(mode, blocks, copy_tokens=L, tree=tree).num_rows
 
     def decode(prompts: list[list[int]], seed: int) -> Decoded:
         out = model.generate(

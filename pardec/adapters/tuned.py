@@ -57,9 +57,11 @@ class TunedChoice:
         versions: of the libraries.
         mode: of decoding; of files that do not say, fused, or plain by its block_lengths.
         use_head: whether the drafts are drawn by the adapter's sampler head, where it has one.
-        copy_tokens: copied ones that are verified behind the drafts; block_lengths has one more for each in fused mode.
+        copy_tokens: copied ones that are verified behind the drafts, or beside the tree; block_lengths has one more for
+            each in fused mode.
         by_dtype: tokens/s of what was chosen in each dtype, measured in turn; None where one was tuned by itself.
-        tree: the chosen shape where that is a tree; then block_lengths say only how deep it is.
+        tree: the chosen shape where that is a tree; then block_lengths say how deep it is, and what is drafted behind
+            copied tokens.
     """
 
     device: str
@@ -85,8 +87,6 @@ class TunedChoice:
     def __post_init__(self) -> None:
         integer("batch_size", self.batch_size, 1)
         integer("copy_tokens", self.copy_tokens, 0, MAX_COPY_TOKENS)
-        if self.tree is not None and self.copy_tokens:
-            raise ValueError(f"copy_tokens: expected 0 beside a tree, found {self.copy_tokens}")
         if not real(self.plain_tokens_per_second) > 0:  # what speeds are told as multiples of
             found = shown(self.plain_tokens_per_second)
             raise ValueError(f"plain_tokens_per_second: expected a number > 0, found {found}")
@@ -96,7 +96,8 @@ class TunedChoice:
         if self.block_lengths == PLAIN:
             object.__setattr__(self, "mode", "plain")
         K = self.num_speculative_tokens
-        if self.tree is not None and (self.block_lengths != full_blocks(K) or self.tree.num_speculative_tokens != K):
+        blocks = self.block_lengths[: K + 1]
+        if self.tree is not None and (blocks != full_blocks(K) or self.tree.num_speculative_tokens != K):
             raise ValueError(
                 f"block_lengths: expected those of the full chain as long as the tree is deep, "
                 f"{self.tree.num_speculative_tokens}, found {shown(list(self.block_lengths))}"

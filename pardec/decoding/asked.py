@@ -5,6 +5,7 @@ Legend: K num_speculative_tokens, L copy_tokens.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from pardec.adapters.tuned import TunedChoice
@@ -31,11 +32,11 @@ class Drafting:
 
     Attributes:
         mode: one of `MODES`; plain where nothing is drafted.
-        block_lengths: of the fused chain, one for each copied token among them; for two_pass the largest counts alone;
-            (0,) for plain decoding.
+        block_lengths: of the fused chain, one for each copied token among them; for two_pass the largest counts alone,
+            of a tree those behind the copies; (0,) for plain decoding.
         head: draws the drafts one after another; None to draw them from their rows as they are.
         verification: of drafts that were drawn.
-        copy_tokens: copied ones that are verified behind the drafts.
+        copy_tokens: copied ones that are verified behind the drafts, or beside the tree.
         tree: of candidates in place of the chain, as deep as the chain is long; its nodes are not drawn.
     """
 
@@ -83,8 +84,8 @@ def drafting_for(
         use_head = False if use_head is None and not tuned.use_head else use_head
         if L is None:
             L = tuned.copy_tokens
-        elif tuned.copy_tokens != L:  # behind the same drafts in a chain, or where none were worth it alone
-            mode, blocks, tree = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1], None
+        elif tuned.copy_tokens != L:  # with the same drafts, or where none were worth it alone
+            mode, blocks = "fused" if mode == "plain" else mode, blocks[: max(blocks) + 1]
     else:
         mode, L = mode or "fused", L or 0
         is_given = block_lengths is not None
@@ -106,7 +107,7 @@ def tree_for(
     trained: int | None,
     deepest: int | None,
 ) -> tuple[str, BlockLengths, int]:
-    """Mode, the block lengths of the full chain that is as long as the tree is deep, and L, which is 0.
+    """Mode, block lengths, and L: those of the full chain that is as long as the tree is deep, then behind the copies.
 
     Args:
         mode: one of `MODES`, or None.
@@ -120,15 +121,11 @@ def tree_for(
     Raises:
         ValueError: for what is no tree, or does not go with one.
     """
-    L = _checked_copies(mode, copy_tokens)
+    L, mode = _checked_copies(mode, copy_tokens) or 0, mode or "fused"
     if not isinstance(tree, AnyTree):
         raise ValueError(f"tree: expected a DraftTree or a DynamicTree, found {shown(tree)}")
-    if mode == "plain" or asked is not None or block_lengths is not None:
-        raise ValueError(
-            "tree: expected mode fused or two_pass, and neither num_speculative_tokens nor block_lengths beside it"
-        )
-    if L:
-        raise ValueError(f"copy_tokens: expected 0 beside a tree, found {L}")
+    if mode == "plain" or asked is not None:
+        raise ValueError("tree: expected mode fused or two_pass, and no num_speculative_tokens beside it")
     if trained is None:
         raise ValueError("tree: expected an adapter that drafts its nodes, found none")
     K = tree.num_speculative_tokens
@@ -137,7 +134,22 @@ def tree_for(
             f"tree: expected a depth of at most {deepest}, the number of distinct mask tokens that the adapter was "
             f"trained with, found {K}"
         )
-    return mode or "fused", full_blocks(K), 0
+    blocks = full_blocks(K) if mode == "two_pass" else (*full_blocks(K), *(0,) * L)
+    return mode, blocks if block_lengths is None else _checked_beside(blocks, block_lengths, K), L
+
+
+def _checked_beside(blocks: BlockLengths, block_lengths: Sequence[int], num_speculative_tokens: int) -> BlockLengths:
+    """Block lengths that are asked for beside a tree, of which those behind copies are free; `blocks` = by default."""
+    K, asked = num_speculative_tokens, None
+    with suppress(TypeError, ValueError):
+        asked = tuple(integer("block_lengths", length, 0, K) for length in block_lengths)
+    if asked is None or asked[: K + 1] != full_blocks(K) or len(asked) > len(blocks):
+        also = f" and up to {len(blocks) - K - 1} numbers from 0 to {K} behind its copied tokens"
+        raise ValueError(
+            f"block_lengths: expected {full_blocks(K)} beside a tree of depth {K}{also * (len(blocks) > K + 1)}, "
+            f"found {shown(block_lengths)}"
+        )
+    return (*asked, *blocks[len(asked) :])
 
 
 def _checked_copies(mode: str | None, copy_tokens: int | None) -> int | None:

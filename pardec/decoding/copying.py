@@ -23,11 +23,11 @@ _NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Candidates:
-    """What a forward verifies behind a token of the target's own: drafts, then copies, then what does not exist.
+    """What a forward verifies in a line behind a token of the target's own: drafts, copies, then what does not exist.
 
     Attributes:
         ids: shape [B, W].
-        num_copies: copies that exist, behind the drafts that exist, shape [B]; None for none.
+        num_copies: copies that exist, behind the drafts that exist, shape [B]; None where none are looked for.
         length: candidates that exist, shape [B].
     """
 

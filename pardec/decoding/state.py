@@ -4,6 +4,7 @@ Legend: B batch, P padded prompt length, K num_speculative_tokens, N nodes of a 
 W tokens that a step emits at most, N texts in which tokens are copied from, R of them for each row.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from pardec.decoding.copying import MARGIN, Texts, begin_context
 from pardec.target.cache import SlotCache
 
-# a mark is accepted tokens + draft_length * this + copies * this squared; more than any W
+# a mark is accepted drafts + draft_length * this + copies * this ^ 2 + accepted copies * this ^ 3; more than any W
 MARK = 256
 # what rows have in common; texts stay when rows leave, as others copy from them
 _OF_ALL_ROWS = ("cache", "eos_token_ids", "context", "context_lengths")
@@ -134,20 +135,23 @@ class DecodeState:
             return None
         return Texts(self.context, self.context_lengths, self.sources)
 
-    def mark(self, num_accepted: Tensor, num_copies: Tensor | None = None) -> None:
+    def mark(self, num_accepted: Tensor, num_copies: Tensor | None = None, num_drafts: Tensor | None = None) -> None:
         """Notes a round, before EOS or length cuts; of rows that were done before, behind what counts.
 
         Args:
             num_accepted: drafts and copies, shape [B].
             num_copies: that were verified, shape [B].
+            num_drafts: accepted drafts, shape [B]; default as many as there are, as copies stand behind all of them.
         """
-        self.num_accepted, mark = num_accepted, num_accepted
-        if self.drafts.shape[1]:
-            mark = torch.add(num_accepted, self.draft_length, alpha=MARK)
+        self.num_accepted = num_accepted
         if num_copies is not None:
-            self.num_accepted = torch.minimum(num_accepted, self.draft_length)
-            self.num_copied = num_accepted - self.num_accepted
-            mark = torch.add(mark, num_copies, alpha=MARK**2)
+            drafts = torch.minimum(num_accepted, self.draft_length) if num_drafts is None else num_drafts
+            self.num_accepted, self.num_copied = drafts, num_accepted - drafts
+        mark = self.num_accepted
+        if self.drafts.shape[1]:
+            mark = torch.add(mark, self.draft_length, alpha=MARK)
+        if num_copies is not None:
+            mark = torch.add(torch.add(mark, num_copies, alpha=MARK**2), self.num_copied, alpha=MARK**3)
         self.marks.scatter_(1, self.num_new[:, None], mark[:, None])
 
     def commit(self, tokens: Tensor, last: Tensor, index: Tensor) -> None:
@@ -199,6 +203,10 @@ class DecodeState:
         num_new = int(self.lengths[row]) - num_prompt
         return torch.cat([self.prompts[row, :num_prompt], self.output[row, :num_new]])
 
+    def prefixes(self, since: Tensor, path_of: Callable[[int, int], Sequence[int]]) -> Callable[[int, int], Tensor]:
+        """Of row (b, r) the tokens before what it predicts: what is committed, then the ids of `since` on its path."""
+        return lambda b, r: torch.cat([self.committed(b), since[b, list(path_of(b, r))]])
+
     def of_rows(self, rows: Tensor) -> "DecodeState":
         """The state of some rows in this order, shape [n], int64; copies but for the cache, whose rows stay."""
         return replace(self, **{name: tensor[rows] for name, tensor in self._by_row().items()})
@@ -216,13 +224,11 @@ class DecodeState:
 
     def rounds(self) -> list[list[tuple[int, int]]]:
         """(accepted drafts, draft_length) of the rounds of each sequence, before EOS or length cuts."""
-        each = [[(mark % MARK, mark // MARK % MARK) for mark in row] for row in self._marks()]
-        return [[(min(accepted, drafted), drafted) for accepted, drafted in row] for row in each]
+        return [[(mark % MARK, mark // MARK % MARK) for mark in row] for row in self._marks()]
 
     def copies(self) -> list[list[tuple[int, int]]]:
         """(accepted copies, copies) of the same rounds."""
-        each = [[(mark % MARK, mark // MARK % MARK, mark // MARK**2) for mark in row] for row in self._marks()]
-        return [[(max(accepted - drafted, 0), copies) for accepted, drafted, copies in row] for row in each]
+        return [[(mark // MARK**3, mark // MARK**2 % MARK) for mark in row] for row in self._marks()]
 
     def _marks(self) -> list[list[int]]:
         ends = self.num_new.tolist()

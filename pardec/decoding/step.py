@@ -1,13 +1,13 @@
 """The step: one forward that drafts, verifies and commits, with all state in tensors on the device.
 
 Knows token ids only: no tokenizer, no files, no loop. `plain` is the same step without drafts and touches no adapter.
-Legend: B batch, P padded prompt length, K num_speculative_tokens, L copy_tokens, W = K + L candidates, of a tree its
-N nodes, R rows of a forward, D width, V vocabulary.
+Legend: B batch, P padded prompt length, K num_speculative_tokens, L copy_tokens, W = K + L candidates, N nodes of a
+tree, R rows of a forward, D width, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pardec.decoding.copying import Candidates, Copier, sources_of
 from pardec.decoding.drafting import HeadDrafter
-from pardec.decoding.plans import StepPlans
+from pardec.decoding.plans import StepPlans, Verifying
 from pardec.decoding.prefill import Prefill
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
@@ -26,7 +26,6 @@ from pardec.layout import full_blocks
 from pardec.target.cache import SlotCache
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
-from pardec.trees.dynamic_steps import DynamicSteps
 from pardec.trees.standing import StandingTree
 from pardec.trees.tree_steps import TreeSteps, compact
 from pardec.trees.walk import Walk
@@ -45,12 +44,13 @@ class Decoder:
         law: how tokens are chosen.
         max_new_tokens: limit per row.
         eos_token_ids: shape [n], may be empty.
-        block_lengths: of the fused chain, W + 1 numbers in 0..K; default K behind the drafts, 0 behind the copies.
+        block_lengths: of the fused chain, W + 1 numbers in 0..K; default K behind the drafts, 0 behind the copies. Of
+            those beside a tree the last L count.
         head: draws the drafts one after another by what the tap of `forward` sees; None to draw them from their rows
             as they are.
         verification: of drafts that were drawn.
         copy_tokens: L.
-        tree: of candidates in place of chain and copies, K deep; then `block_lengths` do not count.
+        tree: of candidates in place of the chain, K deep; copies are then one more branch from its root.
         is_recorded: steps are recorded, to be run again on other numbers: they must not go by any.
     """
 
@@ -74,17 +74,11 @@ class Decoder:
         self._plans = StepPlans.of(
             self.forward, self.mode, num_speculative_tokens=K, copy_tokens=L, blocks=blocks, tree=self.tree
         )
-        self._tree: TreeSteps | DynamicSteps | None = None
-        assert self.tree is None or (self.tree.num_speculative_tokens, L) == (K, 0)
-        if isinstance(self.tree, DynamicTree):
-            self._tree = DynamicSteps.of(self.tree, self._plans.verify.plan)
-        elif self.tree is not None:
-            self._tree = TreeSteps.of(self.tree, self._plans.verify.plan)
+        assert self.tree is None or self.tree.num_speculative_tokens == K
         block = self._plans.draft if self.mode == "fused" and K else None
         self._prefill = Prefill(self.forward, block, self.num_slots_per_step)
-        self._copier = Copier(K + L, self.target.device) if L else None
+        self._copier = Copier(L + (K if self.tree is None else 0), self.target.device) if L else None
         self._token_index = torch.arange(self.tokens_per_step, device=self.target.device)
-        self._walk_index = self._token_index[: K + 1]
 
     @property
     def target(self) -> TargetModel:
@@ -104,7 +98,8 @@ class Decoder:
     @property
     def tokens_per_step(self) -> int:
         """The most tokens that a step may emit."""
-        return self.num_speculative_tokens + self.copy_tokens + (2 if self.mode == "two_pass" else 1)
+        K, L = self.num_speculative_tokens, self.copy_tokens
+        return (K + L if self.tree is None else max(K, L)) + (2 if self.mode == "two_pass" else 1)
 
     @property
     def num_slots_per_step(self) -> int:
@@ -184,33 +179,49 @@ class Decoder:
     ) -> Tensor:
         """The forward of a plain or fused step: logits of `[bonus, candidates | block_0 .. ]`, [B, R, V]."""
         candidates = self._candidates(state) if candidates is None else candidates
-        bonus = state.bonus[:, None]
-        rows = torch.cat([bonus, candidates.ids], dim=1) if candidates.ids.shape[1] else bonus
-        plan = plan or self._plans.verifying(candidates.ids.shape[1]).plan
+        rows = self._real_rows(state, state.bonus[:, None], candidates)
+        plan = plan or self._verifying(candidates).plan
         return self.forward.run(plan, state.cache, state.lengths, rows)
 
     def _candidates(self, state: DecodeState, exact: Tensor | None = None) -> Candidates:
-        """The drafts, and what is copied behind them; `exact` = the token between the bonus token and them, [B, 1]."""
+        """What is verified in a line: a chain's drafts, and what is copied behind them; beside a tree copies alone.
+
+        `exact` = the token between the bonus token and them, [B, 1].
+        """
+        drafts, length = state.drafts if self.tree is None else state.drafts[:, :0], state.draft_length
         if self._copier is None or state.texts is None:
-            return Candidates(state.drafts, None, state.draft_length)
-        ids = state.drafts if exact is None else torch.cat([exact, state.drafts], dim=1)
+            return Candidates(drafts, None, length)
+        if self.tree is not None:
+            length = torch.zeros_like(length)
+        ids = drafts if exact is None else torch.cat([exact, drafts], dim=1)
         first = state.lengths + 1
         state.write(first, ids, self._token_index[: ids.shape[1]])
         first = first if exact is None else first + 1
-        found = self._copier.candidates(state.texts, first, state.draft_length)
+        found = self._copier.candidates(state.texts, first, length)
         looks = found.length.is_cpu and not self.is_recorded
-        if looks and torch.equal(found.length, state.draft_length):  # nothing is copied, and there rows take time
-            return Candidates(state.drafts, found.num_copies, found.length)
+        if looks and torch.equal(found.length, length):  # nothing is copied, and there rows take time
+            return Candidates(drafts, found.num_copies, found.length)
         return found
+
+    def _real_rows(self, state: DecodeState, before: Tensor, candidates: Candidates) -> Tensor:
+        """Ids of real rows: some, shape [B, n], a tree's nodes, candidates in a line."""
+        parts = [before, candidates.ids] if self.tree is None else [before, state.drafts, candidates.ids]
+        parts = [part for part in parts if part.shape[1]]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else before
+
+    def _verifying(self, candidates: Candidates) -> Verifying:
+        """The forward that verifies these candidates, and a tree."""
+        num_nodes = 0 if self.tree is None else self.num_drafts
+        return self._plans.verifying(num_nodes + candidates.ids.shape[1])
 
     def _fused_step(self, state: DecodeState) -> None:
         K, candidates = self.num_speculative_tokens, self._candidates(state)
-        forward = self._plans.verifying(candidates.ids.shape[1])
+        forward = self._verifying(candidates)
         num_real = forward.plan.layout.num_real
-        if self._tree is not None:
-            tree = self._tree.standing(state.parents)
+        if forward.tree is not None:
+            tree = forward.tree.standing(state.parents)
             logits = self.step_logits(state, candidates, tree.plan)
-            found = self._walk(tree, state, logits[:, :num_real], [state.bonus[:, None]])
+            found = self._walk(forward, tree, state, logits[:, :num_real], candidates, [state.bonus[:, None]])
             state.commit(found.tokens, found.num_accepted, self._token_index)
             state.draft_length = found.next_length
             self._draft_from(state, logits, found.next_rows)
@@ -240,12 +251,12 @@ class Decoder:
         exact = self._choose(state, logits[:, :1], bonus)
         self._draft(state, logits[:, 1:], hidden, exact[:, 0])
         candidates = self._candidates(state, exact)
-        rows = torch.cat([exact, candidates.ids], dim=1)
-        tree = None if self._tree is None else self._tree.standing(state.parents)
-        plan = self._plans.verifying(candidates.ids.shape[1]).plan if tree is None else tree.plan
+        forward, rows = self._verifying(candidates), self._real_rows(state, exact, candidates)
+        tree = None if forward.tree is None else forward.tree.standing(state.parents)
+        plan = forward.plan if tree is None else tree.plan
         logits = self.forward.run(plan, state.cache, state.lengths + 1, rows)
         if tree is not None:
-            found = self._walk(tree, state, logits, [bonus, exact])
+            found = self._walk(forward, tree, state, logits, candidates, [bonus, exact])
             tokens, num_accepted = found.tokens, found.num_accepted
         else:
             tokens, num_accepted = self._verify(state, logits, candidates, [bonus, exact])
@@ -266,33 +277,48 @@ class Decoder:
 
         `previous` = the token before the first, shape [B].
         """
-        if self._tree is not None:
-            state.drafts, state.parents = self._tree.draft(self.head, logits, hidden, previous, state.draft_length)
+        tree = self._plans.verify.tree
+        if tree is not None:
+            state.drafts, state.parents = tree.draft(self.head, logits, hidden, previous, state.draft_length)
         elif self.head is None or hidden is None:
             state.drafts, state.draft_probs = self.law.draw(logits)
         else:
             state.drafts, state.draft_probs = self.head.draft(self.law, logits, hidden, previous)
 
-    def _walk(self, tree: TreeSteps | StandingTree, state: DecodeState, real: Tensor, rows: list[Tensor]) -> Walk:
-        """Walks the tree by the target's choices at its rows, whose logits are `real`, and keeps what stands.
+    def _walk(
+        self,
+        forward: Verifying,
+        tree: TreeSteps | StandingTree,
+        state: DecodeState,
+        real: Tensor,
+        candidates: Candidates,
+        rows: list[Tensor],
+    ) -> Walk:
+        """Walks the tree, and the copies beside it, by the target's choices at their rows, and keeps what stands.
 
-        `rows` = ids not yet committed before the nodes.
+        `real` = logits of these rows; `rows` = ids not yet committed before the nodes.
         """
         prefix_of, before = None, len(rows) - 1
         if self.law.needs_prefix:
-            since = torch.cat([*rows, state.drafts], dim=1)
-            prefix_of = self._prefixes(
-                state, since, lambda b, r: [*range(before), *(before + row for row in tree.path_of(b, r))]
+            since = self._real_rows(state, torch.cat(rows, dim=1), candidates)
+            prefix_of = state.prefixes(
+                since, lambda b, r: [*range(before), *(before + row for row in forward.path_of(tree, b, r))]
             )
         chosen = self.law.argmax(real, prefix_of) if self.law.greedy else self.law.sample(real, prefix_of)
-        found = tree.walk(chosen, state.drafts, state.draft_length)
-        state.mark(found.num_accepted)
-        compact(state.cache, found.path, self._walk_index, looks=real.is_cpu and not self.is_recorded)
-        return found
+        found = forward.walk(tree, chosen, state.drafts, state.draft_length, candidates)
+        state.mark(found.num_accepted, candidates.num_copies, found.num_drafts)
+        index = self._token_index[: found.path.shape[1]]
+        compact(state.cache, found.path, index, looks=real.is_cpu and not self.is_recorded)
+        return replace(found, tokens=self._padded(found.tokens))
+
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """As many columns as the verifying forward of a step emits at most, where it left out the copies' rows."""
+        missing = self.tokens_per_step - (self.mode == "two_pass") - tokens.shape[1]
+        return F.pad(tokens, (0, missing)) if missing else tokens
 
     def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
         """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
-        prefix_of = self._prefixes(state, since, lambda b, r: range(since.shape[1]))
+        prefix_of = state.prefixes(since, lambda b, r: range(since.shape[1])) if self.law.needs_prefix else None
         if self.law.greedy:
             return self.law.argmax(logits, prefix_of)
         return verify_sample(
@@ -313,7 +339,7 @@ class Decoder:
         K, ids, length = self.num_speculative_tokens, candidates.ids, candidates.length
         prefix_of = None
         if self.law.needs_prefix:
-            prefix_of = self._prefixes(state, torch.cat([*rows, ids], dim=1), lambda b, r: range(len(rows) + r))
+            prefix_of = state.prefixes(torch.cat([*rows, ids], dim=1), lambda b, r: range(len(rows) + r))
         if not real.is_floating_point():
             verdict = verify_greedy(real, ids, length)
         elif self.law.greedy or not K:
@@ -329,14 +355,7 @@ class Decoder:
             if ids.shape[1] > K:
                 behind = None if prefix_of is None else lambda b, r: prefix_of(b, r + 1)
                 drawn = self.law.sample(real[:, 1:], behind)
-                verdict = verify_copies(verdict, drawn, ids, state.draft_length, length)
-        missing = K + self.copy_tokens - ids.shape[1]
-        return F.pad(verdict.tokens, (0, missing)) if missing else verdict.tokens, verdict.num_accepted
-
-    def _prefixes(
-        self, state: DecodeState, since: Tensor, path_of: Callable[[int, int], Sequence[int]]
-    ) -> Callable[[int, int], Tensor] | None:
-        """The tokens before what row (b, r) predicts: prompt, committed output, the ids of `since` on its path."""
-        if not self.law.needs_prefix:
-            return None
-        return lambda b, r: torch.cat([state.committed(b), since[b, list(path_of(b, r))]])
+                # copies stand behind all drafts
+                length = length.masked_fill(verdict.num_accepted < state.draft_length, 0)
+                verdict = verify_copies(verdict, drawn, ids, length)
+        return self._padded(verdict.tokens), verdict.num_accepted

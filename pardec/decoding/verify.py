@@ -51,27 +51,32 @@ def verify_greedy(target_tokens: Tensor, draft_tokens: Tensor, draft_length: Ten
     return Verdict(target_tokens, accepted.cumprod(dim=1).sum(dim=1))
 
 
-def verify_copies(
-    verdict: Verdict, target_tokens: Tensor, candidates: Tensor, draft_length: Tensor, length: Tensor
-) -> Verdict:
-    """Goes on behind drafts that all stand, for as long as the target's own tokens are those that were copied.
+def verify_copies(verdict: Verdict, target_tokens: Tensor, candidates: Tensor, length: Tensor) -> Verdict:
+    """Goes on where a line of candidates begins with what stands, for as long as the target's own tokens are the next.
 
     A copy is a draft whose law is a point mass: min(1, p/q) is p of it, and the residual p without it. Both are had by
-    drawing from p and accepting the copy where it was drawn.
+    drawing from p and accepting the copy where it was drawn. What is drawn behind a candidate is looked at only where
+    the drafts, with their bonus token, led there and no further: so each token is one fresh draw from its own law,
+    whether these drafts are how the line begins or stand beside it, as the nodes of a tree do.
 
     Args:
-        verdict: of the K drafts alone; where they all stand its bonus token is a draw from p.
+        verdict: of the K drafts, whose bonus token is a draw from p wherever the line may be followed.
         target_tokens: drawn from p behind each candidate, shape [B, W].
-        candidates: drafts that exist, then copies, shape [B, W].
-        draft_length: drafts that exist, shape [B].
-        length: candidates that exist, shape [B].
+        candidates: a line of tokens from the first draft's place on, drafts and then copies, or copies alone, shape
+            [B, W].
+        length: candidates that exist, 0 where the line must not be followed, shape [B].
+
+    Returns:
+        tokens of shape [B, max(K, W) + 1]; accepted drafts, or all of the line that stands if that is more.
     """
     W, K = candidates.shape[1], verdict.tokens.shape[1] - 1
-    index, drafted = torch.arange(W + 1, device=candidates.device), draft_length[:, None]
-    tokens = torch.where(index <= drafted, F.pad(verdict.tokens, (0, W - K)), F.pad(target_tokens, (1, 0)))
-    stands = torch.where(index < drafted, index < verdict.num_accepted[:, None], tokens == F.pad(candidates, (0, 1)))
-    accepted = (stands[:, :W] & _exists(length, W)).cumprod(dim=1).sum(dim=1)
-    return Verdict(tokens, accepted)
+    width = max(K, W)
+    index = torch.arange(width + 1, device=candidates.device)
+    drafted = F.pad(verdict.tokens, (0, width - K)) if W > K else verdict.tokens
+    drawn = F.pad(target_tokens, (1, width - W))
+    tokens = torch.where(index <= verdict.num_accepted[:, None], drafted, drawn)
+    stands = (tokens[:, :W] == candidates) & (index[:W] < length[:, None])
+    return Verdict(tokens, torch.maximum(verdict.num_accepted, stands.cumprod(dim=1).sum(dim=1)))
 
 
 def accept_probability(target_probs: Tensor, draft_probs: Tensor, draft_tokens: Tensor) -> Tensor:

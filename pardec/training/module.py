@@ -5,38 +5,27 @@ Knows no optimiser and no files.
 Legend: B sequences, T tokens, N anchors, K num_speculative_tokens, M mask rows, D width, V vocabulary.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pardec.adapters.head import SamplerHead
 from pardec.layout import TrainingLayout, nested_block_lengths, sorted_anchors, training_layout
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
+from pardec.target.layers import decoder_layers
 from pardec.target.own_head import OwnHead
-from pardec.target.prefix_cache import PrefixCache
-from pardec.training.block_attention import block_route, supports
 from pardec.training.first_embeddings import first_embeddings
-from pardec.training.lora_linear import fused_loras
+from pardec.training.mask_rows.block_attention import supports
+from pardec.training.mask_rows.mask_pass import MaskPass, spread
 from pardec.training.objective import Objective
 from pardec.training.parts import Part, parts_of, rows_at_once, summed_by_parts
-from pardec.training.peft_lora import lora_enabled
 from pardec.training.prefix_pass import Prefix, run_prefix
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
-
-# of sdpa, where there are gradients; see _run_mask_rows
-ATTENTION_KERNELS = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-    SDPBackend.OVERRIDEABLE,
-]
 
 
 @dataclass(frozen=True)
@@ -126,9 +115,22 @@ class MaskTokenTrainer(nn.Module):
             hidden_dim = self.tap.output_embeddings.shape[1]
             self.head = SamplerHead(hidden_dim, self.target.embedding_dim, drafter.head_width).to(self.target.device)
         self.most_rows = rows_at_once(self.target.vocab_size, self.target.device)  # of a part of the loss
-        self.takes_blocks = supports(self.own_head, drafter.num_speculative_tokens)
+        self.mask_pass = MaskPass(
+            self.own_head, drafter.has_lora, supports(self.own_head, drafter.num_speculative_tokens)
+        )
         self.prefix_slices = 1  # forwards that the real tokens are cut into, see `run_prefix`
         self._prefix: Prefix | None = None
+
+    def run_layers_twice(self, share: float) -> None:
+        """From now on so large a share of the layers keep no activations of mask rows, and make them again.
+
+        Gradients are the same. Known as activation or gradient checkpointing (arXiv:1604.06174).
+
+        Raises:
+            UnsupportedModelError: if the model has no list of its layers.
+        """
+        layers = spread(decoder_layers(self.target.base, "train.gradient_checkpointing"), share) if share else []
+        self.mask_pass.run_twice = layers
 
     def train(self, mode: bool = True) -> "MaskTokenTrainer":
         """The base stays in eval mode: its dropout would change the target's law."""
@@ -182,7 +184,7 @@ class MaskTokenTrainer(nn.Module):
         rows = Rows(layout, input_ids.gather(1, targets), before, counts)
         # where only the head is trained, and only reads, nothing below it needs a gradient
         with torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()):
-            hidden = self._run_mask_rows(layout, on_host, prefix.cache)
+            hidden = self.mask_pass.hidden(self._mask_inputs(layout), layout, on_host, prefix.cache)
         loss_of = partial(self._loss_of, rows, prefix.hidden.flatten(0, 1), with_metrics)
         parts = list(parts_of(on_host, self.most_rows, hidden.device))
         with self.own_head.cast_once():
@@ -245,24 +247,6 @@ class MaskTokenTrainer(nn.Module):
         for name, values in metrics.items():
             sums[METRICS.index(name)].index_add_(0, depths, values * counts)
         return sums
-
-    def _run_mask_rows(self, layout: TrainingLayout, on_host: TrainingLayout, cache: PrefixCache) -> Tensor:
-        """Their hidden states, shape [B, M, H]."""
-        target, B = self.target, layout.positions.shape[0]
-        positions = target.clamp_positions(layout.positions)
-        with ExitStack() as stack:
-            # the backward of cuDNN's attention gives NaN for some numbers of keys: pytorch issue 196678
-            stack.enter_context(sdpa_kernel(ATTENTION_KERNELS))
-            if self.takes_blocks:
-                mask = stack.enter_context(block_route(target, layout, on_host, cache)).mask
-            else:
-                real = torch.arange(layout.num_tokens, device=positions.device).expand(B, -1)
-                keys = torch.cat([real, positions], dim=1)
-                mask = target.attention.render(layout.visible, positions, keys, target.dtype)
-            if self.drafter.has_lora:
-                stack.enter_context(lora_enabled(self.base))
-                stack.enter_context(fused_loras(self.base))
-            return self.own_head.hidden(self._mask_inputs(layout), positions, mask, cache)
 
     def _mask_inputs(self, layout: TrainingLayout) -> Tensor:
         """Input embeddings of the mask rows, shape [B, M, D]."""

@@ -4,6 +4,7 @@ Knows logits, hidden states and rows, no loop. Legend: B batch, N nodes, K num_s
 H width of a hidden state.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,12 +34,12 @@ class DynamicSteps:
     rows: StandingRows
 
     @classmethod
-    def of(cls, tree: DynamicTree, plan: RowPlan) -> "DynamicSteps":
-        """Everything that is looked up, made once; `plan` of the forward that verifies some tree of so many nodes."""
-        blocks = next_blocks(tree.runs, tree.num_nodes - tree.num_speculative_tokens)
-        runs = tree.runs if plan.has_mask_rows else (0,) * len(tree.runs)
-        device = plan.offsets.device
-        return cls(tree, Drawing.of(tree, device), StandingTables.of(blocks, device), StandingRows.of(plan, runs))
+    def of(cls, tree: DynamicTree, plan: RowPlan, copy_runs: Sequence[int] = ()) -> "DynamicSteps":
+        """Everything that is looked up, made once; as of `TreeSteps`, `plan` for some tree of so many nodes."""
+        runs, K, device = (*tree.runs, *copy_runs), tree.num_speculative_tokens, plan.offsets.device
+        blocks = next_blocks(runs, len(runs) - 1 - K)[: len(tree.runs)]
+        rows = StandingRows.of(plan, runs if plan.has_mask_rows else (0,) * len(runs))
+        return cls(tree, Drawing.of(tree, device), StandingTables.of(blocks, device), rows)
 
     def draft(
         self, head: HeadDrafter | None, logits: Tensor, hidden: Tensor | None, previous: Tensor, length: Tensor

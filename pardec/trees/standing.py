@@ -70,7 +70,7 @@ class StandingRows:
 
     @classmethod
     def of(cls, plan: RowPlan, runs: tuple[int, ...]) -> "StandingRows":
-        """For a plan of `pardec.layout.tree_layout` with these runs."""
+        """For a plan of `pardec.layout.tree_layout` with these runs, those behind copied tokens the last."""
         rows, device = torch.arange(len(runs)), plan.offsets.device
         behind = torch.cat([rows, rows.repeat_interleave(torch.tensor(runs))]).to(device)
         within = F.pad(plan.layout.mask_indices + 1, (len(runs), 0))
@@ -78,8 +78,17 @@ class StandingRows:
         return cls(plan, behind, behind if bias is None else behind.repeat(bias.shape[2] // len(behind)), within)
 
     def plan_for(self, sees: Tensor, depths: Tensor) -> RowPlan:
-        """The plan of this step's trees; what their rows see and how deep they are, as in `StandingTree`."""
-        plan, last = self.plan, depths.shape[1] + 1
+        """The plan of this step's trees; what their rows see and how deep they are, as in `StandingTree`.
+
+        Real rows beyond those of the tree are copied tokens, whose branch is the same in every step.
+        """
+        plan, num_real = self.plan, self.plan.layout.num_real
+        last, num_copies = num_real + 1, num_real - depths.shape[1]
+        if num_copies:
+            # of nodes the plan knows no more than that they see the root and themselves
+            sees = F.pad(sees, (0, num_copies, 0, num_copies)) | plan.layout.visible[:num_real, :num_real]
+            of_copies = plan.offsets[:, num_real - num_copies : num_real]
+            depths = torch.cat([depths, of_copies.expand(len(depths), -1)], dim=1)
         offsets = depths.index_select(1, self.behind) + self.within
         if plan.bias_by_kind is not None:
             always, never = plan.bias_by_kind[..., 0], plan.bias_by_kind[..., -1]

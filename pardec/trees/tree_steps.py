@@ -36,10 +36,16 @@ class TreeSteps:
     candidates: TreeCandidates
 
     @classmethod
-    def of(cls, tree: DraftTree, plan: RowPlan) -> "TreeSteps":
-        """Everything that is looked up, made once."""
+    def of(cls, tree: DraftTree, plan: RowPlan, copy_runs: Sequence[int] = ()) -> "TreeSteps":
+        """Everything that is looked up, made once.
+
+        Args:
+            tree: its shape.
+            plan: of the forward that verifies it.
+            copy_runs: mask tokens behind each of the copied ones that the same forward verifies.
+        """
         device = plan.offsets.device
-        return cls(tree, plan, WalkTables.of(tree, device), TreeCandidates.of(tree, device))
+        return cls(tree, plan, WalkTables.of(tree, device, copy_runs), TreeCandidates.of(tree, device))
 
     def draft(
         self, head: HeadDrafter | None, logits: Tensor, hidden: Tensor | None, previous: Tensor, length: Tensor

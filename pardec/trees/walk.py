@@ -4,6 +4,7 @@ Knows token ids and the tree's shape; no model, no cache, no probabilities.
 Legend: B batch, N nodes, W = K + 1 tokens that a step may emit, K num_speculative_tokens, which is the tree's depth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,14 +34,14 @@ class WalkTables:
     width: int
 
     @classmethod
-    def of(cls, tree: DraftTree, device: torch.device) -> "WalkTables":
-        """The tables of a tree on a device."""
+    def of(cls, tree: DraftTree, device: torch.device, copy_runs: Sequence[int] = ()) -> "WalkTables":
+        """The tables of a tree on a device; `copy_runs` as in `pardec.trees.copied_branch.CopiedBranch.of`."""
         paths, K, N = tree.paths, tree.num_speculative_tokens, tree.num_nodes
         rows = torch.arange(N + 1)
         leads = torch.zeros(N + 1, N, dtype=torch.bool)
         for row, path in enumerate(paths):
             leads[row, [node - 1 for node in path[1:]]] = True
-        behind = next_blocks(tree.runs, N - K).tolist()
+        behind = next_blocks((*tree.runs, *copy_runs), N + len(copy_runs) - K).tolist()
         lines = []
         for length in range(K + 1):
             for path in paths:
@@ -67,9 +68,10 @@ class Walk:
         tokens: the target's tokens at the rows that it came through, shape [B, W], valid up to and including index
             `num_accepted`, the bonus token.
         path: those rows, shape [B, W]; behind the end row w stands at w.
-        num_accepted: accepted nodes, shape [B], in 0..draft_length.
+        num_accepted: accepted nodes, shape [B], in 0..draft_length; with copied tokens that stand, all of these.
         next_rows: rows of the run behind its end, shape [B, K]; behind a short run its last row again.
         next_length: of that run, shape [B].
+        num_drafts: accepted nodes among them, shape [B]; None where there are no copied tokens.
     """
 
     tokens: Tensor
@@ -77,6 +79,7 @@ class Walk:
     num_accepted: Tensor
     next_rows: Tensor
     next_length: Tensor
+    num_drafts: Tensor | None = None
 
 
 def walk(tables: WalkTables, target_tokens: Tensor, node_tokens: Tensor, draft_length: Tensor) -> Walk:

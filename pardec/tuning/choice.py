@@ -27,8 +27,9 @@ class Way:
         mode: `plain`, `two_pass` or `fused`.
         block_lengths: of a fused step, with one for each copied token; K everywhere for two_pass, (0,) for plain.
         use_head: whether drafts are drawn by the adapter's sampler head, where it has one.
-        copy_tokens: copied tokens behind the drafts of a fused step.
-        tree: of candidates in place of a chain; `block_lengths` are then those of the full chain of its depth.
+        copy_tokens: copied tokens behind the drafts, or beside the tree.
+        tree: of candidates in place of a chain; `block_lengths` are then those of the full chain of its depth, and
+            behind the copies of a fused step.
     """
 
     mode: Literal["plain", "two_pass", "fused"]
@@ -52,14 +53,20 @@ class Way:
     @property
     def num_rows(self) -> int:
         """Rows of a step, in two_pass of its two forwards together."""
-        if self.tree is not None:
-            return len(self.block_lengths) + self.tree.num_nodes + 1 if self.mode == "two_pass" else self.tree.num_rows
-        return 2 * len(self.block_lengths) if self.mode == "two_pass" else chain.num_rows(self.block_lengths)
+        return self.num_rows_without_copies + self.copy_tokens + sum(self.block_lengths[self._num_drafting :])
 
     @property
     def num_rows_without_copies(self) -> int:
-        """Rows of a fused step in which nothing is copied, where the host sees that."""
-        return chain.num_rows(self.block_lengths[: self.num_speculative_tokens + 1])
+        """Rows of a step in which nothing is copied, where the host sees that."""
+        drafts = self.num_speculative_tokens if self.tree is None else self.tree.num_nodes
+        if self.mode == "two_pass":
+            return self._num_drafting + drafts + 1
+        return chain.num_rows(self.block_lengths[: self._num_drafting]) if self.tree is None else self.tree.num_rows
+
+    @property
+    def _num_drafting(self) -> int:
+        """K + 1: block lengths of drafts, those behind copies aside."""
+        return self.num_speculative_tokens + 1
 
 
 PLAIN_WAY = Way("plain", PLAIN)
@@ -71,9 +78,10 @@ def full_chain(num_speculative_tokens: int, use_head: bool = True) -> Way:
 
 
 def with_copies(way: Way, copy_tokens: int, block_length: int = 0) -> Way:
-    """A fused way with copied tokens behind its drafts, and blocks of this length behind each of them."""
-    blocks = (*way.block_lengths, *(block_length,) * copy_tokens)
-    return replace(way, mode="fused", block_lengths=blocks, copy_tokens=copy_tokens)
+    """A way with copied tokens, and where it is fused, as plain decoding then is, blocks of this length behind each."""
+    mode: Literal["two_pass", "fused"] = "two_pass" if way.mode == "two_pass" else "fused"
+    blocks = (*way.block_lengths, *(block_length,) * copy_tokens * (mode == "fused"))
+    return replace(way, mode=mode, block_lengths=blocks, copy_tokens=copy_tokens)
 
 
 def tree_way(mode: Literal["two_pass", "fused"], tree: AnyTree, use_head: bool = True) -> Way:

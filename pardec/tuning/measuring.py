@@ -26,12 +26,13 @@ from pardec.tuning.choice import (
     with_copies,
 )
 from pardec.tuning.timing import Call, Decode, Measured, StepCosts, measure_costs, measure_finalists
-from pardec.tuning.tree_ways import TreeWays
+from pardec.tuning.tree_ways import TreeWays, verifying_ms
 
 # that draft, fused with copied tokens and trees among them: the best of each is measured, if predicted to lose too
 _NUM_MODES = 5
 _NUM_DYNAMIC_MODES = 2  # besides, with the head
 _WAYS_WITH_COPIES = 3  # of each number of copied tokens, beside copies alone
+_TREES_WITH_COPIES = 2  # of one number, of which the better is measured
 
 # of what calls emitted, with the head or without, for each of their sequences the ranks, [places, K], and the rows in
 # drawn trees, [places, K, K]; None where none are to be tried; see `TreeWays`
@@ -50,6 +51,7 @@ class Effort:
             mode with and without the head.
         repetitions: of everything that is timed; medians count.
         copy_tokens: numbers of copied tokens that are tried: alone, and behind the drafts predicted to be fastest.
+        copies_beside_tree: whether the best of these is tried beside the tree predicted to be fastest.
         num_trees: whose milliseconds per step are measured besides, with the head and without.
         num_dynamic_trees: likewise, with the head alone; of 0 none is thought of.
     """
@@ -59,6 +61,7 @@ class Effort:
     num_finalists: int = 3
     repetitions: int = 3
     copy_tokens: tuple[int, ...] = (4, 8, 16)
+    copies_beside_tree: bool = True
     num_trees: int = 3
     num_dynamic_trees: int = 3
 
@@ -69,7 +72,14 @@ class Effort:
 
 # dynamic trees accept hardly more than others, as `eval/trees.py` found: not worth a quick look's time
 QUICK = Effort(
-    num_shapes=3, num_batches=2, num_finalists=2, repetitions=2, copy_tokens=(6,), num_trees=2, num_dynamic_trees=0
+    num_shapes=3,
+    num_batches=2,
+    num_finalists=2,
+    repetitions=2,
+    copy_tokens=(6,),
+    copies_beside_tree=False,
+    num_trees=2,
+    num_dynamic_trees=0,
 )
 
 
@@ -137,8 +147,9 @@ def max_calls(effort: Effort, num_batches: int, warm_up: int, has_head: bool = F
     num_dynamic = effort.num_dynamic_trees if has_head else 0
     num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + num_dynamic + 1
     costs = num_timed * (min(warm_up, few) + 2 * few * effort.repetitions)
-    num_ways = effort.num_finalists + _NUM_MODES * num_heads + _NUM_DYNAMIC_MODES * bool(num_dynamic) + 3
-    tried = num_heads + len(effort.copy_tokens) * (1 + _WAYS_WITH_COPIES * num_heads)
+    beside = effort.copies_beside_tree and bool(effort.copy_tokens)
+    num_ways = effort.num_finalists + _NUM_MODES * num_heads + _NUM_DYNAMIC_MODES * bool(num_dynamic) + 3 + beside
+    tried = num_heads + len(effort.copy_tokens) * (1 + _WAYS_WITH_COPIES * num_heads) + _TREES_WITH_COPIES * beside
     return tried * num_batches + costs + num_ways * (min(warm_up, num_batches) + num_batches * effort.repetitions)
 
 
@@ -200,11 +211,14 @@ def measure(
         waiting=sum(call.num_steps for call in calls) / sum(call.mean_steps for call in calls),
     )
     predicted = [one for head in heads for one in _predicted(accepted[head], costs, workload, head)]
-    predicted += [
-        _seen(way, [decode(way, batch, max_new_tokens) for batch in range(num_batches)], costs)
-        for way in _ways_with_copies(predicted, effort.copy_tokens)
-    ]
-    predicted += [candidate for one in trees for candidate in one.predicted(costs, workload)]
+
+    def seen(ways: Sequence[Way]) -> list[Candidate]:
+        return [_seen(way, [decode(way, batch, max_new_tokens) for batch in range(num_batches)], costs) for way in ways]
+
+    copying = seen(_ways_with_copies(predicted, effort.copy_tokens))
+    grown = [candidate for one in trees for candidate in one.predicted(costs, workload)]
+    beside = seen(_trees_with_copies(grown, copying)) if effort.copies_beside_tree else []
+    predicted += [*copying, *grown, *beside]
     plain = predict(PLAIN_WAY, [], costs.plain, workload)
     # plain decoding is the floor, the full chain what would be used untuned
     full = next(one for one in predicted if one.way == full_chain(K))
@@ -248,13 +262,33 @@ def _ways_with_copies(predicted: Sequence[Candidate], copy_tokens: Sequence[int]
     return list(found)
 
 
+def _trees_with_copies(trees: Sequence[Candidate], copying: Sequence[Candidate]) -> list[Way]:
+    """As many copies as the best of those tried has, beside the fastest tree, also with drafts behind the copies."""
+    if not trees or not copying:
+        return []
+    best, copies = (max(some, key=lambda one: one.tokens_per_second).way for some in (trees, copying))
+    found = [with_copies(best, copies.copy_tokens, length) for length in (0, best.num_speculative_tokens)]
+    return list(dict.fromkeys(found))
+
+
+def _ms_per_step(way: Way, costs: StepCosts) -> tuple[float, float]:
+    """Of the steps of a way with copies, and of those in which none are found."""
+    drafts, L = way.num_speculative_tokens > 0, way.copy_tokens
+    if way.mode == "two_pass":
+        drafting = monotone_cost(costs.fused(way.use_head), way.num_speculative_tokens + 1)
+        rows = way.num_rows_without_copies - way.num_speculative_tokens - 1
+        longer, shorter = (monotone_cost(verifying_ms(costs), rows + more) for more in (L, 0))
+        return drafting + longer, drafting + shorter
+    by_rows = costs.fused(way.use_head if drafts else not costs.by_rows_without_head, way.kind)
+    shorter = monotone_cost(by_rows, way.num_rows_without_copies) if drafts else costs.plain
+    return monotone_cost(by_rows, way.num_rows), shorter
+
+
 def _seen(way: Way, calls: Sequence[Call], costs: StepCosts) -> Candidate:
     """What is predicted for a way by the steps that it took, at what steps of so many rows cost."""
-    drafts = way.num_speculative_tokens > 0
-    by_rows = costs.fused(way.use_head if drafts else not costs.by_rows_without_head)
-    prefill_ms = costs.prefill if drafts else costs.plain_prefill
-    longer = monotone_cost(by_rows, way.num_rows)
-    shorter = monotone_cost(by_rows, way.num_rows_without_copies) if drafts else costs.plain
+    has_block = way.mode == "fused" and way.num_speculative_tokens > 0
+    prefill_ms = costs.prefill if has_block else costs.plain_prefill
+    longer, shorter = _ms_per_step(way, costs)
     ms = [call.num_steps * (call.copying * longer + (1 - call.copying) * shorter) for call in calls]
     tokens = sum(n - 1 for call in calls for n in call.new_tokens)
     steps = sum(len(run) for call in calls for run in call.accepted)

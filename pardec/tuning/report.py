@@ -166,15 +166,15 @@ def print_report(report: TuneReport, console: Console) -> None:
 def _name(way: Way, has_head: bool) -> str:
     """In a cell: the shape, or the mode and K; and that the head is left out where there is one."""
     blocks, L, K = way.block_lengths, way.copy_tokens, way.num_speculative_tokens
-    shape = " ".join(map(str, blocks[: len(blocks) - L]))
-    if L:
-        shape = f"{L} copies" if not any(blocks) else f"{shape} + {L} copies"
-        shape += f" of {blocks[-1]}" if blocks[-1] else ""
-    names = {"plain": "plain", "two_pass": f"two_pass, K {K}", "fused": shape}
+    if way.mode == "fused" and not K:
+        return f"{L} copies"
+    names = {"plain": "plain", "two_pass": f"two_pass, K {K}", "fused": " ".join(map(str, blocks[: K + 1]))}
     if way.tree is not None:
         tree = f"{way.kind} of {way.tree.num_nodes}, K {K}"
         names = {"two_pass": f"two_pass, {tree}", "fused": tree}
-    return names[way.mode] + (", no head" if has_head and not way.use_head else "")
+    copies = f" + {L} copies" if L else ""
+    copies += f" of {blocks[-1]}" if len(blocks) > K + 1 and blocks[-1] else ""
+    return names[way.mode] + copies + (", no head" if has_head and not way.use_head else "")
 
 
 def describe(choice: TunedChoice, has_head: bool = False) -> str:
@@ -191,7 +191,9 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
     if choice.tree is not None:
         words.append(f"a {way.kind} of {choice.tree.num_nodes} nodes")
     if choice.copy_tokens:
-        words.append(f"{choice.copy_tokens} copied tokens")
+        behind = choice.block_lengths[choice.num_speculative_tokens + 1 :]
+        drafted = f", {max(behind)} drafts behind each" if choice.tree is not None and any(behind) else ""
+        words.append(f"{choice.copy_tokens} copied tokens{drafted}")
     if has_head and choice.num_speculative_tokens:
         words.append("with the head" if choice.use_head else "without the head")
     return ", ".join([*words, f"{way.num_rows} rows", f"{ratio:.2f} x plain"])

@@ -74,7 +74,7 @@ class TreeWays:
             for rows, tree in self.by_rows.items()
             if rows <= max(timed)
         ]
-        drafting, verifying = costs.fused(self.use_head), _verifying(costs)
+        drafting, verifying = costs.fused(self.use_head), verifying_ms(costs)
         for tree in self.for_two_pass:
             if tree.num_nodes + 1 <= max(verifying):
                 ms = monotone_cost(drafting, tree.num_speculative_tokens + 1)
@@ -98,7 +98,7 @@ def _best_by_rows(grown: Sequence[GrownTree]) -> dict[int, AnyTree]:
     return {rows: best[rows].tree for rows in sorted(best)}
 
 
-def _verifying(costs: StepCosts) -> Mapping[int, float]:
+def verifying_ms(costs: StepCosts) -> Mapping[int, float]:
     """Milliseconds of a forward that verifies, which draws no drafts, by rows: as chains take, and trees beyond."""
     head = not costs.by_rows_without_head
     chains, trees = costs.fused(head), costs.fused(head, "tree")

@@ -136,7 +136,7 @@ def _decoding(
             seed=seed,
             mode=way.mode,
             num_speculative_tokens=way.num_speculative_tokens if way.mode == "two_pass" and way.tree is None else None,
-            block_lengths=way.block_lengths if way.mode == "fused" and way.tree is None else None,
+            block_lengths=way.block_lengths if way.mode == "fused" else None,
             use_head=None if way.use_head else False,
             copy_tokens=way.copy_tokens,
             tree=way.tree,

@@ -187,8 +187,8 @@ def broken(folder, **changes) -> str:
         ({"plain_tokens_per_second": 0}, "plain_tokens_per_second: expected a number > 0, found 0"),
         ({"temperature": "nan"}, "temperature: expected a number >= 0, found nan"),
         (
-            {"mode": "two_pass", "block_lengths": [1, 1], "copy_tokens": 4, "tree": PAIR},
-            "copy_tokens: expected 0 beside a tree, found 4",
+            {"block_lengths": [1, 1], "copy_tokens": 4, "tree": PAIR},
+            "block_lengths: expected K . 1 . 4 numbers from 0 to K",
         ),
         (
             {"tree": {**PAIR, "ranks": [0.5]}, "block_lengths": [1, 1]},

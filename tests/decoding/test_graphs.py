@@ -86,6 +86,11 @@ def decode(
         ("gpt2", "two_pass", True, 1, {"copy_tokens": 3}),
         ("gemma3-mixed-windows", "fused", False, 2, {"copy_tokens": 2, "head_width": 6}),
         ("llama", "fused", False, 1, {"copy_tokens": 2, "verification": "block"}),
+        ("llama", "fused", False, 2, {"tree": CROOKED, "copy_tokens": 5}),
+        ("gemma3-mixed-windows", "fused", True, 2, {"tree": BRANCHING, "copy_tokens": 2, "head_width": 6}),
+        ("gpt2", "two_pass", False, 1, {"tree": WIDE, "copy_tokens": 3}),
+        ("llama", "fused", True, 2, {"tree": DYNAMIC["dynamic"], "copy_tokens": 4, "head_width": 6}),
+        ("gemma3-mixed-windows", "fused", False, 1, {"tree": DYNAMIC["dynamic"], "copy_tokens": 2}),
     ],
 )
 def test_recorded_steps_bring_the_tokens_counts_and_draws_of_steps_that_run(

@@ -5,7 +5,7 @@ import json
 import pytest
 import trees
 from programs import run
-from timing.baselines import Setting, pardec_way
+from timing.baselines import Setting, ways_for
 from timing.tree_shapes import gain_over
 
 import pardec
@@ -102,13 +102,20 @@ def test_a_tuned_tree_is_timed_as_it_was_chosen_and_its_rows_are_counted(adapter
     tree = pardec.DraftTree((0, 0, 1), (0, 1, 0), (2, 1, 1, 1))
     facts = {"device": "here", "dtype": "float32", "compile": False, "weights": {}, "conditional_acceptance": []}
     speeds = dict.fromkeys(("ms_per_step", "predicted_tokens_per_second", "measured_tokens_per_second"), 1.0)
-    for mode, rows in (("fused", 9), ("two_pass", 3 + 4)):
-        choice = TunedChoice(
-            **facts, **speeds, plain_tokens_per_second=1.0, block_lengths=(2,) * 3, mode=mode, tree=tree
+    ways = {("fused", ()): 9, ("two_pass", ()): 3 + 4, ("fused", (2, 0)): 9 + 4, ("two_pass", (0, 0)): 3 + 6}
+    for (mode, behind), rows in ways.items():
+        blocks, copies = (*(2,) * 3, *(behind if mode == "fused" else ())), len(behind)
+        model.tuned = TunedChoice(
+            **facts,
+            **speeds,
+            plain_tokens_per_second=1.0,
+            block_lengths=blocks,
+            mode=mode,
+            tree=tree,
+            copy_tokens=copies,
         )
-        model.tuned = choice
-        setting = Setting("greedy", 6)
-        way = pardec_way(model, setting, name=f"{mode} tuned", mode=mode, block_lengths=(2, 2, 2), tree=tree)
+        found, _ = ways_for({"lora": model}, None, None, Setting("greedy", 6), 2, tuned_only=True)
+        (way,) = [one for one in found if one.name == f"{mode}{' + copies' if copies else ''} tuned"]
         decoded = way.decode([[1, 2, 3], [4, 5, 6]], 0)
         assert decoded.num_rows == rows * decoded.num_steps
         assert way.tree == tree

@@ -39,19 +39,21 @@ def test_float64_tokens_of_trees_equal_generate(family, mode, head_width, captur
     ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2, head_width=head_width, shortlist=6))
     ours.capture = captured
     for tree in (BRANCHING, CROOKED, *DYNAMIC.values()):
-        out = ours.generate(rows, max_new_tokens=24, mode=mode, tree=tree)
-        assert out.token_ids == [plain_generate(model, row, 24) for row in rows]
+        for copy_tokens in (0, 2, 5):
+            out = ours.generate(rows, max_new_tokens=24, mode=mode, tree=tree, copy_tokens=copy_tokens)
+            assert out.token_ids == [plain_generate(model, row, 24) for row in rows]
 
 
 @pytest.mark.parametrize("tree", [BRANCHING, *DYNAMIC.values()], ids=["constant", *DYNAMIC])
+@pytest.mark.parametrize("copy_tokens", [0, 5])
 @pytest.mark.parametrize("head_width", [0, 6])
-def test_sampled_trees_draw_the_same_captured_or_not(tree, head_width):
+def test_sampled_trees_draw_the_same_captured_or_not(tree, head_width, copy_tokens):
     model = tiny_model("llama", vocab_size=7).cuda()
     ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2, head_width=head_width, shortlist=6))
     found = []
     for captured in (True, False):
         ours.capture = captured
-        options = {"max_new_tokens": 24, "temperature": 0.9, "seed": 3, "tree": tree}
+        options = {"max_new_tokens": 24, "temperature": 0.9, "seed": 3, "tree": tree, "copy_tokens": copy_tokens}
         found.append(ours.generate([[1, 2, 3], [4, 5]], **options).token_ids)
     assert found[0] == found[1]
 

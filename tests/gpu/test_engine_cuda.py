@@ -9,6 +9,7 @@ import torch
 from greedy_oracle import plain_generate, prompts
 from recorded_steps import decoder_for, rerun, results, sampled, tensors_of
 from tiny_models import make_adapter, tiny_model
+from tree_samples import BRANCHING, DYNAMIC
 
 from pardec.decoding.engine import Engine
 from pardec.decoding.sampling import TokenLaw
@@ -69,6 +70,8 @@ def run(engine: Engine, rows, new_tokens: int, *, seed: int = 0, repeats: int = 
         ("gemma3-mixed-windows", "fused", TokenLaw(True), {"noise": True}),
         ("llama", "fused", TokenLaw(True), {"copy_tokens": 5}),
         ("gpt2", "two_pass", sampled(), {"copy_tokens": 5}),
+        ("llama", "fused", sampled(), {"tree": BRANCHING, "copy_tokens": 5}),
+        ("gemma3-mixed-windows", "fused", TokenLaw(True), {"tree": DYNAMIC["dynamic"], "copy_tokens": 2}),
     ],
 )
 def test_replayed_graphs_leave_bitwise_what_the_same_steps_leave_uncaptured(family, mode, law, drafting, batch):
@@ -205,12 +208,13 @@ def test_bfloat16_captured_and_uncaptured_steps_give_one_anothers_tokens():
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("law", ["greedy", "sampled"])
 @pytest.mark.parametrize("copy_tokens", [0, 5])
+@pytest.mark.parametrize("tree", [None, BRANCHING, DYNAMIC["dynamic"]], ids=["chain", "constant", "dynamic"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows", "gpt2", "llama-eager"])
-def test_a_step_never_waits_for_the_device(family, mode, copy_tokens, law):
+def test_a_step_never_waits_for_the_device(family, mode, tree, copy_tokens, law):
     model = tiny_model(family, dtype=torch.float32).cuda()
     asked = on_cuda(TokenLaw(True) if law == "greedy" else sampled())
-    decoder = decoder_for(model, mode, asked, copy_tokens=copy_tokens)
+    decoder = decoder_for(model, mode, asked, tree=tree, copy_tokens=copy_tokens)
     decoder.eos_token_ids = torch.tensor([1, 2], device="cuda")
     with decoder.attached():
         state = decoder.prefill(prompts(V, (11, 3)), repeats=2)

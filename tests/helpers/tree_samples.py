@@ -61,3 +61,12 @@ def walked(tree: DraftTree, target_tokens: list[int], node_tokens: list[int], dr
         (row,) = taken
         path.append(row)
     return path
+
+
+def nodes_that_lead_to(tree: DraftTree, row: int, truth: list[int], vocab_size: int = 61) -> list[int]:
+    """Tokens of nodes by which a walk goes to `row` and ends there, where `truth` is what the target goes on with."""
+    path = set(tree.paths[row])
+    return [
+        truth[depth - 1] if node in path else (truth[depth - 1] + 1 + rank) % vocab_size
+        for node, (depth, rank) in enumerate(zip(tree.depths[1:], tree.ranks, strict=True), start=1)
+    ]

@@ -179,8 +179,8 @@ def test_the_route_of_blocks_gives_the_models_own_attention(family, keep):
     for takes_blocks in (True, False):
         trainer = make_trainer(family, True, keep=keep)
         trainer(**make_batch())
-        assert trainer.takes_blocks  # the probe finds that each of these families may take it
-        trainer.takes_blocks = takes_blocks
+        assert trainer.mask_pass.takes_blocks  # the probe finds that each of these families may take it
+        trainer.mask_pass.takes_blocks = takes_blocks
         loss, _, metrics = trainer(**make_batch(), with_metrics=True)
         loss.backward()
         gradients = {n: p.grad for n, p in trainer.named_parameters() if p.grad is not None}
@@ -284,14 +284,14 @@ def test_the_heads_loss_is_its_definition(family):
     trainer = make_trainer(family, head_width=6, objective=Objective("cross_entropy"))
     batch = make_batch(batch=1)
     seen = {}
-    run = trainer._run_mask_rows
+    run = trainer.mask_pass.hidden
 
-    def spy(layout, on_host, cache):
-        seen["layout"], seen["hidden"] = layout, run(layout, on_host, cache)
+    def spy(inputs, layout, on_host, cache):
+        seen["layout"], seen["hidden"] = layout, run(inputs, layout, on_host, cache)
         seen["logits"] = trainer.own_head.logits(seen["hidden"][0])[None]
         return seen["hidden"]
 
-    trainer._run_mask_rows = spy
+    trainer.mask_pass.hidden = spy
     _, _, metrics = trainer(**batch)
     layout, ids, base = seen["layout"], batch["input_ids"][0], trainer.base
     expected = torch.zeros(K, dtype=torch.float64)
@@ -448,3 +448,20 @@ def test_sequences_of_fewer_tokens_than_slices_are_as_they_are():
         counts.append(len(forwards))
     assert counts[1] - counts[0] == 39
     torch.testing.assert_close(found[40], found[1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_run_twice_learn_the_same(family, share):
+    found = {}
+    for wanted in (0.0, share):
+        trainer = make_trainer(family, lora=True, head_width=6)
+        trainer.run_layers_twice(wanted)
+        batch, both = make_batch(), torch.zeros((), dtype=torch.float64)
+        for first in (0, 2):
+            loss, _, _ = trainer(**batch, first_anchor=first, num_anchors=2)
+            both = both + loss
+        both.backward()
+        assert all("forward" not in vars(layer) for layer in trainer.mask_pass.run_twice)
+        found[wanted] = both.detach(), {n: p.grad for n, p in trainer.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found[share], found[0.0], rtol=0, atol=0)

@@ -99,9 +99,9 @@ def test_a_captured_call_and_its_engine_go_by_the_tree(ours):
 
 
 REFUSED = [
-    ({"tree": BRANCHING, "mode": "plain"}, "tree: expected mode fused or two_pass, and neither num_spec"),
-    ({"tree": BRANCHING, "num_speculative_tokens": 3}, "tree: expected mode fused or two_pass, and neither num_spec"),
-    ({"tree": BRANCHING, "block_lengths": (1, 1)}, "tree: expected mode fused or two_pass, and neither num_spec"),
+    ({"tree": BRANCHING, "mode": "plain"}, "tree: expected mode fused or two_pass, and no num_speculative_tokens"),
+    ({"tree": BRANCHING, "num_speculative_tokens": 3}, "tree: expected mode fused or two_pass, and no num_speculative"),
+    ({"tree": BRANCHING, "block_lengths": (1, 1)}, "block_lengths: expected (3, 3, 3, 3) beside a tree of depth 3, f"),
     ({"tree": (1, 2)}, "tree: expected a DraftTree or a DynamicTree, found (1, 2)"),
     (
         {"tree": DraftTree.chain((4,) * 5)},

@@ -1,14 +1,8 @@
-"""Sampled trees follow the target's law exactly: by enumeration of whole steps, and by chi-square.
+"""Sampled trees follow the target's law exactly: by enumeration of whole steps, and by chi-square."""
 
-A walk draws a token behind every node. The rows of a batch hold every outcome that matters: tokens that lead along a
-path, and then every token that leads no further; the laws that the step draws from weigh them.
-"""
-
-import itertools
 from collections import Counter
 
 import pytest
-import torch
 from sampling_oracle import (
     PROMPT,
     WARPERS,
@@ -21,16 +15,12 @@ from sampling_oracle import (
     thin_model,
 )
 from tiny_models import make_adapter, tiny_model
-from tree_samples import children, random_tree
+from tree_laws import BONUS, law_of_step
+from tree_samples import random_tree
 
-from pardec.decoding.rows import RowForward
-from pardec.decoding.sampling import TokenLaw, make_warpers
-from pardec.decoding.step import Decoder
 from pardec.draft_tree import AnyTree, DraftTree, DynamicTree
 from pardec.model import SelfSpeculativeModel
-from pardec.target.forward import TargetModel
 
-BONUS = 2
 # widths and depths of 1 to 3, all mask tokens everywhere
 SHAPES = {
     f"{width} wide, {depth} deep": random_tree(7 * width + depth, min(width * depth, 7), width, depth)
@@ -42,85 +32,6 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def toy():
     return tiny_model("llama", vocab_size=V, seed=3)
-
-
-def decoder_of(toy, tree: AnyTree, mode: str, warper: dict, eos=()) -> Decoder:
-    law, K = TokenLaw(False, tuple(make_warpers(**warper))), tree.num_speculative_tokens
-    masks = make_adapter(toy, K).mask_embeddings
-    assert masks is not None
-    masks = masks.double() * 3
-    eos_ids = torch.tensor(list(eos), dtype=torch.long)
-    return Decoder(RowForward(TargetModel.wrap(toy), masks), mode, K, law, 16, eos_ids, tree=tree)
-
-
-def outcomes(tree: DraftTree, nodes: list[int], draft_length: int) -> list[tuple[tuple[int, ...], dict[int, int]]]:
-    """Every end of a walk: the tokens that it emits, and what is drawn behind the rows that it comes through."""
-    found = []
-    for row, path in enumerate(tree.paths):
-        depth = len(path) - 1
-        if depth > draft_length:
-            continue
-        onward = [nodes[child - 1] for child in children(tree, row)] if depth < draft_length else []
-        drawn = {before: nodes[after - 1] for before, after in itertools.pairwise(path)}
-        emitted = tuple(nodes[node - 1] for node in path[1:])
-        found += [((*emitted, token), drawn | {row: token}) for token in range(V) if token not in onward]
-    return found
-
-
-def law_of_step(toy, tree, mode, warper, draft_length, monkeypatch, *, eos=(), exact=None, is_dynamic=False):
-    """What one real step emits and how likely: {tokens: probability}, from the laws that it was about to draw from.
-
-    With `is_dynamic` the shape is what a dynamic tree happens to have in this step.
-    """
-    decoder = decoder_of(toy, DynamicTree(tree.runs) if is_dynamic else tree, mode, warper, eos)
-    nodes = distinct_nodes(tree)
-    ends = outcomes(tree, nodes, draft_length)
-    B = len(ends)
-    chosen = torch.randint(0, V, (B, tree.num_nodes + 1), generator=torch.Generator().manual_seed(0))
-    for b, (_, drawn) in enumerate(ends):
-        for row, token in drawn.items():
-            chosen[b, row] = token
-    seen = []
-
-    def plant(state, *args):
-        state.drafts = torch.tensor([nodes] * B)
-        state.parents = torch.tensor([tree.parents] * B) if is_dynamic else None
-
-    def drawn_tokens(self, logits, prefix_of=None):
-        seen.append(self.probs(logits, prefix_of))
-        return chosen
-
-    with torch.no_grad():
-        state = decoder.prefill([PROMPT] * B)
-        state.bonus = torch.full((B,), BONUS)
-        state.draft_length = torch.full((B,), draft_length)
-        plant(state)
-        state.room, state.done = torch.full((B,), 9), torch.zeros(B, dtype=torch.bool)  # whatever prefill emitted
-        before = state.num_new.tolist()
-        monkeypatch.setattr(TokenLaw, "sample", drawn_tokens)
-        if exact is not None:
-            monkeypatch.setattr(decoder, "_choose", lambda *args: torch.full((B, 1), exact))
-            monkeypatch.setattr(decoder, "_draft", plant)
-        decoder.step(state)
-        monkeypatch.undo()
-    (p,) = seen
-    law: dict[tuple[int, ...], float] = {}
-    first = () if exact is None else (exact,)
-    for b, (tokens, drawn) in enumerate(ends):
-        count = int(state.num_new[b]) - before[b]
-        emitted = tuple(state.output[b, before[b] : before[b] + count].tolist())
-        cut = next((i + 1 for i, token in enumerate((*first, *tokens)) if token in eos), len(first) + len(tokens))
-        assert emitted == (*first, *tokens)[:cut]
-        probability = 1.0
-        for row, token in drawn.items():
-            probability *= float(p[b, row, token])
-        law[emitted] = law.get(emitted, 0.0) + probability
-    return law
-
-
-def distinct_nodes(tree: DraftTree) -> list[int]:
-    """Tokens of the nodes, other ones for siblings."""
-    return [(parent + 2 * rank + 1) % V for parent, rank in zip(tree.parents, tree.ranks, strict=True)]
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])

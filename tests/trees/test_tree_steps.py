@@ -8,7 +8,7 @@ from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts
 from recorded_steps import V, decoder_for, results
 from tiny_models import FAMILIES, tiny_model
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
-from tree_samples import BRANCHING, CROOKED, DYNAMIC, TREES, WIDE
+from tree_samples import BRANCHING, CROOKED, DYNAMIC, TREES, WIDE, nodes_that_lead_to
 
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.state import DecodeState
@@ -25,15 +25,6 @@ def family(request):
     model = tiny_model(request.param)
     rows = prompts(V)
     return model, rows, [plain_generate(model, row, NEW + 5) for row in rows]
-
-
-def nodes_that_lead_to(tree: DraftTree, row: int, truth: list[int]) -> list[int]:
-    """Tokens of nodes by which a walk goes to `row` and ends there, where `truth` is what the target goes on with."""
-    path = set(tree.paths[row])
-    return [
-        truth[depth - 1] if node in path else (truth[depth - 1] + 1 + rank) % V
-        for node, (depth, rank) in enumerate(zip(tree.depths[1:], tree.ranks, strict=True), start=1)
-    ]
 
 
 def decoded_by_planting(decoder: Decoder, rows, references, ends, tree: DraftTree | None = None) -> DecodeState:

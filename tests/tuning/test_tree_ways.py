@@ -34,7 +34,10 @@ def drawn(ranks: np.ndarray, better: float = 1.0) -> np.ndarray:
 
 
 class Machine:
-    """Decodes by walking texts with known ranks; a step takes as long as a formula of its rows says."""
+    """Decodes by walking texts with known ranks; a step takes as long as a formula of its rows says.
+
+    Of two steps with copied tokens beside a tree the first is one whose copies bring what the second would have.
+    """
 
     def __init__(self, seconds_per_row: float, batch_size: int = 1, seconds_of_trees: float = 0.0, better: float = 1.0):
         self.seconds_per_row, self.batch_size, self.seconds_of_trees = seconds_per_row, batch_size, seconds_of_trees
@@ -53,7 +56,9 @@ class Machine:
         self.kinds.add(way.kind)
         tree = way.tree
         if tree is None and way != PLAIN_WAY:
-            tree = DraftTree.chain(way.block_lengths)
+            tree = (
+                DraftTree.chain(way.block_lengths[: way.num_speculative_tokens + 1]) if max(way.block_lengths) else None
+            )
         wanted = [max_new_tokens] * self.batch_size
         two_pass, ranks = way.mode == "two_pass", self.ranks(batch)
         if tree is None:
@@ -63,6 +68,8 @@ class Machine:
             accepted = DrawnTexts(rows).accepted(tree, wanted, two_pass=two_pass)
         else:
             accepted = RankReplay(ranks).accepted(tree, wanted, two_pass=two_pass)
+        if way.copy_tokens and way.tree is not None:
+            accepted = [one[::2] for one in accepted]
         seconds = PREFILL_SECONDS + max(map(len, accepted)) * self.step_seconds(way)
         return Call(seconds, wanted, accepted)
 
@@ -123,6 +130,23 @@ def test_an_effort_without_dynamic_trees_thinks_of_none():
     machine = Machine(0.0002, better=4.0)
     assert measured(machine, effort=replace(EFFORT, num_dynamic_trees=0)).chosen.candidate.way.kind == "tree"
     assert "dynamic tree" not in machine.kinds
+
+
+@pytest.mark.parametrize(("seconds_per_row", "mode"), [(0.00002, "fused"), (0.002, "two_pass")])
+def test_copies_are_tried_beside_the_fastest_tree_and_predicted_by_the_rows_of_its_steps(seconds_per_row, mode):
+    machine, effort = Machine(seconds_per_row), replace(EFFORT, copy_tokens=(2, 4))
+    found = measured(machine, is_drawn=False, effort=effort)
+    assert machine.num_calls <= max_calls(effort, 6, 1)
+    both = [one for one in found.measured if one.candidate.way.tree is not None and one.candidate.way.copy_tokens]
+    assert found.chosen in both
+    assert found.chosen.candidate.way.mode == mode
+    # fewer rows than were timed are taken to cost as much, of which two_pass has some
+    within = 0.02 if mode == "fused" else 0.08
+    for one in both:
+        assert one.tokens_per_second == pytest.approx(one.candidate.tokens_per_second, rel=within)
+        assert one.candidate.ms_per_step == pytest.approx(1000 * machine.step_seconds(one.candidate.way), rel=within)
+    without = measured(machine, is_drawn=False, effort=replace(effort, copies_beside_tree=False))
+    assert not any(one.candidate.way.tree and one.candidate.way.copy_tokens for one in without.measured)
 
 
 def test_probes_go_from_the_smallest_tree_to_the_largest():

@@ -99,10 +99,11 @@ def test_generate_samples_the_targets_law_with_copies(thin, law_of_four, warper,
 def test_the_chi_square_notices_a_copy_that_is_taken_unseen(thin, law_of_four, monkeypatch):
     verify = step_module.verify_copies
 
-    def credulous(verdict, target_tokens, candidates, draft_length, length):
-        tokens, reached = verdict.tokens.clone(), (verdict.num_accepted == draft_length) & (length > draft_length)
-        tokens[reached, draft_length[reached]] = candidates[reached, draft_length[reached]]
-        return verify(Verdict(tokens, verdict.num_accepted), target_tokens, candidates, draft_length, length)
+    def credulous(verdict, target_tokens, candidates, length):
+        tokens, place = verdict.tokens.clone(), verdict.num_accepted
+        reached = length > place
+        tokens[reached, place[reached]] = candidates[reached, place[reached]]
+        return verify(Verdict(tokens, place), target_tokens, candidates, length)
 
     monkeypatch.setattr(step_module, "verify_copies", credulous)
     ours = SelfSpeculativeModel(thin, None, make_adapter(thin, 2, lora_rank=2))

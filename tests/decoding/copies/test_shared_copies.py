@@ -15,6 +15,7 @@ from tiny_models import make_adapter, tiny_model
 from pardec.decoding import copying
 from pardec.decoding.engine import Engine
 from pardec.decoding.state import LiveRows
+from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.model import SelfSpeculativeModel
 
 # ---------------------------------------------------------------------- the joint law of two rows, by enumeration
@@ -76,7 +77,16 @@ V, PROMPT, NEW = 3, [1, 2, 2, 0, 1, 2, 1, 1, 2], 4
 
 @pytest.mark.parametrize("eos", [None, 2])
 @pytest.mark.parametrize(
-    "options", [{"num_speculative_tokens": 0}, {}, {"mode": "two_pass"}, {"verification": "block"}], ids=str
+    "options",
+    [
+        {"num_speculative_tokens": 0},
+        {},
+        {"mode": "two_pass"},
+        {"verification": "block"},
+        {"tree": DraftTree((0, 0, 1), (0, 1, 0), (2, 1, 2, 0))},
+        {"tree": DynamicTree((2, 1, 2, 0))},
+    ],
+    ids=str,
 )
 def test_samples_of_one_prompt_follow_its_law_and_are_independent(options, eos):
     """Neighbours look in each other's texts, also where one has ended and left the batch."""

@@ -36,7 +36,7 @@ NUM_LAYERS = {"llama": (1, 3), "gemma3-mixed-windows": (3, 6), "gpt2": (1, 3)}
 BATCH_SIZES = (1, 2)
 # finding what is copied, and telling it from drafts; as many for any number of copies. In several texts it takes more,
 # as many for any number of texts
-COPY_LAUNCHES, COPY_LAUNCHES_OF_MANY = 37, 48
+COPY_LAUNCHES, COPY_LAUNCHES_OF_MANY = 38, 48
 
 
 def counted(family: str, mode: str, num_layers: int, batch_size: int, *, num_sources: int = 1, **options) -> StepCount:
@@ -45,7 +45,7 @@ def counted(family: str, mode: str, num_layers: int, batch_size: int, *, num_sou
         state = tiny_state(decoder, batch_size, num_sources=num_sources)
         decoder.step(state)  # the first allocates
         if decoder.tree is not None:  # whose steps move keys and values, which lie side by side in the engine's cache
-            state = tiny_state(decoder, batch_size, kinds=state.cache.kinds)
+            state = tiny_state(decoder, batch_size, kinds=state.cache.kinds, num_sources=num_sources)
             decoder.step(state)
         with counted_step() as count:
             decoder.step(state)
@@ -122,6 +122,25 @@ def test_copies_take_launches_beside_the_layers_that_do_not_grow_with_their_numb
     assert few[1] < of_two[1] <= without[1] + COPY_LAUNCHES_OF_MANY
 
 
+# beside a tree they are told from nodes by looking where the walk has led, and drafting goes on where they end; a
+# dynamic tree besides says of every row in every step who sees whom
+COPY_LAUNCHES_BESIDE_TREES = {"constant": 54, "dynamic": 57}
+
+
+@pytest.mark.parametrize("batch_size", BATCH_SIZES)
+@pytest.mark.parametrize("mode", ["two_pass", "fused"])
+@pytest.mark.parametrize("family", BUDGETS)
+def test_copies_beside_a_tree_take_launches_that_do_not_grow_with_their_number(family, mode, batch_size):
+    for kind, tree in (("constant", BRANCHING), ("dynamic", DYNAMIC["dynamic"])):
+        without, few, many = (launches(family, mode, batch_size, tree=tree, copy_tokens=n) for n in (0, 4, 9))
+        assert few == many
+        assert few[0] == without[0]
+        assert without[1] < few[1] <= without[1] + COPY_LAUNCHES_BESIDE_TREES[kind]
+        of_eight = launches(family, mode, batch_size, tree=tree, copy_tokens=9, num_sources=8)
+        more = COPY_LAUNCHES_OF_MANY - COPY_LAUNCHES
+        assert few[1] < of_eight[1] <= without[1] + COPY_LAUNCHES_BESIDE_TREES[kind] + more
+
+
 LAWS = {"greedy": TokenLaw(greedy=True), "sampled": TokenLaw(False, sampled().processors)}
 
 
@@ -130,6 +149,8 @@ OPTIONS = {
     "copies": {"copy_tokens": 4},
     "tree": {"tree": BRANCHING},
     "dynamic": {"tree": DYNAMIC["dynamic"]},
+    "tree with copies": {"tree": BRANCHING, "copy_tokens": 4},
+    "dynamic with copies": {"tree": DYNAMIC["dynamic"], "copy_tokens": 4},
 }
 
 
