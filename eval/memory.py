@@ -88,22 +88,29 @@ def launches_of(path: Path) -> list[Launch]:
 
 def estimate(recipe: Recipe) -> Estimate:
     """Of a training process with this recipe, whose base is a published one."""
-    weights, step, num_learned = _built(recipe.base, recipe.adapter.model_dump_json())
-    rows = recipe.mask_rows(recipe.anchors_to_try()[0])
-    total = weights + learned_bytes(num_learned) + step.bytes_for(recipe.train.batch_size, recipe.data.max_length, rows)
+    train, adapter = recipe.train, recipe.adapter.model_dump_json()
+    sizes = train.batch_size, recipe.data.max_length, recipe.mask_rows(recipe.anchors_to_try()[0])
+    weights, step, num_learned = _built(recipe.base, adapter, 0.0)
+    of_step, share = step.bytes_for(*sizes), train.gradient_checkpointing
+    if share:  # models of so few layers have no share of them but all: what lies between is a line
+        of_step = round((1 - share) * of_step + share * _built(recipe.base, adapter, 1.0)[1].bytes_for(*sizes))
+    total = weights + learned_bytes(num_learned) + of_step
     return Estimate(weights / 2**30, num_learned, total / 2**30)
 
 
 @lru_cache
-def _built(base_name: str, adapter: str) -> tuple[int, StepMemory, int]:
+def _built(base_name: str, adapter: str, checkpointing: float) -> tuple[int, StepMemory, int]:
     """Bytes of a model in bfloat16, its steps, and how many numbers are learned for it.
 
     Args:
         base_name: of a published model.
         adapter: section of a recipe, as JSON.
+        checkpointing: share of the layers, none or all.
     """
     what = AdapterConfig.model_validate_json(adapter)
     few, more = (_module(published_model(base_name, layers), what) for layers in LAYERS)
+    for module in (few, more):
+        module.run_layers_twice(checkpointing)
     share = (num_layers_of(base_name) - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
     weights, learned = map(round, line(_sizes(few), _sizes(more), share))
     return weights, measure_step(few).carried_on(measure_step(more), share), learned
