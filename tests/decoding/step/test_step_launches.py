@@ -6,6 +6,9 @@ backend is a launch unless it is a view or an allocation (`timing.launches`). Wh
 between models of few and of more layers.
 """
 
+from collections.abc import Mapping
+from functools import cache
+
 import pytest
 import torch
 from recorded_steps import sampled
@@ -15,6 +18,7 @@ from tree_samples import BRANCHING, DYNAMIC
 from without_numbers import tiny_decoder, tiny_state
 
 from pardec.decoding.sampling import TokenLaw
+from pardec.target.cache import BufferKind
 
 FUSED_WITH_HEAD = "fused with head"
 # launches for each layer, and beside the layers, of a greedy step with one id that ends a text; a head's for K = 3.
@@ -41,17 +45,25 @@ COPY_LAUNCHES, COPY_LAUNCHES_OF_MANY = 38, 48
 
 def counted(family: str, mode: str, num_layers: int, batch_size: int, *, num_sources: int = 1, **options) -> StepCount:
     decoder = tiny_decoder(family, mode.split()[0], num_layers, head=mode == FUSED_WITH_HEAD, **options)
+    # a tree's steps move keys and values, which lie side by side in the engine's cache
+    kinds = None if decoder.tree is None else kinds_of_buffers(family, num_layers)
     with torch.no_grad(), decoder.attached():
-        state = tiny_state(decoder, batch_size, num_sources=num_sources)
+        state = tiny_state(decoder, batch_size, kinds=kinds, num_sources=num_sources)
         decoder.step(state)  # the first allocates
-        if decoder.tree is not None:  # whose steps move keys and values, which lie side by side in the engine's cache
-            state = tiny_state(decoder, batch_size, kinds=state.cache.kinds, num_sources=num_sources)
-            decoder.step(state)
         with counted_step() as count:
             decoder.step(state)
     return count
 
 
+@cache
+def kinds_of_buffers(family: str, num_layers: int) -> Mapping[BufferKind, int]:
+    decoder = tiny_decoder(family, "plain", num_layers)
+    state = tiny_state(decoder, 1)
+    decoder.step(state)
+    return state.cache.kinds
+
+
+@cache
 def launches(family: str, mode: str, batch_size: int, **options) -> tuple[float, float]:
     """For each layer, and beside the layers."""
     few, more = NUM_LAYERS[family]
