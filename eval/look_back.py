@@ -24,6 +24,7 @@ from reporting.text_tables import TextTable, markdown_page, print_tables
 from studies.head_trials import Scorer, trained
 from studies.look_back_head import LookBackHead
 from studies.recorded_drafts import RecordedDrafts, record
+from studies.response_texts import responses
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -32,8 +33,6 @@ import pardec
 from pardec.adapters.head import SamplerHead
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import TEST, VALIDATION
-from pardec.data.rows import open_rows
-from pardec.data.shards import shards_folder
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.measures.acceptance import BOOTSTRAP_SAMPLES
@@ -122,28 +121,6 @@ def report(args: argparse.Namespace) -> None:
 
 
 # ---------------------------------------------------------------------- texts and what is seen of them
-
-
-def responses(path: str | None, num_texts: int) -> tuple[Tensor, int]:
-    """Token ids of the first rows that are as long as the longest, shape [S, T], and where their answers begin.
-
-    Raises:
-        ValueError: without a file, for rows without token ids, or too few of them.
-    """
-    if path is None:
-        raise ValueError("responses: expected a file to train heads on, or --steps 0, found neither")
-    rows = open_rows(path, "jsonl", "train", None, shards_folder())
-    if rows[0].get("input_ids") is None or rows[0].get("loss_mask") is None:
-        raise ValueError(f"{path}: expected rows with input_ids and loss_mask, found {', '.join(rows[0])}")
-    longest, first = len(rows[0]["input_ids"]), int(np.argmax(rows[0]["loss_mask"]))
-    kept = []
-    for number in range(len(rows)):
-        row = rows[number]
-        if (len(row["input_ids"]), int(np.argmax(row["loss_mask"]))) == (longest, first):
-            kept.append(row["input_ids"])
-        if len(kept) == num_texts:
-            return torch.tensor(kept), first
-    raise ValueError(f"{path}: expected {num_texts} rows of {longest} tokens, as the first one is, found {len(kept)}")
 
 
 def own_texts(model: SelfSpeculativeModel, args: argparse.Namespace) -> tuple[Tensor, int]:

@@ -4,10 +4,11 @@
     python eval/training_cost.py --quick
 
 A slot is a row of a step whose next token has a loss. Compared are the step of `train/train_adapter.py`, which runs
-real tokens once without gradient and then mask rows alone; the dense joint form of the same loss, one forward over all
-rows under a dense mask, all with gradients; and PARD (arXiv:2504.18583), which trains all weights from K segments of
-the sequence in one forward. They take turns on one base, with random tokens. Loss of the first two is the same. Prints
-a table, writes JSON, Markdown and a picture into eval/results; the last line is one JSON object.
+real tokens once without gradient and then mask rows alone; the same with gradient checkpointing in some layers; the
+dense joint form of the same loss, one forward over all rows under a dense mask, all with gradients; and PARD
+(arXiv:2504.18583), which trains all weights from K segments of the sequence in one forward. They take turns on one
+base, with random tokens. Loss of all but PARD is the same. Prints a table, writes JSON, Markdown and a picture into
+eval/results; the last line is one JSON object.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from reporting.text_tables import TextTable, markdown_page, number, print_tables
 from timing.clock import quartiles
 from timing.options import full_or_quick, integers
 from timing.pard_forward import PardForward
-from timing.training_ways import PARD, PARDEC, Cost, Dropping, Way, batch_of, build_ways, measure_in_turn
+from timing.training_ways import CHECKPOINTED, PARD, PARDEC, Cost, Dropping, Way, batch_of, build_ways, measure_in_turn
 from transformers.utils import logging
 
 from pardec.config.train_section import default_anchors
@@ -49,6 +50,7 @@ NOTES = (
     "the same repetition, with embeddings alone beside embeddings alone",
     "KiB/slot: the most that is alive at once of what forward and backward make, gradients among it; weights, moments "
     "and what kernels need inside are not",
+    "checkpointed: a share of the layers, see --checkpointing, keep no activations of mask rows and run twice",
     "K with a star: at depth j a share of max(.2, .7^(j-1)) of the mask tokens is kept",
 )
 
@@ -62,6 +64,7 @@ def main() -> None:
     add("--tokens", type=int, help=f"of all sequences of a step, at least one sequence; default {FULL['tokens']}")
     add("--anchors", type=int, help="in each sequence; default what recipes have by T")
     add("--num-speculative-tokens", type=int, default=4, help="K with all mask tokens")
+    add("--checkpointing", type=float, default=0.67, help="share of the layers, as train.gradient_checkpointing")
     add("--dropped", type=int, default=8, help="K with token dropping")
     add("--lora-rank", type=int, default=16)
     add("--most-rows", type=int, default=6144, help="in one forward; what has more is left out")
@@ -85,6 +88,8 @@ def report(args: argparse.Namespace) -> None:
     for option in ("num_speculative_tokens", "dropped"):
         if not 1 <= getattr(args, option) <= MAX_SPECULATIVE_TOKENS:
             raise ValueError(f"{option}: expected 1 to {MAX_SPECULATIVE_TOKENS}, found {getattr(args, option)}")
+    if not 0 < args.checkpointing <= 1:
+        raise ValueError(f"checkpointing: expected a number over 0, up to 1, found {args.checkpointing}")
     lengths = integers("lengths", args.lengths)
     if args.anchors is not None and not 1 <= args.anchors <= lengths[0]:
         raise ValueError(f"anchors: expected 1 to {lengths[0]}, the shortest length, found {args.anchors}")
@@ -100,13 +105,14 @@ def report(args: argparse.Namespace) -> None:
         full=args.num_speculative_tokens,
         dropped=args.dropped,
         dropping=DROPPING,
+        checkpointing=args.checkpointing,
         num_steps=2 * len(lengths) * (args.repetitions + 1),
         seed=args.seed,
     )
     result: dict[str, Any] = {
         "base": args.base,
         "num_parameters": num_parameters,
-        **{name: getattr(args, name) for name in ("tokens", "lora_rank", "threads", "seed")},
+        **{name: getattr(args, name) for name in ("tokens", "lora_rank", "threads", "seed", "checkpointing")},
         "dtype": str(base.dtype).removeprefix("torch."),
         "mixed_precision": accelerator.mixed_precision,
         "rows": [],
@@ -127,7 +133,10 @@ def measure(args: argparse.Namespace, ways: Sequence[Way], length: int) -> tuple
     """Rows of figures of all ways at a length, and what was left out."""
     anchors, batch_size = args.anchors or default_anchors(length), max(1, args.tokens // length)
     mask_rows = [mask_rows_of(way, length, anchors) for way in ways]
-    fitting = [way.form == PARDEC or length + rows <= args.most_rows for way, rows in zip(ways, mask_rows, strict=True)]
+    fitting = [
+        way.form in (PARDEC, CHECKPOINTED) or length + rows <= args.most_rows
+        for way, rows in zip(ways, mask_rows, strict=True)
+    ]
     left_out = [
         f"T = {length}, {way.form}, {way.learned}, K = {way.num_speculative_tokens}: {length + rows} rows in a forward"
         for way, rows, fits in zip(ways, mask_rows, fitting, strict=True)

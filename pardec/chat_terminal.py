@@ -24,7 +24,7 @@ _HELP = f"""\
 /reset     begin a new conversation
 /quit      end; so does Ctrl-D
 Ctrl-C     stop the answer; what was said stays. Twice ends the program
-green      drafted tokens that were accepted
+green      drafted tokens that were accepted; cyan, copied ones
 x plain    against a plain run of {PLAIN_TOKENS} tokens behind the first drafted answer, or the last answer of /plain"""
 PROMPT = "\n> "  # behind which a person types
 # an answer of fewer tokens says little about speed

@@ -98,7 +98,7 @@ def generate(
     num_speculative_tokens: NumSpeculativeTokens = None,
     use_head: Annotated[
         bool | None,
-        typer.Option("--head/--no-head", help="draft with the sampler head; default if tuned so", show_default=False),
+        typer.Option("--head/--no-head", help="use the sampler head; default unless tuned without", show_default=False),
     ] = None,
     verification: Verification = "token",
     copy_tokens: CopyTokens = None,

@@ -212,7 +212,9 @@ def _print_summary(console: Console, pairs: Sequence[Pair], mode: str, *, is_sam
         same = "no (sampled: the law is the same, not the draw)"
     console.print(f"same tokens as plain: {same}")
     if console.is_terminal:
-        console.print("green: drafted tokens that were accepted", style="dim")
+        copied = any(pair.drafted.stats.num_accepted_copies for pair in pairs)
+        also = "; cyan: copied ones" if copied else ""
+        console.print(f"green: drafted tokens that were accepted{also}", style="dim")
 
 
 def _ended(lane: Lane) -> GenerationOutput:

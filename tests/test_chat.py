@@ -212,6 +212,7 @@ def test_a_terminal_shows_answers_with_their_speed_and_obeys(model, monkeypatch)
     assert "expected a message, or /help for commands, found /what" in terminal.text
     assert "a new conversation" in terminal.text
     assert "Ctrl-C     stop the answer" in terminal.text
+    assert "green      drafted tokens that were accepted; cyan, copied ones" in terminal.text
     assert chat.messages == []
 
 

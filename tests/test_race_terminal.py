@@ -87,6 +87,7 @@ def test_both_grow_side_by_side_until_both_are_done(model, run, terminal):
     assert screen.frames[-1].count("done in") == 2
     for words in (f"> {PROMPT}", "same tokens as plain: yes", "green: drafted tokens that were accepted"):
         assert words in screen.text
+    assert "cyan" not in screen.text
 
 
 def test_accepted_drafts_are_green_in_the_panel_of_the_mode_that_drafts(model, run, terminal, monkeypatch):
@@ -96,6 +97,13 @@ def test_accepted_drafts_are_green_in_the_panel_of_the_mode_that_drafts(model, r
     run("--prompt", PROMPT, tokens=K + 2)
     green = "".join(re.findall(r"\x1b\[32m(.*?)\x1b\[0m", screen.text))
     assert model.tokenizer.decode(ids[1 : K + 1]).split()[0] in green
+
+
+def test_the_colour_of_copies_is_told_where_there_are_some(run, terminal):
+    screen = terminal(100, 25)
+    run("--prompt", "x = 1\n" * 9, "--num-speculative-tokens", "0", "--copy-tokens", "4", tokens=24)
+    assert "\x1b[36m" in screen.text
+    assert "green: drafted tokens that were accepted; cyan: copied ones" in screen.text
 
 
 def test_panels_stand_one_above_the_other_where_the_terminal_is_narrow(run, terminal):

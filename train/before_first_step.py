@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Subset
 
 from pardec.adapters.files import METADATA_FILE, load_adapter
 from pardec.config.adapter_recipe import DataConfig, Recipe
+from pardec.data.anchors import check_marks
 from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
-from pardec.data.examples import AnchoredSequences, collate, collate_used
+from pardec.data.examples import AnchoredSequences, ExampleOrder, collate, collate_used
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probing.probe import probe
@@ -93,6 +94,9 @@ def read_data(
             show_progress=accelerator.is_main_process,
         )
     accelerator.print(corpus.counts.told(data.max_length))
+    if recipe.train.marked.times != 1:
+        first = ExampleOrder(corpus.train, recipe.train.seed).at(0)
+        check_marks(corpus.train.sequence(*first), data.path)
     prompts, too_long = prompts_with_room(
         corpus.validation,
         recipe.eval.num_prompts,
@@ -110,7 +114,15 @@ def read_data(
 def make_loader(recipe: Recipe, corpus: Corpus, first_example: int, global_batch: int) -> DataLoader:
     """The examples that are still to come, in the order that every run of this recipe has."""
     train, total = recipe.train, recipe.train.steps * global_batch
-    examples = AnchoredSequences(corpus.train, total, recipe.anchors(), train.seed, examples_per_step=global_batch)
+    examples = AnchoredSequences(
+        corpus.train,
+        total,
+        recipe.anchors(),
+        train.seed,
+        examples_per_step=global_batch,
+        marked_times=train.marked.times,
+        corrected=train.marked.corrected,
+    )
     rest = Subset(examples, range(first_example, total))
     # dropping goes by how many anchors there are, and forwards of some of them must be as many in every process
     needs_all = train.anchors_per_forward is not None or train.keep.ratio < 1
@@ -126,6 +138,7 @@ def begin_module(recipe: Recipe, base, identity: Fingerprint):
     module = MaskTokenTrainer(
         base, recipe.adapter.drafter(), recipe.objective(), keep_ratio=keep.ratio, keep_floor=keep.floor
     )
+    module.run_layers_twice(recipe.train.gradient_checkpointing)
     if recipe.adapter.start_from is None:
         return module, peft_model, {"started_from": None}
     source = load_adapter(recipe.adapter.start_from)
@@ -161,5 +174,6 @@ def sizes_of(
         f"base {recipe.base}: {held_bytes(base) / 2**20:,.0f} MiB per process; learned: {num_learned:,} numbers; "
         f"{len(prompts)} validation prompts\n"
         f"per forward: {train.batch_size * T:,} real rows{in_slices}, {next(iter(mask_rows.values())):,} mask rows; "
-        f"memory estimate {memory / 2**30:.1f} GiB per process (less with fewer train.anchors_per_forward)"
+        f"memory estimate {memory / 2**30:.1f} GiB per process "
+        "(less with fewer train.anchors_per_forward, or train.gradient_checkpointing)"
     )

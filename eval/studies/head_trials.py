@@ -64,6 +64,11 @@ class Scorer:
     @torch.no_grad()
     def lengths(self, head: nn.Module | None, seen: RecordedDrafts) -> dict[str, Tensor]:
         """Expected accepted drafts by verification, a mean over the anchors of each text, shape [B] each."""
+        return {name: one.mean(dim=1) for name, one in accepted_lengths(*self.laws(head, seen)).items()}
+
+    @torch.no_grad()
+    def laws(self, head: nn.Module | None, seen: RecordedDrafts) -> tuple[Tensor, Tensor, Tensor]:
+        """Target's and draft's where each mask row drafts, [B, N, K, V], and the texts' own tokens, [B, N, K]."""
         rows = self.draft_logits(seen)
         q = self.law.probs(rows)
         if head is not None:
@@ -73,8 +78,7 @@ class Scorer:
             q = torch.zeros_like(q).scatter_(2, ids, self.law.probs(scores))
         shape = seen.drafts.shape[1:3]
         p, q = (one.unflatten(1, shape) for one in (self.law.probs(self.target_logits(seen)), q))
-        tokens = seen.ids.gather(1, seen.behind.flatten(1) + 1).unflatten(1, shape)
-        return {name: one.mean(dim=1) for name, one in accepted_lengths(p, q, tokens).items()}
+        return p, q, seen.ids.gather(1, seen.behind.flatten(1) + 1).unflatten(1, shape)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.own_head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])

@@ -14,7 +14,8 @@ from torch.nn.attention import sdpa_kernel
 from pardec.layout import TrainingLayout, training_layout
 from pardec.target.forward import TargetModel
 from pardec.target.prefix_cache import PrefixCache
-from pardec.training.module import ATTENTION_KERNELS, METRICS, MaskTokenTrainer
+from pardec.training.mask_rows.mask_pass import ATTENTION_KERNELS
+from pardec.training.module import METRICS, MaskTokenTrainer
 from pardec.training.peft_lora import lora_enabled
 
 

@@ -15,7 +15,8 @@ from pardec.layout import nested_block_lengths, training_layout
 from pardec.target.forward import TargetModel
 from pardec.target.prefix_cache import PrefixCache
 from pardec.training.first_embeddings import first_embeddings
-from pardec.training.module import ATTENTION_KERNELS, METRICS
+from pardec.training.mask_rows.mask_pass import ATTENTION_KERNELS
+from pardec.training.module import METRICS
 
 
 class PardForward(nn.Module):

@@ -23,7 +23,7 @@ from pardec.training.objective import Objective
 from pardec.training.peft_lora import inject_lora
 from pardec.training.steps import Learner, build_optimizer, make_schedule
 
-PARDEC, DENSE_JOINT, PARD = "pardec", "dense joint", "PARD"
+PARDEC, CHECKPOINTED, DENSE_JOINT, PARD = "pardec", "pardec, checkpointed", "dense joint", "PARD"
 EMBEDDINGS, ALL_WEIGHTS = "embeddings", "all weights"
 RATES = {"mask_embeddings": 1e-6, "lora": 1e-6}  # so low that no step changes what the next one costs
 
@@ -41,7 +41,7 @@ class Way:
     """A way to train.
 
     Attributes:
-        form: of the step: `pardec`, `dense joint` or `PARD`.
+        form: of the step: `pardec`, `pardec, checkpointed`, `dense joint` or `PARD`.
         learned: what is.
         num_speculative_tokens: K.
         dropping: of mask tokens.
@@ -82,6 +82,7 @@ def build_ways(
     full: int,
     dropped: int,
     dropping: Dropping,
+    checkpointing: float,
     num_steps: int,
     seed: int,
 ) -> list[Way]:
@@ -94,6 +95,7 @@ def build_ways(
         full: K.
         dropped: K.
         dropping: beside `dropped`.
+        checkpointing: share of the layers that run twice in the checkpointed form.
         num_steps: of all to come, for schedules.
         seed: of the run.
     """
@@ -102,13 +104,15 @@ def build_ways(
     lora, everything, found = f"LoRA r {lora_rank}", Dropping(), []
     for learned, K, keep in ((lora, full, everything), (EMBEDDINGS, full, everything), (lora, dropped, dropping)):
         drafter, objective = Drafter(K, has_lora=learned == lora), Objective(weights="expected_length")
-        trainer = MaskTokenTrainer(base, drafter, objective, keep_ratio=keep.ratio, keep_floor=keep.floor)
-        trainer = trainer.to(accelerator.device)
-        forms: dict[str, nn.Module] = {PARDEC: trainer}
-        if keep == everything:
-            forms[DENSE_JOINT] = JointForward(trainer)
-        parameters = _learned(trainer, with_lora=learned == lora)
-        found += _ways(accelerator, forms, learned, K, keep, parameters, num_steps, seed)
+        for share in (0.0, checkpointing) if keep == everything else (0.0,):
+            trainer = MaskTokenTrainer(base, drafter, objective, keep_ratio=keep.ratio, keep_floor=keep.floor)
+            trainer = trainer.to(accelerator.device)
+            trainer.run_layers_twice(share)
+            forms: dict[str, nn.Module] = {CHECKPOINTED if share else PARDEC: trainer}
+            if keep == everything and not share:
+                forms[DENSE_JOINT] = JointForward(trainer)
+            parameters = _learned(trainer, with_lora=learned == lora)
+            found += _ways(accelerator, forms, learned, K, keep, parameters, num_steps, seed)
     for K, keep in ((full, everything), (dropped, dropping)):
         module = PardForward(draft, K, keep_ratio=keep.ratio, keep_floor=keep.floor).to(accelerator.device)
         parameters = dict(module.named_parameters())

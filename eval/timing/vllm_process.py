@@ -132,6 +132,6 @@ class VllmProcess:
         code = self._process.wait()
         self._log.seek(0)
         # pydantic ends with the address of a page, and says what was wrong before it
-        said = [line for line in self._log.read().splitlines() if line.strip() and "For further information" not in line]
-        said = said or ["nothing"]
+        lines = [line for line in self._log.read().splitlines() if line.strip()]
+        said = [line for line in lines if "For further information" not in line] or ["nothing"]
         raise ValueError(f"vllm: expected an engine that answers, found exit code {code}: {said[-1].strip()[:300]}")

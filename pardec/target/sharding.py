@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from pardec.target.base import load_base
-from pardec.target.forward import UnsupportedModelError, text_config
+from pardec.target.forward import UnsupportedModelError
+from pardec.target.layers import decoder_layers
 
 Group = Literal["all", "machine"]
 
@@ -52,7 +53,7 @@ def shard(base: PreTrainedModel, device: torch.device, group: Group = "all") -> 
         raise UnsupportedModelError(
             "train.shard_base: expected a base in floating point, found one that is quantised or placed by a device_map"
         )
-    mesh, layers = mesh_of(device, group), decoder_layers(base)
+    mesh, layers = mesh_of(device, group), decoder_layers(base, "train.shard_base")
     # a layer with parts of another one's is brought in by itself alone, and a number by itself cannot be cut
     holders = Counter(id(parameter) for layer in layers for parameter in set(layer.parameters()))
     whole = {p for layer in layers for p in layer.parameters() if holders[id(p)] > 1 or p.dim() == 0}
@@ -83,21 +84,6 @@ def mesh_of(device: torch.device, group: Group) -> DeviceMesh:
             f"all, {local} of them here"
         )
     return init_device_mesh(device.type, (num_processes // local, local), mesh_dim_names=("machines", "processes"))
-
-
-def decoder_layers(base: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the language model, which hold nearly all of its parameters.
-
-    Raises:
-        UnsupportedModelError: if there is no list of them.
-    """
-    count = text_config(base).num_hidden_layers
-    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not lists:
-        raise UnsupportedModelError(
-            f"train.shard_base: expected a list of {count} layers in a {type(base).__name__}, found none"
-        )
-    return list(max(lists, key=lambda one: sum(parameter.numel() for parameter in one.parameters())))
 
 
 def held_bytes(module: nn.Module) -> int:

@@ -5,7 +5,7 @@ in several sizes, every allocation counted, and what grows is carried on to the 
 Legend: B sequences, T tokens, N anchors, K num_speculative_tokens, M mask rows of a sequence, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pardec.target.forward import config_value, text_config
 from pardec.training.live_bytes import LiveBytes
+from pardec.training.mask_rows.prefix_attention import scores_at_once
 from pardec.training.module import MaskTokenTrainer
-from pardec.training.prefix_attention import scores_at_once
 from pardec.training.prefix_memory import PrefixMemory, line, measure_whole, tiny_lengths
 
 _SCORES_ALIVE = 3  # of a slice of attention: scores, those beside the ones of a row's own block, their softmax
@@ -28,8 +28,10 @@ class StepMemory:
 
     Attributes:
         prefix: of the pass as a whole.
-        step: most in the rest: constant, for each real token, for each mask row, for each pair of a mask row
-            and a token of either kind in its sequence, where attention makes all scores at once.
+        kept: in the rest, from the forward of mask rows for their backward: constant, for each real token, for each
+            mask row, for each pair of a mask row and a token of either kind in its sequence, where attention makes
+            all scores at once.
+        most: likewise, the most there is in forward or backward; with checkpointing far more than what is kept.
         logits: of a part of the loss, for each of its rows.
         rows_of_part: the most there are.
         scores: of a slice of attention, for each pair of a mask row and a real token.
@@ -37,7 +39,8 @@ class StepMemory:
     """
 
     prefix: PrefixMemory
-    step: tuple[float, ...]
+    kept: tuple[float, ...]
+    most: tuple[float, ...]
     logits: float
     rows_of_part: int
     scores: int
@@ -55,17 +58,16 @@ class StepMemory:
 
     def behind(self, batch_size: int, num_tokens: int, mask_rows: int) -> int:
         """The same of what follows the pass over real tokens."""
-        real = batch_size * num_tokens
-        constant, of_real, of_mask, of_pair = self.step
-        kept = constant + of_real * real + of_mask * mask_rows + of_pair * _pairs(batch_size, num_tokens, mask_rows)
+        sizes = 1, batch_size * num_tokens, mask_rows, _pairs(batch_size, num_tokens, mask_rows)
+        kept, most = (sum(a * b for a, b in zip(one, sizes, strict=True)) for one in (self.kept, self.most))
         part = self.logits * min(self.rows_of_part, mask_rows)
         scores = min(self.most_scores, self.scores * num_tokens * mask_rows)
-        return int(kept + max(part, scores))
+        return int(max(kept + part, most + scores))
 
     def carried_on(self, other: "StepMemory", share: float) -> "StepMemory":
         """What grows along with layers, as from here to another of more layers, `share` times as far."""
-        prefix, step = self.prefix.carried_on(other.prefix, share), line(self.step, other.step, share)
-        return replace(self, prefix=prefix, step=step)
+        kept, most = line(self.kept, other.kept, share), line(self.most, other.most, share)
+        return replace(self, prefix=self.prefix.carried_on(other.prefix, share), kept=kept, most=most)
 
 
 def learned_bytes(num_learned: int) -> int:
@@ -80,33 +82,53 @@ def _pairs(batch_size: int, num_tokens: int, mask_rows: int) -> float:
 def measure_step(module: MaskTokenTrainer) -> StepMemory:
     """Runs tiny steps of the module, in the autocast that is on; leaves no gradient, and no number changed."""
     target, K = module.target, module.drafter.num_speculative_tokens
-    _, T0, T1 = tiny_lengths(target)
-    N0, N1 = _ANCHORS
-    M0, M1 = N0 * K, N1 * K
-    f00, f01, f10, f11 = (_peak_behind(module, T, N) for T in (T0, T1) for N in (N0, N1))
-    of_pair = (f11 - f10 - f01 + f00) / ((T1 - T0) * (M1 - M0))
-    # what each size adds once pairs are taken away; the route of blocks makes no scores between blocks
-    pairs = {(T, M): T * M if module.takes_blocks else _pairs(1, T, M) for T in (T0, T1) for M in (M0, M1)}
-    of_real = (f10 - f00 - of_pair * (pairs[T1, M0] - pairs[T0, M0])) / (T1 - T0)
-    of_mask = (f01 - f00 - of_pair * (pairs[T0, M1] - pairs[T0, M0])) / (M1 - M0)
-    constant = f00 - of_real * T0 - of_mask * M0 - of_pair * pairs[T0, M0]
+    _, *lengths = tiny_lengths(target)
+    sizes = [(T, N * K) for T in lengths for N in _ANCHORS]
+    found = [_alive_behind(module, T, M // K) for T, M in sizes]
+    # the route of blocks makes no scores between blocks
+    pairs = [T * M if module.mask_pass.takes_blocks else _pairs(1, T, M) for T, M in sizes]
+    kept, most = (_by_size(alive, sizes, pairs) for alive in zip(*found, strict=True))
+    if module.mask_pass.takes_blocks:  # whose scores are told below
+        kept, most = (*kept[:3], 0.0), (*most[:3], 0.0)
     heads = config_value(text_config(target.base), "num_attention_heads") or 1
     return StepMemory(
         measure_whole(module.own_head),
-        (constant, of_real, of_mask, 0.0 if module.takes_blocks else max(0.0, of_pair)),
-        _of_logits(module, T0, N1),
+        kept,
+        most,
+        _of_logits(module, lengths[0], _ANCHORS[1]),
         module.most_rows,
-        _SCORES_ALIVE * heads * 4 if module.takes_blocks else 0,
+        _SCORES_ALIVE * heads * 4 if module.mask_pass.takes_blocks else 0,
         _SCORES_ALIVE * scores_at_once(target.device) * 4,
     )
 
 
-def _peak_behind(module: MaskTokenTrainer, T: int, N: int) -> int:
-    """Most bytes alive in what follows that pass, with N anchors, one block a part."""
+def _by_size(
+    alive: Sequence[int], sizes: Sequence[tuple[int, int]], pairs: Sequence[float]
+) -> tuple[float, float, float, float]:
+    """What is constant, of each real token, of each mask row and of each pair in bytes that are alive.
+
+    Args:
+        alive: of two lengths with two numbers of mask rows each.
+        sizes: real tokens and mask rows of each.
+        pairs: of each.
+    """
+    (T0, M0), (T1, M1) = sizes[0], sizes[-1]
+    f00, f01, f10, f11 = alive
+    of_pair = (f11 - f10 - f01 + f00) / ((T1 - T0) * (M1 - M0))
+    # what each size adds once pairs are taken away
+    g00, g01, g10, _ = (bytes_ - of_pair * count for bytes_, count in zip(alive, pairs, strict=True))
+    of_real, of_mask = (g10 - g00) / (T1 - T0), (g01 - g00) / (M1 - M0)
+    return g00 - of_real * T0 - of_mask * M0, of_real, of_mask, max(0.0, of_pair)
+
+
+def _alive_behind(module: MaskTokenTrainer, T: int, N: int) -> tuple[int, int]:
+    """Bytes in what follows that pass, with N anchors, one block a part: kept for the backward; the most there are."""
     ids = torch.zeros(1, T, dtype=torch.long, device=module.target.device)
     with _counted(module, most_rows=1) as counted:
-        _loss_behind_a_prefix(module, ids, N, counted).backward()
-        return counted.peak
+        loss = _loss_behind_a_prefix(module, ids, N, counted)
+        kept = counted.live
+        loss.backward()
+        return kept, counted.peak
 
 
 def _of_logits(module: MaskTokenTrainer, T: int, N: int) -> float:

@@ -5,10 +5,12 @@ Legend: B sequences, T tokens, N anchors.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import psutil
 import torch
 
+from pardec.target.forward import UnsupportedModelError
 from pardec.training.memory import measure_step
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.prefix_memory import measure_slices
@@ -45,11 +47,20 @@ def fit_step(
             num_slices *= 2
             of_prefix = slices.bytes_for(batch_size, num_tokens, num_slices)
     needed = {N: max(of_prefix, step.behind(batch_size, num_tokens, rows)) for N, rows in mask_rows.items()}
-    check_fits(needed, learned, free, batch_size=batch_size)
-    return num_slices, next(iter(needed.values()))
+    (asked, of_asked), *_ = needed.items()
+    checkpointed = None
+    if learned + of_asked > free and not module.mask_pass.run_twice:
+        with suppress(UnsupportedModelError):
+            module.run_layers_twice(1.0)
+            checkpointed = max(of_prefix, measure_step(module).behind(batch_size, num_tokens, mask_rows[asked]))
+        module.run_layers_twice(0.0)
+    check_fits(needed, learned, free, batch_size=batch_size, checkpointed=checkpointed)
+    return num_slices, of_asked
 
 
-def check_fits(needed: Mapping[int, int], learned: int, free: int, *, batch_size: int) -> None:
+def check_fits(
+    needed: Mapping[int, int], learned: int, free: int, *, batch_size: int, checkpointed: int | None = None
+) -> None:
     """Refuses a run that takes more than is free.
 
     Args:
@@ -57,6 +68,8 @@ def check_fits(needed: Mapping[int, int], learned: int, free: int, *, batch_size
         learned: bytes that are still to come for what is learned.
         free: bytes.
         batch_size: sequences of a forward.
+        checkpointed: bytes of a step with as many anchors as the run has and gradient checkpointing in all layers,
+            where that is not what the run has and the model allows it.
 
     Raises:
         ValueError: naming what it takes, what is free, and the setting that would fit.
@@ -65,9 +78,12 @@ def check_fits(needed: Mapping[int, int], learned: int, free: int, *, batch_size
     if learned + needed[asked] <= free:
         return
     fitting = next((anchors for anchors, size in needed.items() if learned + size <= free), None)
-    way_out = f"train.anchors_per_forward={fitting} would fit"
-    if fitting is None:
-        way_out = f"not even one anchor at a time fits; lower train.batch_size, here {batch_size}, or data.max_length"
+    ways = [] if fitting is None else [f"train.anchors_per_forward={fitting}"]
+    if checkpointed is not None and learned + checkpointed <= free:
+        ways.append("train.gradient_checkpointing=1")
+    way_out = f"not even one anchor at a time fits; lower train.batch_size, here {batch_size}, or data.max_length"
+    if ways:
+        way_out = f"{' or '.join(ways)} would fit"
     raise ValueError(
         f"memory: expected at most {free / GIB:.2f} GiB beside the weights, which are free, found an estimate of "
         f"{(learned + needed[asked]) / GIB:.2f} GiB with {asked} anchors a forward; {way_out}"

@@ -5,38 +5,27 @@ Knows no optimiser and no files.
 Legend: B sequences, T tokens, N anchors, K num_speculative_tokens, M mask rows, D width, V vocabulary.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pardec.adapters.head import SamplerHead
-from pardec.layout import TrainingLayout, nested_block_lengths, sorted_anchors, training_layout
+from pardec.layout import TrainingLayout, anchor_order, nested_block_lengths, training_layout
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
+from pardec.target.layers import decoder_layers
 from pardec.target.own_head import OwnHead
-from pardec.target.prefix_cache import PrefixCache
-from pardec.training.block_attention import block_route, supports
 from pardec.training.first_embeddings import first_embeddings
-from pardec.training.lora_linear import fused_loras
+from pardec.training.mask_rows.block_attention import supports
+from pardec.training.mask_rows.mask_pass import MaskPass, spread
 from pardec.training.objective import Objective
 from pardec.training.parts import Part, parts_of, rows_at_once, summed_by_parts
-from pardec.training.peft_lora import lora_enabled
 from pardec.training.prefix_pass import Prefix, run_prefix
 
 # rows of the metrics, each a sum over the mask rows of a position: of 1, then of mask rows alone and with the head
 METRICS = ("rows", "loss", "agreement", "overlap", "head_loss", "head_agreement", "head_overlap")
-
-# of sdpa, where there are gradients; see _run_mask_rows
-ATTENTION_KERNELS = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-    SDPBackend.OVERRIDEABLE,
-]
 
 
 @dataclass(frozen=True)
@@ -71,12 +60,14 @@ class Rows:
         ids: the data's tokens that they predict, shape [B, M].
         before: the tokens before those, shape [B, M].
         counts: rows that have a target, shape [B, M], bool.
+        weights: what the loss of each counts, shape [B, M]; None if all count alike.
     """
 
     layout: TrainingLayout
     ids: Tensor
     before: Tensor
     counts: Tensor
+    weights: Tensor | None
 
 
 class MaskTokenTrainer(nn.Module):
@@ -126,9 +117,22 @@ class MaskTokenTrainer(nn.Module):
             hidden_dim = self.tap.output_embeddings.shape[1]
             self.head = SamplerHead(hidden_dim, self.target.embedding_dim, drafter.head_width).to(self.target.device)
         self.most_rows = rows_at_once(self.target.vocab_size, self.target.device)  # of a part of the loss
-        self.takes_blocks = supports(self.own_head, drafter.num_speculative_tokens)
+        self.mask_pass = MaskPass(
+            self.own_head, drafter.has_lora, supports(self.own_head, drafter.num_speculative_tokens)
+        )
         self.prefix_slices = 1  # forwards that the real tokens are cut into, see `run_prefix`
         self._prefix: Prefix | None = None
+
+    def run_layers_twice(self, share: float) -> None:
+        """From now on so large a share of the layers keep no activations of mask rows, and make them again.
+
+        Gradients are the same. Known as activation or gradient checkpointing (arXiv:1604.06174).
+
+        Raises:
+            UnsupportedModelError: if the model has no list of its layers.
+        """
+        layers = spread(decoder_layers(self.target.base, "train.gradient_checkpointing"), share) if share else []
+        self.mask_pass.run_twice = layers
 
     def train(self, mode: bool = True) -> "MaskTokenTrainer":
         """The base stays in eval mode: its dropout would change the target's law."""
@@ -141,6 +145,7 @@ class MaskTokenTrainer(nn.Module):
         input_ids: Tensor,
         loss_mask: Tensor,
         anchors: Tensor,
+        anchor_weights: Tensor | None = None,
         first_anchor: int = 0,
         num_anchors: int | None = None,
         max_depth: int | None = None,
@@ -152,6 +157,7 @@ class MaskTokenTrainer(nn.Module):
             input_ids: shape [B, T].
             loss_mask: tokens that may be targets, shape [B, T], bool.
             anchors: shape [B, N], in random order where mask tokens are dropped.
+            anchor_weights: what the losses of each one's block count, shape [B, N]; default all alike.
             first_anchor: run only a part of the anchors; 0 runs the real tokens too, other parts reuse them.
             num_anchors: anchors of that part; default all.
             max_depth: mask tokens of a block, 1..K; default K. The same for all parts.
@@ -168,9 +174,11 @@ class MaskTokenTrainer(nn.Module):
         if first_anchor == 0:
             lengths = self._block_lengths(N, num_anchors or N, max_depth or self.drafter.num_speculative_tokens)
             # the one wait for the device, before it has been given anything to do
-            on_host = sorted_anchors(anchors.cpu(), lengths)
+            on_host = anchors.cpu()
+            order = anchor_order(on_host, lengths)
+            weights = None if anchor_weights is None else anchor_weights.gather(1, order.to(anchor_weights.device))
             cache, hidden = run_prefix(self.own_head, input_ids, self.prefix_slices)
-            self._prefix = Prefix(cache, hidden, on_host, lengths)
+            self._prefix = Prefix(cache, hidden, on_host.gather(1, order), weights, lengths)
         prefix = self._prefix
         assert prefix is not None
         part = slice(first_anchor, None if num_anchors is None else first_anchor + num_anchors)
@@ -179,10 +187,11 @@ class MaskTokenTrainer(nn.Module):
         targets = layout.targets.clamp_max(T - 1)
         counts = (layout.targets < T) & loss_mask.gather(1, targets)
         before = input_ids.gather(1, (targets - 1).clamp_min(0))
-        rows = Rows(layout, input_ids.gather(1, targets), before, counts)
+        weights = None if prefix.weights is None else prefix.weights[:, part][:, layout.blocks]
+        rows = Rows(layout, input_ids.gather(1, targets), before, counts, weights)
         # where only the head is trained, and only reads, nothing below it needs a gradient
         with torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()):
-            hidden = self._run_mask_rows(layout, on_host, prefix.cache)
+            hidden = self.mask_pass.hidden(self._mask_inputs(layout), layout, on_host, prefix.cache)
         loss_of = partial(self._loss_of, rows, prefix.hidden.flatten(0, 1), with_metrics)
         parts = list(parts_of(on_host, self.most_rows, hidden.device))
         with self.own_head.cast_once():
@@ -207,6 +216,8 @@ class MaskTokenTrainer(nn.Module):
         metrics, loss_sum = {"rows": counts.float()}, torch.zeros((), device=hidden.device)
         for name, logits in self._draft_logits(hidden, before).items():
             weighted, found = objective.weighted_losses(logits, law, ids, counts, layout, K, with_metrics=with_metrics)
+            if rows.weights is not None:
+                weighted = weighted * part.of(rows.weights)
             loss_sum = loss_sum + weighted.sum()
             metrics[f"{name}loss"] = weighted.detach()
             if with_metrics:
@@ -245,24 +256,6 @@ class MaskTokenTrainer(nn.Module):
         for name, values in metrics.items():
             sums[METRICS.index(name)].index_add_(0, depths, values * counts)
         return sums
-
-    def _run_mask_rows(self, layout: TrainingLayout, on_host: TrainingLayout, cache: PrefixCache) -> Tensor:
-        """Their hidden states, shape [B, M, H]."""
-        target, B = self.target, layout.positions.shape[0]
-        positions = target.clamp_positions(layout.positions)
-        with ExitStack() as stack:
-            # the backward of cuDNN's attention gives NaN for some numbers of keys: pytorch issue 196678
-            stack.enter_context(sdpa_kernel(ATTENTION_KERNELS))
-            if self.takes_blocks:
-                mask = stack.enter_context(block_route(target, layout, on_host, cache)).mask
-            else:
-                real = torch.arange(layout.num_tokens, device=positions.device).expand(B, -1)
-                keys = torch.cat([real, positions], dim=1)
-                mask = target.attention.render(layout.visible, positions, keys, target.dtype)
-            if self.drafter.has_lora:
-                stack.enter_context(lora_enabled(self.base))
-                stack.enter_context(fused_loras(self.base))
-            return self.own_head.hidden(self._mask_inputs(layout), positions, mask, cache)
 
     def _mask_inputs(self, layout: TrainingLayout) -> Tensor:
         """Input embeddings of the mask rows, shape [B, M, D]."""

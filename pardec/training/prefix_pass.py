@@ -13,7 +13,7 @@ from pardec.target.forward import TargetModel
 from pardec.target.own_head import OwnHead
 from pardec.target.prefix_cache import PrefixCache
 from pardec.target.survey import agree
-from pardec.training.prefix_attention import without_autocast
+from pardec.training.mask_rows.prefix_attention import without_autocast
 
 
 @dataclass
@@ -24,12 +24,14 @@ class Prefix:
         cache: keys and values of the real tokens.
         hidden: what their law is made of, shape [B, T, H].
         anchors: of all parts, in the order in which their blocks run, shape [B, N], where the host can read them.
+        weights: what each of them counts, shape [B, N]; None if all count alike.
         lengths: of all blocks.
     """
 
     cache: PrefixCache
     hidden: Tensor
     anchors: Tensor
+    weights: Tensor | None
     lengths: tuple[int, ...]
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from greedy_oracle import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts, tokens_of_generate
 from recorded_steps import decoder_for, rerun, results, sampled, tape
 from tiny_models import make_adapter, tiny_model
 from torch import Tensor
@@ -23,6 +23,7 @@ K = 3
 V = 61
 NEW = 16
 MODES = ["plain", "two_pass", "fused"]
+RAGGED = (2, 11, 5)
 
 
 def small_bucket(num_slots: int, *, few: bool, coarse: bool) -> int:
@@ -185,11 +186,10 @@ class Planted(Engine):
 def test_every_slot_that_a_live_row_writes_is_seen(mode, num_true, small_buckets):
     """Also where rows are accepted raggedly and the longest one is done first."""
     model = tiny_model("llama")
-    rows = prompts(V, (2, 11, 5))
-    references = [plain_generate(model, row, NEW + K + 2) for row in rows]
-    engine = Planted(decoder_for(model, mode, TokenLaw(True)), references, num_true)
+    rows, truth = prompts(V, RAGGED), tokens_of_generate("llama", V, NEW + K + 2, RAGGED)
+    engine = Planted(decoder_for(model, mode, TokenLaw(True)), truth, num_true)
     found = run(engine, rows)
-    assert [tokens for tokens, _, _ in found] == [reference[:NEW] for reference in references]
+    assert [tokens for tokens, _, _ in found] == [reference[:NEW] for reference in truth]
     assert min(engine.spare) >= 0
     assert max(engine.spare) <= 4 + 1  # a bucket's rounding, and what two_pass needs beside
     assert len(set(engine.seen)) > 2
@@ -203,12 +203,11 @@ def test_reading_one_step_behind_brings_the_same_and_still_covers_every_slot(
     mode, num_true, small_buckets, monkeypatch
 ):
     model = tiny_model("llama")
-    rows = prompts(V, (2, 11, 5))
-    references = [plain_generate(model, row, NEW + K + 2) for row in rows]
+    rows, truth = prompts(V, RAGGED), tokens_of_generate("llama", V, NEW + K + 2, RAGGED)
     brought = []
     for says_cuda in (False, True):
-        engine = Planted(decoder_for(model, mode, TokenLaw(True), new_tokens=NEW), references, num_true,
-            says_cuda=says_cuda)  # fmt: skip
+        decoder = decoder_for(model, mode, TokenLaw(True), new_tokens=NEW)
+        engine = Planted(decoder, truth, num_true, says_cuda=says_cuda)
         if says_cuda:
             monkeypatch.setattr(engine_module, "Reports", _ReportsOnCpu)
         brought.append([])
@@ -220,7 +219,7 @@ def test_reading_one_step_behind_brings_the_same_and_still_covers_every_slot(
         assert (ahead > 0) == says_cuda  # while a step is read the next has run
     behind, now = brought[1], brought[0]
     assert behind == now
-    for b, reference in enumerate(references):
+    for b, reference in enumerate(truth):
         assert list(itertools.chain(*(progress.tokens[b] for progress in behind))) == reference[:NEW]
 
 

@@ -44,15 +44,24 @@ def conversation(num_turns: int, length: int = 7) -> list[list[int]]:
     return prompts(V, (23, *[length] * (num_turns - 1)))
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_turn_gives_the_tokens_of_a_fresh_run(family, mode):
-    model = tiny_model(family)
-    ours, kept, said = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2)), KeptCache(), []
+@pytest.fixture(scope="module", params=FAMILIES)
+def talk(request):
+    """A model, and what it answers to each turn of a conversation."""
+    model, said, answers = tiny_model(request.param), [], []
     for turn in conversation(4):
+        answers.append(plain_generate(model, said + turn, 12))
+        said += turn + answers[-1]
+    return model, answers
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_turn_gives_the_tokens_of_a_fresh_run(talk, mode):
+    model, answers = talk
+    ours, kept, said = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2)), KeptCache(), []
+    for turn, answer in zip(conversation(4), answers, strict=True):
         prompt = said + turn
         new = streamed(ours, prompt, mode=mode, max_new_tokens=12, kept=kept)
-        assert new == plain_generate(model, prompt, 12)
+        assert new == answer
         # all that was committed, which is everything but the newest token
         assert kept.num_reused == max(len(said) - 1, 0)
         said = prompt + new

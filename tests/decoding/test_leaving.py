@@ -7,7 +7,7 @@ import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
 from recorded_steps import decoder_for, rerun, results, sampled
-from sampling_oracle import PROMPT, WARPERS, Z_LIMIT, chi_square_z, joint_law
+from sampling_oracle import PROMPT, WARPERS, Z_LIMIT, chi_square_z, joint_law, thin_model
 from sampling_oracle import K as DRAFTS
 from sampling_oracle import V as FEW
 from tiny_models import make_adapter, tiny_model
@@ -92,15 +92,19 @@ class Batches:
         self.handle.remove()
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def ragged(request):
+    model = tiny_model(request.param)
+    rows = prompts(V, LENGTHS)
+    model.generation_config.eos_token_id = ragged_ends(model, rows)
+    return model, rows, [plain_generate(model, row, NEW) for row in rows]
+
+
 @pytest.mark.parametrize("repeats", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_texts_of_ragged_ends_are_those_of_generate(family, mode, repeats):
-    model = tiny_model(family)
-    rows = prompts(V, LENGTHS)
-    ends = ragged_ends(model, rows)
-    model.generation_config.eos_token_id = ends
-    references = [plain_generate(model, row, NEW) for row in rows for _ in range(repeats)]
+def test_texts_of_ragged_ends_are_those_of_generate(ragged, mode, repeats):
+    model, rows, texts = ragged
+    references = [text for text in texts for _ in range(repeats)]
     assert len({len(text) for text in references}) > 2
     ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2))
     ours.generate(rows[:2], max_new_tokens=2, mode=mode)  # whatever is observed once has been observed
@@ -189,7 +193,7 @@ def cut(joint: dict[tuple[int, ...], float], eos: int) -> dict[tuple[int, ...], 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_prompts_whose_rows_take_each_others_places_keep_their_laws(mode):
-    toy, eos, samples = tiny_model("llama", vocab_size=FEW, seed=3), 3, 3000
+    toy, eos, samples = thin_model(FEW), 3, 3000
     toy.generation_config.eos_token_id = eos
     ours = SelfSpeculativeModel(toy, None, make_adapter(toy, DRAFTS, lora_rank=2))
     others, options = [PROMPT, [*PROMPT, 1, 4], [2]], WARPERS["temperature"]

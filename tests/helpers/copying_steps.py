@@ -121,8 +121,10 @@ def a_step(
         sources: texts that each row looks in; default as prefill has it.
     """
     B = len(texts)
-    with torch.no_grad():
-        state = decoder.prefill([text[:-1] for text in texts])
+    prompts = [text[:-1] for text in texts]
+    with torch.no_grad():  # of one prompt only once
+        same = all(prompt == prompts[0] for prompt in prompts)
+        state = decoder.prefill(prompts[:1], repeats=B) if same else decoder.prefill(prompts)
     state.sources = state.sources if sources is None else sources
     state.bonus, state.drafts = torch.tensor([text[-1] for text in texts]), plan.drafts
     state.output[:, 0], state.num_new[:], state.room[:], state.done[:] = state.bonus, 1, 15, False

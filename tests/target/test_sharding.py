@@ -8,8 +8,9 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.target.forward import UnsupportedModelError
+from pardec.target.layers import decoder_layers
 from pardec.target.placement import is_offloaded
-from pardec.target.sharding import decoder_layers, held_bytes, running_bytes, shard
+from pardec.target.sharding import held_bytes, running_bytes, shard
 
 IDS = torch.arange(12)[None] % 64
 
@@ -80,10 +81,10 @@ def test_shards_give_the_numbers_of_the_whole(count, local, group, parts):
 
 def test_a_base_without_a_list_of_layers_is_refused():
     model = small_llama()
-    assert decoder_layers(model) == list(model.model.layers)
+    assert decoder_layers(model, "a setting") == list(model.model.layers)
     model.config.num_hidden_layers = 7
-    with pytest.raises(UnsupportedModelError, match=r"expected a list of 7 layers in a LlamaForCausalLM, found none"):
-        decoder_layers(model)
+    with pytest.raises(UnsupportedModelError, match="a setting: expected a list of 7 layers in a LlamaF"):
+        decoder_layers(model, "a setting")
 
 
 def test_a_quantised_base_is_refused():

@@ -49,12 +49,17 @@ def peak_of_step(trainer: MaskTokenTrainer, B: int, T: int, N: int) -> int:
     return counted.peak
 
 
+@pytest.mark.parametrize("checkpointing", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_estimate_is_within_15_percent_of_what_a_step_takes(name):
+def test_the_estimate_is_within_15_percent_of_what_a_step_takes(name, checkpointing):
     *what, B, T, N = SHAPES[name]
     trainer = trainer_of(*what)
-    found = measure_step(trainer).bytes_for(B, T, B * N * K)
-    assert found == pytest.approx(peak_of_step(trainer, B, T, N), rel=0.15)
+    trainer.run_layers_twice(checkpointing)
+    measured, peak = measure_step(trainer), peak_of_step(trainer, B, T, N)
+    found = measured.bytes_for(B, T, B * N * K)
+    # counted as if they were alive together with the widest rows of a layer, which they are not where all run twice
+    scores = min(measured.most_scores, measured.scores * T * B * N * K) if checkpointing == 1 else 0
+    assert 0.85 * peak <= found <= 1.15 * peak + scores
 
 
 def test_measuring_leaves_the_module_as_it_was():
@@ -91,6 +96,20 @@ def test_a_run_that_takes_more_than_is_free_is_refused_with_the_setting_that_fit
         check_fits(needed, 2**30, 22 * 2**30, batch_size=4)
     with pytest.raises(ValueError, match=r"not even one anchor at a time fits; lower train.batch_size, here 4"):
         check_fits(needed, 2**30, 2**30, batch_size=4)
+    with pytest.raises(ValueError, match=r"; train.anchors_per_forward=32 or train.gradient_checkpointing=1 would fit"):
+        check_fits(needed, 2**30, 22 * 2**30, batch_size=4, checkpointed=21 * 2**30)
+
+
+def test_checkpointing_is_named_where_it_lets_a_run_fit():
+    trainer = trainer_of(*SHAPES["rows"][:4])
+    rows, sizes = {120: 2 * 120 * K, 1: 2 * K}, {"batch_size": 2, "num_tokens": 128, "learned": 0}
+    _, of_step = fit_step(trainer, rows, **sizes, free=2**40)
+    with pytest.raises(ValueError, match=r"train.anchors_per_forward=1 or train.gradient_checkpointing=1 would fit"):
+        fit_step(trainer, rows, **sizes, free=of_step // 2)
+    assert not trainer.mask_pass.run_twice
+    trainer.run_layers_twice(1.0)
+    _, checkpointed = fit_step(trainer, rows, **sizes, free=of_step // 2)
+    assert checkpointed < of_step // 2
 
 
 LONG = {"max_position_embeddings": 2048}

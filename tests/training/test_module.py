@@ -64,12 +64,13 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
     """
     base, ids = trainer.base, batch["input_ids"]
     B, M = ids.shape[0], N * K
+    counted = batch.get("anchor_weights", torch.ones(B, N)).tolist()
     config = base.config
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     positions = torch.zeros(B, T + M, dtype=torch.long)
     visible = torch.zeros(B, T + M, T + M, dtype=torch.bool)
-    rows = []  # (batch, row, anchor, j)
+    rows = []  # (batch, row, anchor, j, what the anchor counts)
     for b in range(B):
         for s in range(T):
             positions[b, s] = s
@@ -81,7 +82,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
                 visible[b, row, : anchor + 1] = True
                 visible[b, row, T + n * K : row + 1] = True
                 if lengths is None or j <= lengths[n]:
-                    rows.append((b, row, anchor, j))
+                    rows.append((b, row, anchor, j, counted[b][n]))
     near = positions[:, :, None] - positions[:, None, :] < (window or 10**9)
 
     def form(seen):
@@ -114,7 +115,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
     for handle in handles:
         handle.remove()
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for b, row, anchor, j in rows:
+    for b, row, anchor, j, counts in rows:
         target = anchor + j + 1
         if target >= T or not batch["loss_mask"][b, target]:
             continue
@@ -123,7 +124,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
             loss = (p.exp() * (p - logits[b, row].log_softmax(-1))).sum()
         else:
             loss = -logits[b, row].log_softmax(-1)[ids[b, target]]
-        total, count = total + weights[j - 1] * loss, count + 1
+        total, count = total + counts * weights[j - 1] * loss, count + 1
     return total, count
 
 
@@ -152,10 +153,26 @@ def test_shorter_blocks_are_as_if_deeper_mask_tokens_had_never_been(family, dept
     assert not trainer.mask_embeddings.grad[depth:].any()  # so that AdamW leaves them where they are
 
 
-def assert_gradients_are_naive(trainer, lora, weights, lengths=None, **options):
-    batch = make_batch()
-    loss, count, _ = trainer(**batch, **options)
-    loss.backward()
+@pytest.mark.parametrize("keep", [(1.0, 0.0), (0.6, 0.3)])
+@pytest.mark.parametrize("per_forward", [None, 2])
+def test_losses_of_an_anchor_count_what_it_is_given(keep, per_forward):
+    """Also where the anchors run in another order, in parts, and with some of their mask tokens dropped."""
+    trainer = make_trainer("llama", True, Objective("kl", [1.0, 0.5, 0.25]), keep)
+    trainer.most_rows = 4
+    batch = make_batch() | {"anchor_weights": torch.tensor([[0.5, 3.0, 0.0, 1.25], [2.0, 0.25, 1.0, 0.75]])}
+    lengths = trainer._block_lengths(N, per_forward or N, K)
+    parts = [{}] if per_forward is None else [{"first_anchor": n, "num_anchors": 2} for n in (0, 2)]
+    assert_gradients_are_naive(trainer, True, [1.0, 0.5, 0.25], lengths, batch=batch, parts=parts)
+    alike = trainer(**make_batch())[0]
+    assert alike == trainer(**make_batch(), anchor_weights=torch.ones(2, N))[0] != trainer(**batch)[0]
+
+
+def assert_gradients_are_naive(trainer, lora, weights, lengths=None, *, batch=None, parts=({},), **options):
+    batch, loss, count = batch or make_batch(), 0.0, 0
+    for part in parts:
+        loss_of_part, count_of_part, _ = trainer(**batch, **part, **options)
+        loss_of_part.backward()
+        loss, count = loss + loss_of_part, count + count_of_part
     parameters = {n: p for n, p in trainer.named_parameters() if p.requires_grad}
     assert len(parameters) > (1 if lora else 0)
     found = {name: p.grad.clone() for name, p in parameters.items()}
@@ -179,8 +196,8 @@ def test_the_route_of_blocks_gives_the_models_own_attention(family, keep):
     for takes_blocks in (True, False):
         trainer = make_trainer(family, True, keep=keep)
         trainer(**make_batch())
-        assert trainer.takes_blocks  # the probe finds that each of these families may take it
-        trainer.takes_blocks = takes_blocks
+        assert trainer.mask_pass.takes_blocks  # the probe finds that each of these families may take it
+        trainer.mask_pass.takes_blocks = takes_blocks
         loss, _, metrics = trainer(**make_batch(), with_metrics=True)
         loss.backward()
         gradients = {n: p.grad for n, p in trainer.named_parameters() if p.grad is not None}
@@ -284,14 +301,14 @@ def test_the_heads_loss_is_its_definition(family):
     trainer = make_trainer(family, head_width=6, objective=Objective("cross_entropy"))
     batch = make_batch(batch=1)
     seen = {}
-    run = trainer._run_mask_rows
+    run = trainer.mask_pass.hidden
 
-    def spy(layout, on_host, cache):
-        seen["layout"], seen["hidden"] = layout, run(layout, on_host, cache)
+    def spy(inputs, layout, on_host, cache):
+        seen["layout"], seen["hidden"] = layout, run(inputs, layout, on_host, cache)
         seen["logits"] = trainer.own_head.logits(seen["hidden"][0])[None]
         return seen["hidden"]
 
-    trainer._run_mask_rows = spy
+    trainer.mask_pass.hidden = spy
     _, _, metrics = trainer(**batch)
     layout, ids, base = seen["layout"], batch["input_ids"][0], trainer.base
     expected = torch.zeros(K, dtype=torch.float64)
@@ -448,3 +465,20 @@ def test_sequences_of_fewer_tokens_than_slices_are_as_they_are():
         counts.append(len(forwards))
     assert counts[1] - counts[0] == 39
     torch.testing.assert_close(found[40], found[1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_run_twice_learn_the_same(family, share):
+    found = {}
+    for wanted in (0.0, share):
+        trainer = make_trainer(family, lora=True, head_width=6)
+        trainer.run_layers_twice(wanted)
+        batch, both = make_batch(), torch.zeros((), dtype=torch.float64)
+        for first in (0, 2):
+            loss, _, _ = trainer(**batch, first_anchor=first, num_anchors=2)
+            both = both + loss
+        both.backward()
+        assert all("forward" not in vars(layer) for layer in trainer.mask_pass.run_twice)
+        found[wanted] = both.detach(), {n: p.grad for n, p in trainer.named_parameters() if p.grad is not None}
+    torch.testing.assert_close(found[share], found[0.0], rtol=0, atol=0)

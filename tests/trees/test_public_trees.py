@@ -26,6 +26,11 @@ def llama():
 
 
 @pytest.fixture(scope="module")
+def references(llama):
+    return [plain_generate(llama, row, NEW) for row in prompts(V)]
+
+
+@pytest.fixture(scope="module")
 def ours(llama):
     return SelfSpeculativeModel(llama, None, make_adapter(llama, K, lora_rank=2, head_width=6, shortlist=8))
 
@@ -33,10 +38,9 @@ def ours(llama):
 @pytest.mark.parametrize("mode", [None, "fused", "two_pass"])
 @pytest.mark.parametrize("use_head", [None, False])
 @pytest.mark.parametrize("tree", ALL.values(), ids=ALL)
-def test_generate_gives_generates_tokens(llama, ours, tree, use_head, mode):
-    rows = prompts(V)
-    out = ours.generate(rows, max_new_tokens=NEW, tree=tree, use_head=use_head, mode=mode)
-    assert out.token_ids == [plain_generate(llama, row, NEW) for row in rows]
+def test_generate_gives_generates_tokens(ours, references, tree, use_head, mode):
+    out = ours.generate(prompts(V), max_new_tokens=NEW, tree=tree, use_head=use_head, mode=mode)
+    assert out.token_ids == references
     assert all(drafted <= tree.num_speculative_tokens for one in out.counts for drafted in one.drafted)
     assert all(a <= d for one in out.counts for a, d in zip(one.accepted, one.drafted, strict=True))
 

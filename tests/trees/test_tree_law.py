@@ -12,6 +12,7 @@ from sampling_oracle import (
     chi_square_z,
     extended,
     joint_law,
+    thin_model,
 )
 from tiny_models import make_adapter, tiny_model
 from tree_laws import BONUS, law_of_step
@@ -86,6 +87,11 @@ DEEP = DraftTree((0, 0, 1, 1, 2), (0, 1, 0, 1, 2), (2, 1, 2, 0, 2, 1))
 DRAWN = DynamicTree((2, 1, 2, 0, 2, 1))
 
 
+@pytest.fixture(scope="module")
+def thin():
+    return thin_model()
+
+
 def sample_counts(model, mode: str, warper: dict, tree: AnyTree = DEEP) -> Counter:
     out = model.generate(
         [PROMPT], max_new_tokens=4, mode=mode, seed=0, num_return_sequences=SAMPLES, tree=tree, **warper
@@ -97,13 +103,13 @@ def sample_counts(model, mode: str, warper: dict, tree: AnyTree = DEEP) -> Count
 @pytest.mark.parametrize("head_width", [0, 4])
 @pytest.mark.parametrize("mode", ["two_pass", "fused"])
 @pytest.mark.parametrize("warper", ["temperature", "all"])
-def test_generate_with_a_tree_samples_the_targets_law(toy, mode, warper, head_width, tree):
-    ours = SelfSpeculativeModel(toy, None, make_adapter(toy, 2, lora_rank=2, head_width=head_width, shortlist=V))
+def test_generate_with_a_tree_samples_the_targets_law(thin, mode, warper, head_width, tree):
+    ours = SelfSpeculativeModel(thin, None, make_adapter(thin, 2, lora_rank=2, head_width=head_width, shortlist=V))
     counts = sample_counts(ours, mode, WARPERS[warper], tree)
-    assert chi_square_z(counts, joint_law(toy, PROMPT, 4, WARPERS[warper])) < Z_LIMIT
+    assert chi_square_z(counts, joint_law(thin, PROMPT, 4, WARPERS[warper])) < Z_LIMIT
 
 
-def test_the_chi_square_notices_a_tree_that_is_chosen_by_what_was_drawn(toy, monkeypatch):
+def test_the_chi_square_notices_a_tree_that_is_chosen_by_what_was_drawn(thin, monkeypatch):
     """Where nodes follow the draws, the law is lost: a walk must not accept what it was made for."""
     from pardec.trees import tree_steps
 
@@ -114,6 +120,6 @@ def test_the_chi_square_notices_a_tree_that_is_chosen_by_what_was_drawn(toy, mon
         return walk(tables, target_tokens.where(target_tokens > 1, node_tokens[:, :1]), node_tokens, draft_length)
 
     monkeypatch.setattr(tree_steps, "walk", lossy)
-    ours = SelfSpeculativeModel(toy, None, make_adapter(toy, 2, lora_rank=2))
+    ours = SelfSpeculativeModel(thin, None, make_adapter(thin, 2, lora_rank=2))
     counts = sample_counts(ours, "fused", WARPERS["temperature"])
-    assert chi_square_z(counts, joint_law(toy, PROMPT, 4, WARPERS["temperature"])) > 2 * Z_LIMIT
+    assert chi_square_z(counts, joint_law(thin, PROMPT, 4, WARPERS["temperature"])) > 2 * Z_LIMIT

@@ -97,18 +97,24 @@ def test_what_is_kept_of_the_cache_is_what_plain_steps_write(family):
             torch.testing.assert_close(mine[b, :, :committed], theirs[b, :, :committed], rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def windows():
+    model = tiny_model("gemma3-mixed-windows", vocab_size=V)
+    rows = prompts(V)
+    return model, rows, [plain_generate(model, row, NEW) for row in rows]
+
+
 @pytest.mark.parametrize("options", [{}, {"head_width": 6}, {"noise": True}], ids=["masks", "head", "noise"])
 @pytest.mark.parametrize("mode", ["fused", "two_pass"])
 @pytest.mark.parametrize("tree", [*TREES.values(), *DYNAMIC.values()], ids=[*TREES, *DYNAMIC])
-def test_own_drafts_of_any_tree_give_generates_tokens_in_ragged_batches(mode, tree, options):
-    model = tiny_model("gemma3-mixed-windows", vocab_size=V)
-    rows = prompts(V)
+def test_own_drafts_of_any_tree_give_generates_tokens_in_ragged_batches(windows, mode, tree, options):
+    model, rows, references = windows
     decoder = decoder_for(model, mode, GREEDY, new_tokens=NEW, tree=tree, **options)
     with torch.no_grad(), decoder.attached():
         state = decoder.prefill(rows)
         while not state.done.all():
             decoder.step(state)
-    assert [tokens for tokens, _, _ in results(decoder, state)] == [plain_generate(model, row, NEW) for row in rows]
+    assert [tokens for tokens, _, _ in results(decoder, state)] == references
 
 
 @pytest.mark.parametrize("blocks", [(3, 3, 3, 3), (3, 1, 2, 0)])

@@ -22,21 +22,21 @@ from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 from pardec.tuning import tune as tune_story
 from pardec.tuning.choice import PLAIN_WAY, Way, tree_way, with_copies
-from pardec.tuning.measuring import QUICK
+from pardec.tuning.measuring import QUICK, Findings, measure
 from pardec.tuning.report import _name, describe
 from pardec.tuning.tune import prompts_to_tune_on, tune
 
 K = 2
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def saved(adapters):
     return adapters / "lora"
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.jsonl"
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("def main():", "import os", "class A:")))
     return str(path)
 
@@ -45,13 +45,39 @@ def run(*arguments: str):
     return CliRunner().invoke(app, ["tune", *arguments])
 
 
-def test_quick_tuning_writes_what_it_chose_and_prints_a_table(saved, tmp_path, prompts):
-    folder = tmp_path / "adapter"
-    shutil.copytree(saved, folder)
-    picture = tmp_path / "new" / "cost.png"
-    few = ("--quick", "--prompt-file", prompts, "--max-new-tokens", "6", "--picture", str(picture))
-    result = run(str(folder), *few)
+def run_and_find(*arguments: str):
+    """Runs it, and returns what it measured as well."""
+    found: list[Findings] = []
+
+    def measure_and_keep(*given):
+        found.append(measure(*given))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_story, "measure", measure_and_keep)
+        result = run(*arguments)
     assert result.exit_code == 0, result.output
+    return result, *found
+
+
+@pytest.fixture(scope="module")
+def tuned(saved, tmp_path_factory, prompts):
+    """A folder that was tuned, with its picture beside it; the run of the command, and what it measured."""
+    folder = tmp_path_factory.mktemp("tuned") / "adapter"
+    shutil.copytree(saved, folder)
+    picture = folder.parent / "new" / "cost.png"
+    few = ("--quick", "--prompt-file", prompts, "--max-new-tokens", "6", "--picture", str(picture))
+    return folder, picture, *run_and_find(str(folder), *few)
+
+
+@pytest.fixture
+def measured(tuned, monkeypatch):
+    """Saves measuring again where it does not matter what was measured."""
+    monkeypatch.setattr(tune_story, "measure", lambda *given: tuned[-1])
+
+
+def test_quick_tuning_writes_what_it_chose_and_prints_a_table(tuned):
+    folder, picture, result, _ = tuned
     text = " ".join(result.stdout.split())
     for words in ("3 prompts, 6 new tokens, batch 1, greedy", "plain", "prefill included", "without tuning: 2 2 2"):
         assert words in text
@@ -115,6 +141,7 @@ def test_several_dtypes_are_tuned_compared_and_the_fastest_is_loaded(saved, tmp_
         assert str(model.target.dtype) == f"torch.{max(speeds, key=speeds.get)}"
 
 
+@pytest.mark.usefixtures("measured")
 def test_the_table_of_several_dtypes_says_which_is_fastest(saved, tmp_path, prompts):
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)
@@ -127,29 +154,30 @@ def test_the_table_of_several_dtypes_says_which_is_fastest(saved, tmp_path, prom
     assert "not tuned" not in text
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("has", [True, False])
 def test_a_dtype_that_the_device_has_instructions_for_is_named(saved, tmp_path, prompts, monkeypatch, has):
-    from pardec.tuning import tune as story
-
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)
-    monkeypatch.setattr(story, "has_bfloat16", lambda device: has)
+    monkeypatch.setattr(tune_story, "has_bfloat16", lambda device: has)
     few = ("--quick", "--prompt-file", prompts, "--num-prompts", "1", "--max-new-tokens", "3")
     text = " ".join(run(str(folder), *few).stdout.split())
     assert ("not tuned: bfloat16" in text) is has
     assert ("--dtype float32,bfloat16 finds the fastest" in text) is has
 
 
-def test_the_head_and_two_pass_are_measured_beside_fused_steps(packaged_adapter, tmp_path, prompts):
+def test_the_head_and_two_pass_are_measured_beside_fused_steps(packaged_adapter, tmp_path, prompts, monkeypatch):
     folder = tmp_path / "adapter"
     save_adapter(packaged_adapter(K, head_width=8), folder)
     few = ("--quick", "--prompt-file", prompts, "--num-prompts", "1", "--max-new-tokens", "6")
-    found = json.loads(run(str(folder), *few, "--json").stdout)
+    result, measured = run_and_find(str(folder), *few, "--json")
+    found = json.loads(result.stdout)
     kinds = {(one["mode"], one["use_head"]) for one in found["measured"]}
     assert kinds == {("plain", True), ("fused", True), ("fused", False), ("two_pass", True), ("two_pass", False)}
     assert found["ms_per_step_by_rows_without_head"]
     chosen = found["choice"]
     assert (chosen["mode"], chosen["use_head"]) in kinds
+    monkeypatch.setattr(tune_story, "measure", lambda *given: measured)
     text = " ".join(run(str(folder), *few).stdout.split())
     for words in ("two_pass, K", ", no head", "chosen: "):
         assert words in text
@@ -263,6 +291,7 @@ def test_generation_uses_the_choice_unless_told_otherwise(saved, tmp_path):
         pardec.load(folder)
 
 
+@pytest.mark.usefixtures("measured")
 def test_without_matplotlib_there_is_a_line_instead_of_a_picture(saved, tmp_path, prompts, monkeypatch):
     folder, imported = tmp_path / "adapter", builtins.__import__
     shutil.copytree(saved, folder)
@@ -312,13 +341,11 @@ def test_a_folder_without_an_adapter_is_refused(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_measuring(saved, prompts, monkeypatch):
-    from pardec.tuning import tune as story
-
     def refuse(directory):
         raise OSError(f"{directory}: expected an adapter folder that can be written to, found Read-only file system")
 
-    monkeypatch.setattr(story, "check_writable", refuse)
-    monkeypatch.setattr(story, "measure", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(tune_story, "check_writable", refuse)
+    monkeypatch.setattr(tune_story, "measure", lambda *args: pytest.fail("measured"))
     result = run(str(saved), "--quick", "--prompt-file", prompts)
     assert result.exit_code == 2
     assert "Read-only file system" in result.stderr

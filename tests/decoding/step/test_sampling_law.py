@@ -18,6 +18,7 @@ from sampling_oracle import (
     extended,
     joint_law,
     recorded_step,
+    thin_model,
 )
 from tiny_models import make_adapter, tiny_model
 
@@ -120,6 +121,11 @@ def with_eos(joint: dict[tuple[int, ...], float], eos: int | None) -> dict[tuple
 SAMPLES = 6000
 
 
+@pytest.fixture(scope="module")
+def thin():
+    return thin_model()
+
+
 def sample_counts(model, mode: str, warper: dict, seed: int = 0) -> Counter:
     out = model.generate([PROMPT], max_new_tokens=4, mode=mode, seed=seed, num_return_sequences=SAMPLES, **warper)
     return Counter(tuple(tokens) for tokens in out.token_ids)
@@ -127,32 +133,32 @@ def sample_counts(model, mode: str, warper: dict, seed: int = 0) -> Counter:
 
 @pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
 @pytest.mark.parametrize("warper", ["temperature", "all"])
-def test_generate_samples_the_targets_law(toy, mode, warper):
+def test_generate_samples_the_targets_law(thin, mode, warper):
     options = WARPERS[warper]
     eos = 3
-    toy.generation_config.eos_token_id = eos
+    thin.generation_config.eos_token_id = eos
     try:
-        ours = SelfSpeculativeModel(toy, None, make_adapter(toy, K, lora_rank=2))
+        ours = SelfSpeculativeModel(thin, None, make_adapter(thin, K, lora_rank=2))
         counts = sample_counts(ours, mode, options)
     finally:
-        toy.generation_config.eos_token_id = None
-    law = with_eos(joint_law(toy, PROMPT, 4, options), eos)
+        thin.generation_config.eos_token_id = None
+    law = with_eos(joint_law(thin, PROMPT, 4, options), eos)
     assert any(len(tokens) < 4 for tokens in counts)
     assert chi_square_z(counts, law) < Z_LIMIT
 
 
-def test_the_chi_square_notices_a_lossy_rule(toy, monkeypatch):
+def test_the_chi_square_notices_a_lossy_rule(thin, monkeypatch):
     """Drawing from p after a rejection, as published code does, is caught by the same test."""
     from pardec.decoding import verify
 
     monkeypatch.setattr(verify, "bonus_law", lambda target_probs, *others: target_probs)
-    ours = SelfSpeculativeModel(toy, None, make_adapter(toy, K, lora_rank=2))
+    ours = SelfSpeculativeModel(thin, None, make_adapter(thin, K, lora_rank=2))
     counts = sample_counts(ours, "fused", WARPERS["temperature"])
-    assert chi_square_z(counts, joint_law(toy, PROMPT, 4, WARPERS["temperature"])) > 2 * Z_LIMIT
+    assert chi_square_z(counts, joint_law(thin, PROMPT, 4, WARPERS["temperature"])) > 2 * Z_LIMIT
 
 
-def test_rows_of_a_batch_draw_independently(toy):
-    ours = SelfSpeculativeModel(toy, None, make_adapter(toy, K))
+def test_rows_of_a_batch_draw_independently(thin):
+    ours = SelfSpeculativeModel(thin, None, make_adapter(thin, K))
     out = ours.generate([PROMPT] * 64, max_new_tokens=6, temperature=1.0, seed=0)
     assert len({tuple(tokens) for tokens in out.token_ids}) > 16
     again = ours.generate([PROMPT] * 64, max_new_tokens=6, temperature=1.0, seed=0)

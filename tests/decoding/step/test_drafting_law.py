@@ -23,6 +23,7 @@ from sampling_oracle import (
     extended,
     joint_law,
     recorded_step,
+    thin_model,
 )
 from tiny_models import make_adapter, tiny_model
 
@@ -163,8 +164,13 @@ def test_a_fused_step_with_noise_and_no_head_emits_the_targets_law(toy, warper, 
 
 
 @pytest.fixture(scope="module")
-def law_of_four(toy):
-    return {name: joint_law(toy, PROMPT, 4, WARPERS[name]) for name in ("temperature", "all")}
+def thin():
+    return thin_model()
+
+
+@pytest.fixture(scope="module")
+def law_of_four(thin):
+    return {name: joint_law(thin, PROMPT, 4, WARPERS[name]) for name in ("temperature", "all")}
 
 
 def sample_counts(model, mode: str, warper: dict) -> Counter:
@@ -181,12 +187,12 @@ def sample_counts(model, mode: str, warper: dict) -> Counter:
         ("two_pass", "all", "mask_embeddings"),
     ],
 )
-def test_generate_samples_the_targets_law(toy, law_of_four, mode, warper, draft_input):
-    ours = SelfSpeculativeModel(toy, None, adapter_for(toy, draft_input, 3))
+def test_generate_samples_the_targets_law(thin, law_of_four, mode, warper, draft_input):
+    ours = SelfSpeculativeModel(thin, None, adapter_for(thin, draft_input, 3))
     assert chi_square_z(sample_counts(ours, mode, WARPERS[warper]), law_of_four[warper]) < Z_LIMIT
 
 
-def test_the_chi_square_notices_a_law_that_verification_was_not_told_of(toy, law_of_four, monkeypatch):
+def test_the_chi_square_notices_a_law_that_verification_was_not_told_of(thin, law_of_four, monkeypatch):
     """Drafts drawn in turn, but reported as if each were drawn without knowing the one before."""
     from pardec.decoding import drafting
 
@@ -196,5 +202,5 @@ def test_the_chi_square_notices_a_law_that_verification_was_not_told_of(toy, law
         return in_turn(head, law, logits, *others)[0], law.probs(logits)
 
     monkeypatch.setattr(drafting, "draft_in_turn", untold)
-    ours = SelfSpeculativeModel(toy, None, adapter_for(toy, "mask_embeddings", 3))
+    ours = SelfSpeculativeModel(thin, None, adapter_for(thin, "mask_embeddings", 3))
     assert chi_square_z(sample_counts(ours, "fused", WARPERS["temperature"]), law_of_four["temperature"]) > 2 * Z_LIMIT

@@ -19,6 +19,7 @@ from sampling_oracle import (
     emitted_law,
     joint_law,
     recorded_step,
+    thin_model,
     verdict_law,
 )
 from tiny_models import make_adapter, tiny_model
@@ -305,8 +306,13 @@ def test_drafts_of_nan_are_none():
 # ---------------------------------------------------------------------- the public API, by chi-square
 
 
-def sample_counts(toy, mode: str, warper: dict) -> Counter:
-    ours = SelfSpeculativeModel(toy, None, make_adapter(toy, 3, lora_rank=2))
+@pytest.fixture(scope="module")
+def thin():
+    return thin_model(V)
+
+
+def sample_counts(thin, mode: str, warper: dict) -> Counter:
+    ours = SelfSpeculativeModel(thin, None, make_adapter(thin, 3, lora_rank=2))
     options = {"max_new_tokens": 5, "num_return_sequences": 4000, "seed": 0, "verification": "block"}
     out = ours.generate([PREFIX], mode=mode, **options, **warper)
     return Counter(tuple(tokens) for tokens in out.token_ids)
@@ -314,22 +320,22 @@ def sample_counts(toy, mode: str, warper: dict) -> Counter:
 
 @pytest.mark.parametrize("mode", ["two_pass", "fused"])
 @pytest.mark.parametrize("warper", ["temperature", "all"])
-def test_generate_samples_the_targets_law(toy, mode, warper):
+def test_generate_samples_the_targets_law(thin, mode, warper):
     eos = 3
-    toy.generation_config.eos_token_id = eos
+    thin.generation_config.eos_token_id = eos
     try:
-        counts = sample_counts(toy, mode, WARPERS[warper])
+        counts = sample_counts(thin, mode, WARPERS[warper])
     finally:
-        toy.generation_config.eos_token_id = None
+        thin.generation_config.eos_token_id = None
     law: Counter = Counter()
-    for tokens, probability in joint_law(toy, PREFIX, 5, WARPERS[warper]).items():
+    for tokens, probability in joint_law(thin, PREFIX, 5, WARPERS[warper]).items():
         law[cut_at(tokens, eos)] += probability
     assert any(len(tokens) < 5 for tokens in counts)
     assert chi_square_z(counts, law) < Z_LIMIT
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_the_chi_square_notices_the_residual_of_drafts_that_are_judged_one_by_one(toy, right, monkeypatch):
+def test_the_chi_square_notices_the_residual_of_drafts_that_are_judged_one_by_one(thin, right, monkeypatch):
     """Where the second draft often falls behind a first one that is likelier in q than in p."""
     laws = torch.tensor([[0.5, 0.5, 0, 0], [0, 0.125, 0.4, 0.475]])
 
@@ -340,10 +346,10 @@ def test_the_chi_square_notices_the_residual_of_drafts_that_are_judged_one_by_on
     monkeypatch.setattr(TokenLaw, "draw", draw)
     if not right:
         as_if_judged_one_by_one(monkeypatch, verify)
-    flat, ours = {"temperature": 20.0}, SelfSpeculativeModel(toy, None, make_adapter(toy, 2))
+    flat, ours = {"temperature": 20.0}, SelfSpeculativeModel(thin, None, make_adapter(thin, 2))
     options = {"max_new_tokens": 3, "num_return_sequences": 12_000, "seed": 0, "verification": "block"}
     out = ours.generate([PREFIX], **options, **flat)
-    law = joint_law(toy, PREFIX, 3, {"top_k": None, "top_p": None, "min_p": None, **flat})
+    law = joint_law(thin, PREFIX, 3, {"top_k": None, "top_p": None, "min_p": None, **flat})
     z = chi_square_z(Counter(tuple(tokens) for tokens in out.token_ids), law)
     assert z < Z_LIMIT if right else z > 3 * Z_LIMIT
 

@@ -11,8 +11,8 @@ from pardec.layout import training_layout
 from pardec.target.forward import TargetModel
 from pardec.target.own_head import OwnHead
 from pardec.target.prefix_cache import PrefixCache
-from pardec.training import prefix_attention
-from pardec.training.block_attention import Blocks, block_attention, block_route, supports
+from pardec.training.mask_rows import prefix_attention
+from pardec.training.mask_rows.block_attention import BlockRoute, Blocks, block_attention, supports
 
 T, H, G, D = 9, 2, 3, 8
 LENGTHS = {"equal": (3, 3, 3), "falling": (3, 2, 1, 1), "with an empty one": (0, 2, 0, 3), "one": (4,)}
@@ -37,7 +37,9 @@ def through_the_route(layout, real, query, key, value, scaling=None, window=None
     model = tiny_model("llama") if window is None else tiny_model("mistral-window", sliding_window=window)
     cache = PrefixCache(1)
     cache.update(*real, 0)
-    with block_route(TargetModel.wrap(model), layout, layout, cache) as route:
+    target = TargetModel.wrap(model)
+    route = BlockRoute.of(target, layout, layout, cache)
+    with route.on(target):
         own = cache.update(key, value, 0)
         out, _ = block_attention(torch.nn.Module(), query, *own, route.mask, scaling=scaling)
     assert len(route.calls) == 1
@@ -131,7 +133,8 @@ def test_a_model_that_runs_meanwhile_in_another_thread_keeps_its_own_attention()
     expected = model(ids).logits
     layout, *_ = make((2, 2))
     found = []
-    with block_route(TargetModel.wrap(model), layout, layout, PrefixCache(3)):
+    target = TargetModel.wrap(model)
+    with BlockRoute.of(target, layout, layout, PrefixCache(3)).on(target):
         thread = threading.Thread(target=lambda: found.append(model(ids).logits))
         thread.start()
         thread.join()

@@ -9,7 +9,7 @@ import torch
 from copying_steps import Plan, a_step, cut, decoder_for
 from recorded_steps import decoder_for as tiny_decoder_for
 from recorded_steps import results, sampled, tape
-from sampling_oracle import WARPERS, Z_LIMIT, assert_same_law, chi_square_z, joint_law
+from sampling_oracle import WARPERS, Z_LIMIT, assert_same_law, chi_square_z, joint_law, thin_model
 from tiny_models import make_adapter, tiny_model
 
 from pardec.decoding import copying
@@ -90,7 +90,7 @@ V, PROMPT, NEW = 3, [1, 2, 2, 0, 1, 2, 1, 1, 2], 4
 )
 def test_samples_of_one_prompt_follow_its_law_and_are_independent(options, eos):
     """Neighbours look in each other's texts, also where one has ended and left the batch."""
-    toy = tiny_model("llama", vocab_size=V, seed=3)
+    toy = thin_model(V)
     toy.generation_config.eos_token_id = eos
     ours, warper = SelfSpeculativeModel(toy, None, make_adapter(toy, 2, lora_rank=2)), WARPERS["temperature"]
     asked = {"max_new_tokens": NEW, "seed": 1, "copy_tokens": 2, **warper, **options}

@@ -18,6 +18,7 @@ from sampling_oracle import (
     extended,
     joint_law,
     recorded_step,
+    thin_model,
 )
 from tiny_models import make_adapter, tiny_model
 
@@ -239,13 +240,18 @@ def test_a_step_of_a_pruned_chain_emits_the_targets_law(toy, block_lengths, draf
 
 
 @pytest.fixture(scope="module")
-def law_of_five(toy):
-    return joint_law(toy, PROMPT, 5, WARPERS["temperature"])
+def thin():
+    return thin_model()
+
+
+@pytest.fixture(scope="module")
+def law_of_five(thin):
+    return joint_law(thin, PROMPT, 5, WARPERS["temperature"])
 
 
 @pytest.mark.parametrize("block_lengths", [(1, 0), (2, 1, 0), (0, 1, 2)], ids=str)
-def test_sampling_with_pruned_chains_follows_the_targets_law(toy, law_of_five, block_lengths):
-    ours = SelfSpeculativeModel(toy, None, make_adapter(toy, len(block_lengths) - 1, lora_rank=2))
+def test_sampling_with_pruned_chains_follows_the_targets_law(thin, law_of_five, block_lengths):
+    ours = SelfSpeculativeModel(thin, None, make_adapter(thin, len(block_lengths) - 1, lora_rank=2))
     out = ours.generate(
         [PROMPT], max_new_tokens=5, seed=0, num_return_sequences=4000, block_lengths=block_lengths,
         **WARPERS["temperature"],

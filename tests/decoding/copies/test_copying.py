@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from copying_oracle import copied
-from greedy_oracle import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts, tokens_of_generate
 from planted_drafts import PlantedDrafts
 from recorded_steps import tape
 from tiny_models import FAMILIES, make_adapter, tiny_model
@@ -212,7 +212,7 @@ def test_eos_ends_a_sequence_wherever_it_falls_among_the_copies(mode, num_drafts
 @pytest.mark.parametrize(("mode", "num_drafts", "block_lengths"), SHAPES)
 def test_the_length_limit_cuts_inside_of_copies(mode, num_drafts, block_lengths, limit):
     model, row = tiny_model("llama"), prompts(61, LENGTHS)[0]
-    reference = plain_generate(model, row, NEW_TOKENS)
+    reference = tokens_of_generate("llama", 61, NEW_TOKENS, LENGTHS)[0]
     decoder = decoder_for(model, mode, block_lengths, num_drafts=num_drafts, new_tokens=limit)
     state = run_planted(decoder, [row], [reference], [num_drafts], 100)
     assert state.output[0, : int(state.num_new[0])].tolist() == reference[:limit]

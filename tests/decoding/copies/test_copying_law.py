@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from copying_steps import Plan, a_step, cut, decoder_for
-from sampling_oracle import WARPERS, Z_LIMIT, assert_same_law, chi_square_z, joint_law
+from sampling_oracle import WARPERS, Z_LIMIT, assert_same_law, chi_square_z, joint_law, thin_model
 from tiny_models import make_adapter, tiny_model
 
 from pardec.decoding import step as step_module
@@ -59,8 +59,13 @@ def test_a_step_with_copies_emits_the_targets_law(
 
 
 @pytest.fixture(scope="module")
-def law_of_four(toy):
-    return {name: joint_law(toy, PROMPT, 4, WARPERS[name]) for name in ("temperature", "all")}
+def thin():
+    return thin_model(V)
+
+
+@pytest.fixture(scope="module")
+def law_of_four(thin):
+    return {name: joint_law(thin, PROMPT, 4, WARPERS[name]) for name in ("temperature", "all")}
 
 
 def sampled(model, warper: str, eos: int | None = None, **options) -> tuple[Counter, int]:
@@ -83,13 +88,15 @@ def sampled(model, warper: str, eos: int | None = None, **options) -> tuple[Coun
     ],
     ids=str,
 )
-def test_generate_samples_the_targets_law_with_copies(toy, law_of_four, warper, options):
-    counts, num_copied = sampled(SelfSpeculativeModel(toy, None, make_adapter(toy, 2, lora_rank=2)), warper, **options)
+def test_generate_samples_the_targets_law_with_copies(thin, law_of_four, warper, options):
+    counts, num_copied = sampled(
+        SelfSpeculativeModel(thin, None, make_adapter(thin, 2, lora_rank=2)), warper, **options
+    )
     assert num_copied > 100
     assert chi_square_z(counts, law_of_four[warper]) < Z_LIMIT
 
 
-def test_the_chi_square_notices_a_copy_that_is_taken_unseen(toy, law_of_four, monkeypatch):
+def test_the_chi_square_notices_a_copy_that_is_taken_unseen(thin, law_of_four, monkeypatch):
     verify = step_module.verify_copies
 
     def credulous(verdict, target_tokens, candidates, length):
@@ -99,5 +106,5 @@ def test_the_chi_square_notices_a_copy_that_is_taken_unseen(toy, law_of_four, mo
         return verify(Verdict(tokens, place), target_tokens, candidates, length)
 
     monkeypatch.setattr(step_module, "verify_copies", credulous)
-    ours = SelfSpeculativeModel(toy, None, make_adapter(toy, 2, lora_rank=2))
+    ours = SelfSpeculativeModel(thin, None, make_adapter(thin, 2, lora_rank=2))
     assert chi_square_z(sampled(ours, "temperature")[0], law_of_four["temperature"]) > 2 * Z_LIMIT

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pardec.training.lora_linear import _LoraLinear, fused_loras
+from pardec.training.mask_rows.lora_linear import _LoraLinear, fused_loras
 from pardec.training.peft_lora import inject_lora, lora_enabled
 
 

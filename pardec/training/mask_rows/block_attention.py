@@ -23,7 +23,7 @@ from pardec.target.forward import CHUNKED, SLIDING, TargetModel, text_config
 from pardec.target.own_head import OwnHead
 from pardec.target.prefix_cache import PrefixCache
 from pardec.target.survey import agree
-from pardec.training.prefix_attention import Seen, prefix_attention, without_autocast
+from pardec.training.mask_rows.prefix_attention import Seen, prefix_attention, without_autocast
 
 ROUTE = "pardec_blocks"
 
@@ -83,6 +83,35 @@ class BlockRoute:
     cache: PrefixCache
     calls: list[torch.nn.Module]
 
+    @classmethod
+    def of(
+        cls, target: TargetModel, layout: TrainingLayout, on_host: TrainingLayout, cache: PrefixCache
+    ) -> "BlockRoute":
+        """Of rows.
+
+        Args:
+            target: the model.
+            layout: of the mask rows, on its device.
+            on_host: the same where the host can read it.
+            cache: with the prefix.
+        """
+        form = target.attention
+        windows = {kind: form.window if kind == SLIDING else None for kind in form.layer_types}
+        seen = {kind: Seen.of(layout, on_host, window) for kind, window in windows.items()}
+        masks = {kind: one.bounds for kind, one in seen.items()}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        return cls(Blocks.of(layout), seen, mask, cache, [])
+
+    @contextmanager
+    def on(self, target: TargetModel) -> Iterator[None]:
+        """Lets the layers of a model with sdpa attention take the route in this thread."""
+        _here.route = self
+        try:
+            with AttentionRoute(target.base, ROUTE), self.cache.apart():
+                yield
+        finally:
+            _here.route = None
+
     def seen_under(self, mask: Tensor | None) -> Seen | None:
         """Of the kind of layer whose mask this is; None if it is another's."""
         if mask is None or mask.dtype != torch.long:
@@ -138,31 +167,6 @@ def block_attention(
 register_route(ROUTE, block_attention)
 
 
-@contextmanager
-def block_route(
-    target: TargetModel, layout: TrainingLayout, on_host: TrainingLayout, cache: PrefixCache
-) -> Iterator[BlockRoute]:
-    """Lets the layers of a model with sdpa attention take the route in this thread.
-
-    Args:
-        target: the model.
-        layout: of the mask rows, on its device.
-        on_host: the same where the host can read it.
-        cache: with the prefix.
-    """
-    form = target.attention
-    windows = {kind: form.window if kind == SLIDING else None for kind in form.layer_types}
-    seen = {kind: Seen.of(layout, on_host, window) for kind, window in windows.items()}
-    masks = {kind: one.bounds for kind, one in seen.items()}
-    mask = masks if len(masks) > 1 else next(iter(masks.values()))
-    _here.route = BlockRoute(Blocks.of(layout), seen, mask, cache, [])
-    try:
-        with AttentionRoute(target.base, ROUTE), cache.apart():
-            yield _here.route
-    finally:
-        _here.route = None
-
-
 @torch.no_grad()
 def supports(own_head: OwnHead, num_speculative_tokens: int) -> bool:
     """Whether mask rows may take the route: with sdpa, and with the same hidden states as without it."""
@@ -190,7 +194,8 @@ def _gives_the_same(own_head: OwnHead, K: int) -> bool:
     mask = target.attention.render(layout.visible, layout.positions, keys, target.dtype)
     expected = own_head.hidden(embeds, layout.positions, mask, cache)
     try:
-        with block_route(target, layout, on_host, cache) as route:
+        route = BlockRoute.of(target, layout, on_host, cache)
+        with route.on(target):
             found = own_head.hidden(embeds, layout.positions, route.mask, cache)
     except (ValueError, RuntimeError, TypeError, AttributeError, IndexError, KeyError):
         return False  # its own attention serves it as well
