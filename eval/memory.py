@@ -2,10 +2,11 @@
 
     python eval/memory.py [recipes/qwen3.yaml ...]
 
-Reads the launch commands at the top of these recipes, builds each model in its published size without weights, and
-recomputes the estimate that `train/train_adapter.py` prints before its first step: weights, what is learned with its
-gradients and moments, and what tiny steps, run on shapes alone, leave alive. Estimated, not measured. Prints a table
-and one JSON object as the last line. Exit code 1 if a recipe states another figure or one beyond its card, 0 otherwise.
+Reads the launch commands at the top of these recipes, builds layers of each model in its published size without
+weights, and recomputes the estimate that `train/train_adapter.py` prints before its first step: weights, what is
+learned with its gradients and moments, and what tiny steps, run on shapes alone, leave alive. Estimated, not measured.
+Prints a table and one JSON object as the last line. Exit code 1 if a recipe states another figure or one beyond its
+card, 0 otherwise.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from matrix.published_sizes import published_model
+from matrix.published_sizes import num_layers_of, published_model
 from reporting.text_tables import TextTable, print_tables
 from transformers import PreTrainedModel
 
@@ -26,6 +27,7 @@ from pardec.run import exit_on_unusable_input
 from pardec.training.memory import StepMemory, learned_bytes, measure_step
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
+from pardec.training.prefix_memory import line
 
 ROOT = Path(__file__).parents[1]
 RECIPES = tuple(
@@ -34,7 +36,7 @@ RECIPES = tuple(
 )
 # share of a card that an estimate may take: the rest is the device's own, fragments, and decoding of held-out prompts
 ROOM = 0.85
-# of the models whose steps are run on shapes: what further layers take is carried on
+# of the models that are built and whose steps are run on shapes: what further layers take is carried on
 LAYERS = (1, 2)
 _COMMAND = re.compile(r"^# (\d+) GB, ([\d.]+) GiB: accelerate launch train/train_adapter\.py (\S+)(.*)$", re.MULTILINE)
 
@@ -86,26 +88,38 @@ def launches_of(path: Path) -> list[Launch]:
 
 def estimate(recipe: Recipe) -> Estimate:
     """Of a training process with this recipe, whose base is a published one."""
-    weights, step, num_learned = _built(recipe.base, recipe.adapter.model_dump_json())
-    rows = recipe.mask_rows(recipe.anchors_to_try()[0])
-    total = weights + learned_bytes(num_learned) + step.bytes_for(recipe.train.batch_size, recipe.data.max_length, rows)
+    train, adapter = recipe.train, recipe.adapter.model_dump_json()
+    sizes = train.batch_size, recipe.data.max_length, recipe.mask_rows(recipe.anchors_to_try()[0])
+    weights, step, num_learned = _built(recipe.base, adapter, 0.0)
+    of_step, share = step.bytes_for(*sizes), train.gradient_checkpointing
+    if share:  # models of so few layers have no share of them but all: what lies between is a line
+        of_step = round((1 - share) * of_step + share * _built(recipe.base, adapter, 1.0)[1].bytes_for(*sizes))
+    total = weights + learned_bytes(num_learned) + of_step
     return Estimate(weights / 2**30, num_learned, total / 2**30)
 
 
 @lru_cache
-def _built(base_name: str, adapter: str) -> tuple[int, StepMemory, int]:
+def _built(base_name: str, adapter: str, checkpointing: float) -> tuple[int, StepMemory, int]:
     """Bytes of a model in bfloat16, its steps, and how many numbers are learned for it.
 
     Args:
         base_name: of a published model.
         adapter: section of a recipe, as JSON.
+        checkpointing: share of the layers, none or all.
     """
     what = AdapterConfig.model_validate_json(adapter)
-    module = _module(published_model(base_name), what)
-    few, more = (measure_step(_module(published_model(base_name, layers), what)) for layers in LAYERS)
-    share = (module.target.num_layers - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
-    weights = sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
-    return weights, few.carried_on(more, share), sum(p.numel() for p in module.parameters() if p.requires_grad)
+    few, more = (_module(published_model(base_name, layers), what) for layers in LAYERS)
+    for module in (few, more):
+        module.run_layers_twice(checkpointing)
+    share = (num_layers_of(base_name) - LAYERS[0]) / (LAYERS[1] - LAYERS[0])
+    weights, learned = map(round, line(_sizes(few), _sizes(more), share))
+    return weights, measure_step(few).carried_on(measure_step(more), share), learned
+
+
+def _sizes(module: MaskTokenTrainer) -> tuple[int, int]:
+    """Bytes of what is frozen, and how many numbers are learned."""
+    frozen = sum(p.numel() * p.element_size() for p in module.parameters() if not p.requires_grad)
+    return frozen, sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _module(base: PreTrainedModel, what: AdapterConfig) -> MaskTokenTrainer:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import os
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.adapters.adapter import Adapter
 from pardec.adapters.files import save_adapter
+from pardec.data import shards
 from pardec.target.base import load_base, load_tokenizer
 from pardec.target.fingerprint import fingerprint
 
+HERE = Path(__file__).parent
+FIRST = ("eval", "train", "trees", "tuning")
 # so that an assertion of a helper that fails shows its values
 pytest.register_assert_rewrite("adapter_samples", "programs", "recorded_steps", "sampling_oracle")
 
@@ -123,10 +127,14 @@ def source_folder(tmp_path):
     return folder
 
 
+_NUMBERS = itertools.count()
+
+
 @pytest.fixture(autouse=True)
-def _own_shards(tmp_path, monkeypatch):
-    """Tokenised data of a test are its own."""
-    monkeypatch.setattr("pardec.data.shards.cache_folder", lambda: tmp_path / "own-cache")
+def _own_shards(tmp_path_factory, monkeypatch):
+    """Tokenised data of a test are its own, in a folder that is made where there are any: most tests have none."""
+    own = tmp_path_factory.getbasetemp() / "shards" / str(next(_NUMBERS))
+    monkeypatch.setattr(shards, "cache_folder", lambda: own)
 
 
 @pytest.fixture
@@ -159,8 +167,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Files that run whole programs take longest, so they begin: no process is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.parent.name not in ("eval", "train"))
+    """Rooms whose files take longest begin, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: HERE not in item.path.parents or item.path.relative_to(HERE).parts[0] not in FIRST)
 
 
 def pytest_collection_finish():

@@ -121,6 +121,12 @@ def published_model(name: str, num_layers: int | None = None) -> PreTrainedModel
     return model.eval().requires_grad_(False)
 
 
+def num_layers_of(name: str) -> int:
+    """Of the language model of that name, which is in the table."""
+    values = PUBLISHED[name][1]
+    return values.get("text_config", values)["num_hidden_layers"]
+
+
 def _with_layers(values: dict[str, Any], num_layers: int) -> dict[str, Any]:
     """The same configuration with another number of layers of its language model."""
     if "text_config" in values:

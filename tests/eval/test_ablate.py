@@ -20,6 +20,7 @@ from tiny_models import make_adapter
 
 import pardec
 from pardec.adapters.files import save_adapter
+from pardec.measures import examiner
 from pardec.measures.acceptance import measure_acceptance
 from pardec.model import SelfSpeculativeModel
 
@@ -544,6 +545,7 @@ def test_mask_rows_follow_token_dropping(lab):
 
 def test_two_variants_are_trained_and_compared_from_the_command_line(tmp_path, monkeypatch):
     start_here(monkeypatch, train_adapter.main)
+    monkeypatch.setattr(examiner, "redraw_curve", lambda metrics, picture: False)  # takes longer than so short a run
     text = tmp_path / "sources.txt"
     text.write_text(code_text(900))
     study = {

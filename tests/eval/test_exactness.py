@@ -7,7 +7,7 @@ from pathlib import Path
 import exactness
 import pytest
 import torch
-from programs import Ended, run, run_in_own_process
+from programs import Ended, run
 
 import pardec
 from pardec.measures.divergence import examine
@@ -244,9 +244,3 @@ def test_unusable_input_is_one_line_and_exit_code_2(adapter, arguments, message)
     assert ended.error.startswith(f"error: {message}")
     assert ended.err.strip() == ended.error
     assert ended.out == ""
-
-
-def test_a_missing_adapter_is_one_line_and_exit_code_2(tmp_path):
-    ended = run_in_own_process("eval/exactness.py", tmp_path / "none")
-    assert ended.code == 2
-    assert ended.err.startswith("error: ")

@@ -7,10 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import ablate
 import exactness
 import generate_responses
 import gpu_report
 import latency
+import pretrain_base
 import psutil
 import pytest
 import speed
@@ -28,6 +30,7 @@ from typer.main import get_command
 
 from pardec.adapters.files import load_adapter
 from pardec.cli import app
+from pardec.measures import examiner
 
 NAMED = [Path("quickstart"), Path("quickstart_embeddings")]
 
@@ -380,8 +383,9 @@ def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, mo
     folder = tmp_path / "report"
     only = "tests,pretrain,responses,train-lora,exactness,study-lora-head"
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--quick", "--output", str(folder), "--only", only])
-    # the others are started as scripts by no other test
-    start_here(monkeypatch, generate_responses.main, train_adapter.main, exactness.main)
+    mains = (pretrain_base.main, generate_responses.main, train_adapter.main, exactness.main, ablate.main)
+    start_here(monkeypatch, *mains)
+    monkeypatch.setattr(examiner, "redraw_curve", lambda metrics, picture: False)  # takes longer than so short a run
     monkeypatch.chdir(running.ROOT)
     with pytest.raises(SystemExit) as ended:
         gpu_report.main()

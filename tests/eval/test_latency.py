@@ -7,7 +7,7 @@ from itertools import product
 import latency
 import pytest
 import torch
-from programs import run, run_in_own_process
+from programs import run
 from reporting import latency_tables
 from timing import bandwidth, shapes, step_groups, step_profile, steps
 from timing.steps import GROUPED, STOCK, WHOLE, Runner, Subject, Variant
@@ -392,11 +392,6 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
     assert ended.err.count("\n") == 1
     assert message in ended.err
     assert ended.out == ""
-
-
-def test_as_a_script_it_refuses_what_is_no_shape():
-    error = run_in_own_process("eval/latency.py", "--shape", "llama-9b").error
-    assert "shape: expected one of tiny, llama-100m, llama-1b, llama-8b" in error
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch):

@@ -56,3 +56,14 @@ def test_a_figure_that_is_not_the_estimate_is_told(tmp_path):
         "gemma3.yaml: expected commands that begin '# 24 GB, 1.0 GiB: accelerate launch'"
         in run(memory.main, path).error
     )
+
+
+def test_checkpointing_lowers_what_a_step_is_estimated_to_take():
+    (path,) = (path for path in memory.RECIPES if path.stem == "gemma3")
+    overrides = memory.launches_of(path)[0].overrides
+    found = [
+        memory.estimate(load_recipe(path, [*overrides, f"train.gradient_checkpointing={share}"], Recipe))
+        for share in (0, 0.5, 1)
+    ]
+    assert found[0].total_gib > found[1].total_gib > found[2].total_gib > found[2].weights_gib
+    assert found[0].weights_gib == found[1].weights_gib

@@ -8,7 +8,7 @@ from pathlib import Path
 import acceptance
 import demo
 import pytest
-from programs import run, run_in_own_process
+from programs import run, run_as_scripts
 from reporting import plots
 
 import pardec
@@ -152,10 +152,32 @@ def test_acceptance_by_category_of_a_benchmark(adapters, tmp_path):
     assert "by category" in ended.out
 
 
-@pytest.mark.parametrize("script", ["demo.py", "acceptance.py"])
-def test_bad_input_is_one_line_and_exit_code_2(script, tmp_path):
-    directories = [str(tmp_path / "none")] * (2 if script == "demo.py" else 1)
-    assert "expected an adapter directory" in run_in_own_process(f"eval/{script}", *directories).error
+# what cannot be used, and what is said of it
+REFUSED = {
+    "eval/demo.py": (["none", "none"], "expected an adapter directory"),
+    "eval/acceptance.py": (["none"], "expected an adapter directory"),
+    "eval/recording.py": (["none"], "expected an adapter directory"),
+    "eval/exactness.py": (["none"], "expected an adapter directory"),
+    "eval/speed.py": (["none", "--quick"], "expected an adapter directory"),
+    "eval/latency.py": (["--shape", "llama-9b"], "shape: expected one of tiny, llama-100m, llama-1b, llama-8b"),
+    "eval/ablate.py": (["none.yaml"], "none.yaml: expected a study file, found nothing"),
+    "train/pretrain_base.py": (["none.yaml"], "none.yaml: expected a recipe file, found nothing"),
+    "train/generate_responses.py": (["none.yaml"], "none.yaml: expected a recipe file, found nothing"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused():
+    """By script, programs that were started with what they cannot use."""
+    lines = [[script, *arguments] for script, (arguments, _) in REFUSED.items()]
+    return dict(zip(REFUSED, run_as_scripts(*lines), strict=True))
+
+
+@pytest.mark.parametrize("script", REFUSED)
+def test_as_a_script_a_program_tells_in_one_line_what_it_cannot_use_and_ends_with_2(refused, script):
+    assert REFUSED[script][1] in refused[script].error
+    assert refused[script].err.startswith("error: ")
+    assert refused[script].out == ""
 
 
 def test_the_picture_of_the_layout_is_drawn(tmp_path):

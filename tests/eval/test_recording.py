@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 import recording
-from programs import run, run_in_own_process
+from programs import run
 from rich.console import Console
 from rich.text import Text
 
@@ -75,7 +75,3 @@ def test_lines_break_where_the_terminal_ends_and_colours_stay():
     assert green
     drawn = [text.text for text in ElementTree.fromstring(svg).iter(f"{SVG}text") if text.get("class") == green[1]]
     assert drawn == ["yy", "yyy"]
-
-
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
-    assert "expected an adapter directory" in run_in_own_process("eval/recording.py", tmp_path / "none").error

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import speed
 import torch
-from programs import Ended, run, run_in_own_process
+from programs import Ended, run
 from reporting import speed_tables as tables
 from timing import baselines
 from timing import calls as timing
@@ -501,10 +501,3 @@ def test_bad_input_is_one_line_and_exit_code_2(call_speed, options, message):
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith(f"error: {message}")
     assert ended.err.count("\n") == 1
-
-
-def test_as_a_script_it_refuses_what_is_no_adapter(tmp_path):
-    ended = run_in_own_process("eval/speed.py", tmp_path / "none", "--quick")
-    assert ended.code == 2
-    assert ended.err.startswith("error: ")
-    assert "Traceback" not in ended.err

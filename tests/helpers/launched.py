@@ -49,6 +49,12 @@ class Launched:
             self.kill()
         return found
 
+    def codes(self) -> list[int | None]:
+        """How each ended of those that end without a result: its exit code, or less than 0 the signal that it got."""
+        for process in self.processes:
+            process.join(_SECONDS)
+        return [process.exitcode for process in self.processes]
+
     def signal(self, rank: int, number: signal.Signals) -> None:
         """Sends a signal to one of them."""
         os.kill(self.processes[rank].pid, number)

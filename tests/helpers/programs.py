@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,42 @@ def run_in_own_process(script: str, *arguments: object, launcher: tuple[str, ...
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+_SCRIPTS = """
+import io, json, runpy, sys, traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+ended = []
+for script, *arguments in json.loads(sys.argv[1]):
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    sys.argv, sys.path[0] = [script, *arguments], str(Path(script).parent)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    ended.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(ended))
+"""
+
+
+def run_as_scripts(*command_lines: Sequence[object]) -> list[Ended]:
+    """Starts programs as a user does, one after another in one process, as what they import takes seconds.
+
+    Args:
+        command_lines: of each, a script's path in the project, and arguments.
+    """
+    commands = [[str(ROOT / script), *map(str, arguments)] for script, *arguments in command_lines]
+    command = [sys.executable, "-c", _SCRIPTS, json.dumps(commands)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return [Ended(*one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
 def start_here(monkeypatch: pytest.MonkeyPatch, *mains: Callable[[], None]) -> None:

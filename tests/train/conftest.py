@@ -6,6 +6,14 @@ import pytest
 from adapter_runs import WHOLE, train
 from data_samples import code_text
 
+from pardec.measures import examiner
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """Drawing its curves takes longer than a short run; that of the fixture `whole`, made before, has them."""
+    monkeypatch.setattr(examiner, "redraw_curve", lambda metrics, picture: False)
+
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:

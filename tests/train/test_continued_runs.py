@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import train_adapter
-from adapter_runs import WHOLE, checkpoint, train, train_in_own_process
+from adapter_runs import WHOLE, checkpoint, train
+from launched import Launched
 
 from pardec.adapters.files import load_adapter
 from pardec.measures.examiner import Examiner
@@ -28,18 +29,24 @@ def test_a_run_is_not_continued_on_another_source_than_it_began_with():
         check_source("runs/distilled", before, {"lora/adapter_model.safetensors": "5678"})
 
 
+def killed_behind_its_first_steps(output: Path, text: Path) -> None:
+    """A run whose process ends when it has saved more than its beginning."""
+    save_state = train_adapter.save_state
+
+    def save_and_end(checkpoints, step, *arguments, **options):
+        save_state(checkpoints, step, *arguments, **options)
+        if step:
+            os._exit(9)
+
+    train_adapter.save_state = save_and_end
+    train(output, text, *WHOLE)
+
+
 # a schedule that begins where a run goes on takes its steps before the optimiser takes one
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
 def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, tmp_path):
     cut = tmp_path / "cut"
-    code = (
-        "import runpy, sys, pardec.training.running.checkpoints as run; save = run.save_state\n"
-        "def once(*a, **k):\n    save(*a, **k)\n    import os; a[1] and os._exit(9)\n"  # after that of step 1
-        "run.save_state = once\n"
-        "sys.argv = sys.argv[1:]; sys.path.insert(0, 'train'); runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    killed = train_in_own_process(cut, text_file, *WHOLE, launcher=("-c", code))
-    assert killed.code == 9
+    assert Launched(1, killed_behind_its_first_steps, cut, text_file).codes() == [9]
     assert read_progress(cut / "checkpoints")["cpu_minutes"] > 0
     add_to_state(cut / "checkpoints", {"cpu_minutes": 1e6})
     again = train(cut, text_file, *WHOLE)

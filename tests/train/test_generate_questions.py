@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from pardec.data.responses.questions import training_questions
 from pardec.target.base import resolve_base
 
-END = "return"  # a text that the packaged model writes soon
+END = ")"  # a text that the packaged model writes soon
+NUM = 48  # which take three batches
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "chat"
     shutil.copytree(resolve_base("tiny-python"), folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "def f(self, x):\n    {{ messages[0].content }} " + END + " x\n"
+    tokenizer.chat_template = "def f(self, x):\n    {{ messages[0].content }}" + END + "\n"
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -42,25 +43,25 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
-    """A run of three batches or more."""
+    """A run of several batches."""
     output = tmp_path_factory.mktemp("whole") / "own.jsonl"
-    ended = run(base, output, "--num-questions", 40)
+    ended = run(base, output, "--num-questions", NUM)
     assert ended.code == 0, ended.err
-    assert "40 questions" in ended.out
+    assert f"{NUM} questions" in ended.out
     return output
 
 
 def test_questions_are_as_many_as_asked_for_and_differ(whole):
     rows = rows_of(whole)
     texts = [row["prompt"] for row in rows]
-    assert len(texts) == len(set(texts)) == 40
-    assert all(len(text) >= 12 and f"{END} x" not in text for text in texts)
+    assert len(texts) == len(set(texts)) == NUM
+    assert all(len(text) >= 12 and END not in text for text in texts)
     assert rows[-1]["batch"] >= 2
     about = json.loads(whole.with_name("own.jsonl.json").read_text())
     assert about["recipe"]["temperature"] == 1.0
     asked = [turns[0]["content"] for turns in training_questions(str(whole))]
     assert set(asked) <= set(texts)
-    assert len(asked) == 38  # one in twenty is held out
+    assert len(asked) == NUM - 3  # one in twenty is held out
 
 
 def test_a_run_that_was_cut_off_leaves_what_an_uninterrupted_one_does(base, whole, tmp_path):
@@ -68,7 +69,7 @@ def test_a_run_that_was_cut_off_leaves_what_an_uninterrupted_one_does(base, whol
     shutil.copy(whole.with_name("own.jsonl.json"), tmp_path)
     lines = whole.read_bytes().splitlines(keepends=True)
     output.write_bytes(b"".join(lines[:25]) + lines[25][:20])  # killed within a line
-    assert run(base, output, "--num-questions", 40).code == 0
+    assert run(base, output, "--num-questions", NUM).code == 0
     assert output.read_bytes() == whole.read_bytes()
 
 
@@ -76,7 +77,7 @@ def test_a_run_for_more_goes_on_from_fewer(base, whole, tmp_path):
     output = tmp_path / "own.jsonl"
     assert run(base, output, "--num-questions", 7).code == 0
     assert len(rows_of(output)) == 7
-    assert run(base, output, "--num-questions", 40).code == 0
+    assert run(base, output, "--num-questions", NUM).code == 0
     assert output.read_bytes() == whole.read_bytes()
 
 

@@ -1,8 +1,10 @@
 """train/generate_responses.py: what a run writes, what it is continued from, and what it refuses."""
 
 import json
+import os
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import generate_responses
@@ -10,6 +12,7 @@ import programs
 import pytest
 import torch
 import yaml
+from launched import Launched, program
 from safetensors.torch import load_file, save_file
 
 from pardec.data.corpus import load_corpus
@@ -201,31 +204,32 @@ def test_a_run_that_was_cut_off_continues_to_the_same_bytes(place, finished, tex
     assert "already holds" in run(texts, output)
 
 
+def killed_within_a_row(*arguments: str) -> None:
+    append_rows = generate_responses.append_rows
+
+    def append_or_die(file: Path, rows: list[dict]) -> None:
+        if rows[0]["index"] == 8:
+            with file.open("ab", buffering=0) as begun:
+                begun.write(b'{"index":8,"gre')
+            os.kill(os.getpid(), signal.SIGKILL)
+        append_rows(file, rows)
+
+    generate_responses.append_rows = append_or_die
+    program("generate_responses", *arguments)
+
+
 def test_what_one_process_was_killed_at_in_the_middle_of_a_row_two_continue_to_the_same_bytes(
     finished, texts, tmp_path
 ):
     """13 responses in 5 batches, of which one is written: a process has none to generate in some round."""
-    code = (
-        "import os, runpy, signal, sys, pardec.data.responses.response_file as responses\n"
-        "append = responses.append_rows\n"
-        "def die_in_the_third(file, rows):\n"
-        "    if rows[0]['index'] == 8:\n"
-        "        file.open('ab', buffering=0).write(b'{\"index\":8,\"gre')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    append(file, rows)\n"
-        "responses.append_rows = die_in_the_third\n"
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
     output = tmp_path / "killed.jsonl"
-    program = ("train/generate_responses.py", *command_line(texts, output))
-    killed = programs.run_in_own_process(*program, launcher=("-c", code))
-    assert killed.code == -9, killed.err[-2000:]
+    arguments = command_line(texts, output)
+    assert Launched(1, killed_within_a_row, *arguments).codes() == [-signal.SIGKILL]
     assert output.read_bytes().endswith(b'\n{"index":8,"gre')
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = programs.run_in_own_process(*program, launcher=launcher)
-    assert done.code == 0, done.err[-2000:]
+    done = Launched(2, program, "generate_responses", *arguments).results()
+    assert [one.code for one in done] == [0, 0], done[0].err[-2000:]
     assert output.read_bytes() == finished.read_bytes()
-    assert done.out.count("at response 8") == 1
+    assert "".join(one.out for one in done).count("at response 8") == 1
     about = json.loads(about_file(output).read_text())
     assert (about["num_processes"], [one["num_processes"] for one in about["earlier_runs"]]) == (2, [1])
 

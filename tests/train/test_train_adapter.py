@@ -131,6 +131,7 @@ def test_the_logged_acceptance_is_what_the_saved_adapter_gives(whole, text_file)
     again = measure_acceptance(model, prompts, max_new_tokens=24, temperature=0.8, top_k=10)
     assert again.to_dict()["mean_acceptance_length"] == measured["sampled"]["mean_acceptance_length"]
     assert model.adapter.metadata.training["versions"]["torch"] == torch.__version__
+    assert (whole / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

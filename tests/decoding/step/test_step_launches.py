@@ -6,6 +6,9 @@ backend is a launch unless it is a view or an allocation (`timing.launches`). Wh
 between models of few and of more layers.
 """
 
+from collections.abc import Mapping
+from functools import cache
+
 import pytest
 import torch
 from recorded_steps import sampled
@@ -15,6 +18,7 @@ from tree_samples import BRANCHING, DYNAMIC
 from without_numbers import tiny_decoder, tiny_state
 
 from pardec.decoding.sampling import TokenLaw
+from pardec.target.cache import BufferKind
 
 FUSED_WITH_HEAD = "fused with head"
 # launches for each layer, and beside the layers, of a greedy step with one id that ends a text; a head's for K = 3.
@@ -39,19 +43,35 @@ BATCH_SIZES = (1, 2)
 COPY_LAUNCHES, COPY_LAUNCHES_OF_MANY = 38, 48
 
 
-def counted(family: str, mode: str, num_layers: int, batch_size: int, *, num_sources: int = 1, **options) -> StepCount:
-    decoder = tiny_decoder(family, mode.split()[0], num_layers, head=mode == FUSED_WITH_HEAD, **options)
+LAWS = {"greedy": TokenLaw(greedy=True), "sampled": TokenLaw(False, sampled().processors)}
+
+
+@cache
+def counted(
+    family: str, mode: str, num_layers: int, batch_size: int, *, law: str = "greedy", num_sources: int = 1, **options
+) -> StepCount:
+    """Of one step; for reading only."""
+    options |= {"law": LAWS[law], "head": mode == FUSED_WITH_HEAD}
+    decoder = tiny_decoder(family, mode.split()[0], num_layers, **options)
+    # a tree's steps move keys and values, which lie side by side in the engine's cache
+    kinds = None if decoder.tree is None else kinds_of_buffers(family, num_layers)
     with torch.no_grad(), decoder.attached():
-        state = tiny_state(decoder, batch_size, num_sources=num_sources)
+        state = tiny_state(decoder, batch_size, kinds=kinds, num_sources=num_sources)
         decoder.step(state)  # the first allocates
-        if decoder.tree is not None:  # whose steps move keys and values, which lie side by side in the engine's cache
-            state = tiny_state(decoder, batch_size, kinds=state.cache.kinds, num_sources=num_sources)
-            decoder.step(state)
         with counted_step() as count:
             decoder.step(state)
     return count
 
 
+@cache
+def kinds_of_buffers(family: str, num_layers: int) -> Mapping[BufferKind, int]:
+    decoder = tiny_decoder(family, "plain", num_layers)
+    state = tiny_state(decoder, 1)
+    decoder.step(state)
+    return state.cache.kinds
+
+
+@cache
 def launches(family: str, mode: str, batch_size: int, **options) -> tuple[float, float]:
     """For each layer, and beside the layers."""
     few, more = NUM_LAYERS[family]
@@ -141,9 +161,6 @@ def test_copies_beside_a_tree_take_launches_that_do_not_grow_with_their_number(f
         assert few[1] < of_eight[1] <= without[1] + COPY_LAUNCHES_BESIDE_TREES[kind] + more
 
 
-LAWS = {"greedy": TokenLaw(greedy=True), "sampled": TokenLaw(False, sampled().processors)}
-
-
 OPTIONS = {
     "drafts": {},
     "copies": {"copy_tokens": 4},
@@ -154,14 +171,17 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+# plain steps have neither drafts nor what stands beside them
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [(mode, name) for mode in BUDGETS["llama"] for name in OPTIONS if mode != "plain" or name == "drafts"],
+)
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("batch_size", BATCH_SIZES)
-@pytest.mark.parametrize("mode", BUDGETS["llama"])
 @pytest.mark.parametrize("family", BUDGETS)
 def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, batch_size, law, options):
-    lora, few = mode == "fused", NUM_LAYERS[family][0]
-    count = counted(family, mode, few, batch_size, lora=lora, law=LAWS[law], **options)
+    given = {**OPTIONS[options], **({"lora": True} if mode == "fused" else {})}
+    count = counted(family, mode, NUM_LAYERS[family][0], batch_size, law=law, **given)
     assert count.num_launches
     assert count.asked == []
     assert count.on_host == []
