@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pardec.adapters.adapter import Adapter
 from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import integer
+from pardec.decoding.asking.messages import Messages, message_ids
+from pardec.decoding.asking.prompts import Prompts, token_ids
 from pardec.decoding.engine import Engine
 from pardec.decoding.engines import Engines
 from pardec.decoding.kept_cache import KeptCache, circumstances
-from pardec.decoding.messages import Messages, message_ids
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
-from pardec.decoding.prompts import Prompts, token_ids
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.decoding.verify import Verification
 from pardec.door import generate_for_transformers

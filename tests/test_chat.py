@@ -20,7 +20,7 @@ from pardec import chat_terminal, cli
 from pardec.adapters.files import save_adapter
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
 from pardec.chat_terminal import TerminalTalk, run_chat
-from pardec.decoding import step
+from pardec.decoding import verifier
 from pardec.decoding.output import StreamChunk, TextStream, pieces_of
 from pardec.decoding.verify import VERIFICATIONS
 from pardec.model import SelfSpeculativeModel
@@ -333,14 +333,14 @@ def test_json_is_one_object_an_answer(model, run, mode):
 
 @pytest.mark.parametrize("command", [("chat", "x"), ("generate", "x", "--chat", "--prompt", "x = 1")])
 def test_sampled_drafts_are_verified_as_asked_for(run, command, monkeypatch):
-    own, found = step.verify_sample, set()
+    own, found = verifier.verify_sample, set()
 
     def noting(*given, verification="token", generator=None):
         if given[2].shape[1]:  # a draft
             found.add(verification)
         return own(*given, verification=verification, generator=generator)
 
-    monkeypatch.setattr(step, "verify_sample", noting)
+    monkeypatch.setattr(verifier, "verify_sample", noting)
     for name in VERIFICATIONS:
         options = ("--max-new-tokens", "6", "--temperature", "1", "--seed", "1", "--verification", name)
         result = run(*command, *options, input="x = 1")

@@ -124,14 +124,14 @@ def test_compare_shows_both_and_that_they_agree(saved):
 
 
 def test_compare_ends_with_1_where_the_tokens_differ(saved, monkeypatch):
-    from pardec.decoding import step as decode
+    from pardec.decoding import verifier
     from pardec.decoding.verify import Verdict
 
     def careless(target_tokens, draft_tokens, draft_length):  # accepts every draft unseen
         tokens = torch.cat([draft_tokens, target_tokens[:, -1:]], dim=1)
         return Verdict(tokens, draft_length.clone())
 
-    monkeypatch.setattr(decode, "verify_greedy", careless)
+    monkeypatch.setattr(verifier, "verify_greedy", careless)
     result = run("generate", saved, "--prompt", "def main():", "--max-new-tokens", "12", "--compare", "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["identical"] is False

@@ -14,8 +14,8 @@ from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import STDLIB, source_folder
 from pardec.data.reading import BYTE_ORDER_MARK
 from pardec.data.row_checks import check_unicode
-from pardec.decoding.messages import message_ids
-from pardec.decoding.prompts import text_ids
+from pardec.decoding.asking.messages import message_ids
+from pardec.decoding.asking.prompts import text_ids
 
 ACCEPTED = "'prompt', 'task_id' with 'prompt', or 'question_id' with 'category' and 'turns'"
 

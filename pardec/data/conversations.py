@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pardec.data.row_checks import DataError
-from pardec.decoding.chat_template import ChatTemplate, Turns
+from pardec.decoding.asking.chat_template import ChatTemplate, Turns
 
 # keys of a turn for what a model thinks before it answers
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")

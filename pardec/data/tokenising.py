@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.data.conversations import Rendered, conversation_of, rendered_answers
 from pardec.data.row_checks import DataError
-from pardec.decoding.prompts import text_ids
+from pardec.decoding.asking.prompts import text_ids
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import flag, integer, one_of, real
-from pardec.decoding.asked import Drafting, check_ranks, drafting_for, tree_for
+from pardec.decoding.asking.asked import Drafting, check_ranks, drafting_for, tree_for
 from pardec.decoding.copying import num_sources
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine, power_of_two

@@ -20,7 +20,8 @@ from pardec.decoding.prefill import Prefill
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
-from pardec.decoding.verify import Verification, verify_copies, verify_greedy, verify_sample
+from pardec.decoding.verifier import Verifier
+from pardec.decoding.verify import Verification
 from pardec.draft_tree import AnyTree, DynamicTree
 from pardec.layout import full_blocks
 from pardec.target.cache import SlotCache
@@ -77,6 +78,7 @@ class Decoder:
         assert self.tree is None or self.tree.num_speculative_tokens == K
         block = self._plans.draft if self.mode == "fused" and K else None
         self._prefill = Prefill(self.forward, block, self.num_slots_per_step)
+        self._verifier = Verifier(self.law, K, self.verification)
         self._copier = Copier(L + (K if self.tree is None else 0), self.target.device) if L else None
         self._token_index = torch.arange(self.tokens_per_step, device=self.target.device)
 
@@ -152,7 +154,7 @@ class Decoder:
             capacity=capacity or self.max_new_tokens,
             sources=looks_in,
         )
-        first = self._choose(state, ran.logits[:, :1], state.drafts[:, :0])
+        first = self._verifier.choose(state, ran.logits[:, :1], state.drafts[:, :0])
         if self.mode == "fused" and K:
             self._draft(state, ran.logits[:, 1:], ran.hidden, first[:, 0])
         state.emit(torch.cat([first, state.tokens[:, 1:]], dim=1), torch.zeros_like(ran.lengths), self._token_index)
@@ -232,9 +234,9 @@ class Decoder:
         if self.law.is_plain_argmax(logits.dtype):
             best = likeliest(logits if self.head is None else logits[:, :num_real])
         real = (logits if best is None else best)[:, :num_real]
-        tokens, num_accepted = self._verify(state, real, candidates, [state.bonus[:, None]])
+        tokens, num_accepted = self._verifier.verify(state, real, candidates, [state.bonus[:, None]])
         state.mark(num_accepted, candidates.num_copies)
-        state.commit(tokens, num_accepted, self._token_index)
+        state.commit(self._padded(tokens), num_accepted, self._token_index)
         if K and forward.next_block is not None:
             # behind the length of a shorter block its last row's draft stands again, and does not exist
             block = forward.next_block.index_select(0, num_accepted)
@@ -248,7 +250,7 @@ class Decoder:
         bonus = state.bonus[:, None]
         logits = self.forward.run(self._plans.draft, state.cache, state.lengths, bonus)
         hidden = self._block_hidden()
-        exact = self._choose(state, logits[:, :1], bonus)
+        exact = self._verifier.choose(state, logits[:, :1], bonus)
         self._draft(state, logits[:, 1:], hidden, exact[:, 0])
         candidates = self._candidates(state, exact)
         forward, rows = self._verifying(candidates), self._real_rows(state, exact, candidates)
@@ -259,7 +261,8 @@ class Decoder:
             found = self._walk(forward, tree, state, logits, candidates, [bonus, exact])
             tokens, num_accepted = found.tokens, found.num_accepted
         else:
-            tokens, num_accepted = self._verify(state, logits, candidates, [bonus, exact])
+            tokens, num_accepted = self._verifier.verify(state, logits, candidates, [bonus, exact])
+            tokens = self._padded(tokens)
             state.mark(num_accepted, candidates.num_copies)
         state.commit(torch.cat([exact, tokens], dim=1), num_accepted + 1, self._token_index)
 
@@ -298,14 +301,7 @@ class Decoder:
 
         `real` = logits of these rows; `rows` = ids not yet committed before the nodes.
         """
-        prefix_of, before = None, len(rows) - 1
-        if self.law.needs_prefix:
-            since = self._real_rows(state, torch.cat(rows, dim=1), candidates)
-            prefix_of = state.prefixes(
-                since, lambda b, r: [*range(before), *(before + row for row in forward.path_of(tree, b, r))]
-            )
-        chosen = self.law.argmax(real, prefix_of) if self.law.greedy else self.law.sample(real, prefix_of)
-        found = forward.walk(tree, chosen, state.drafts, state.draft_length, candidates)
+        found = self._verifier.walk(forward, tree, state, real, candidates, rows)
         state.mark(found.num_accepted, candidates.num_copies, found.num_drafts)
         index = self._token_index[: found.path.shape[1]]
         compact(state.cache, found.path, index, looks=real.is_cpu and not self.is_recorded)
@@ -315,47 +311,3 @@ class Decoder:
         """As many columns as the verifying forward of a step emits at most, where it left out the copies' rows."""
         missing = self.tokens_per_step - (self.mode == "two_pass") - tokens.shape[1]
         return F.pad(tokens, (0, missing)) if missing else tokens
-
-    def _choose(self, state: DecodeState, logits: Tensor, since: Tensor) -> Tensor:
-        """A token from the target's own law at one real row, shape [B, 1]; `since` = ids not yet committed."""
-        prefix_of = state.prefixes(since, lambda b, r: range(since.shape[1])) if self.law.needs_prefix else None
-        if self.law.greedy:
-            return self.law.argmax(logits, prefix_of)
-        return verify_sample(
-            self.law.probs(logits, prefix_of),
-            logits.new_zeros(logits.shape[0], 0, logits.shape[2], dtype=torch.float32),
-            state.drafts[:, :0],
-            state.draft_length,
-            generator=self.law.generator,
-        ).tokens
-
-    def _verify(
-        self, state: DecodeState, real: Tensor, candidates: Candidates, rows: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Emitted tokens, shape [B, W + 1], and accepted candidates, shape [B].
-
-        `real` = logits of the real rows, or their argmax already; `rows` = ids not yet committed before them.
-        """
-        K, ids, length = self.num_speculative_tokens, candidates.ids, candidates.length
-        prefix_of = None
-        if self.law.needs_prefix:
-            prefix_of = state.prefixes(torch.cat([*rows, ids], dim=1), lambda b, r: range(len(rows) + r))
-        if not real.is_floating_point():
-            verdict = verify_greedy(real, ids, length)
-        elif self.law.greedy or not K:
-            choose = self.law.argmax if self.law.greedy else self.law.sample
-            verdict = verify_greedy(choose(real, prefix_of), ids, length)
-        else:
-            q, generator = state.draft_probs, self.law.generator
-            assert q is not None
-            p = self.law.probs(real[:, : K + 1], prefix_of)
-            verdict = verify_sample(
-                p, q, state.drafts, state.draft_length, verification=self.verification, generator=generator
-            )
-            if ids.shape[1] > K:
-                behind = None if prefix_of is None else lambda b, r: prefix_of(b, r + 1)
-                drawn = self.law.sample(real[:, 1:], behind)
-                # copies stand behind all drafts
-                length = length.masked_fill(verdict.num_accepted < state.draft_length, 0)
-                verdict = verify_copies(verdict, drawn, ids, length)
-        return self._padded(verdict.tokens), verdict.num_accepted

@@ -14,8 +14,8 @@ from pardec.adapters.tuned import TunedChoice, check_writable, weights_of, write
 from pardec.data.benchmarks import read_prompts
 from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import VALIDATION
-from pardec.decoding.messages import message_ids
-from pardec.decoding.prompts import text_ids
+from pardec.decoding.asking.messages import message_ids
+from pardec.decoding.asking.prompts import text_ids
 from pardec.decoding.stats import share_with_copies
 from pardec.measures.drawn_paths import drawn_rows_by_place
 from pardec.measures.ranks import ranks_by_place

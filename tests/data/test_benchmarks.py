@@ -7,7 +7,7 @@ import pytest
 
 from pardec.data.benchmarks import read_prompts
 from pardec.data.corpus import held_out_prompts
-from pardec.decoding.messages import message_ids
+from pardec.decoding.asking.messages import message_ids
 from pardec.target.base import load_tokenizer
 
 TEMPLATE = (

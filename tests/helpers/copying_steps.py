@@ -10,7 +10,7 @@ import torch
 from sampling_oracle import verdict_law
 from tiny_models import make_adapter
 
-from pardec.decoding import step as step_module
+from pardec.decoding import verifier as verifier_module
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
@@ -131,7 +131,7 @@ def a_step(
     state.write(state.lengths, state.bonus[:, None], torch.arange(1))
     state.draft_length = torch.full((B,), draft_length)
     draw = TokenLaw.draw
-    monkeypatch.setattr(step_module, "verify_sample", plan.verify_sample)
+    monkeypatch.setattr(verifier_module, "verify_sample", plan.verify_sample)
     monkeypatch.setattr(TokenLaw, "sample", lambda law, *given: plan.sample(law, *given))
     monkeypatch.setattr(TokenLaw, "draw", lambda law, logits: (plan.drafts, draw(law, logits)[1]))
     with torch.no_grad():

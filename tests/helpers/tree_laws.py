@@ -17,6 +17,7 @@ from tree_samples import children
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
 from pardec.decoding.step import Decoder
+from pardec.decoding.verifier import Verifier
 from pardec.draft_tree import AnyTree, DraftTree, DynamicTree
 from pardec.target.forward import TargetModel
 
@@ -115,7 +116,7 @@ def law_of_step(
         before = state.num_new.tolist()
         monkeypatch.setattr(TokenLaw, "sample", drawn_tokens)
         if exact is not None:
-            monkeypatch.setattr(decoder, "_choose", lambda *args: torch.full((B, 1), exact))
+            monkeypatch.setattr(Verifier, "choose", lambda *args: torch.full((B, 1), exact))
             monkeypatch.setattr(decoder, "_draft", plant)
         decoder.step(state)
         monkeypatch.undo()

@@ -7,7 +7,7 @@ import torch
 from sampling_oracle import joint_law
 from tiny_models import make_adapter, tiny_model
 
-from pardec.decoding import step as step_module
+from pardec.decoding import verifier as verifier_module
 from pardec.decoding.verify import Verdict
 from pardec.measures import thorough
 from pardec.measures.thorough import check_thoroughly, chi_square, continuations, law_check
@@ -54,7 +54,7 @@ def test_a_model_that_is_right_passes_whatever_its_generation_config_says(model,
 
 
 def test_greedy_tokens_that_are_not_the_bases_are_found(model, fewer, monkeypatch):
-    monkeypatch.setattr(step_module, "verify_greedy", accept_all)
+    monkeypatch.setattr(verifier_module, "verify_greedy", accept_all)
     report = check_thoroughly(model, TEXT)
     assert not report.passed
     assert {one.mode for one in report.greedy if not one.passed} >= {"two_pass", "fused"}
@@ -63,7 +63,7 @@ def test_greedy_tokens_that_are_not_the_bases_are_found(model, fewer, monkeypatc
 
 def test_a_law_that_is_not_the_bases_is_found(model, monkeypatch):
     assert law_check(model, TEXT, "fused", 300).passed
-    monkeypatch.setattr(step_module, "verify_sample", accept_all)
+    monkeypatch.setattr(verifier_module, "verify_sample", accept_all)
     assert not law_check(model, TEXT, "fused", 300).passed
 
 

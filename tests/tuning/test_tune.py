@@ -15,7 +15,7 @@ import pardec
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TUNED_FILE, TunedChoice, read_tuned, weights_of, write_tuned
 from pardec.cli import app
-from pardec.decoding.messages import message_ids
+from pardec.decoding.asking.messages import message_ids
 from pardec.draft_tree import DraftTree
 from pardec.layout import PLAIN
 from pardec.model import SelfSpeculativeModel

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pardec.data.conversations import Conversation
 from pardec.data.responses.response_file import Prompt
-from pardec.decoding.chat_template import ChatTemplate
+from pardec.decoding.asking.chat_template import ChatTemplate
 
 _FOLLOW_UPS = (
     "Now shorter.",

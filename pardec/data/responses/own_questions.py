@@ -11,7 +11,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from pardec.data.row_checks import DataError
-from pardec.decoding.chat_template import ChatTemplate
+from pardec.decoding.asking.chat_template import ChatTemplate
 from pardec.errors import shown
 
 # stands for what the user says while the template is asked what surrounds it

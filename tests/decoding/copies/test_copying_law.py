@@ -7,7 +7,7 @@ from copying_steps import Plan, a_step, cut, decoder_for
 from sampling_oracle import WARPERS, Z_LIMIT, assert_same_law, chi_square_z, joint_law, thin_model
 from tiny_models import make_adapter, tiny_model
 
-from pardec.decoding import step as step_module
+from pardec.decoding import verifier as verifier_module
 from pardec.decoding.verify import VERIFICATIONS, Verdict
 from pardec.model import SelfSpeculativeModel
 
@@ -97,7 +97,7 @@ def test_generate_samples_the_targets_law_with_copies(thin, law_of_four, warper,
 
 
 def test_the_chi_square_notices_a_copy_that_is_taken_unseen(thin, law_of_four, monkeypatch):
-    verify = step_module.verify_copies
+    verify = verifier_module.verify_copies
 
     def credulous(verdict, target_tokens, candidates, length):
         tokens, place = verdict.tokens.clone(), verdict.num_accepted
@@ -105,6 +105,6 @@ def test_the_chi_square_notices_a_copy_that_is_taken_unseen(thin, law_of_four, m
         tokens[reached, place[reached]] = candidates[reached, place[reached]]
         return verify(Verdict(tokens, place), target_tokens, candidates, length)
 
-    monkeypatch.setattr(step_module, "verify_copies", credulous)
+    monkeypatch.setattr(verifier_module, "verify_copies", credulous)
     ours = SelfSpeculativeModel(thin, None, make_adapter(thin, 2, lora_rank=2))
     assert chi_square_z(sampled(ours, "temperature")[0], law_of_four["temperature"]) > 2 * Z_LIMIT

@@ -24,7 +24,7 @@ from sampling_oracle import (
 )
 from tiny_models import make_adapter, tiny_model
 
-from pardec.decoding import step as step_module
+from pardec.decoding import verifier as verifier_module
 from pardec.decoding import verify
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.rows import RowForward
@@ -182,7 +182,7 @@ def test_a_step_whose_drafts_know_each_other_emits_the_targets_law(toy, warper, 
 
     monkeypatch.setattr(TokenLaw, "draw", forced)
     bonus = torch.full((len(places), 1), BONUS)
-    monkeypatch.setattr(step_module, "verify_sample", lambda *args, generator=None: Verdict(bonus, bonus[:, 0] * 0))
+    monkeypatch.setattr(verifier_module, "verify_sample", lambda *args, generator=None: Verdict(bonus, bonus[:, 0] * 0))
     with torch.no_grad(), decoder.attached():
         state = decoder.prefill([PREFIX[:-1]] * len(places))
         monkeypatch.undo()
@@ -211,7 +211,7 @@ def test_with_an_eos_inside_a_step_still_emits_the_targets_law(toy, K, draft_len
         state = decoder.prefill([PREFIX[:-1]] * len(outcomes))
         state.done, state.num_new = torch.zeros_like(state.done), torch.zeros_like(state.num_new)
         state.room = torch.full_like(state.room, K + 1)
-        monkeypatch.setattr(step_module, "verify_sample", lambda *args, **settings: verdict)
+        monkeypatch.setattr(verifier_module, "verify_sample", lambda *args, **settings: verdict)
         decoder.step(state)
     emitted: Counter = Counter()
     for row, n, (_, _, probability) in zip(state.output.tolist(), state.num_new.tolist(), outcomes, strict=True):

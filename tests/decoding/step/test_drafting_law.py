@@ -29,7 +29,7 @@ from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.adapters.noise import NoiseTokens
-from pardec.decoding import step as decode_module
+from pardec.decoding import verifier as verifier_module
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
@@ -79,7 +79,7 @@ def force_verdict(monkeypatch, tokens: list[int], num_accepted: int) -> None:
         B = target_probs.shape[0]
         return Verdict(torch.tensor([tokens] * B), torch.full((B,), num_accepted))
 
-    monkeypatch.setattr(decode_module, "verify_sample", verdict)
+    monkeypatch.setattr(verifier_module, "verify_sample", verdict)
 
 
 def weights_of(q: torch.Tensor, drafts: torch.Tensor) -> list[float]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from pardec.decoding import step as decode_module
+from pardec.decoding import verifier as verifier_module
 from pardec.decoding import verify
 from pardec.decoding.step import Decoder
 from pardec.decoding.verify import Verdict, accept_probability, block_accept_probability, bonus_law
@@ -108,7 +108,7 @@ def recorded_step(decoder: Decoder, state, monkeypatch, first=None):
             tokens[:, 0] = first
         return Verdict(tokens, torch.zeros(B, dtype=torch.long))
 
-    monkeypatch.setattr(decode_module, "verify_sample", recorder)
+    monkeypatch.setattr(verifier_module, "verify_sample", recorder)
     with torch.no_grad():
         decoder.step(state)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pardec.decoding.chat_template import ChatTemplate, Turns
+from pardec.decoding.asking.chat_template import ChatTemplate, Turns
 from pardec.errors import encodable, shown
 
 Messages = Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]]

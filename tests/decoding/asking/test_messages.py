@@ -6,7 +6,7 @@ from data_samples import CHAT
 from malformed import is_one_line
 
 from pardec.data.conversations import conversation_of
-from pardec.decoding.messages import message_ids
+from pardec.decoding.asking.messages import message_ids
 from pardec.model import SelfSpeculativeModel
 
 USER = {"role": "user", "content": "hi"}

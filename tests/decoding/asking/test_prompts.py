@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from pardec.decoding.prompts import text_ids, token_ids
+from pardec.decoding.asking.prompts import text_ids, token_ids
 from pardec.model import SelfSpeculativeModel
 
 TURNS = [{"role": "user", "content": "hi"}]
