@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from data_samples import REPEATING
 from greedy_oracle import plain_generate
 from tiny_models import make_adapter, tiny_model
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
@@ -20,13 +21,11 @@ from pardec.decoding.output import StreamChunk, TextStream, pieces_of
 from pardec.model import SelfSpeculativeModel
 
 K, L, NEW = 2, 5, 40
-TEXT = "def first(x):\n    return x + 1\n\n\ndef second(x):\n    return x + 2\n\n\ndef first(x):\n    return"
 
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    """Texts that repeat themselves, of several lengths."""
-    return [tokenizer(text).input_ids for text in (TEXT, "x = 1\n" * 9, TEXT[20:])]
+    return [tokenizer(text).input_ids for text in REPEATING]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,11 @@ CHAT = [
 ]
 
 
+_FUNCTIONS = "def first(x):\n    return x + 1\n\n\ndef second(x):\n    return x + 2\n\n\ndef first(x):\n    return"
+# texts that repeat themselves, of several lengths
+REPEATING = (_FUNCTIONS, "x = 1\n" * 9, _FUNCTIONS[20:])
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

@@ -139,6 +139,20 @@ def decoder_for(
     return Decoder(forward, mode, depth, law, new_tokens, eos_ids, **parts)
 
 
+def assert_kept_as_plain_steps_write(model, state: DecodeState, rows: list[list[int]], new_tokens: int) -> None:
+    """The cache holds of the committed tokens what plain steps behind the same prompts write."""
+    plain = decoder_for(model, "plain", TokenLaw(greedy=True), new_tokens=new_tokens)
+    expected = plain.prefill(rows)
+    with torch.no_grad():
+        while not expected.done.all():
+            plain.step(expected)
+    for mine, theirs in zip(state.cache.buffers, expected.cache.buffers, strict=True):
+        for b, row in enumerate(rows):
+            committed = len(row) + new_tokens - 1
+            # eager attention takes its softmax in float32
+            torch.testing.assert_close(mine[b, :, :committed], theirs[b, :, :committed], rtol=1e-5, atol=1e-5)
+
+
 def tensors_of(state: DecodeState) -> dict[str, Tensor]:
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     return {name: value for name, value in fields.items() if isinstance(value, Tensor)}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from data_samples import REPEATING
 from greedy_oracle import plain_generate
 from tiny_models import make_adapter
 from transformers import GenerationConfig
@@ -17,14 +18,12 @@ from pardec.tuning.choice import Way, tree_way, with_copies
 from pardec.tuning.report import describe
 
 K, L, NEW = 3, 6, 40
-TEXT = "def first(x):\n    return x + 1\n\n\ndef second(x):\n    return x + 2\n\n\ndef first(x):\n    return"
 SOME = {name: {**TREES, **DYNAMIC}[name] for name in ("branching", "crooked", "chain", "dynamic")}
 
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    """Texts that repeat themselves, of several lengths."""
-    return [tokenizer(text).input_ids for text in (TEXT, "x = 1\n" * 9, TEXT[20:])]
+    return [tokenizer(text).input_ids for text in REPEATING]
 
 
 @pytest.fixture(scope="module")

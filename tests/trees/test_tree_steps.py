@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts
-from recorded_steps import V, decoder_for, results
+from greedy_oracle import plain_generate, prompts
+from recorded_steps import V, assert_kept_as_plain_steps_write, decoder_for, results
 from tiny_models import FAMILIES, tiny_model
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 from tree_samples import BRANCHING, CROOKED, DYNAMIC, TREES, WIDE, nodes_that_lead_to
@@ -85,16 +85,7 @@ def test_what_is_kept_of_the_cache_is_what_plain_steps_write(family):
     model, rows, references = family
     decoder = decoder_for(model, "fused", GREEDY, new_tokens=NEW, tree=BRANCHING)
     state = decoded_by_planting(decoder, rows, references, lambda b, s: (6, 4, 5, 3)[(b + s) % 4])
-    plain = decoder_for(model, "plain", GREEDY, new_tokens=NEW)
-    expected = plain.prefill(rows)
-    with torch.no_grad():
-        while not expected.done.all():
-            plain.step(expected)
-    for mine, theirs in zip(state.cache.buffers, expected.cache.buffers, strict=True):
-        for b, length in enumerate(PROMPT_LENGTHS):
-            committed = length + NEW - 1
-            # eager attention takes its softmax in float32
-            torch.testing.assert_close(mine[b, :, :committed], theirs[b, :, :committed], rtol=1e-5, atol=1e-5)
+    assert_kept_as_plain_steps_write(model, state, rows, NEW)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from copying_oracle import copied
 from greedy_oracle import plain_generate, prompts
-from recorded_steps import V, decoder_for, results, tape
+from recorded_steps import V, assert_kept_as_plain_steps_write, decoder_for, results, tape
 from tiny_models import FAMILIES, tiny_model
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 from tree_samples import BRANCHING, DYNAMIC, TREES, nodes_that_lead_to
@@ -140,16 +140,7 @@ def test_what_is_kept_of_the_cache_is_what_plain_steps_write(family):
     model, rows, references = family
     decoder = decoder_for(model, "fused", GREEDY, new_tokens=NEW, tree=BRANCHING, copy_tokens=L)
     state = decoded(decoder, rows, references, lambda b, s: (0, 6, 4, 0)[(b + s) % 4], 4)
-    plain = decoder_for(model, "plain", GREEDY, new_tokens=NEW)
-    expected = plain.prefill(rows)
-    with torch.no_grad():
-        while not expected.done.all():
-            plain.step(expected)
-    for mine, theirs in zip(state.cache.buffers, expected.cache.buffers, strict=True):
-        for b, length in enumerate(LENGTHS):
-            committed = length + NEW - 1
-            # eager attention takes its softmax in float32
-            torch.testing.assert_close(mine[b, :, :committed], theirs[b, :, :committed], rtol=1e-5, atol=1e-5)
+    assert_kept_as_plain_steps_write(model, state, rows, NEW)
 
 
 @pytest.mark.parametrize("options", [{}, {"head_width": 6}, {"noise": True}], ids=["masks", "head", "noise"])
