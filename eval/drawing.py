@@ -19,10 +19,13 @@ import torch
 from reporting.intervals import ratio_interval
 from reporting.result_files import output_stem, provenance, write_page
 from reporting.text_tables import TextTable, markdown_page, print_tables
+from timing.options import full_or_quick
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from pardec.adapters.adapter import Adapter
 from pardec.adapters.files import load_adapter
 from pardec.data.anchors import check_marks, draw_anchors, draw_marked_anchors
 from pardec.data.fitting import useful_anchors
@@ -36,6 +39,7 @@ from pardec.training.objective import Objective
 from pardec.training.peft_lora import ALL_LINEAR, inject_lora
 from pardec.training.warm_start import warm_start
 
+FULL = {"num_texts": 24, "draws": 4, "num_anchors": 64}
 QUICK = {"num_texts": 2, "draws": 2, "num_anchors": 4}
 EVEN, MARKED, CORRECTED = "even", "marked more often", "the same, corrected"
 HEADER = ("draws", "squared error", "of even draws", "squared bias", "cosine of the sum")
@@ -53,18 +57,16 @@ def main() -> None:
     add = parser.add_argument
     add("directory", help="adapter")
     add("marked", help="JSON lines with input_ids, loss_mask and marked")
-    add("--num-texts", type=int, default=24)
-    add("--num-anchors", type=int, default=64, help="of a draw")
-    add("--draws", type=int, default=4, help="of each way, of each text")
+    add("--num-texts", type=int, help=f"default {FULL['num_texts']}")
+    add("--num-anchors", type=int, help=f"of a draw, default {FULL['num_anchors']}")
+    add("--draws", type=int, help=f"of each way, of each text, default {FULL['draws']}")
     add("--times", type=float, default=4.0, help="so many times as likely are marked anchors drawn")
     add("--objective", default="kl")
     add("--position-weights", default="expected_length")
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/drawing_<device>")
     add("--quick", action="store_true", help="little of everything, for a first look: runs/drawing_quick")
-    args = parser.parse_args()
-    if args.quick:
-        vars(args).update(QUICK)
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         logging.disable_progress_bar()
         report(args)
@@ -74,7 +76,11 @@ def report(args: argparse.Namespace) -> None:
     """Measures and writes what was found."""
     if args.draws < 2:
         raise ValueError(f"--draws: expected at least 2, which tell bias from variance, found {args.draws}")
-    module, texts = trainer(args), documents(args)
+    adapter = load_adapter(args.directory)
+    tokenizer = load_tokenizer(adapter.metadata.base.name)
+    if tokenizer is None:
+        raise ValueError(f"{args.directory}: expected a tokenizer of its base, found none")
+    module, texts = trainer(args, adapter, tokenizer), documents(args, tokenizer)
     draw, sums, found = torch.Generator().manual_seed(args.seed), {}, []
     for text in tqdm(texts, unit="text"):
         of_text = errors_of(module, text, args, draw)
@@ -95,11 +101,10 @@ def report(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def trainer(args: argparse.Namespace) -> MaskTokenTrainer:
+def trainer(args: argparse.Namespace, adapter: Adapter, tokenizer: PreTrainedTokenizerBase) -> MaskTokenTrainer:
     """The training module with the adapter's numbers."""
-    adapter = load_adapter(args.directory)
     described, peft_model = adapter.metadata, None
-    base, tokenizer = load_base(described.base.name, device="cpu"), load_tokenizer(described.base.name)
+    base = load_base(described.base.name, device="cpu")
     if adapter.lora is not None:
         config = adapter.lora.config
         names = config.get("target_modules") or ALL_LINEAR
@@ -116,11 +121,9 @@ def trainer(args: argparse.Namespace) -> MaskTokenTrainer:
     return module
 
 
-def documents(args: argparse.Namespace) -> list[Document]:
+def documents(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     """The first texts that have more useful anchors than are drawn, marked ones and others."""
-    tokenizer, kept = load_tokenizer(load_adapter(args.directory).metadata.base.name), []
-    if tokenizer is None:
-        raise ValueError(f"{args.directory}: expected a tokenizer of its base, found none")
+    kept = []
     for row in read_rows(args.marked, "jsonl"):
         (one,) = tokenise(row, tokenizer)
         check_marks(one, args.marked)

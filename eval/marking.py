@@ -64,8 +64,8 @@ def mark(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.directory}: expected an adapter, found a base")
     texts, first = responses(args.responses, args.num_texts)
     accepted = drawn_lengths(model, texts, first - 1, args)
-    failed = accepted == 0
-    marks = failed if args.mark == FAILED else visited(accepted)
+    places = {FAILED: accepted == 0, VISITED: visited(accepted)}
+    marks, failed = places[args.mark], places[FAILED]
     write_rows(args.output, [marked_row(ids, first, of_text) for ids, of_text in zip(texts, marks, strict=True)])
     if args.again:
         draw = random.Random(args.seed)
@@ -77,7 +77,7 @@ def mark(args: argparse.Namespace) -> dict[str, Any]:
         "places": accepted.shape[1],
         "mean_accepted_drafts": round(float(accepted.double().mean()), 4),
         "share_failed": round(float(failed.double().mean()), 4),
-        "share_visited": round(float(visited(accepted).double().mean()), 4),
+        "share_visited": round(float(places[VISITED].double().mean()), 4),
         **provenance(model.target.device),
     }
 
