@@ -24,10 +24,9 @@ from pardec.run import device_name, exit_on_unusable_input, library_versions
 from pardec.target.base import eos_token_ids, load_base, load_tokenizer
 from pardec.target.fingerprint import fingerprint
 
-BATCH_SIZE = 32
 MAX_IN_VAIN = 20  # batches without a new question
 # what the rows depend on
-SETTINGS = ("base", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
+SETTINGS = ("base", "max_new_tokens", "temperature", "top_p", "seed", "dtype", "batch_size")
 
 
 def main() -> None:
@@ -40,6 +39,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32, help="questions asked together; a GPU has room for 256")
     parser.add_argument("--device", help="default CUDA where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default float32 on a CPU")
     with exit_on_unusable_input():
@@ -49,8 +49,9 @@ def main() -> None:
 def ask(args: argparse.Namespace) -> None:
     """The run, to a file of so many questions."""
     output: Path = args.output
-    if args.num_questions < 1:
-        raise ValueError(f"--num-questions: expected an integer >= 1, found {args.num_questions}")
+    for option in ("num_questions", "batch_size"):
+        if getattr(args, option) < 1:
+            raise ValueError(f"--{option.replace('_', '-')}: expected an integer >= 1, found {getattr(args, option)}")
     if output.suffix != ".jsonl":
         raise ValueError(f"--output: expected a path that ends in .jsonl, found {output}")
     settings = {name: getattr(args, name) for name in SETTINGS}
@@ -95,7 +96,7 @@ def continue_asking(
     bar.update(len(seen))
     while len(seen) < args.num_questions:
         written = model.generate(
-            [turn.input_ids] * BATCH_SIZE,
+            [turn.input_ids] * args.batch_size,
             max_new_tokens=args.max_new_tokens,
             temperature=args.temperature,
             top_p=args.top_p,
@@ -108,7 +109,7 @@ def continue_asking(
         if in_vain == MAX_IN_VAIN:
             raise ValueError(
                 f"base {args.base!r}: expected new questions where its template lets the user speak, found none in "
-                f"{MAX_IN_VAIN * BATCH_SIZE} tries behind {len(seen)}"
+                f"{MAX_IN_VAIN * args.batch_size} tries behind {len(seen)}"
             )
         append_rows(args.output, [{"prompt": one, "batch": batch} for one in new])
         seen.update(new)

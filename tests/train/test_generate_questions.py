@@ -81,9 +81,20 @@ def test_a_run_for_more_goes_on_from_fewer(base, whole, tmp_path):
     assert output.read_bytes() == whole.read_bytes()
 
 
+def test_questions_asked_eight_at_a_time_come_in_batches_of_eight_and_are_continued_so(base, whole, tmp_path):
+    output = tmp_path / "own.jsonl"
+    assert run(base, output, "--num-questions", 6, "--batch-size", 8).code == 0
+    assert run(base, output, "--num-questions", 20, "--batch-size", 8).code == 0
+    batches = [row["batch"] for row in rows_of(output)]
+    assert len(batches) == 20
+    assert max(map(batches.count, batches)) <= 8
+    assert "batch_size = 32" in run(base, output, "--num-questions", NUM).error
+
+
 def test_what_cannot_be_used_is_told_before_anything_is_written(base, whole, tmp_path):
     output = tmp_path / "own.jsonl"
     assert "expected an integer >= 1, found 0" in run(base, output, "--num-questions", 0).error
+    assert "--batch-size: expected an integer >= 1, found 0" in run(base, output, "--batch-size", 0).error
     assert "ends in .jsonl, found" in run(base, tmp_path / "own.txt").error
     assert "temperature" in run(base, whole, "--temperature", 0.5).error
     assert "chat template" in run("tiny-python", output).error
