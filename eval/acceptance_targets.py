@@ -16,6 +16,7 @@ from typing import Any
 
 from reporting.result_files import output_stem, provenance, write_page
 from reporting.text_tables import TextTable, markdown_page, number, print_tables
+from timing.options import full_or_quick
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -29,6 +30,7 @@ from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
 
 PACKAGED = "tiny-python"
+FULL = {"num_prompts": 64, "max_new_tokens": 128}
 QUICK = {"num_prompts": 2, "max_new_tokens": 8}
 EMBEDDINGS, LORA, HEAD = "mask embeddings", "LoRA", "LoRA and head"
 
@@ -66,16 +68,14 @@ def main() -> None:
     add("adapters", nargs="+", help="directories, of one base")
     add("--floor", nargs="+", default=[], metavar="FILE.json", help="what eval/floor.py has written")
     add("--split", default=TEST, choices=(VALIDATION, TEST), help="of python-stdlib")
-    add("--num-prompts", type=int, default=64)
-    add("--max-new-tokens", type=int, default=128)
+    add("--num-prompts", type=int, help=f"default {FULL['num_prompts']}")
+    add("--max-new-tokens", type=int, help=f"default {FULL['max_new_tokens']}")
     add("--temperature", type=float, default=0.8)
     add("--top-k", type=int, default=10, help="0 for the whole vocabulary")
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/acceptance_targets_<device>")
     add("--quick", action="store_true", help="little of everything, for a first look: runs/acceptance_targets_quick")
-    args = parser.parse_args()
-    if args.quick:
-        vars(args).update(QUICK)
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         logging.disable_progress_bar()
         report(args)

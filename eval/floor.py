@@ -21,6 +21,7 @@ import numpy as np
 from reporting.plots import plot_floor
 from reporting.result_files import output_stem, provenance, write_files
 from reporting.text_tables import TextTable, markdown_page, print_tables
+from timing.options import full_or_quick
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -32,6 +33,7 @@ from pardec.measures.floor import Overlaps, measure_overlaps
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
 
+FULL = {"num_prompts": 24, "max_new_tokens": 64, "stride": 16, "num_futures": 64, "num_predecessors": 8}
 QUICK = {"num_prompts": 2, "max_new_tokens": 8, "stride": 4, "num_futures": 4, "num_predecessors": 2}
 BOOTSTRAP_SAMPLES = 2000
 NOTES = (
@@ -52,19 +54,21 @@ def main() -> None:
     add("adapters", nargs="+", help="directories, of one base")
     add("--data", default=STDLIB, help="python-stdlib, python-packages, or held-out data")
     add("--split", default=TEST, choices=(VALIDATION, TEST), help="of the first two")
-    add("--num-prompts", type=int, default=24)
-    add("--max-new-tokens", type=int, default=64, help="that the base samples behind each prompt, for places")
-    add("--stride", type=int, default=16, help="tokens from one place to the next")
-    add("--num-futures", type=int, default=64, help="sampled at each place")
-    add("--num-predecessors", type=int, default=8, help="of them whose last token is given")
+    add("--num-prompts", type=int, help=f"default {FULL['num_prompts']}")
+    add(
+        "--max-new-tokens",
+        type=int,
+        help=f"that the base samples behind each prompt, for places; default {FULL['max_new_tokens']}",
+    )
+    add("--stride", type=int, help=f"tokens from one place to the next; default {FULL['stride']}")
+    add("--num-futures", type=int, help=f"sampled at each place; default {FULL['num_futures']}")
+    add("--num-predecessors", type=int, help=f"of them whose last token is given; default {FULL['num_predecessors']}")
     add("--temperature", type=float, default=0.8)
     add("--top-k", type=int, default=10, help="0 for the whole vocabulary")
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/floor_<device>")
     add("--quick", action="store_true", help="little of everything, for a first look: runs/floor_quick")
-    args = parser.parse_args()
-    if args.quick:
-        vars(args).update(QUICK)
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         logging.disable_progress_bar()
         report(args)

@@ -25,6 +25,7 @@ from studies.head_trials import Scorer, trained
 from studies.look_back_head import LookBackHead
 from studies.recorded_drafts import RecordedDrafts, record
 from studies.response_texts import responses
+from timing.options import full_or_quick
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -41,6 +42,7 @@ from pardec.run import exit_on_unusable_input
 from pardec.target.hidden import HiddenTap
 from pardec.target.own_head import OwnHead
 
+FULL = {"num_texts": 1536, "num_prompts": 96, "num_anchors": 32, "steps": 2000, "max_new_tokens": 160}
 QUICK = {"num_texts": 6, "num_prompts": 3, "num_anchors": 4, "steps": 2, "max_new_tokens": 24}
 OWN = "the adapter's own head"
 NONE, SAMPLER, WIDER, LOOKS_BACK = "no head", "sampler head", "sampler head, wider", "head that looks back"
@@ -61,11 +63,11 @@ def main() -> None:
     add("directory", help="adapter")
     add("responses", nargs="?", help="what its base has sampled, at temperature and top-k given here: JSON lines")
     add("--split", default=VALIDATION, choices=(VALIDATION, TEST), help="of python-stdlib, whose prompts judge")
-    add("--num-prompts", type=int, default=96)
-    add("--num-texts", type=int, default=1536, help="of the responses, to train on")
-    add("--num-anchors", type=int, default=32, help="places of each text behind which is drafted")
-    add("--max-new-tokens", type=int, default=160, help="behind each prompt")
-    add("--steps", type=int, default=2000, help="of 4 texts, with every anchor; 0: trains no head")
+    add("--num-prompts", type=int, help=f"default {FULL['num_prompts']}")
+    add("--num-texts", type=int, help=f"of the responses, to train on; default {FULL['num_texts']}")
+    add("--num-anchors", type=int, help=f"places of each text behind which is drafted; default {FULL['num_anchors']}")
+    add("--max-new-tokens", type=int, help=f"behind each prompt; default {FULL['max_new_tokens']}")
+    add("--steps", type=int, help=f"of 4 texts, with every anchor; 0: trains no head; default {FULL['steps']}")
     add("--width", type=int, default=256, help="of the sampler head")
     add("--shortlist", type=int, default=64, help="tokens that heads score when decoding")
     add("--learning-rate", type=float, default=3e-3)
@@ -74,9 +76,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/look_back_<device>")
     add("--quick", action="store_true", help="little of everything, for a first look: runs/look_back_quick")
-    args = parser.parse_args()
-    if args.quick:
-        vars(args).update(QUICK)
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         logging.disable_progress_bar()
         report(args)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from reporting.result_files import output_stem, provenance
 from reporting.tree_tables import print_results, write_results
-from timing.options import integers
+from timing.options import full_or_quick, integers
 from timing.prediction import ShapeOnly, constants, predicted_seconds
 from timing.published_peaks import PEAKS
 from timing.shapes import SHAPES, config_of
@@ -61,9 +61,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--output", help="path of the results without suffix; default eval/results/trees_<device>")
     add("--quick", action="store_true", help="few shapes and prompts: runs/trees_quick")
-    first = parser.parse_known_args()[0]
-    parser.set_defaults(**(QUICK if first.quick else FULL))
-    args = parser.parse_args()
+    args = full_or_quick(parser, FULL, QUICK)
     with exit_on_unusable_input():
         report(args)
 
