@@ -4,7 +4,7 @@ What the public model and the transformers door stand on. Knows token ids; no te
 Legend: K num_speculative_tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
@@ -192,7 +192,6 @@ class Engines:
     # ------------------------------------------------------------------ engines
 
     @contextmanager
-    @torch.inference_mode(False)  # as steps run, for which tensors are made here
     def lend(
         self,
         prompts: list[list[int]],
@@ -213,10 +212,29 @@ class Engines:
             num_sequences: that continue the prompts; default one for each.
             eos: ids that end a text; default the base's own.
         """
-        self.check(prompts, max_new_tokens, num_sequences or len(prompts))
-        target = self.target
-        eos_ids = eos_token_ids(target.base) if eos is None else eos
-        K = drafting.num_speculative_tokens
+        num_sequences = num_sequences or len(prompts)
+        self.check(prompts, max_new_tokens, num_sequences)
+        eos_ids = eos_token_ids(self.target.base) if eos is None else eos
+        with torch.inference_mode(False):  # as steps run, for which tensors are made here
+            key, engine = self._engine_for(prompts, law, drafting, num_sequences, len(eos_ids))
+            engine.decoder.max_new_tokens = max_new_tokens
+            engine.decoder.eos_token_ids = torch.tensor(eos_ids, device=self.target.device).long()
+        usable = False
+        try:
+            yield engine
+            usable = True
+        except GeneratorExit:  # a stream that is not read to its end
+            usable = True
+            raise
+        finally:
+            if key is not None and usable:
+                self._pool.give_back(key, engine)
+
+    def _engine_for(
+        self, prompts: list[list[int]], law: TokenLaw, drafting: Drafting, num_sequences: int, num_eos: int
+    ) -> tuple[Hashable | None, Engine]:
+        """An idle engine or a new one, and the key that it is kept by; None where it is not."""
+        target, K = self.target, drafting.num_speculative_tokens
         if K and (self.gate is not None or drafting.head is not None):
             refuse_compiled(target.base)
         if self._survey is None:
@@ -232,9 +250,9 @@ class Engines:
         key = None
         if law.key is not None and (self.capture or self.compile):
             way = (drafting.mode, drafting.block_lengths, drafting.copy_tokens, drafting.tree)
-            shape = (*way, drafting.head is not None, drafting.verification, law.key, len(eos_ids))
-            sequences = power_of_two(num_sequences or len(prompts))
-            repeats = (num_sequences or len(prompts)) // len(prompts)
+            shape = (*way, drafting.head is not None, drafting.verification, law.key, num_eos)
+            sequences = power_of_two(num_sequences)
+            repeats = num_sequences // len(prompts)
             sources = num_sources(prompts, repeats) if drafting.copy_tokens else 1
             on = (sources, self.capture, self.compile, sequences, now, arithmetic(target.device), linears.num_packed)
             key = (shape, on)
@@ -244,18 +262,7 @@ class Engines:
         elif law.generator is not None:
             assert engine.decoder.law.generator is not None
             engine.decoder.law.generator.manual_seed(law.generator.initial_seed())
-        engine.decoder.max_new_tokens = max_new_tokens
-        engine.decoder.eos_token_ids = torch.tensor(eos_ids, device=target.device).long()
-        usable = False
-        try:
-            yield engine
-            usable = True
-        except GeneratorExit:  # a stream that is not read to its end
-            usable = True
-            raise
-        finally:
-            if key is not None and usable:
-                self._pool.give_back(key, engine)
+        return key, engine
 
     def _new_engine(self, facts: Survey, law: TokenLaw, drafting: Drafting, linears: PackedLinears) -> Engine:
         K, no_eos = drafting.num_speculative_tokens, torch.empty(0, dtype=torch.long)
