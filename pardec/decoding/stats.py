@@ -64,7 +64,8 @@ class DecodeStats:
             everywhere in the field.
         draft_acceptance_rate: num_accepted_tokens / num_draft_tokens.
         tokens_per_step: emitted tokens after cuts, those of prefill aside, per round: what drafting really gave, below
-            the mean acceptance length where texts are short against it; 0 without a round.
+            the mean acceptance length where texts are short against it, or rounds found nothing to verify; 0 without
+            a round.
         tokens_per_forward: tokens emitted by the forwards after prefill, before cuts, per such forward.
         acceptance_rate_per_position: `unconditional`: share of drafts whose token j was accepted; `conditional`:
             share among those whose tokens before j were accepted. Copies do not count here.
