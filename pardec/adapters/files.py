@@ -4,6 +4,7 @@ safetensors and JSON only. Writing is safe against a kill at any moment: a compl
 first, and as long as that folder exists it is what is read.
 """
 
+import difflib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, Ad
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.adapters.hub import HubName, hub_file, hub_name
 from pardec.adapters.json_files import is_inside, read_object
-from pardec.adapters.packaged import adapter_folder
+from pardec.adapters.packaged import PACKAGED_ADAPTERS, adapter_folder
 from pardec.errors import first_line, problem, short, shown
 from pardec.run import file_sha256, save_tensors
 
@@ -138,7 +139,9 @@ def load_adapter(directory: str | Path) -> Adapter:
     except OSError as error:  # of a name that no file system takes
         found = error.strerror
     if found is not None:
-        raise AdapterError(f"{short(str(directory), 200)}: expected an adapter directory, found {found}")
+        near = difflib.get_close_matches(str(directory), PACKAGED_ADAPTERS, n=1)
+        meant = f"; {near[0]} is an adapter that ships" if near and found == "nothing" else ""
+        raise AdapterError(f"{short(str(directory), 200)}: expected an adapter directory, found {found}{meant}")
     root = folder / _INCOMING if (folder / _INCOMING).is_dir() else folder
     metadata = _read_metadata(root)
     for name, expected in metadata.files.items():

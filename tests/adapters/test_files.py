@@ -187,6 +187,13 @@ def test_a_missing_folder_is_refused(tmp_path):
     assert refusal(tmp_path / "no") == f"{tmp_path / 'no'}: expected an adapter directory, found nothing"
 
 
+def test_a_mistyped_name_of_a_packaged_adapter_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal("smolm2") == "smolm2: expected an adapter directory, found nothing; smollm2 is an adapter that ships"
+    (tmp_path / "smolm2").write_text("")
+    assert refusal("smolm2") == "smolm2: expected an adapter directory, found a file"
+
+
 def test_a_file_is_refused(saved):
     path = saved / "pardec.json"
     assert refusal(path) == f"{path}: expected an adapter directory, found a file"
