@@ -291,7 +291,8 @@ def report(recipe: ResponsesRecipe, accelerator: Accelerator, counts: Counter[st
         max_length = longest_row(Path(recipe.output))
     accelerator.print(
         f"try: accelerate launch train/train_adapter.py recipes/quickstart.yaml base={recipe.base} "
-        f"data.path={recipe.output} data.max_length={max_length}{held_out}"
+        f"data.path={recipe.output} data.max_length={max_length}{held_out} "
+        f"output_dir=runs/quickstart_{Path(recipe.output).stem}"
     )
 
 

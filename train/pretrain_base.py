@@ -113,7 +113,8 @@ def pretrain(recipe: PretrainRecipe) -> None:
     accelerator.print(
         f"held-out loss {measured[VALIDATION]:.3f} (validation), {measured[TEST]:.3f} (test) nats per token; "
         f"the model is in {output}\n"
-        f"try: accelerate launch train/train_adapter.py recipes/quickstart.yaml base={output}"
+        f"try: accelerate launch train/train_adapter.py recipes/quickstart.yaml base={output} "
+        f"output_dir=runs/quickstart_{output.name}"
     )
     accelerator.end_training()
 
