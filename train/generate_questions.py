@@ -1,6 +1,6 @@
 """Lets a chat model ask the questions that it was made for: prompts for train/generate_responses.py, without any data.
 
-    python train/generate_questions.py smollm2-135m-instruct --num-questions 400 --output data/own_questions.jsonl
+    python train/generate_questions.py smollm2-135m-instruct --output runs/responses/own_questions.jsonl
 
 The model writes where its chat template lets the user speak (Magpie, arXiv:2406.08464). Rows have a `prompt`, as the
 kind `questions` of `data.mix` reads it, none of them twice. A run that was cut off, or asked for fewer, continues when
@@ -34,12 +34,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="chat model: hub name, folder, GGUF file or smollm2-135m-instruct")
     parser.add_argument("--output", required=True, type=Path, help="JSONL file")
-    parser.add_argument("--num-questions", type=int, default=400)
-    parser.add_argument("--max-new-tokens", type=int, default=120, help="longer questions are left out")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=32, help="questions asked together; a GPU has room for 256")
+    parser.add_argument("--num-questions", type=int, default=400, help="default %(default)s")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=120, help="longer questions are left out; default %(default)s"
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="default %(default)s")
+    parser.add_argument("--top-p", type=float, default=0.95, help="default %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default %(default)s")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        help="questions asked together; a GPU has room for 256; default %(default)s",
+    )
     parser.add_argument("--device", help="default CUDA where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default float32 on a CPU")
     with exit_on_unusable_input():
