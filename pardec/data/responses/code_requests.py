@@ -1,6 +1,6 @@
 """Functions of Python sources turned into what people ask about code.
 
-Reads sources with `ast` and runs none of them. Knows neither chat templates nor tokenizers.
+Knows neither chat templates nor tokenizers.
 """
 
 import ast
@@ -8,9 +8,10 @@ import copy
 import io
 import random
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from pardec.data.responses.statements import statements_of
 
 # of a function that is asked about; longer ones take a prompt for themselves, shorter ones say nothing
 _LINES = range(3, 41)
@@ -117,14 +118,9 @@ def code_requests(sources: Sequence[str], draw: random.Random) -> Iterator[str]:
 
 def functions_of(source: str) -> list[Function]:
     """Functions of 3 to 40 lines, but for tests and those whose names begin with `_`; none of a broken source."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler's, about code that is not ours
-            nodes = list(ast.walk(ast.parse(source)))
-    except (SyntaxError, ValueError, RecursionError):
-        return []
     lines = list(io.StringIO(source, newline=""))  # which, as the parser, ends none at a form feed
-    return [Function(node, lines) for node in nodes if isinstance(node, ast.FunctionDef) and _is_asked_about(node)]
+    found = statements_of(source)
+    return [Function(node, lines) for node in found if isinstance(node, ast.FunctionDef) and _is_asked_about(node)]
 
 
 def _is_asked_about(node: ast.FunctionDef) -> bool:
