@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pardec.data.responses.questions import training_questions
+from pardec.model import SelfSpeculativeModel
 from pardec.target.base import resolve_base
 
 END = ")"  # a text that the packaged model writes soon
@@ -79,6 +80,17 @@ def test_a_run_for_more_goes_on_from_fewer(base, whole, tmp_path):
     assert len(rows_of(output)) == 7
     assert run(base, output, "--num-questions", NUM).code == 0
     assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_for_no_more_leaves_what_is_there(base, whole, tmp_path, monkeypatch):
+    output = tmp_path / "own.jsonl"
+    shutil.copy(whole.with_name("own.jsonl.json"), tmp_path)
+    output.write_bytes(whole.read_bytes() + b'{"prom')  # another was killed while it went on
+    monkeypatch.setattr(SelfSpeculativeModel, "generate", None)  # nothing is asked
+    for fewer in (NUM, 7):
+        ended = run(base, output, "--num-questions", fewer)
+        assert (ended.code, ended.out.split()[0]) == (0, str(NUM))
+        assert output.read_bytes() == whole.read_bytes()
 
 
 def test_questions_asked_eight_at_a_time_come_in_batches_of_eight_and_are_continued_so(base, whole, tmp_path):
