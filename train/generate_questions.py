@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from pardec.data.responses.own_questions import UserTurn, questions_of, user_turn
-from pardec.data.responses.response_file import append_rows, read_about, write_about
+from pardec.data.responses.response_file import append_rows, only_writer, read_about, write_about
 from pardec.decoding.probing.probe import probe
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, exit_on_unusable_input, library_versions
@@ -66,10 +66,10 @@ def ask(args: argparse.Namespace) -> None:
     }
     if before is not None and before["fingerprint"] != about["fingerprint"]:
         raise ValueError(f"output {output}: its questions are another base's; choose another output or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_about(output, about)
-    rows = [] if before is None else whole_batches(output, args.num_questions)
-    with tqdm(total=args.num_questions, unit="question") as bar:
+    with only_writer(output), tqdm(total=args.num_questions, unit="question") as bar:
+        before = read_about(output, settings)  # another run may have ended meanwhile
+        write_about(output, about)
+        rows = [] if before is None else whole_batches(output, args.num_questions)
         num_asked = continue_asking(args, model, turn, rows, bar)
     print(f"{num_asked:,} questions in {output}; as a source of responses: {{kind: questions, path: {output}}}")
 

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from pardec.data.responses.questions import training_questions
+from pardec.data.responses.response_file import only_writer
 from pardec.model import SelfSpeculativeModel
 from pardec.target.base import resolve_base
 
@@ -91,6 +92,15 @@ def test_a_run_for_no_more_leaves_what_is_there(base, whole, tmp_path, monkeypat
         ended = run(base, output, "--num-questions", fewer)
         assert (ended.code, ended.out.split()[0]) == (0, str(NUM))
         assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_second_run_to_one_file_is_refused_while_the_first_writes(base, whole, tmp_path):
+    output = tmp_path / "own.jsonl"
+    shutil.copy(whole.with_name("own.jsonl.json"), tmp_path)
+    shutil.copy(whole, output)
+    with only_writer(output):
+        assert "expected no other run that writes there, found one" in run(base, output, "--num-questions", 60).error
+    assert output.read_bytes() == whole.read_bytes()
 
 
 def test_questions_asked_eight_at_a_time_come_in_batches_of_eight_and_are_continued_so(base, whole, tmp_path):
