@@ -1,14 +1,17 @@
 """Functions of Python sources turned into what people ask about code.
 
-Reads sources with `ast` and runs none of them. Knows neither chat templates nor tokenizers.
+Knows neither chat templates nor tokenizers.
 """
 
 import ast
+import copy
+import io
 import random
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from pardec.data.responses.statements import statements_of
 
 # of a function that is asked about; longer ones take a prompt for themselves, shorter ones say nothing
 _LINES = range(3, 41)
@@ -47,23 +50,54 @@ _ABOUT_BARE_CODE = (
 
 @dataclass(frozen=True)
 class Function:
-    """What requests quote of a function.
+    """What requests quote of a function, made when it is asked for: most of a long file's are never asked about.
 
     Attributes:
-        name: without its class.
-        arguments: as between the parentheses of its definition.
-        returns: annotation of what it returns, with its arrow; empty without.
-        doc: first paragraph of its docstring; empty without.
-        code: as it stands in its file, moved to the left margin.
-        bare: the same without docstring, annotations and comments.
+        node: its definition.
+        lines: of its file, as `ast` counts them.
     """
 
-    name: str
-    arguments: str
-    returns: str
-    doc: str
-    code: str
-    bare: str
+    node: ast.FunctionDef
+    lines: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """Without its class."""
+        return self.node.name
+
+    @property
+    def arguments(self) -> str:
+        """As between the parentheses of its definition."""
+        return ast.unparse(self.node.args)
+
+    @property
+    def returns(self) -> str:
+        """Annotation of what it returns, with its arrow; empty without."""
+        return f" -> {ast.unparse(self.node.returns)}" if self.node.returns else ""
+
+    @property
+    def doc(self) -> str:
+        """First paragraph of its docstring; empty without."""
+        return (ast.get_docstring(self.node) or "").split("\n\n")[0].strip()
+
+    @property
+    def code(self) -> str:
+        """As it stands in its file, moved to the left margin."""
+        *first, last = self.lines[self.node.lineno - 1 : self.node.end_lineno]
+        return textwrap.dedent("".join((*first, last.encode()[: self.node.end_col_offset].decode())))
+
+    @property
+    def bare(self) -> str:
+        """The code without decorators, docstring, annotations of arguments and result, and comments."""
+        node, args = copy.copy(self.node), copy.copy(self.node.args)
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        args.posonlyargs, args.args, args.kwonlyargs = (
+            [ast.arg(one.arg) for one in given] for given in (args.posonlyargs, args.args, args.kwonlyargs)
+        )
+        args.vararg, args.kwarg = (one and ast.arg(one.arg) for one in (args.vararg, args.kwarg))
+        node.args, node.returns, node.decorator_list = args, None, []
+        return ast.unparse(node)
 
 
 def code_requests(sources: Sequence[str], draw: random.Random) -> Iterator[str]:
@@ -76,44 +110,22 @@ def code_requests(sources: Sequence[str], draw: random.Random) -> Iterator[str]:
     for source in draw.sample(sources, len(sources)):
         functions = functions_of(source)
         for function in draw.sample(functions, min(_PER_FILE, len(functions))):
-            yield _request(function, draw)
+            try:
+                yield _request(function, draw)
+            except RecursionError:  # an expression too deep to be written anew
+                continue
 
 
 def functions_of(source: str) -> list[Function]:
     """Functions of 3 to 40 lines, but for tests and those whose names begin with `_`; none of a broken source."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler's, about code that is not ours
-            nodes = list(ast.walk(ast.parse(source)))
-        return [
-            _function(node, source) for node in nodes if isinstance(node, ast.FunctionDef) and _is_asked_about(node)
-        ]
-    except (SyntaxError, ValueError, RecursionError):
-        return []
+    lines = list(io.StringIO(source, newline=""))  # which, as the parser, ends none at a form feed
+    found = statements_of(source)
+    return [Function(node, lines) for node in found if isinstance(node, ast.FunctionDef) and _is_asked_about(node)]
 
 
 def _is_asked_about(node: ast.FunctionDef) -> bool:
     lines = (node.end_lineno or node.lineno) - node.lineno + 1
     return lines in _LINES and not node.name.startswith(("_", "test"))
-
-
-def _function(node: ast.FunctionDef, source: str) -> Function:
-    code = textwrap.dedent(ast.get_source_segment(source, node, padded=True) or "")
-    arguments, returns = ast.unparse(node.args), f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    doc = (ast.get_docstring(node) or "").split("\n\n")[0].strip()
-    return Function(node.name, arguments, returns, doc, code, ast.unparse(_without_hints(node)))
-
-
-def _without_hints(node: ast.FunctionDef) -> ast.FunctionDef:
-    """Changed in place: the function without decorators, docstring and the annotations of arguments and result."""
-    if ast.get_docstring(node) is not None:
-        node.body = node.body[1:] or [ast.Pass()]
-    node.returns, node.decorator_list = None, []
-    given = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg)
-    for argument in given:
-        if argument is not None:
-            argument.annotation = None
-    return node
 
 
 def _request(function: Function, draw: random.Random) -> str:

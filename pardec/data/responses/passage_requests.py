@@ -6,9 +6,10 @@ Knows neither chat templates nor tokenizers.
 import ast
 import random
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from pardec.data.responses.statements import statements_of
 
 # of a passage; shorter ones leave nothing to summarise
 MIN_CHARACTERS = 200
@@ -89,13 +90,7 @@ def passages_of(text: str, characters: int) -> list[str]:
 
 def documentation_of(source: str) -> Iterator[str]:
     """Docstrings of a Python source's module and classes, of 200 characters and more; none if it is broken."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the compiler's, about code that is not ours
-            nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Module | ast.ClassDef)]
-    except (SyntaxError, ValueError, RecursionError):
-        return
-    for node in nodes:
-        doc = ast.get_docstring(node)
+    for node in statements_of(source):
+        doc = ast.get_docstring(node) if isinstance(node, ast.Module | ast.ClassDef) else None
         if doc is not None and len(doc) >= MIN_CHARACTERS:
             yield doc

@@ -71,6 +71,20 @@ def test_sources_that_cannot_be_parsed_or_warn_have_no_say():
     assert len(functions_of("def f(x):\n    y = '\\d'\n    return y\n")) == 1
 
 
+def test_an_expression_too_deep_to_be_written_anew_is_passed_over():
+    deep = f"def f(a):\n    b = {'+'.join('a' * 900)}\n    return b\n"
+    other = "def g(a):\n    b = a\n    return b\n"
+    assert len(functions_of(deep)) == 1
+    (asked,) = code_requests([deep + other], random.Random(0))
+    assert "g" in asked
+
+
+def test_code_is_quoted_by_the_lines_that_the_parser_counts():
+    source = "x = 1\x0c\nclass A:\n\tdef f(self):\r\n\t\ty = 'é\u2028'\r\n\t\treturn y  # é\n"
+    (f,) = functions_of(source)
+    assert f.code == "def f(self):\r\n\ty = 'é\u2028'\r\n\treturn y"
+
+
 def test_functions_beyond_forty_lines_are_left_out():
     def source(lines):
         return "def f(x):\n" + "    x += 1\n" * (lines - 1)
