@@ -7,7 +7,6 @@ The shape of a fused chain is given by its block_lengths, K + 1 numbers from 0 t
 accepted drafts, block_lengths[i] tokens are drafted next. With L copied tokens behind the drafts there are L more.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -234,15 +233,13 @@ def training_layout(anchors: Tensor, block_lengths: Sequence[int], num_tokens: i
     return TrainingLayout(positions, positions + 1, behind, blocks, depths, tuple(block_lengths), num_tokens)
 
 
-def anchor_order(anchors: Tensor, block_lengths: Sequence[int]) -> Tensor:
-    """Which anchor of shape [B, N] comes where, shape [B, N], so that those of blocks of one length rise.
+def sorted_anchors(anchors: Tensor, block_lengths: Sequence[int]) -> Tensor:
+    """Anchors, shape [B, N], with those of neighbouring blocks of one length rising: the same blocks in another order.
 
     Neighbours then see about the same real tokens and follow about the same rows of them.
     """
     _, sizes = torch.tensor(block_lengths).unique_consecutive(return_counts=True)
-    firsts = itertools.accumulate(sizes.tolist(), initial=0)
-    of_lengths = zip(anchors.split(sizes.tolist(), dim=1), firsts, strict=False)
-    return torch.cat([first + one.argsort(dim=1) for one, first in of_lengths], dim=1)
+    return torch.cat([of_length.sort(dim=1).values for of_length in anchors.split(sizes.tolist(), dim=1)], dim=1)
 
 
 def nested_block_lengths(num_anchors: int, num_speculative_tokens: int, ratio: float, floor: float) -> tuple[int, ...]:

@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader, Subset
 
 from pardec.adapters.files import METADATA_FILE, load_adapter
 from pardec.config.adapter_recipe import DataConfig, Recipe
-from pardec.data.anchors import check_marks
 from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
-from pardec.data.examples import AnchoredSequences, ExampleOrder, collate, collate_used
+from pardec.data.examples import AnchoredSequences, collate, collate_used
 from pardec.data.fitting import told_long
 from pardec.data.tokenising import check_token_ids
 from pardec.decoding.probing.probe import probe
@@ -94,9 +93,6 @@ def read_data(
             show_progress=accelerator.is_main_process,
         )
     accelerator.print(corpus.counts.told(data.max_length))
-    if recipe.train.marked.times != 1:
-        first = ExampleOrder(corpus.train, recipe.train.seed).at(0)
-        check_marks(corpus.train.sequence(*first), data.path)
     prompts, too_long = prompts_with_room(
         corpus.validation,
         recipe.eval.num_prompts,
@@ -114,15 +110,7 @@ def read_data(
 def make_loader(recipe: Recipe, corpus: Corpus, first_example: int, global_batch: int) -> DataLoader:
     """The examples that are still to come, in the order that every run of this recipe has."""
     train, total = recipe.train, recipe.train.steps * global_batch
-    examples = AnchoredSequences(
-        corpus.train,
-        total,
-        recipe.anchors(),
-        train.seed,
-        examples_per_step=global_batch,
-        marked_times=train.marked.times,
-        corrected=train.marked.corrected,
-    )
+    examples = AnchoredSequences(corpus.train, total, recipe.anchors(), train.seed, examples_per_step=global_batch)
     rest = Subset(examples, range(first_example, total))
     # dropping goes by how many anchors there are, and forwards of some of them must be as many in every process
     needs_all = train.anchors_per_forward is not None or train.keep.ratio < 1

@@ -37,19 +37,6 @@ class KeepSection(Section):
     floor: float = Field(default=0.2, ge=0, le=1)
 
 
-class MarkedSection(Section):
-    """Anchors that the data mark, such as those behind which drafts of an earlier adapter failed.
-
-    Attributes:
-        times: so many times as likely as others are they drawn; 1 draws evenly.
-        corrected: losses count by how unlikely their anchor is drawn, so that their sum is on average that of even
-            draws.
-    """
-
-    times: float = Field(default=1.0, gt=0, le=1000)
-    corrected: bool = True
-
-
 def default_anchors(max_length: int) -> int:
     """Anchors of a sequence where a recipe names no number.
 
@@ -70,7 +57,6 @@ class TrainConfig(Section):
         anchors_per_forward: run so many of them at a time against the same prefix, to save memory.
         gradient_checkpointing: so large a share of the layers, 0 to 1 or true for all, keep no activations of mask rows
             and make them again for the gradient: less memory, more time, the same gradients.
-        marked: anchors that the data mark may be drawn more often.
         learning_rate: of the mask embeddings.
         lora_learning_rate: of the LoRA.
         frozen: parts that stay as `adapter.start_from` has them.
@@ -104,7 +90,6 @@ class TrainConfig(Section):
     anchors_per_sequence: int | None = Field(default=None, ge=1)
     anchors_per_forward: int | None = Field(default=None, ge=1)
     gradient_checkpointing: float = Field(default=0.0, ge=0, le=1)
-    marked: MarkedSection = MarkedSection()
     learning_rate: float = Field(default=1e-2, gt=0)
     lora_learning_rate: float = Field(default=3e-3, gt=0)
     head_learning_rate: float = Field(default=3e-3, gt=0)

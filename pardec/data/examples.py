@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pardec.data.anchors import draw_anchors, draw_marked_anchors
 from pardec.data.fitting import useful_anchors
 from pardec.data.row_checks import DataError
 from pardec.data.tokenising import Document
@@ -22,7 +21,6 @@ from pardec.data.tokenising import Document
 # among so many steps' examples those of similar length are brought together: few tokens of a step are padding then, and
 # its examples still come from all over the pool
 _STEPS_OF_A_POOL = 64
-_OF_ANCHORS = ("anchors", "anchor_weights")
 
 
 class Sequences(Protocol):
@@ -158,9 +156,6 @@ class AnchoredSequences(Dataset):
         anchors_per_sequence: int,
         seed: int,
         examples_per_step: int = 1,
-        *,
-        marked_times: float = 1.0,
-        corrected: bool = True,
     ):
         """Takes what example n depends on, none of it the number of processes.
 
@@ -170,22 +165,18 @@ class AnchoredSequences(Dataset):
             anchors_per_sequence: N.
             seed: of order and anchors.
             examples_per_step: G, over all processes; those of a step are of similar length.
-            marked_times: so many times as likely as others are anchors drawn that the sequences mark.
-            corrected: examples tell what each of these draws has to count, see `draw_marked_anchors`.
         """
         self.sequences = OneShard(sequences) if isinstance(sequences, Sequence) else sequences
         self.num_examples = num_examples
         self.anchors_per_sequence = anchors_per_sequence
         self.seed = seed
-        self.marked_times = marked_times
-        self.corrected = corrected
         self._order = ExampleOrder(self.sequences, seed, examples_per_step)
 
     def __len__(self) -> int:
         return self.num_examples
 
     def __getitem__(self, example: int) -> dict[str, Tensor]:
-        """Example n, 0 <= n < num_examples: input_ids [T], loss_mask [T], anchors [N], perhaps anchor_weights [N]."""
+        """Example n, 0 <= n < num_examples: input_ids [T], loss_mask [T], anchors [N]."""
         document = self.sequences.sequence(*self._order.at(example))
         ids = torch.from_numpy(document.input_ids.astype(np.int64))
         mask = torch.ones(len(ids), dtype=torch.bool)
@@ -193,19 +184,11 @@ class AnchoredSequences(Dataset):
             mask = torch.from_numpy(document.loss_mask)
         candidates = useful_anchors(mask).nonzero().squeeze(1)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + example)
-        N, weights = self.anchors_per_sequence, None
-        if self.marked_times == 1:
-            chosen = draw_anchors(candidates, N, generator)
-        else:
-            marked = torch.zeros_like(mask) if document.marked is None else torch.from_numpy(document.marked)
-            chosen, weights = draw_marked_anchors(candidates, marked[candidates], N, self.marked_times, generator)
+        chosen = candidates[torch.randperm(len(candidates), generator=generator)[: self.anchors_per_sequence]]
         # anchors at the last token have no targets: they fill up where there are fewer candidates, behind the others,
         # since token dropping goes by this order, which must be random
-        fill = torch.full((N - len(chosen),), len(ids) - 1)
-        found = {"input_ids": ids, "loss_mask": mask, "anchors": torch.cat([chosen, fill])}
-        if weights is not None and self.corrected:
-            found["anchor_weights"] = torch.cat([weights, torch.zeros(len(fill))])
-        return found
+        fill = torch.full((self.anchors_per_sequence - len(chosen),), len(ids) - 1)
+        return {"input_ids": ids, "loss_mask": mask, "anchors": torch.cat([chosen, fill])}
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -214,7 +197,7 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {
         "input_ids": pad([e["input_ids"] for e in examples], batch_first=True),
         "loss_mask": pad([e["loss_mask"] for e in examples], batch_first=True),
-        **{key: torch.stack([e[key] for e in examples]) for key in _OF_ANCHORS if key in examples[0]},
+        "anchors": torch.stack([e["anchors"] for e in examples]),
     }
 
 
@@ -225,5 +208,4 @@ def collate_used(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     a time, which must be as many in every process.
     """
     used = [int((e["anchors"] < len(e["input_ids"]) - 1).sum()) for e in examples]
-    kept = max(1, *used)
-    return collate([{**e, **{key: e[key][:kept] for key in _OF_ANCHORS if key in e}} for e in examples])
+    return collate([{**e, "anchors": e["anchors"][: max(1, *used)]} for e in examples])

@@ -43,8 +43,7 @@ def windows(document: Document, max_length: int) -> list[Document]:
         own = mask[start:stop].copy()
         if done:
             own[: max(0, done + 1 - start)] = False  # the anchor at `done` has its bonus token behind it
-        marked = None if document.marked is None else document.marked[start:stop]
-        found.append(Document(ids[start:stop], own, document.where, marked))
+        found.append(Document(ids[start:stop], own, document.where))
         done = stop - 2  # an anchor there has its first target in the next piece
     return found
 

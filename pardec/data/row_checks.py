@@ -65,22 +65,16 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def _check_ids(row: dict[str, Any], where: str) -> None:
-    ids = row["input_ids"]
+    ids, mask = row["input_ids"], row.get("loss_mask")
     if not isinstance(ids, list) or not ids or not all(type(t) is int and 0 <= t < 2**31 for t in ids):
         raise DataError(f"{where}: expected input_ids as a list of token ids, found {shown(ids)}")
-    if not any(_checked_flags("a loss_mask", row.get("loss_mask"), len(ids), where)):
+    if not isinstance(mask, list) or len(mask) != len(ids):
+        found = len(mask) if isinstance(mask, list) else shown(mask)
+        raise DataError(f"{where}: expected a loss_mask of {len(ids)} entries, found {found}")
+    if not all(type(entry) in (int, bool) and entry in (0, 1) for entry in mask):
+        raise DataError(f"{where}: expected a loss_mask of 0 and 1, found {shown(mask)}")
+    if not any(mask):
         raise DataError(f"{where}: expected a loss_mask with at least one token to learn, found all 0")
-    if row.get("marked") is not None:
-        _checked_flags("marked", row["marked"], len(ids), where)
-
-
-def _checked_flags(name: str, flags: Any, num_tokens: int, where: str) -> list[int]:
-    if not isinstance(flags, list) or len(flags) != num_tokens:
-        found = len(flags) if isinstance(flags, list) else shown(flags)
-        raise DataError(f"{where}: expected {name} of {num_tokens} entries, found {found}")
-    if not all(type(entry) in (int, bool) and entry in (0, 1) for entry in flags):
-        raise DataError(f"{where}: expected {name} of 0 and 1, found {shown(flags)}")
-    return flags
 
 
 def checked_turns(turns: Any, where: str) -> list[dict[str, Any]]:

@@ -33,7 +33,6 @@ class Shard:
         file: open, read where it is asked for.
         ends: behind the last token of each sequence.
         has_mask: of each; without one every token counts.
-        has_marks: whether anchors are marked in any of them.
         counts: of the rows that the sequences are made of.
         faults: what is wrong with rows that were left out.
         position: of a stream, behind the last row of the shard; None where rows have numbers.
@@ -42,7 +41,6 @@ class Shard:
     file: Any
     ends: np.ndarray
     has_mask: np.ndarray
-    has_marks: bool
     counts: RowCounts
     faults: list[str]
     position: dict[str, Any] | None
@@ -59,8 +57,7 @@ class Shard:
         """One of them."""
         part = slice(int(self.ends[place - 1]) if place else 0, int(self.ends[place]))
         mask = self.file.get_slice("loss_mask")[part] if self.has_mask[place] else None
-        marked = self.file.get_slice("marked")[part] if self.has_marks else None
-        return Document(self.file.get_slice("input_ids")[part], mask, marked=marked)
+        return Document(self.file.get_slice("input_ids")[part], mask)
 
 
 def pieces_of(sizes: np.ndarray, num_bytes: int) -> list[np.ndarray]:
@@ -95,11 +92,7 @@ def write_shard(
         "ends": np.cumsum([len(s.input_ids) for s in sequences], dtype=np.int64),
         "has_mask": np.array([s.loss_mask is not None for s in sequences], dtype=bool),
     }
-    has_marks = any(s.marked is not None for s in sequences)
-    if has_marks:
-        marks = [np.zeros(len(s.input_ids), dtype=bool) if s.marked is None else s.marked for s in sequences]
-        arrays["marked"] = np.concatenate(marks)
-    about = {"counts": asdict(counts), "faults": list(faults), "position": position, "has_marks": has_marks}
+    about = {"counts": asdict(counts), "faults": list(faults), "position": position}
     with written_aside(path) as aside:
         save_tensors({name: torch.from_numpy(a) for name, a in arrays.items()}, aside, {"about": json.dumps(about)})
 
@@ -110,8 +103,7 @@ def open_shard(path: Path) -> Shard | None:
         file = safe_open(path, framework="np")
         about = json.loads(file.metadata()["about"])
         ends, has_mask = file.get_tensor("ends"), file.get_tensor("has_mask")
-        counts, has_marks = RowCounts(**about["counts"]), about.get("has_marks", False)
-        return Shard(file, ends, has_mask, has_marks, counts, about["faults"], about["position"])
+        return Shard(file, ends, has_mask, RowCounts(**about["counts"]), about["faults"], about["position"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return None
 

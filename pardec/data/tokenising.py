@@ -19,14 +19,12 @@ class Document:
     Attributes:
         input_ids: shape [n], int32.
         loss_mask: shape [n], bool; None if every token counts and the document may be packed with others.
-        marked: tokens that are marked as anchors, shape [n], bool; only beside a mask.
         where: names the row of a document with a mask.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray | None = None
     where: str = ""
-    marked: np.ndarray | None = None
 
 
 def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str = "data") -> list[Document]:
@@ -42,8 +40,7 @@ def tokenise(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, where: str
     if row.get("input_ids") is not None:
         check_token_ids(max(row["input_ids"]), len(tokenizer), "the tokenizer", where)
         mask = np.array(row["loss_mask"], dtype=bool)
-        marked = None if row.get("marked") is None else np.array(row["marked"], dtype=bool)
-        return [Document(np.array(row["input_ids"], dtype=np.int32), mask, where, marked)]
+        return [Document(np.array(row["input_ids"], dtype=np.int32), mask, where)]
     if row.get("conversations") is not None:
         return _tokenise_conversation(row, tokenizer, where)
     ids = text_ids(row["text"], tokenizer)

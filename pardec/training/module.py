@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pardec.adapters.head import SamplerHead
-from pardec.layout import TrainingLayout, anchor_order, nested_block_lengths, training_layout
+from pardec.layout import TrainingLayout, nested_block_lengths, sorted_anchors, training_layout
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 from pardec.target.layers import decoder_layers
@@ -60,14 +60,12 @@ class Rows:
         ids: the data's tokens that they predict, shape [B, M].
         before: the tokens before those, shape [B, M].
         counts: rows that have a target, shape [B, M], bool.
-        weights: what the loss of each counts, shape [B, M]; None if all count alike.
     """
 
     layout: TrainingLayout
     ids: Tensor
     before: Tensor
     counts: Tensor
-    weights: Tensor | None
 
 
 class MaskTokenTrainer(nn.Module):
@@ -145,7 +143,6 @@ class MaskTokenTrainer(nn.Module):
         input_ids: Tensor,
         loss_mask: Tensor,
         anchors: Tensor,
-        anchor_weights: Tensor | None = None,
         first_anchor: int = 0,
         num_anchors: int | None = None,
         max_depth: int | None = None,
@@ -157,7 +154,6 @@ class MaskTokenTrainer(nn.Module):
             input_ids: shape [B, T].
             loss_mask: tokens that may be targets, shape [B, T], bool.
             anchors: shape [B, N], in random order where mask tokens are dropped.
-            anchor_weights: what the losses of each one's block count, shape [B, N]; default all alike.
             first_anchor: run only a part of the anchors; 0 runs the real tokens too, other parts reuse them.
             num_anchors: anchors of that part; default all.
             max_depth: mask tokens of a block, 1..K; default K. The same for all parts.
@@ -174,11 +170,9 @@ class MaskTokenTrainer(nn.Module):
         if first_anchor == 0:
             lengths = self._block_lengths(N, num_anchors or N, max_depth or self.drafter.num_speculative_tokens)
             # the one wait for the device, before it has been given anything to do
-            on_host = anchors.cpu()
-            order = anchor_order(on_host, lengths)
-            weights = None if anchor_weights is None else anchor_weights.gather(1, order.to(anchor_weights.device))
+            on_host = sorted_anchors(anchors.cpu(), lengths)
             cache, hidden = run_prefix(self.own_head, input_ids, self.prefix_slices)
-            self._prefix = Prefix(cache, hidden, on_host.gather(1, order), weights, lengths)
+            self._prefix = Prefix(cache, hidden, on_host, lengths)
         prefix = self._prefix
         assert prefix is not None
         part = slice(first_anchor, None if num_anchors is None else first_anchor + num_anchors)
@@ -187,8 +181,7 @@ class MaskTokenTrainer(nn.Module):
         targets = layout.targets.clamp_max(T - 1)
         counts = (layout.targets < T) & loss_mask.gather(1, targets)
         before = input_ids.gather(1, (targets - 1).clamp_min(0))
-        weights = None if prefix.weights is None else prefix.weights[:, part][:, layout.blocks]
-        rows = Rows(layout, input_ids.gather(1, targets), before, counts, weights)
+        rows = Rows(layout, input_ids.gather(1, targets), before, counts)
         # where only the head is trained, and only reads, nothing below it needs a gradient
         with torch.set_grad_enabled(self._needs_gradients and torch.is_grad_enabled()):
             hidden = self.mask_pass.hidden(self._mask_inputs(layout), layout, on_host, prefix.cache)
@@ -216,8 +209,6 @@ class MaskTokenTrainer(nn.Module):
         metrics, loss_sum = {"rows": counts.float()}, torch.zeros((), device=hidden.device)
         for name, logits in self._draft_logits(hidden, before).items():
             weighted, found = objective.weighted_losses(logits, law, ids, counts, layout, K, with_metrics=with_metrics)
-            if rows.weights is not None:
-                weighted = weighted * part.of(rows.weights)
             loss_sum = loss_sum + weighted.sum()
             metrics[f"{name}loss"] = weighted.detach()
             if with_metrics:

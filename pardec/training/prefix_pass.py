@@ -24,14 +24,12 @@ class Prefix:
         cache: keys and values of the real tokens.
         hidden: what their law is made of, shape [B, T, H].
         anchors: of all parts, in the order in which their blocks run, shape [B, N], where the host can read them.
-        weights: what each of them counts, shape [B, N]; None if all count alike.
         lengths: of all blocks.
     """
 
     cache: PrefixCache
     hidden: Tensor
     anchors: Tensor
-    weights: Tensor | None
     lengths: tuple[int, ...]
 
 

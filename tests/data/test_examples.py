@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import torch
 from data_samples import masked, text
-from torch import Tensor
 
 from pardec.data.examples import AnchoredSequences, ExampleOrder, OneShard, collate, collate_used
 from pardec.data.row_checks import DataError
-from pardec.data.tokenising import Document
 
 
 def make_sequences(count=7, length=20):
@@ -129,71 +127,6 @@ def test_a_batch_of_used_anchors_lacks_those_that_only_fill_up(lengths):
     for one, rest in zip(pair, whole["anchors"][:, used["anchors"].shape[1] :], strict=True):
         assert (rest == len(one["input_ids"]) - 1).all()
     assert torch.equal(used["input_ids"], whole["input_ids"])
-
-
-# ---------------------------------------------------------------------- marked anchors
-
-
-def marked_sequences():
-    """Two sequences with 14 and 4 useful anchors, of which 4 and none are marked."""
-    marks = np.zeros(20, dtype=bool)
-    marks[[3, 4, 9, 10, 17, 18, 19]] = True  # the last three are not useful, or have no target
-    mask = np.array([False] * 4 + [True] * 15 + [False])
-    return [
-        Document(np.full(20, 1, dtype=np.int32), mask, marked=marks),
-        Document(np.full(6, 2, dtype=np.int32), np.ones(6, dtype=bool), marked=np.zeros(6, dtype=bool)),
-    ]
-
-
-def test_marked_anchors_are_drawn_more_often_and_tell_what_they_count():
-    examples = AnchoredSequences(marked_sequences(), 800, 6, seed=0, marked_times=4.0)
-    seen = Counter()
-    for example in (examples[n] for n in range(800)):
-        anchors, weights = example["anchors"], example["anchor_weights"]
-        assert anchors.shape == weights.shape == (6,)
-        if example["input_ids"][0] == 2:  # nothing is marked, all are drawn: the others fill up
-            assert sorted(anchors[:4].tolist()) == [0, 1, 2, 3]
-            assert weights.tolist() == [1, 1, 1, 1, 0, 0]
-            continue
-        assert len(set(anchors.tolist())) == 6
-        assert set(anchors.tolist()) <= set(range(3, 17))
-        seen.update(anchors.tolist())
-        assert all(
-            (weight < 1) == (anchor in (3, 4, 9, 10))
-            for anchor, weight in zip(*map(Tensor.tolist, (anchors, weights)), strict=True)
-        )
-    marked, others = (
-        [seen[n] / 400 for n in range(3, 17) if (n in (3, 4, 9, 10)) == is_one] for is_one in (True, False)
-    )
-    assert len(marked) == 4
-    assert len(others) == 10
-    assert min(marked) / max(others) > 2  # 4 times as likely, of 6 draws: 0.92 and 0.23
-
-
-def test_draws_that_are_not_corrected_count_alike_and_are_the_same():
-    corrected, plain = (
-        AnchoredSequences(marked_sequences(), 20, 6, seed=0, marked_times=4.0, corrected=flag) for flag in (True, False)
-    )
-    for n in range(20):
-        assert torch.equal(corrected[n]["anchors"], plain[n]["anchors"])
-        assert "anchor_weights" not in plain[n]
-
-
-def test_marks_change_nothing_where_they_are_not_asked_for():
-    marked = marked_sequences()
-    bare = [Document(one.input_ids, one.loss_mask) for one in marked]
-    one, other = (AnchoredSequences(documents, 10, 3, seed=0) for documents in (marked, bare))
-    assert all(torch.equal(one[n]["anchors"], other[n]["anchors"]) for n in range(10))
-    assert "anchor_weights" not in one[0]
-
-
-def test_a_batch_has_the_weights_of_its_anchors():
-    examples = AnchoredSequences(marked_sequences(), 2, 20, seed=0, marked_times=4.0)
-    pair = [examples[0], examples[1]]
-    whole, used = collate(pair), collate_used(pair)
-    assert whole["anchor_weights"].shape == (2, 20)
-    assert used["anchors"].shape == used["anchor_weights"].shape == (2, 14)
-    assert torch.equal(used["anchor_weights"], whole["anchor_weights"][:, :14])
 
 
 # ---------------------------------------------------------------------- the order

@@ -52,17 +52,6 @@ def test_windows_begin_a_quarter_of_their_length_before_what_they_are_for():
     assert windows(example(3, 5), 32)[0].loss_mask is not None
 
 
-def test_windows_have_the_marks_of_their_tokens():
-    marks = np.random.default_rng(0).random(120) < 0.4
-    document = example(60, 60)
-    found = windows(Document(document.input_ids, document.loss_mask, marked=marks), 32)
-    assert len(found) > 2
-    for one in found:
-        assert one.marked is not None
-        assert one.marked.tolist() == marks[one.input_ids].tolist()
-    assert all(one.marked is None for one in windows(document, 32))
-
-
 def test_each_row_is_counted_with_what_became_of_its_examples():
     counts = RowCounts()
     text = Document(np.arange(30, dtype=np.int32))

@@ -47,12 +47,6 @@ MALFORMED = {
     "mask of text": ('{"input_ids": [1, 2], "loss_mask": "11"}', "expected a loss_mask of 2 entries"),
     "mask of strings": ('{"input_ids": [1, 2], "loss_mask": ["a", "0"]}', "expected a loss_mask"),
     "mask all 0": ('{"input_ids": [1, 2], "loss_mask": [0, 0]}', "expected a loss_mask with at least one"),
-    "short marks": (
-        '{"input_ids": [1, 2], "loss_mask": [0, 1], "marked": [1]}',
-        "expected marked of 2 entries, found 1",
-    ),
-    "marks of text": ('{"input_ids": [1], "loss_mask": [1], "marked": "1"}', "expected marked of 1 entries, found '1'"),
-    "marks of numbers": ('{"input_ids": [1], "loss_mask": [1], "marked": [0.5]}', "expected marked of 0 and 1"),
     "no ids": ('{"input_ids": [], "loss_mask": []}', "expected input_ids as a list of token ids"),
     "ids of text": ('{"input_ids": "12", "loss_mask": [1, 1]}', "expected input_ids as a list of token ids"),
     "float ids": ('{"input_ids": [1.5], "loss_mask": [1]}', "expected input_ids as a list of token ids"),

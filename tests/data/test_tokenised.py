@@ -63,21 +63,6 @@ def test_shards_hold_the_sequences_of_their_rows(path, chat_tokenizer, tmp_path)
     assert train.counts.read == train.counts.available == NUM_ROWS
 
 
-@pytest.mark.parametrize("share", [0, 3])
-def test_shards_hold_the_marks_of_their_rows(share, tokenizer, tmp_path):
-    rows = [{"input_ids": [n, *range(30)], "loss_mask": [0] * 5 + [1] * 26} for n in range(60)]
-    for n in range(0, 20 * share, share or 1):
-        rows[n]["marked"] = [(n + t) % 2 for t in range(31)]
-    train = make(write_jsonl(tmp_path / "rows.jsonl", rows), tokenizer, tmp_path / "cache", max_length=40)
-    assert len(train.pieces) > 2
-    found = {int(one.input_ids[0]): one.marked for one in train}
-    assert len(found) == 60
-    for n, marks in found.items():
-        expected = rows[n].get("marked")
-        assert (marks is None or not marks.any()) if expected is None else marks.tolist() == [bool(e) for e in expected]
-    assert any(marks is not None for marks in found.values()) == bool(share)
-
-
 def test_what_was_tokenised_once_is_read(path, chat_tokenizer, tmp_path, monkeypatch):
     first = plain(make(path, chat_tokenizer, tmp_path / "cache"))
 

@@ -103,26 +103,6 @@ def test_rows_and_prompts_that_are_not_used_are_told(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_anchors_that_rows_mark_are_drawn_as_the_recipe_says(tmp_path):
-    """Where all are marked nothing changes; where half are, other anchors are drawn, and count otherwise."""
-    learned = [{"input_ids": list(range(n, n + 50)), "loss_mask": [0] * 10 + [1] * 40} for n in range(1, 61)]
-    found = {}
-    for marks in ([1] * 50, [0, 1] * 25):
-        rows = Path(write_jsonl(tmp_path / f"rows{marks[0]}.jsonl", [{**row, "marked": marks} for row in learned]))
-        for times, corrected in ((1, True), (9, True), (9, False)):
-            output = tmp_path / f"run-{marks[0]}-{times}-{corrected}"
-            marked = (f"train.marked.times={times}", f"train.marked.corrected={corrected}")
-            ended = train(output, rows, "train.steps=1", "adapter.head=null", *marked)
-            assert ended.code == 0, ended.err[-2000:]
-            found[marks[0], times, corrected] = checkpoint(output, "parameters.safetensors")["mask_embeddings"]
-    even = found[1, 1, True]
-    assert all(torch.equal(even, found[1, 9, corrected]) for corrected in (True, False))
-    assert torch.equal(even, found[0, 1, True])
-    others = [found[0, 9, True], found[0, 9, False]]
-    assert not any(torch.equal(even, one) for one in others)
-    assert not torch.equal(*others)
-
-
 def test_the_logged_acceptance_is_what_the_saved_adapter_gives(whole, text_file):
     model = pardec.load(whole)
     measured = model.adapter.metadata.measured
@@ -149,11 +129,6 @@ def test_the_logged_acceptance_is_what_the_saved_adapter_gives(whole, text_file)
         (["data.max_length=4096"], "data.max_length: expected at most 2048"),
         (["train.position_weights=[1e38, 1e38]"], "expected a finite loss, found"),
         (["adapter.lora.target_modules=[no_such_layer]"], "no_such_layer"),
-        (
-            ["train.marked.times=2"],
-            "code.txt: expected rows with input_ids, loss_mask and marked (train.marked), found",
-        ),
-        (["train.marked.times=0"], "train.marked.times: expected a number greater than 0, found 0"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(text_file, tmp_path, overrides, words):

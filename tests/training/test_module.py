@@ -64,13 +64,12 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
     """
     base, ids = trainer.base, batch["input_ids"]
     B, M = ids.shape[0], N * K
-    counted = batch.get("anchor_weights", torch.ones(B, N)).tolist()
     config = base.config
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     positions = torch.zeros(B, T + M, dtype=torch.long)
     visible = torch.zeros(B, T + M, T + M, dtype=torch.bool)
-    rows = []  # (batch, row, anchor, j, what the anchor counts)
+    rows = []  # (batch, row, anchor, j)
     for b in range(B):
         for s in range(T):
             positions[b, s] = s
@@ -82,7 +81,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
                 visible[b, row, : anchor + 1] = True
                 visible[b, row, T + n * K : row + 1] = True
                 if lengths is None or j <= lengths[n]:
-                    rows.append((b, row, anchor, j, counted[b][n]))
+                    rows.append((b, row, anchor, j))
     near = positions[:, :, None] - positions[:, None, :] < (window or 10**9)
 
     def form(seen):
@@ -115,7 +114,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
     for handle in handles:
         handle.remove()
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for b, row, anchor, j, counts in rows:
+    for b, row, anchor, j in rows:
         target = anchor + j + 1
         if target >= T or not batch["loss_mask"][b, target]:
             continue
@@ -124,7 +123,7 @@ def naive_joint_loss(trainer: MaskTokenTrainer, batch: dict[str, torch.Tensor], 
             loss = (p.exp() * (p - logits[b, row].log_softmax(-1))).sum()
         else:
             loss = -logits[b, row].log_softmax(-1)[ids[b, target]]
-        total, count = total + counts * weights[j - 1] * loss, count + 1
+        total, count = total + weights[j - 1] * loss, count + 1
     return total, count
 
 
@@ -153,26 +152,10 @@ def test_shorter_blocks_are_as_if_deeper_mask_tokens_had_never_been(family, dept
     assert not trainer.mask_embeddings.grad[depth:].any()  # so that AdamW leaves them where they are
 
 
-@pytest.mark.parametrize("keep", [(1.0, 0.0), (0.6, 0.3)])
-@pytest.mark.parametrize("per_forward", [None, 2])
-def test_losses_of_an_anchor_count_what_it_is_given(keep, per_forward):
-    """Also where the anchors run in another order, in parts, and with some of their mask tokens dropped."""
-    trainer = make_trainer("llama", True, Objective("kl", [1.0, 0.5, 0.25]), keep)
-    trainer.most_rows = 4
-    batch = make_batch() | {"anchor_weights": torch.tensor([[0.5, 3.0, 0.0, 1.25], [2.0, 0.25, 1.0, 0.75]])}
-    lengths = trainer._block_lengths(N, per_forward or N, K)
-    parts = [{}] if per_forward is None else [{"first_anchor": n, "num_anchors": 2} for n in (0, 2)]
-    assert_gradients_are_naive(trainer, True, [1.0, 0.5, 0.25], lengths, batch=batch, parts=parts)
-    alike = trainer(**make_batch())[0]
-    assert alike == trainer(**make_batch(), anchor_weights=torch.ones(2, N))[0] != trainer(**batch)[0]
-
-
-def assert_gradients_are_naive(trainer, lora, weights, lengths=None, *, batch=None, parts=({},), **options):
-    batch, loss, count = batch or make_batch(), 0.0, 0
-    for part in parts:
-        loss_of_part, count_of_part, _ = trainer(**batch, **part, **options)
-        loss_of_part.backward()
-        loss, count = loss + loss_of_part, count + count_of_part
+def assert_gradients_are_naive(trainer, lora, weights, lengths=None, **options):
+    batch = make_batch()
+    loss, count, _ = trainer(**batch, **options)
+    loss.backward()
     parameters = {n: p for n, p in trainer.named_parameters() if p.requires_grad}
     assert len(parameters) > (1 if lora else 0)
     found = {name: p.grad.clone() for name, p in parameters.items()}
