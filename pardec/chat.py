@@ -89,7 +89,7 @@ class Chat:
             model: that answers.
             system: prompt of the system's, first of all messages; None for none, or the template's own.
             options: of every answer, as of `stream`; max_new_tokens is among them. With a seed, turn n is drawn with
-                seed + n.
+                seed + n, and behind the largest seed with 0, 1, ..
 
         Raises:
             ValueError: beginning with `messages`, without a chat template, or with one that has no system messages.
@@ -172,7 +172,7 @@ class Chat:
     ) -> Generator[StreamChunk, None, object]:
         seed = options.get("seed")
         if seed is not None:
-            options = {**options, "seed": integer("seed", seed, 0, 2**63 - 1) + self._num_turns}
+            options = {**options, "seed": (integer("seed", seed, 0, 2**63 - 1) + self._num_turns) % 2**63}
         return self._model.stream(messages=messages, mode=mode, kept=kept, **options)
 
 

@@ -56,7 +56,15 @@ app = typer.Typer(
 def main() -> None:
     """The console script; what is wrong with a command line is told in one line, too."""
     try:
-        sys.exit(typer.main.get_command(app).main(standalone_mode=False))
+        ended = typer.main.get_command(app).main(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is to be known here, not when the interpreter ends
+        sys.exit(ended)
+    except OSError:  # of --help and --version, for which there is no room; commands tell of their own
+        from pardec.run import exit_on_unusable_input
+
+        with exit_on_unusable_input():
+            raise
     except Exception as error:
         kind, say = type(error).__name__, getattr(error, "format_message", None)  # of click, which typer has its own of
         if kind == "Abort":  # Ctrl-C

@@ -85,6 +85,14 @@ def test_sampled_turns_have_seeds_of_their_own_and_can_be_repeated(model):
     assert first[1] == again.text[0]
 
 
+def test_behind_the_largest_seed_turns_go_on_with_the_smallest(model):
+    chat = Chat(model, None, {"max_new_tokens": 12, "temperature": 1.0, "seed": 2**63 - 1})
+    for _ in range(2):
+        found = said(chat, "x = 1")
+    again = model.generate(messages=chat.messages[:3], max_new_tokens=12, temperature=1.0, seed=0)
+    assert found == again.text[0]
+
+
 def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(model):
     chat = Chat(model, None, OPTIONS)
     chunks = chat.say("def f(x):")

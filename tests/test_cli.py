@@ -6,10 +6,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from greedy_oracle import plain_generate
+from programs import ROOT
 from typer.testing import CliRunner
 
 import pardec
@@ -376,3 +378,13 @@ def test_the_version_is_told(monkeypatch, capsys):
         main()
     assert ended.value.code in (0, None)
     assert capsys.readouterr().out.startswith("pardec ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_what_it_says_of_itself_is_one_line_of_error_where_there_is_no_room_for_it(option):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "pardec", option]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
+    assert ended.stderr.startswith("error: ")

@@ -1,5 +1,6 @@
 """The pages for people: every link resolves, and the front page stays one."""
 
+import json
 import re
 from pathlib import Path
 
@@ -58,3 +59,14 @@ def test_every_recipe_and_program_is_named_where_its_reader_is():
         assert path.stem in recipes
     for path in (ROOT / "eval").glob("*.py"):
         assert f"`{path.name}" in programs
+
+
+def test_what_a_step_on_a_card_costs_is_the_same_on_all_pages():
+    """The two pages that reckon with a step of 25 rows of the 8B shape name the ratio of the result file."""
+    rows = json.loads((ROOT / "eval/results/latency_llama8b_compiled_h200.json").read_text())["rows"]
+    (ratio,) = [row["ratio_to_plain"] for row in rows if row["rows"] == 25 and not row["lora"]]
+    serving = (ROOT / "recipes/serving.md").read_text()
+    assert f"takes [{ratio:.2f} x a plain one compiled" in (ROOT / "README.md").read_text()
+    assert f"in {ratio:.2f} x the time of a plain one compiled" in serving
+    for accepted in (0.5, 1, 2, 3):
+        assert f"| {accepted} | {(2 + accepted) / 2:.2f} | {(1 + accepted) / round(ratio, 2):.2f} |" in serving

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from pardec.data.responses.own_questions import UserTurn, questions_of, user_turn
-from pardec.data.responses.response_file import append_rows, read_about, write_about
+from pardec.data.responses.response_file import append_rows, only_writer, read_about, write_about
 from pardec.decoding.probing.probe import probe
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, exit_on_unusable_input, library_versions
@@ -73,10 +73,10 @@ def ask(args: argparse.Namespace) -> None:
     }
     if before is not None and before["fingerprint"] != about["fingerprint"]:
         raise ValueError(f"output {output}: its questions are another base's; choose another output or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_about(output, about)
-    rows = [] if before is None else whole_batches(output)
-    with tqdm(total=args.num_questions, unit="question") as bar:
+    with only_writer(output), tqdm(total=args.num_questions, unit="question") as bar:
+        before = read_about(output, settings)  # another run may have ended meanwhile
+        write_about(output, about)
+        rows = [] if before is None else whole_batches(output, args.num_questions)
         num_asked = continue_asking(args, model, turn, rows, bar)
     print(f"{num_asked:,} questions in {output}; as a source of responses: {{kind: questions, path: {output}}}")
 
@@ -125,8 +125,10 @@ def continue_asking(
     return len(seen)
 
 
-def whole_batches(file: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run but for its last batch, which may be short and is asked again; the file keeps these alone.
+def whole_batches(file: Path, num_questions: int) -> list[dict[str, Any]]:
+    """Rows of an earlier run, all of them if there are so many; the file keeps these alone.
+
+    Else its last batch, which may be short, is not among them, and is asked again.
 
     Raises:
         ValueError: for lines that no run has written.
@@ -136,7 +138,8 @@ def whole_batches(file: Path) -> list[dict[str, Any]]:
         lines.pop()
     try:
         rows = [json.loads(line) for line in lines]
-        kept = [row for row in rows if row["batch"] < rows[-1]["batch"] and isinstance(row["prompt"], str)]
+        end = rows[-1]["batch"] + (len(rows) >= num_questions) if rows else 0
+        kept = [row for row in rows if row["batch"] < end and isinstance(row["prompt"], str)]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"output {file}: expected rows with prompt and batch, found others; remove it") from None
     os.truncate(file, sum(map(len, lines[: len(kept)])))

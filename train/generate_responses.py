@@ -10,6 +10,7 @@ each generates every so many-th batch, and the main one writes; the file does no
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pardec.data.responses.response_file import (
     keep_whole_batches,
     longest_row,
     one_turn,
+    only_writer,
     plan_batches,
     read_about,
     response_row,
@@ -57,12 +59,12 @@ from pardec.training.running.processes import made_by, make_accelerator
 
 def main() -> None:
     """Reads the command line; bad input ends with one line and exit code 2."""
-    with exit_on_unusable_input():
-        generate(recipe_of_command_line(__doc__, ResponsesRecipe))
+    with exit_on_unusable_input(), ExitStack() as held:
+        generate(recipe_of_command_line(__doc__, ResponsesRecipe), held)
 
 
-def generate(recipe: ResponsesRecipe) -> None:
-    """The run, from recipe to the finished file."""
+def generate(recipe: ResponsesRecipe, held: ExitStack) -> None:
+    """The run, from recipe to the finished file, which other runs are kept from while `held` is open."""
     output = Path(recipe.output)
     before = read_about(output, recipe.model_dump())
     accelerator = make_accelerator("no")
@@ -77,11 +79,10 @@ def generate(recipe: ResponsesRecipe) -> None:
     order = BY_LENGTH if before is None else before.get("order")  # a file goes on as it was begun
     if order == BY_LENGTH:
         prompts = by_length(prompts, recipe.batch_size)
-    identity = fingerprint(model.base_model, model.tokenizer)
     made = made_by(accelerator)
     about: dict[str, Any] = {
         "recipe": recipe.model_dump(),
-        "fingerprint": identity.model_dump(),
+        "fingerprint": fingerprint(model.base_model, model.tokenizer).model_dump(),
         "prompts_sha256": digest([prompt.input_ids for prompt in prompts]),
         **({"order": order} if order else {}),
         **({"sources": sources} if sources else {}),
@@ -91,7 +92,8 @@ def generate(recipe: ResponsesRecipe) -> None:
         check_continues(output, before, about, model, recipe.data.name)
         about["earlier_runs"] = [*before.get("earlier_runs", []), {key: before[key] for key in made}]
 
-    # whole batches that are there already stay
+    if accelerator.is_main_process:
+        held.enter_context(only_writer(output))
     batches = plan_batches(len(prompts), recipe.batch_size, recipe.share_of_greedy)
     num_done, counts = begin(output, accelerator, about, batches, prompts)
     announce(recipe, accelerator, prompts, sources, counts["responses"])
@@ -114,8 +116,7 @@ def generate(recipe: ResponsesRecipe) -> None:
     progress.close()
 
     if accelerator.is_main_process:
-        num_bytes = output.stat().st_size
-        write_about(output, {**about, "counts": counts, "last_run": last_run, "num_bytes": num_bytes})
+        write_about(output, about | {"counts": counts, "last_run": last_run, "num_bytes": output.stat().st_size})
     report(recipe, accelerator, counts, prompts)
     accelerator.end_training()
 
@@ -201,7 +202,6 @@ def begin(
     """Whole batches in the file and their counts; leaves beside the file what it is made by, before its first row."""
     kept: list[Any] = [0, Counter()]
     if accelerator.is_main_process:
-        output.parent.mkdir(parents=True, exist_ok=True)
         kept = list(keep_whole_batches(output, batches, prompts))
         write_about(output, about)
     broadcast_object_list(kept)

@@ -9,6 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from pardec.data.responses.questions import training_questions
+from pardec.data.responses.response_file import only_writer
+from pardec.model import SelfSpeculativeModel
 from pardec.target.base import resolve_base
 
 END = ")"  # a text that the packaged model writes soon
@@ -78,6 +80,26 @@ def test_a_run_for_more_goes_on_from_fewer(base, whole, tmp_path):
     assert run(base, output, "--num-questions", 7).code == 0
     assert len(rows_of(output)) == 7
     assert run(base, output, "--num-questions", NUM).code == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_for_no_more_leaves_what_is_there(base, whole, tmp_path, monkeypatch):
+    output = tmp_path / "own.jsonl"
+    shutil.copy(whole.with_name("own.jsonl.json"), tmp_path)
+    output.write_bytes(whole.read_bytes() + b'{"prom')  # another was killed while it went on
+    monkeypatch.setattr(SelfSpeculativeModel, "generate", None)  # nothing is asked
+    for fewer in (NUM, 7):
+        ended = run(base, output, "--num-questions", fewer)
+        assert (ended.code, ended.out.split()[0]) == (0, str(NUM))
+        assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_second_run_to_one_file_is_refused_while_the_first_writes(base, whole, tmp_path):
+    output = tmp_path / "own.jsonl"
+    shutil.copy(whole.with_name("own.jsonl.json"), tmp_path)
+    shutil.copy(whole, output)
+    with only_writer(output):
+        assert "expected no other run that writes there, found one" in run(base, output, "--num-questions", 60).error
     assert output.read_bytes() == whole.read_bytes()
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from pardec.data.corpus import load_corpus
 from pardec.data.python_sources import split_of
-from pardec.data.responses.response_file import about_file, plan_batches
+from pardec.data.responses.response_file import about_file, only_writer, plan_batches
 from pardec.target.base import load_base, resolve_base
 
 PROMPT_TOKENS, MAX_NEW_TOKENS, TOP_K = 16, 8, 5
@@ -169,6 +169,15 @@ def test_a_finished_file_is_left_alone(finished, texts):
     before = {file: file.stat().st_mtime_ns for file in finished.parent.iterdir()}
     assert "already holds all 13 responses" in run(texts, finished)
     assert {file: file.stat().st_mtime_ns for file in finished.parent.iterdir()} == before
+
+
+def test_a_second_run_to_one_file_is_refused_while_the_first_writes(finished, texts, tmp_path):
+    output = tmp_path / "responses.jsonl"
+    with only_writer(output):
+        assert f"{output}: expected no other run that writes there, found one" in refusal(texts, output)
+        assert output.read_bytes() == b""
+    run(texts, output)
+    assert output.read_bytes() == finished.read_bytes()
 
 
 def begun(finished: Path, output: Path, num_bytes: int) -> Path:

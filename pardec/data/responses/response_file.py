@@ -4,10 +4,12 @@ Knows neither models nor tokenizers. A file grows batch by batch; a run that was
 whole batch. Beside it stands `<file>.json`, which tells what the rows were made by.
 """
 
+import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -220,6 +222,27 @@ def _is_answer(answer: Answer, prompt: Prompt) -> bool:
     if not answer.ids or len(answer.ids) != len(answer.mask) or not answer.mask[0] == answer.mask[-1] == 1:
         return False
     return all(one == 1 or (one == 0 and prompt.follow_up is not None) for one in answer.mask)
+
+
+@contextmanager
+def only_writer(file: Path) -> Iterator[None]:
+    """Makes the file and keeps other runs from it: two that append to it would leave rows twice.
+
+    Raises:
+        ValueError: if another run is there.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"output {file}: expected no other run that writes there, found one; choose another output or wait for "
+                "its end"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 # ---------------------------------------------------------------------- what is known of it
