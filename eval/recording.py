@@ -51,9 +51,10 @@ def report(args: argparse.Namespace) -> None:
     messages, output = args.message or list(MESSAGES), Path(args.output)
     model = pardec.load(args.directory)
     chat = Chat(model, None, {"max_new_tokens": args.max_new_tokens})
-    for mode in ("plain", "fused"):  # weights are packed once, which is no answer's time
-        model.generate(messages=[{"role": "user", "content": "?"}], mode=mode, max_new_tokens=8)
-    shown, answers = converse(chat, messages, f"$ pardec chat {args.directory}")
+    mode = model.engines.drafting(None, None, None, None).mode  # as `pardec chat` begins
+    for either in ("plain", mode):  # weights are packed once, which is no answer's time
+        model.generate(messages=[{"role": "user", "content": "?"}], mode=either, max_new_tokens=8)
+    shown, answers = converse(chat, mode, messages, f"$ pardec chat {args.directory}")
     result = {"answers": answers, "max_new_tokens": args.max_new_tokens, **provenance(model.target.device)}
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(output) as aside:
@@ -62,7 +63,7 @@ def report(args: argparse.Namespace) -> None:
     print(json.dumps(result))
 
 
-def converse(chat: Chat, messages: Sequence[str], command: str) -> tuple[str, list[dict]]:
+def converse(chat: Chat, mode: str, messages: Sequence[str], command: str) -> tuple[str, list[dict]]:
     """What the program writes to a terminal, with its codes, and the figures of every answer."""
     written, answers = io.StringIO(), []
     console = Console(file=written, force_terminal=True, color_system="standard", highlight=False, soft_wrap=True)
@@ -76,7 +77,7 @@ def converse(chat: Chat, messages: Sequence[str], command: str) -> tuple[str, li
                 answers.append(figures(message, chat))
 
     console.print(Text(command))
-    TerminalTalk(chat, "fused", console).follow(typed())
+    TerminalTalk(chat, mode, console).follow(typed())
     return written.getvalue(), answers
 
 
