@@ -92,8 +92,9 @@ def generate(recipe: ResponsesRecipe, held: ExitStack) -> None:
         check_continues(output, before, about, model, recipe.data.name)
         about["earlier_runs"] = [*before.get("earlier_runs", []), {key: before[key] for key in made}]
 
-    if accelerator.is_main_process:
-        held.enter_context(only_writer(output))
+    with failing_together(accelerator):  # or the others would wait for a main process that is refused
+        if accelerator.is_main_process:
+            held.enter_context(only_writer(output))
     batches = plan_batches(len(prompts), recipe.batch_size, recipe.share_of_greedy)
     num_done, counts = begin(output, accelerator, about, batches, prompts)
     announce(recipe, accelerator, prompts, sources, counts["responses"])
