@@ -3,6 +3,7 @@
 Knows nothing of models or decoding.
 """
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -183,6 +184,20 @@ def to_disk(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def held_alone(descriptor: int) -> bool:
+    """Whether no other process holds an open file or folder; then this one does, until the descriptor is closed.
+
+    True as well where a file system knows no such locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

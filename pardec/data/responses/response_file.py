@@ -4,7 +4,6 @@ Knows neither models nor tokenizers. A file grows batch by batch; a run that was
 whole batch. Beside it stands `<file>.json`, which tells what the rows were made by.
 """
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -15,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pardec.run import written_aside
+from pardec.run import held_alone, written_aside
 
 # responses with fewer tokens of the model's own give training next to nothing
 SHORT_TOKENS = 3
@@ -233,15 +232,11 @@ def only_writer(file: Path) -> Iterator[None]:
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not held_alone(held.fileno()):
             raise ValueError(
                 f"output {file}: expected no other run that writes there, found one; choose another output or wait for "
                 "its end"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            )
         yield
 
 

@@ -3,13 +3,13 @@
 Knows the folder and its checkpoints alone.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pardec.run import held_alone
 from pardec.training.running.checkpoints import read_progress
 
 # what a killed process leaves, such as helpers that are ending, may hold on for a moment
@@ -51,14 +51,8 @@ def only_run(output: Path, first_step: int) -> Iterator[None]:
 
 
 def _locked(folder: int) -> bool:
-    """Whether nobody else holds the folder; True as well where a file system knows no locks of folders."""
     for _ in range(_TRIES):
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_SECONDS)
-        except OSError:
+        if held_alone(folder):
             return True
-        else:
-            return True
+        time.sleep(_SECONDS)
     return False
