@@ -28,6 +28,7 @@ from pardec.cli_options import (
     TopK,
     TopP,
     TrustRemoteCode,
+    UseHead,
     Verification,
 )
 from pardec.data.prompt_files import read_prompts
@@ -94,7 +95,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="the prompt; - reads standard input", show_default=False)] = None,
     prompt_file: Annotated[
         str | None,
-        typer.Option(help="file with one prompt, or .jsonl with a 'prompt' per line; - reads standard input"),
+        typer.Option(
+            help="a text, or .jsonl with a 'prompt' (or 'turns', of a --chat) per line; - reads standard input"
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="limit per prompt")] = 128,
     temperature: Temperature = 0.0,
@@ -104,10 +107,7 @@ def generate(
     seed: Seed = None,
     mode: Mode = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
-    use_head: Annotated[
-        bool | None,
-        typer.Option("--head/--no-head", help="use the sampler head; default unless tuned without", show_default=False),
-    ] = None,
+    use_head: UseHead = None,
     verification: Verification = "token",
     copy_tokens: CopyTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per prompt")] = False,
@@ -140,7 +140,7 @@ def generate(
             "copy_tokens": copy_tokens,
         }
         check_options(**options, mode=mode)
-        prompts = read_prompts(source, prompt, prompt_file)
+        prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
         model = _load(directory, base, device, dtype, trust_remote_code)
         advise_tuning(model, directory, mode)
 
@@ -179,6 +179,7 @@ def chat(
     seed: Seed = None,
     mode: Mode = None,
     num_speculative_tokens: NumSpeculativeTokens = None,
+    use_head: UseHead = None,
     verification: Verification = "token",
     copy_tokens: CopyTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
@@ -205,6 +206,7 @@ def chat(
         check_options(**options, mode=mode)
         model = _load(directory, base, device, dtype, trust_remote_code)
         advise_tuning(model, directory, mode)
+        options |= {"use_head": use_head}
 
         from pardec.chat import Chat
         from pardec.chat_terminal import run_chat

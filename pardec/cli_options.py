@@ -43,5 +43,9 @@ CopyTokens = Annotated[
         show_default=False,
     ),
 ]
+UseHead = Annotated[
+    bool | None,
+    typer.Option("--head/--no-head", help="use the sampler head; default unless tuned without", show_default=False),
+]
 AsChat = Annotated[bool, typer.Option("--chat", help="each prompt is a user's message for the chat template")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]

@@ -50,7 +50,7 @@ from pardec.loading import load
 from pardec.measures.acceptance import digest
 from pardec.model import SelfSpeculativeModel
 from pardec.run import exit_on_unusable_input
-from pardec.target.base import eos_token_ids, load_base, load_tokenizer
+from pardec.target.base import PACKAGED_BASE, eos_token_ids, load_base, load_tokenizer
 from pardec.target.fingerprint import Fingerprint, differences, fingerprint
 from pardec.target.forward import embedding_weight
 from pardec.training.running.agreement import failing_together, main_process_first
@@ -290,9 +290,11 @@ def report(recipe: ResponsesRecipe, accelerator: Accelerator, counts: Counter[st
     max_length = max(len(prompt.input_ids) for prompt in prompts) + recipe.max_new_tokens
     if counts["follow_ups"]:
         max_length = longest_row(Path(recipe.output))
+    # the rate of the recipe's LoRA is for the packaged model: larger ones diverge at it
+    rates = "" if recipe.base == PACKAGED_BASE else " train.steps=2000 train.lora_learning_rate=2e-4"
     accelerator.print(
         f"try: accelerate launch train/train_adapter.py recipes/quickstart.yaml base={recipe.base} "
-        f"data.path={recipe.output} data.max_length={max_length}{held_out} "
+        f"data.path={recipe.output} data.max_length={max_length}{held_out}{rates} "
         f"output_dir=runs/quickstart_{Path(recipe.output).stem}"
     )
 

@@ -93,11 +93,11 @@ def train(recipe: Recipe) -> None:
     if reached < train.steps:
         accelerator.print(f"stopped behind step {reached}, as a signal asked for; the same command goes on from there")
         raise SystemExit(STOPPED)
-    accelerator.print(farewell(output, best))
+    accelerator.print(farewell(output, best, is_chat=tokenizer.chat_template is not None))
 
 
-def farewell(output: Path, best: float) -> str:
-    """What has come out, and where it is."""
+def farewell(output: Path, best: float, *, is_chat: bool) -> str:
+    """What has come out, where it is, and a prompt to try it on: a user's message if the base is a chat model."""
     kept = load_adapter(output).metadata.training.get("step")
     found = (
         f"best mean acceptance length {best:.3f} (validation, sampled), that of step {kept}; the adapter is in {output}"
@@ -106,7 +106,8 @@ def farewell(output: Path, best: float) -> str:
         return (
             f"{found}\nno step made it better: what is kept has learned nothing; try lower learning rates or other data"
         )
-    return f"{found}\ntry: pardec generate {output} --compare --prompt 'def main():'"
+    prompt = "--chat --prompt 'Explain how a rainbow forms.'" if is_chat else "--prompt 'def main():'"
+    return f"{found}\ntry: pardec generate {output} --compare {prompt}"
 
 
 # ---------------------------------------------------------------------- steps

@@ -19,14 +19,14 @@ class SourceSection(Section):
             requests about pieces of text.
         path: the file of questions; `python-packages` or `python-stdlib` for code; these, whose documentation is
             meant, a text file or a folder of them for passages.
-        weight: its share of the responses, of the sum of all weights.
+        weight: its share of the responses, of the sum of all weights; 0 leaves it out.
         key: of the questions in their rows; default the first of `prompt`, `question`, `instruction`, `text`,
             `messages` and `conversations` that a row has.
     """
 
     kind: Kind
     path: str
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     key: str | None = None
 
     @model_validator(mode="after")
@@ -61,6 +61,8 @@ class PromptsConfig(RowsConfig):
             raise ValueError(f"data: expected either path or mix, found {' and '.join(given) or 'neither'}")
         if self.path is not None and self.follow_ups:
             raise ValueError(f"data.follow_ups: expected data.mix beside it, found path {shown(self.path)}")
+        if self.mix is not None and not any(source.weight for source in self.mix):
+            raise ValueError("data.mix: expected at least one weight above 0, found none")
         return self
 
     @model_serializer(mode="wrap")

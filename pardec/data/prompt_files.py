@@ -3,13 +3,22 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from pardec.data.reading import BYTE_ORDER_MARK, read_utf8
 from pardec.errors import first_line, short
 
 
-def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None) -> list[str]:
+def read_prompts(
+    source: str | None, prompt: str | None, prompt_file: str | None, *, as_chat: bool = False
+) -> list[str]:
     """The prompts that exactly one of these gives; `-` is standard input.
+
+    Args:
+        source: the argument, which is nothing but `-`.
+        prompt: a text.
+        prompt_file: a text file, or JSON lines with a `prompt`.
+        as_chat: prompts are what users say, so lines may have `turns` instead, of which the first is taken.
 
     Raises:
         ValueError: for none or several, an unreadable file or an empty prompt.
@@ -24,7 +33,7 @@ def read_prompts(source: str | None, prompt: str | None, prompt_file: str | None
     elif prompt is not None:
         texts = [prompt]
     else:
-        texts = _prompts_of_file(Path(given[0]))
+        texts = _prompts_of_file(Path(given[0]), as_chat)
     for text in texts:
         if not text:
             raise ValueError("prompt: expected some text, found an empty prompt")
@@ -44,7 +53,7 @@ def _read_standard_input() -> str:
     return text
 
 
-def _prompts_of_file(path: Path) -> list[str]:
+def _prompts_of_file(path: Path, as_chat: bool) -> list[str]:
     if not path.is_file():
         raise ValueError(f"{path}: expected a prompt file, found {'a directory' if path.is_dir() else 'nothing'}")
     text = read_utf8(path)
@@ -58,9 +67,19 @@ def _prompts_of_file(path: Path) -> list[str]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, found {first_line(error)}") from None
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str) or not value["prompt"]:
-            raise ValueError(f"{path}:{number}: expected an object with a non-empty text 'prompt', found {short(line)}")
-        prompts.append(value["prompt"])
+        prompts.append(_prompt_of(value, as_chat, f"{path}:{number}"))
     if not prompts:
         raise ValueError(f"{path}: expected at least one prompt, found none")
     return prompts
+
+
+def _prompt_of(row: Any, as_chat: bool, where: str) -> str:
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    turns = row.get("turns") if isinstance(row, dict) and "prompt" not in row else None
+    if isinstance(turns, list) and turns:
+        prompt = turns[0] if as_chat else None
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    expected = "an object with a non-empty text 'prompt'" + (" or with 'turns'" if as_chat else "")
+    hint = " (turns are read with --chat)" if turns and not as_chat else ""
+    raise ValueError(f"{where}: expected {expected}, found {short(json.dumps(row, ensure_ascii=False))}{hint}")

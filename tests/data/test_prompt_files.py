@@ -20,3 +20,18 @@ def test_json_that_is_too_deep_names_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"a\.jsonl:1: expected a JSON object, found "):
         read_prompts(None, None, str(tmp_path / "a.jsonl"))
+
+
+def test_lines_with_turns_are_read_for_chats_alone(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"turns": ["Hello", "And then?"]}) + "\n" + json.dumps({"prompt": "Hi"}) + "\n")
+    assert read_prompts(None, None, str(path), as_chat=True) == ["Hello", "Hi"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected an object with .* \(turns are read with --chat\)$"):
+        read_prompts(None, None, str(path))
+
+
+@pytest.mark.parametrize("turns", [[], [""], [3], "Hello", [None, "Hello"]])
+def test_turns_that_begin_with_no_text_name_their_line(turns, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"turns": turns}))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: expected an object with .* or with 'turns', found "):
+        read_prompts(None, None, str(tmp_path / "a.jsonl"), as_chat=True)

@@ -452,7 +452,15 @@ def test_training_reads_the_rows_of_a_mix(mixed, tokenizer):
         ("data.follow_ups=0.5", "data.follow_ups: expected data.mix beside it, found path '"),
         ("data={mix: []}", "data.mix: expected"),
         ("data={mix: [{kind: songs, path: x}]}", "data.mix.0.kind: expected 'questions', 'code' or 'passages', found"),
-        ("data={mix: [{kind: code, path: x, weight: 0}]}", "data.mix.0.weight: expected a number greater than 0"),
+        (
+            "data={mix: [{kind: code, path: x, weight: 0}]}",
+            "data.mix: expected at least one weight above 0",
+        ),
+        (
+            "data={mix: [{kind: code, path: x, weight: -1}]}",
+            "data.mix.0.weight: expected a number greater",
+        ),
+        ("data={mix: [{kind: code, path: x, weight: .inf}]}", "data.mix.0.weight: expected a finite number, found"),
         ("data={mix: [{kind: code, pth: x}]}", "unknown key: expected one such as 'data.mix.0.path', found"),
         (
             "data={mix: [{kind: code, path: x, key: y}]}",

@@ -38,7 +38,7 @@ class PromptSource:
         kind: `questions` of a JSONL file, requests about the `code` of Python sources, or about `passages` of text.
         path: the file; `python-packages` or `python-stdlib`, of which passages are the documentation; or, for
             passages, a text file or a folder of them.
-        weight: its share of the prompts is this of the sum of all weights.
+        weight: its share of the prompts is this of the sum of all weights; of 0 nothing is read.
         key: of questions, see `training_questions`.
     """
 

@@ -51,6 +51,13 @@ def test_shares_are_those_of_the_weights_and_kinds_are_mixed(sources, chat_token
         assert chat_tokenizer.decode(prompt.input_ids) == rendered
 
 
+def test_a_source_of_weight_0_is_not_even_read(sources, chat_tokenizer):
+    nowhere = PromptSource("questions", "nowhere.jsonl", 0.0)
+    prompts, given = draw_mix([*sources, nowhere], chat_tokenizer, num_prompts=8, prompt_tokens=160)
+    assert [one["prompts"] for one in given] == [4, 2, 1, 1, 0]
+    assert len(prompts) == 8
+
+
 @pytest.mark.parametrize(
     ("weights", "total", "counts"),
     [([1], 7, [7]), ([1, 1], 7, [4, 3]), ([0.35, 0.25, 0.4], 10, [4, 2, 4]), ([1, 1000], 10, [0, 10])],
