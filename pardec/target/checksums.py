@@ -22,23 +22,24 @@ def all_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 @torch.no_grad()
 def checksum(tensor: Tensor) -> Tensor:
-    """Sums of the bit patterns along rows, each place with a factor of its own: integers, so that nothing is lost.
+    """Sums of the bit patterns, each place with a factor of its own: integers, so that nothing is lost.
 
-    On a CPU rows far enough apart share a sum: what is written stays in the processor's cache and the weights are read
-    once, where products of all of them would go through memory thrice.
+    Rows far enough apart share a sum: what is written stays in the processor's cache and the weights are read once,
+    where products of all of them would go through memory thrice.
     """
     row_bytes = tensor.shape[-1] * tensor.element_size()
     bits = next(word for word in (torch.int64, torch.int32, torch.int16) if row_bytes % word.itemsize == 0)
     words = tensor.contiguous().view(bits)
     factors = _factors(words.shape[-1], words.device)
-    if words.device.type == "cpu" and bits == torch.int64:
+    if bits == torch.int64:
         words = _folded(words.reshape(-1, words.shape[-1]))
     return (words * factors).sum(dim=-1)
 
 
 def _folded(words: Tensor) -> Tensor:
     """Blocks of rows in one, [rows of a block, words]: each is added to an odd multiple of those before."""
-    blocks = words.split(max(1, _BLOCK_WORDS // words.shape[-1]))
+    block_words = _BLOCK_WORDS if words.device.type == "cpu" else _BLOCK_WORDS_OF_A_GPU
+    blocks = words.split(max(1, block_words // words.shape[-1]))
     folded, shifted = torch.zeros_like(blocks[0]), torch.empty_like(blocks[0])
     for block in blocks:
         part = folded[: block.shape[0]]
@@ -49,6 +50,7 @@ def _folded(words: Tensor) -> Tensor:
 
 
 _BLOCK_WORDS = 2**16  # half a mebibyte, which cores keep beside what streams past
+_BLOCK_WORDS_OF_A_GPU = 2**21  # 16 MiB; more launches would cost more than the memory's way
 
 
 @lru_cache(maxsize=32)
