@@ -76,7 +76,7 @@ def train(recipe: Recipe) -> None:
     with accelerator.autocast():
         sizes = sizes_of(recipe, accelerator, module, learned, prompts)
 
-    minutes = partial(cpu_minutes, state.get("cpu_minutes", 0.0))
+    minutes = partial(cpu_minutes, state.get("cpu_minutes", 0.0), accelerator.num_processes)
 
     def save(step: int, best: float, measured: int | None) -> None:
         progress = {"best": best, "measured": measured, "examples": step * global_batch, "cpu_minutes": minutes()}

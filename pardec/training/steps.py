@@ -152,9 +152,12 @@ def apply_gradients(
     return norm
 
 
-def cpu_minutes(before: float) -> float:
-    """Minutes of processor time: `before`, of processes that this one goes on from, and its own."""
-    return before + time.process_time() / 60
+def cpu_minutes(before: float, num_processes: int = 1) -> float:
+    """Minutes of processor time: `before`, of the run that this one goes on from, and those of all processes.
+
+    They do the same work, so that nobody is asked: each counts for as much as this one.
+    """
+    return before + num_processes * time.process_time() / 60
 
 
 def losses_of(sums: Tensor, norm: float, learning_rate: float | Tensor, minutes: float) -> dict[str, Any]:

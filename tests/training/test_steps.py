@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from tiny_models import tiny_model
 
 from pardec.training.module import Drafter, MaskTokenTrainer
-from pardec.training.steps import Learner, depth_at, make_schedule
+from pardec.training.steps import Learner, cpu_minutes, depth_at, make_schedule
 
 
 def test_every_depth_has_an_equal_share_of_the_steps_and_the_last_is_the_last():
@@ -46,3 +46,8 @@ def test_every_batch_of_a_step_has_all_of_its_own_anchors(anchors_per_forward):
         return int(learner.update(batches, 1, with_metrics=False)[0][-1, 0])
 
     assert rows_of([few, many]) == rows_of([many, few]) == 2 * 2 * (2 + 7)
+
+
+def test_cpu_minutes_are_those_of_all_processes_and_of_what_the_run_goes_on_from(monkeypatch):
+    monkeypatch.setattr("time.process_time", lambda: 120.0)
+    assert cpu_minutes(1.5, num_processes=4) == 9.5
