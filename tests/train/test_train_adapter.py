@@ -75,7 +75,7 @@ def test_two_processes_and_accumulation_have_the_gradients_of_one(text_file, tmp
     for name in ("two", "accumulated"):
         assert losses[name] == pytest.approx(losses["one"], rel=1e-5)
         for key, expected in gradients["one"].items():
-            # sums in another order: 2e-5 of the largest seen on a CPU with AMX; a sequence that is missing changes halves
+            # sums in another order: 2e-5 of the largest on a CPU with AMX; a missing sequence changes half of it
             torch.testing.assert_close(
                 gradients[name][key], expected, rtol=1e-3, atol=5e-5 * float(expected.abs().max())
             )
