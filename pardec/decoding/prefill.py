@@ -13,7 +13,7 @@ from torch import Tensor
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.layout import real_layout
-from pardec.target.cache import SlotCache
+from pardec.target.cache import SlotCache, aligned
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import HiddenTap
 from pardec.target.placement import is_offloaded
@@ -180,16 +180,16 @@ def prefill_prompts(
         _run_chunks(target, padded, cache, chunk, num_cached)
         return None
     keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
-    embeds, gate_open = target.embed(padded), nullcontext()
+    embeds, gate_open, num_rows = target.embed(padded), nullcontext(), P
     if block is not None:
-        D, rows = embeds.shape[2], keep[:, 1:]
+        D, rows, num_rows = embeds.shape[2], keep[:, 1:], aligned(P + num_masks, embeds.dtype, embeds.device)
         # what stands behind a shorter prompt's block attends to it
-        cache.mask_rows = torch.arange(P + num_masks, device=padded.device) >= lengths[:, None]
-        embeds = torch.cat([embeds, embeds.new_zeros(B, num_masks, D)], dim=1)
+        cache.mask_rows = torch.arange(num_rows, device=padded.device) >= lengths[:, None]
+        embeds = torch.cat([embeds, embeds.new_zeros(B, num_rows - P, D)], dim=1)
         embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), block.expand(B, -1, -1))
         if gate is not None:
-            gate_open = gate.open(rows, B, P + num_masks)
-    positions = target.clamp_positions(torch.arange(P + num_masks, device=padded.device).expand(B, -1))
+            gate_open = gate.open(rows, B, num_rows)
+    positions = target.clamp_positions(torch.arange(num_rows, device=padded.device).expand(B, -1))
     with gate_open:
         return target.run_at(keep, embeds, positions, None, cache, tap, rising=True)
 

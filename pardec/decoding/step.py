@@ -24,7 +24,7 @@ from pardec.decoding.verifier import Verifier
 from pardec.decoding.verify import Verification
 from pardec.draft_tree import AnyTree, DynamicTree
 from pardec.layout import full_blocks
-from pardec.target.cache import SlotCache
+from pardec.target.cache import SlotCache, aligned
 from pardec.target.forward import TargetModel
 from pardec.target.hidden import rows_of_each
 from pardec.trees.standing import StandingTree
@@ -110,7 +110,8 @@ class Decoder:
 
     def num_slots(self, prompt_tokens: int) -> int:
         """Cache slots that a sequence needs whose prompt has `prompt_tokens` tokens."""
-        return prompt_tokens + self.max_new_tokens + self.num_slots_per_step
+        num_slots = prompt_tokens + self.max_new_tokens + self.num_slots_per_step
+        return aligned(num_slots, self.target.dtype, self.target.device)
 
     @torch.no_grad()  # not around a loop: what the caller does between two steps keeps its gradients
     def prefill(

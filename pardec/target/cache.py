@@ -109,6 +109,16 @@ def _make_finite(states: Tensor, rows: slice | Tensor) -> None:
     states.masked_fill_(rows[:, None, :, None] & ~states.isfinite(), 0.0)
 
 
+def aligned(num_keys: int, dtype: torch.dtype, device: torch.device) -> int:
+    """At least so many keys that no row of attention's weights takes in another one.
+
+    With AMX, oneDNN multiplies rows of bfloat16 whose length it cannot share out evenly as if the first numbers of the
+    next row were theirs, times 0: behind the last real row stands a mask row, and of one without finite numbers that is
+    NaN. Multiples of 64 are shared out evenly.
+    """
+    return -(-num_keys // 64) * 64 if device.type == "cpu" and dtype == torch.bfloat16 else num_keys
+
+
 class SlotCache(Cache):
     """Preallocated keys and values whose slots are addressed per row, so that acceptance may be ragged.
 

@@ -64,6 +64,17 @@ def test_tokens_are_those_of_plain_decoding(family, dtype, scale, batch, mode, m
     assert all(0 <= token < V for row in out.token_ids for token in row)
 
 
+@pytest.mark.parametrize("length", [14, 16, 31, 38, 45])
+def test_whatever_the_number_of_keys_no_real_row_takes_in_a_mask_row(length):
+    """On CPUs with AMX, products of bfloat16 of most lengths read the next row's first numbers, times 0."""
+    base = tiny_model("llama-eager", dtype=torch.bfloat16)
+    ours = SelfSpeculativeModel(base, None, overflowing(base, 1e30))
+    prompt = torch.randint(5, V, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    expected = ours.generate([prompt], max_new_tokens=6, mode="plain").token_ids
+    for tree in (None, DynamicTree((K,) * 7)):
+        assert ours.generate([prompt], max_new_tokens=6, mode="fused", tree=tree).token_ids == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-eager", "gpt2"])
 def test_real_rows_are_bitwise_those_beside_harmless_mask_rows(family):
     base = tiny_model(family, dtype=torch.float32)
