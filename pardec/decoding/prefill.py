@@ -182,7 +182,8 @@ def prefill_prompts(
     keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
     embeds, gate_open, num_rows = target.embed(padded), nullcontext(), P
     if block is not None:
-        D, rows, num_rows = embeds.shape[2], keep[:, 1:], aligned(P + num_masks, embeds.dtype, embeds.device)
+        D, rows = embeds.shape[2], keep[:, 1:]
+        num_rows = max(P + num_masks, min(aligned(P + num_masks, embeds.dtype, embeds.device), cache.num_slots))
         # what stands behind a shorter prompt's block attends to it
         cache.mask_rows = torch.arange(num_rows, device=padded.device) >= lengths[:, None]
         embeds = torch.cat([embeds, embeds.new_zeros(B, num_rows - P, D)], dim=1)
