@@ -100,7 +100,8 @@ class Prefill:
         logits, hidden = [], []
         for group in groups:
             longest = int(lengths[group].max())
-            own = SlotCache(target.num_layers, longest + self.num_spare_slots, len(group))
+            num_slots = aligned(longest + self.num_spare_slots, target.dtype, target.device)
+            own = SlotCache(target.num_layers, min(num_slots, cache.num_slots), len(group))
             logits.append(self._of_group(padded[group, :longest], lengths[group], own))
             hidden.append(forward.hidden)
             cache.take(own, group)

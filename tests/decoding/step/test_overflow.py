@@ -75,6 +75,19 @@ def test_whatever_the_number_of_keys_no_real_row_takes_in_a_mask_row(length):
         assert ours.generate([prompt], max_new_tokens=6, mode="fused", tree=tree).token_ids == expected
 
 
+@pytest.mark.parametrize("tokens_per_forward", [8192, 256])  # the longer prompt in one forward, or in chunks
+def test_nor_does_one_of_prompts_so_unequal_that_each_is_prefilled_for_itself(tokens_per_forward, monkeypatch):
+    monkeypatch.setattr("pardec.decoding.prefill._TOKENS_PER_FORWARD", tokens_per_forward)
+    monkeypatch.setattr("pardec.decoding.prefill._MIN_CHUNK_TOKENS", 32)
+    base = tiny_model("llama-eager", dtype=torch.bfloat16)
+    ours = SelfSpeculativeModel(base, None, overflowing(base, 1e30))
+    for length in range(70, 110, 5):
+        generator = torch.Generator().manual_seed(length)
+        prompts = [torch.randint(5, 60, (n,), generator=generator).tolist() for n in (length, 5, length, 4)]
+        expected = ours.generate(prompts, max_new_tokens=6, mode="plain").token_ids
+        assert ours.generate(prompts, max_new_tokens=6, mode="fused").token_ids == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "llama-eager", "gpt2"])
 def test_real_rows_are_bitwise_those_beside_harmless_mask_rows(family):
     base = tiny_model(family, dtype=torch.float32)
