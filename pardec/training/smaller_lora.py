@@ -5,15 +5,17 @@ Knows weights, no training and no base. Legend: r rank before, s rank after.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pardec.adapters.gated_lora import LoraWeights
 
 
 def cut_lora(weights: LoraWeights, present: LoraWeights) -> LoraWeights:
-    """`weights` with the layers, rank and scaling of `present`, whose own numbers are not read.
+    """`weights` with the layers, rank and scaling of `present`, a LoRA that has learned nothing.
 
-    A lower rank is the best approximation of each layer's product in the Frobenius norm (Eckart and Young 1936).
+    A lower rank is the best approximation of each layer's product in the Frobenius norm (Eckart and Young 1936). Where
+    the product has fewer ranks than that, the others begin as in `present`: nothing would ever be learned from A = 0
+    and B = 0.
 
     Raises:
         ValueError: if `present` has layers of other shapes, or that `weights` lacks, or a higher rank.
@@ -29,7 +31,7 @@ def cut_lora(weights: LoraWeights, present: LoraWeights) -> LoraWeights:
         if (a.shape[1], b.shape[0]) != (own_a.shape[1], own_b.shape[0]):
             expected, found = (own_b.shape[0], own_a.shape[1]), (b.shape[0], a.shape[1])
             raise ValueError(f"lora: {name}: expected {expected} features, found {found}")
-        halves[name] = _of_rank(a, b, present.rank, factor)
+        halves[name] = _of_rank(a, b, own_a, factor)
     return LoraWeights(present.config, {key: _half_of(key, halves) for key in present.tensors})
 
 
@@ -38,14 +40,18 @@ def _half_of(key: str, halves: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
     return halves[name][half == "lora_B"]
 
 
-def _of_rank(a: Tensor, b: Tensor, rank: int, factor: float) -> tuple[Tensor, Tensor]:
-    """A, shape [s, in], and B, shape [out, s], whose product is nearest to `factor` B A."""
+def _of_rank(a: Tensor, b: Tensor, fresh: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """A, shape [s, in], and B, shape [out, s], whose product is nearest to `factor` B A; `fresh` an A to learn from."""
+    rank = fresh.shape[0]
     if rank == a.shape[0]:
         return a, b if factor == 1 else b * factor
-    # the singular values of B A are those of a matrix of r x r
+    # the singular values of B A are those of a small matrix, at most r x r
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     left, values, right = torch.linalg.svd(factor * r_b @ r_a.T)
-    root = values[:rank].sqrt()
-    shorter = (root[:, None] * right[:rank]) @ q_a.T
-    return shorter.to(a.dtype).contiguous(), (q_b @ left[:, :rank] * root).to(b.dtype).contiguous()
+    noise = torch.finfo(values.dtype).eps * a.shape[0] * values[0]
+    n = min(rank, int((values > noise).sum()))
+    root = values[:n].sqrt()
+    shorter = torch.cat([(root[:, None] * right[:n]) @ q_a.T, fresh[n:].double()])
+    narrower = nn.functional.pad(q_b @ left[:, :n] * root, (0, rank - n))
+    return shorter.to(a.dtype).contiguous(), narrower.to(b.dtype).contiguous()

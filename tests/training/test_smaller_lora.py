@@ -49,6 +49,28 @@ def test_a_lower_rank_is_the_best_approximation_of_what_the_lora_adds(alpha):
         np.testing.assert_allclose(found[name], (u[:, :2] * s[:2]) @ v[:2], rtol=1e-4, atol=1e-4)
 
 
+def test_layers_with_fewer_features_than_the_lower_rank_lose_nothing():
+    source = random_lora(rank=24, alpha=24)
+    found = started(source, r=20, alpha=20, target_modules="all-linear")  # k_proj and v_proj have 16 outputs
+    narrow = [name for name, (_, b) in found.pairs().items() if b.shape[0] < 20]
+    assert len(narrow) == 6
+    for name in narrow:
+        np.testing.assert_allclose(products(found)[name], products(source)[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("learned", [0, 1])  # ranks of B that are not 0, as of a run that was kept at its start
+def test_ranks_that_add_nothing_can_learn(learned):
+    whole = random_lora(rank=4, alpha=4)
+    for key, tensor in whole.tensors.items():
+        if "lora_B" in key:
+            tensor[:, learned:] = 0
+    found = started(whole, r=3, alpha=3, target_modules="all-linear")
+    for name, (a, b) in found.pairs().items():
+        np.testing.assert_allclose(products(found)[name], products(whole)[name], rtol=1e-4, atol=1e-4)
+        assert bool((a != 0).any(1).all())  # so that B has a gradient
+        assert bool((b[:, learned:] == 0).all())
+
+
 def test_another_scaling_alone_adds_the_same():
     source = random_lora(rank=4, alpha=8)
     found = products(started(source, r=4, alpha=4, target_modules="all-linear"))
