@@ -18,6 +18,7 @@ from pardec.adapters.tuned import TunedChoice
 from pardec.cli import app
 from pardec.decoding import engine as engine_module
 from pardec.decoding.output import StreamChunk, TextStream, pieces_of
+from pardec.draft_tree import DraftTree
 from pardec.model import SelfSpeculativeModel
 
 K, L, NEW = 2, 5, 40
@@ -175,6 +176,29 @@ def test_a_tuned_choice_brings_its_copies_unless_others_are_asked_for(llama_engi
     assert engines.drafting(None, None, None, None).mode == "plain"
     found = engines.drafting(None, None, None, None, copy_tokens=2)
     assert (found.mode, found.block_lengths) == ("fused", (0, 0, 0))
+
+
+def test_a_tuned_choice_is_set_aside_by_drafts_that_it_does_not_make():
+    model = tiny_model("llama")
+    engines = SelfSpeculativeModel(model, None, make_adapter(model, K, head_width=6, shortlist=3)).engines
+    headless_tree = DraftTree((0, 0, 1), (0, 5, 0), (2, 2, 2, 2))  # rank 5 is on no shortlist of the head
+    whole = (*(K,) * (K + 1),)
+    for tuned, asked, drafts in (
+        (choice(block_lengths=(0,), mode="plain"), {"use_head": True}, True),
+        (choice(block_lengths=(0,), mode="plain"), {"use_head": False}, False),
+        (choice(block_lengths=(0,)), {"mode": "fused"}, True),
+        (choice(block_lengths=(0, 0, 0), copy_tokens=2), {"use_head": True}, True),
+        (choice(block_lengths=(0, 0, 0), copy_tokens=2), {"mode": "fused"}, False),
+        (choice(block_lengths=(0, 0, 0), copy_tokens=2), {"mode": "fused", "copy_tokens": 0}, True),
+        (choice(block_lengths=(0, 0, 0), copy_tokens=2), {"copy_tokens": 0}, False),
+        (choice(block_lengths=whole, use_head=False, tree=headless_tree), {"use_head": True}, True),
+    ):
+        engines.choices = [tuned]
+        found = engines.drafting(**{"mode": None, "asked": None, "block_lengths": None, "use_head": None} | asked)
+        assert (found.tree, found.block_lengths == whole) == (None, drafts), (tuned, asked)
+        assert (found.head is not None) is drafts
+    assert engines.drafting(None, None, None, None).tree == headless_tree
+    assert engines.drafting(None, None, None, False).tree == headless_tree
 
 
 def test_generation_goes_by_the_choice_for_its_batch_and_law():

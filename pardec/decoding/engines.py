@@ -118,6 +118,7 @@ class Engines:
             mode, blocks, L = tree_for(mode, asked, block_lengths, copy_tokens, tree, trained=K, deepest=deepest)
         else:
             tuned = nearest_choice(self.choices, num_sequences, is_greedy)
+            use_head = None if use_head is False and self.head is None else use_head  # nothing that a choice has not
             mode, blocks, use_head, L, tree = drafting_for(
                 mode, asked, block_lengths, use_head, copy_tokens, trained=K, tuned=tuned
             )

@@ -72,14 +72,14 @@ def drafting_for(
         use_head: or None.
         copy_tokens: L, or None.
         trained: K of the adapter; None without one.
-        tuned: used where neither K nor block lengths are asked for, nor another mode than its own.
+        tuned: used where neither K nor block lengths are asked for, nor what it does not do: see `_serves`.
 
     Raises:
         ValueError: for what does not exist, or not together.
     """
     L, tree = _checked_copies(mode, copy_tokens), None
     L = 0 if mode == "plain" else L
-    if tuned is not None and asked is None and block_lengths is None and mode in (None, tuned.mode):
+    if tuned is not None and asked is None and block_lengths is None and _serves(tuned, mode, use_head, L):
         mode, blocks, tree = tuned.mode, tuple(tuned.block_lengths), tuned.tree
         use_head = False if use_head is None and not tuned.use_head else use_head
         if L is None:
@@ -95,6 +95,14 @@ def drafting_for(
     if mode == "fused":
         blocks = (*blocks, *(0,) * (max(blocks) + 1 + L - len(blocks)))
     return mode, blocks, use_head, L, tree
+
+
+def _serves(tuned: TunedChoice, mode: str | None, use_head: bool | None, copy_tokens: int | None) -> bool:
+    """Whether a choice is one of what is asked for, or None: a mode, drafts with or without a head, drafts at all."""
+    drafts = max(tuned.block_lengths) > 0
+    if mode not in (None, tuned.mode) or use_head not in (None, tuned.use_head if drafts else False):
+        return False
+    return drafts or mode in (None, "plain") or bool(tuned.copy_tokens if copy_tokens is None else copy_tokens)
 
 
 def tree_for(
