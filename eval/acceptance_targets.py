@@ -147,15 +147,20 @@ def row_of(directory: str, adapter: Adapter, *, use_head: bool) -> dict[str, Any
     }
 
 
-def training_minutes(directory: str) -> float | None:
-    """CPU minutes of its training and of what it went on from; None where it was not kept.
+def training_minutes(directory: str | Path) -> float | None:
+    """CPU minutes of its training and of what it went on from; None where they were not kept, or that is not here.
 
-    Raises:
-        AdapterError: if what it went on from is not there.
+    What it went on from is looked for from here and beside it, as its recipe named it from where it was started, and
+    told by its files: runs are made anew in folders of the same name.
     """
     training = load_adapter(directory).metadata.training
-    source = training.get("recipe", {}).get("adapter", {}).get("start_from")
-    before, own = 0.0 if source is None else training_minutes(source), training.get("cpu_minutes")
+    source, before = training.get("recipe", {}).get("adapter", {}).get("start_from"), 0.0
+    if source is not None:
+        folders = (Path(source), Path(directory).resolve().parent / Path(source).name)
+        files, there = training.get("started_from"), [folder for folder in folders if folder.is_dir()]
+        same = (folder for folder in there if load_adapter(folder).metadata.files == files)
+        before = next(map(training_minutes, same), None)
+    own = training.get("cpu_minutes")
     return None if before is None or own is None else round(before + own, 2)
 
 

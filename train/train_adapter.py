@@ -98,14 +98,15 @@ def train(recipe: Recipe) -> None:
 
 def farewell(output: Path, best: float, *, is_chat: bool) -> str:
     """What has come out, where it is, and a prompt to try it on: a user's message if the base is a chat model."""
-    kept = load_adapter(output).metadata.training.get("step")
+    training = load_adapter(output).metadata.training
+    kept = training.get("step")
     found = (
         f"best mean acceptance length {best:.3f} (validation, sampled), that of step {kept}; the adapter is in {output}"
     )
     if kept == 0:
-        return (
-            f"{found}\nno step made it better: what is kept has learned nothing; try lower learning rates or other data"
-        )
+        is_new = training["recipe"]["adapter"].get("start_from") is None
+        what = "has learned nothing" if is_new else "is what it started from"
+        return f"{found}\nno step made it better: what is kept {what}; try lower learning rates or other data"
     prompt = "--chat --prompt 'Explain how a rainbow forms.'" if is_chat else "--prompt 'def main():'"
     return f"{found}\ntry: pardec generate {output} --compare {prompt}"
 

@@ -54,8 +54,7 @@ def read_prompts(
         source: `python-stdlib`, `python-packages`, a `.jsonl` file, or any other file, which is one prompt as a whole.
         tokenizer: of the base; None is refused.
         split: of the first two, `validation` or `test`; files have none.
-        num_prompts: so many are taken, evenly over the source, so that every category of a benchmark is met;
-            None for all.
+        num_prompts: so many are taken, of each category its share; None for all.
         max_prompt_tokens: longer prompts lose tokens from their left, a BOS too: the end is what is continued;
             None keeps everything.
         as_chat: what would be taken as it stands is a user's message instead, rendered by the chat template.
@@ -76,10 +75,26 @@ def read_prompts(
     else:
         prompts = _prompts_of_file(Path(source), tokenizer, as_chat)
     if num_prompts is not None and len(prompts) > num_prompts:
-        prompts = [prompts[index * len(prompts) // num_prompts] for index in range(num_prompts)]
+        prompts = _shares(prompts, num_prompts)
     if max_prompt_tokens is None:
         return prompts
     return [replace(one, token_ids=one.token_ids[-max_prompt_tokens:]) for one in prompts]
+
+
+def _shares(prompts: list[Prompt], num_prompts: int) -> list[Prompt]:
+    """So many of the prompts, in their order: of each category its share, evenly over what there is of it.
+
+    Taken evenly over all, those of categories that take turns could leave one out.
+    """
+    members: dict[str, list[int]] = {}
+    for index, one in enumerate(prompts):
+        members.setdefault(one.category, []).append(index)
+    taken, seen = [], 0
+    for indices in members.values():
+        before, seen = num_prompts * seen // len(prompts), seen + len(indices)
+        share = num_prompts * seen // len(prompts) - before
+        taken += [indices[n * len(indices) // share] for n in range(share)]
+    return [prompts[index] for index in sorted(taken)]
 
 
 def _prompts_of_file(path: Path, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> list[Prompt]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pardec.adapters.adapter import Adapter, AdapterMetadata
+from pardec.adapters.gated_lora import LoraWeights
 from pardec.target.fingerprint import Fingerprint, differences, shape_difference
 from pardec.training.module import MaskTokenTrainer, part_of
 from pardec.training.peft_lora import load_lora_weights, lora_weights
@@ -40,7 +41,7 @@ def warm_start(
 
     Raises:
         ValueError: if the adapter belongs to another base, with `transfer` to one of another shape, has parts of
-            other shapes or parts that the module lacks, or lacks a frozen one.
+            other shapes or parts that the module lacks, or lacks a frozen one or more of it than the module has.
     """
     wrong = differences(adapter.metadata.fingerprint, identity, module.target.dtype)
     if wrong:
@@ -63,6 +64,8 @@ def warm_start(
     if adapter.mask_embeddings is not None and module.mask_embeddings is not None:
         _copy("mask_embeddings", adapter.mask_embeddings, module.mask_embeddings)
     if adapter.lora is not None:
+        if "lora" in frozen:
+            _check_whole(adapter.lora, lora_weights(peft_model))
         load_lora_weights(peft_model, adapter.lora)
     if adapter.head is not None and module.head is not None:
         for name, tensor in adapter.head.items():
@@ -71,6 +74,13 @@ def warm_start(
         if parameter.requires_grad and part_of(name) in frozen:
             parameter.requires_grad_(False)
     return _provenance(adapter) if wrong else None
+
+
+def _check_whole(theirs: LoraWeights, ours: LoraWeights) -> None:
+    """What stays as it is cannot be made smaller: it would never learn what was cut off."""
+    expected, found = (f"r {one.rank} on {len(one.tensors) // 2} layers" for one in (theirs, ours))
+    if expected != found:
+        raise ValueError(f"train.frozen: expected the LoRA of adapter.start_from, {expected}, found {found}")
 
 
 def _provenance(adapter: Adapter) -> dict[str, Any]:

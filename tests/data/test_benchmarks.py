@@ -1,6 +1,7 @@
 """Prompts of evaluations: what each kind of source gives, and what is said of those that cannot be read."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,16 @@ def test_fewer_prompts_are_taken_evenly(read, tmp_path):
     rows = [{"question_id": i, "category": "abcde"[i // 2], "turns": ["x"]} for i in range(10)]
     found = read(write_lines(tmp_path / "many.jsonl", *rows), num_prompts=5)
     assert [one.category for one in found] == list("abcde")
+
+
+@pytest.mark.parametrize("num_prompts", [12, 40, 47])
+def test_fewer_prompts_of_categories_that_take_turns_leave_none_out(read, tmp_path, num_prompts):
+    rows = [{"question_id": i, "category": f"kind {i % 12}", "turns": ["x"]} for i in range(48)]
+    found = read(write_lines(tmp_path / "turns.jsonl", *rows), num_prompts=num_prompts)
+    assert len({one.name for one in found}) == num_prompts
+    counts = Counter(one.category for one in found).values()
+    assert len(counts) == 12
+    assert max(counts) - min(counts) <= 1
 
 
 def test_long_prompts_keep_their_end(read, tokenizer, tmp_path):

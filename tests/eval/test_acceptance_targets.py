@@ -1,13 +1,14 @@
 """What is accepted, aimed at and possible: figures of the public API, minutes of all trainings, the floor."""
 
 import json
+import shutil
 
 import acceptance_targets
 import pytest
 from programs import run
 
 import pardec
-from pardec.adapters.files import save_adapter
+from pardec.adapters.files import load_adapter, save_adapter
 from pardec.data.corpus import held_out_prompts
 
 LAW = {"temperature": 0.8, "top_k": 10}
@@ -21,6 +22,7 @@ def trained(packaged_adapter, tmp_path_factory):
     lora.metadata.training = {"cpu_minutes": 2.5, "recipe": {"adapter": {"start_from": None}}}
     head.metadata.training = {"cpu_minutes": 1.25, "recipe": {"adapter": {"start_from": str(folder / "lora")}}}
     save_adapter(lora, folder / "lora")
+    head.metadata.training["started_from"] = load_adapter(folder / "lora").metadata.files
     save_adapter(head, folder / "head")
     return folder
 
@@ -58,6 +60,22 @@ def test_figures_are_those_of_generate(ended, trained):
 
 def test_minutes_are_those_of_all_trainings_and_unknown_without_a_record(ended):
     assert [row["cpu_minutes"] for row in ended[0].result["rows"]] == [None, 3.75, 3.75]
+
+
+def test_what_a_run_went_on_from_may_have_moved_with_it_but_not_have_changed(trained, packaged_adapter, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    (trained / "lora").rename(trained / "elsewhere")
+    try:
+        assert acceptance_targets.training_minutes(moved / "head") == 3.75
+        other = packaged_adapter(lora_rank=3)
+        other.metadata.training = {"cpu_minutes": 100.0}
+        save_adapter(other, moved / "lora")
+        assert acceptance_targets.training_minutes(moved / "head") is None
+        shutil.rmtree(moved / "lora")
+        assert acceptance_targets.training_minutes(moved / "head") is None
+    finally:
+        (trained / "elsewhere").rename(trained / "lora")
 
 
 def test_floor_is_that_of_drafts_that_see_as_much(ended):

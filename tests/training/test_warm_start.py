@@ -163,3 +163,12 @@ def test_a_part_cannot_be_frozen_that_the_adapter_lacks():
     module, own, _ = make()
     with pytest.raises(ValueError, match=r"train.frozen: expected parts that adapter.start_from has, found head"):
         warm_start(module, own, adapter_of(source, peft_model, identity), identity, ["head"])
+
+
+def test_a_frozen_lora_cannot_be_made_smaller():
+    source, peft_model, identity = make()
+    module, own, _ = make(rank=1)
+    adapter = adapter_of(source, peft_model, identity)
+    with pytest.raises(ValueError, match=r"train.frozen: .* r 2 on 21 layers, found r 1 on 21 layers$"):
+        warm_start(module, own, adapter, identity, ["lora"])
+    warm_start(module, own, adapter, identity)
