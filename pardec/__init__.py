@@ -39,6 +39,11 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    """What completion shows, public names that were not asked for yet among it."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str):
     """Imports the public names when they are asked for, so that `pardec --help` need not wait for torch."""
     if name not in __all__:

@@ -73,7 +73,9 @@ def main() -> None:
         if say is None:
             raise
         if kind != "NoArgsIsHelpError":  # which has shown the help
-            print(f"error: {' '.join(say().split())} (pardec --help)", file=sys.stderr)
+            context = getattr(error, "ctx", None)
+            command = "pardec" if context is None or context.parent is None else f"pardec {context.info_name}"
+            print(f"error: {' '.join(say().split())} ({command} --help)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -246,7 +248,7 @@ def tune(
     prompt_file: Annotated[
         str | None,
         typer.Option(
-            help="prompts to measure on, also with `turns` as MT-Bench has them; default standard ones, which are code",
+            help="prompts to measure on, also with `turns` as MT-Bench has them; default python-stdlib, which is code",
             show_default=False,
         ),
     ] = None,

@@ -356,10 +356,10 @@ def test_standard_input_that_is_no_text_is_one_line(saved):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["check"], "error: Missing"),
+        (["check"], "error: Missing argument 'directory'. (pardec check --help)"),
         (["generate", "x", "--temperature", "abc"], "error: Invalid value"),
         (["--bogus"], "error: No such option"),
-        (["bogus"], "error: No such command"),
+        (["bogus"], "error: No such command 'bogus'. (pardec --help)"),
     ],
 )
 def test_command_lines_that_cannot_be_read_end_with_one_line(arguments, words, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """The public API: forms of input, refusals, loading, streaming, and the door from transformers' generate."""
 
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -509,3 +511,9 @@ def test_a_base_that_is_converted_later_is_followed(as_on_cuda, head_width, dtyp
     base.to(dtype)
     plain = ours.generate([[5, 9, 2]], max_new_tokens=12, mode="plain")
     assert ours.generate([[5, 9, 2]], max_new_tokens=12).token_ids == plain.token_ids
+
+
+def test_completion_shows_public_names_before_they_are_used():
+    program = "import pardec, sys; print(set(pardec.__all__) - set(dir(pardec)), 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["set()", "False"]
