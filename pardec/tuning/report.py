@@ -184,6 +184,8 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
     way = Way(choice.mode, choice.block_lengths, choice.use_head, choice.copy_tokens, choice.tree)
     ratio = choice.measured_tokens_per_second / choice.plain_tokens_per_second
     words, shape = [f"K = {choice.num_speculative_tokens}"], " ".join(map(str, choice.block_lengths))
+    if not choice.num_speculative_tokens:
+        words = ["the adapter drafts nothing"]
     if choice.mode == "two_pass":
         words.append("two_pass")
     elif choice.tree is None and choice.num_speculative_tokens:
