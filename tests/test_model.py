@@ -517,3 +517,19 @@ def test_completion_shows_public_names_before_they_are_used():
     program = "import pardec, sys; print(set(pardec.__all__) - set(dir(pardec)), 'torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert found.split() == ["set()", "False"]
+
+
+def test_attention_that_is_switched_behind_the_back_is_refused_and_taken_again_when_it_is_back():
+    base = tiny_model("llama")
+    ours, prompts = SelfSpeculativeModel(base, None, make_adapter(base, 2)), [[5, 9, 2, 7, 5], [3]]
+    expected = [plain_generate(base, prompt, 8) for prompt in prompts]
+    assert ours.generate(prompts, max_new_tokens=8).token_ids == expected
+    base.set_attn_implementation("eager")  # whose masks are numbers: those of sdpa would let everything be seen
+    words = r"^base: expected attention 'sdpa', as when it was loaded, found 'eager'"
+    for call in (lambda: ours.generate(prompts, mode="plain"), lambda: ours.stream(prompts[0])):
+        with pytest.raises(ValueError, match=words):
+            call()
+    anew = SelfSpeculativeModel(base, None, make_adapter(base, 2))
+    assert anew.generate(prompts, max_new_tokens=8).token_ids == expected
+    base.set_attn_implementation("sdpa")
+    assert ours.generate(prompts, max_new_tokens=8).token_ids == expected

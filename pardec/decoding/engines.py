@@ -30,9 +30,10 @@ from pardec.decoding.step import Decoder
 from pardec.decoding.verify import VERIFICATIONS, Verification
 from pardec.draft_tree import AnyTree
 from pardec.errors import shown
+from pardec.target.attention import ROUTE
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
-from pardec.target.forward import TargetModel
+from pardec.target.forward import TargetModel, text_config
 from pardec.target.placement import is_offloaded
 from pardec.target.survey import Survey, survey
 
@@ -53,6 +54,7 @@ class Engines:
 
     def __init__(self, base: PreTrainedModel, adapter: Adapter | None, *, compile: bool):
         self.target = TargetModel.wrap(base)
+        self._attention = text_config(base)._attn_implementation
         self.adapter = adapter
         self.gate = None if adapter is None or adapter.lora is None else LoraGate(base, adapter.lora)
         self.head = None if adapter is None else HeadDrafter.of(adapter, self.target)
@@ -169,11 +171,17 @@ class Engines:
         return RowForward(target, masks, gate, linears, query_group, compile_step, noise, tap)
 
     def check(self, prompts: list[list[int]], max_new_tokens: int, num_sequences: int) -> None:
-        """Refuses what the model has no positions for, or cannot do for several sequences at once.
+        """Refuses what the model has no positions for, or cannot do for several sequences at once, or no longer.
 
         Raises:
             ValueError: naming what was expected and found.
         """
+        found = text_config(self.target.base)._attn_implementation
+        if found not in (self._attention, ROUTE):  # where other threads' steps run it is theirs
+            raise ValueError(
+                f"base: expected attention {self._attention!r}, as when it was loaded, found {found!r}, which takes "
+                "other masks; load it again with attn_implementation="
+            )
         if integer("max_new_tokens", max_new_tokens, 1) >= 2**31:
             raise ValueError(f"max_new_tokens: expected less than 2^31, found {shown(max_new_tokens)}")
         limit, longest = self.target.max_positions, max(map(len, prompts))
