@@ -20,6 +20,7 @@ from pardec.adapters.named_layers import linear_shape, named_layer, short_name
 from pardec.adapters.open_rows import OpenRows, OpenRowsOfThread, add_beside, add_cast, add_product
 from pardec.arguments import flag, integer, real
 from pardec.errors import shown
+from pardec.target.packed_matrix import PackedMatrix
 from pardec.target.placement import execution_devices
 
 Returned = TypeVar("Returned")
@@ -230,12 +231,12 @@ class LoraGate:
         b = torch.block_diag(*[pair[1] if pair else none for pair, none in zip(pairs, nothing, strict=True)])
         return a.T.contiguous(), b.contiguous()
 
-    def add_stacked(self, wide: Tensor, b: Tensor) -> None:
+    def add_stacked(self, wide: Tensor, b: Tensor | PackedMatrix) -> None:
         """Adds A x @ b to the mask rows of layers that read one input, in place, if the gate is open.
 
         Args:
             wide: their outputs and A x of every row, side by side, shape [B, R, sum out + sum r] or flattened.
-            b: from `stacked`, or of another dtype, that in which the product is made.
+            b: from `stacked`, or that packed.
         """
         rows = self._open.rows
         if rows is not None:

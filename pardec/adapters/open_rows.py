@@ -8,6 +8,8 @@ import threading
 import torch
 from torch import Tensor
 
+from pardec.target.packed_matrix import PackedMatrix
+
 
 class OpenRows:
     """Closed where `rows` is None.
@@ -75,43 +77,43 @@ def rows_of(x: Tensor, rows: slice | Tensor) -> Tensor:
     return x[0, rows] if x.shape[0] == 1 else x[:, rows]
 
 
-def add_product(output: Tensor, low: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:
-    """Adds `low @ b_t` to some rows of `output`, in place.
+def add_product(output: Tensor, low: Tensor, b: Tensor | PackedMatrix, rows: slice | Tensor) -> None:
+    """Adds B A x to some rows of `output`, in place.
 
     Args:
         output: shape [B, R, out].
         low: A x of the rows, as `rows_of` gives them.
-        b_t: shape [r, out]; of another dtype, that in which the product is made.
+        b: B, as a tensor transposed, shape [r, out], or packed.
         rows: a slice of the rows, or an index of shape [B, M].
     """
     if isinstance(rows, Tensor):
         index = rows[:, :, None].expand(-1, -1, output.shape[2])
-        output.scatter_add_(1, index, (low.to(b_t.dtype) @ b_t).to(output.dtype))
+        output.scatter_add_(1, index, b(low) if isinstance(b, PackedMatrix) else low @ b)
     elif output.shape[0] == 1:
-        _add_to_all(output[0, rows], low, b_t)
-    elif output.dtype != b_t.dtype:
-        output[:, rows].add_(low.to(b_t.dtype) @ b_t)
+        _add_to_all(output[0, rows], low, b)
+    elif isinstance(b, PackedMatrix):
+        _add_to_all(output[:, rows], low, b)
     else:
-        output[:, rows].baddbmm_(low, b_t.expand(output.shape[0], -1, -1))
+        output[:, rows].baddbmm_(low, b.expand(output.shape[0], -1, -1))
 
 
-def add_beside(wide: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:
+def add_beside(wide: Tensor, b: Tensor | PackedMatrix, rows: slice | Tensor) -> None:
     """`add_product` where output and A x of every row lie side by side in `wide`, shape [B, R, out + r]."""
-    sizes = (b_t.shape[1], b_t.shape[0])
+    r, num_outputs = (b.num_inputs, b.num_outputs) if isinstance(b, PackedMatrix) else b.shape
     if isinstance(rows, slice) and wide.shape[0] == 1:
         # taking the rows first is two views less, which a step would make at every layer
-        output, low = wide[0, rows].split_with_sizes(sizes, dim=-1)
-        _add_to_all(output, low, b_t)
+        output, low = wide[0, rows].split_with_sizes((num_outputs, r), dim=-1)
+        _add_to_all(output, low, b)
     else:
-        output, low = wide.split_with_sizes(sizes, dim=-1)
-        add_product(output, rows_of(low, rows), b_t, rows)
+        output, low = wide.split_with_sizes((num_outputs, r), dim=-1)
+        add_product(output, rows_of(low, rows), b, rows)
 
 
-def _add_to_all(output: Tensor, low: Tensor, b_t: Tensor) -> None:
-    if output.dtype == b_t.dtype:
-        output.addmm_(low, b_t)
+def _add_to_all(output: Tensor, low: Tensor, b: Tensor | PackedMatrix) -> None:
+    if isinstance(b, PackedMatrix):
+        output.copy_(b.plus(low, output))
     else:
-        output.add_(low.to(b_t.dtype) @ b_t)
+        output.addmm_(low, b)
 
 
 def add_cast(output: Tensor, x: Tensor, a_t: Tensor, b_t: Tensor, rows: slice | Tensor) -> None:

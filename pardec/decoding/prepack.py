@@ -230,8 +230,8 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
     if gate is None or pairs is None:
         return _linear(weight, bias)
     a, b = (half.to(weight) for half in pairs)  # the base may have been converted since
-    if weight.is_cpu:  # which multiplies a few rows by a matrix that is not packed faster in float32
-        b = b.float()
+    # a CPU multiplies few rows by a matrix as it lies fast in float32 alone
+    added = PackedMatrix(b.T.contiguous(), None) if b.dtype == torch.bfloat16 and not _keeps_form(weight) else b
     wide = torch.cat([weight, a])
     wide_bias = None if bias is None else torch.cat([bias, bias.new_zeros(a.shape[0])])
     wide_linear = _linear(wide, wide_bias)
@@ -242,7 +242,7 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
         if closed is not None and not gate.is_open:
             return closed(x)
         y = wide_linear(x)
-        gate.add_stacked(y, b)
+        gate.add_stacked(y, added)
         return y.narrow(-1, 0, num_outputs)
 
     return product

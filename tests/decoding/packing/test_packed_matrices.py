@@ -130,7 +130,11 @@ def test_compiled_code_multiplies_by_a_packed_matrix_of_a_cpu(has_bias):
         found = torch.compile(lambda x: product(x), backend=collect, fullgraph=True)(x)
         torch.testing.assert_close(found, linear(x))
         assert torch.equal(found, product(x))
-    assert calls == [torch.ops.pardec.packed_product]
+        other = torch.randn(1, 4, 44)[..., 4:]
+        total = torch.compile(lambda x: product.plus(x, other), backend=collect, fullgraph=True)(x)
+        torch.testing.assert_close(total, linear(x) + other)
+        assert torch.equal(total, product.plus(x, other))
+    assert calls == [torch.ops.pardec.packed_product, torch.ops.pardec.packed_sum]
 
 
 def test_compiled_steps_on_a_cpu_take_packed_matrices(monkeypatch):
