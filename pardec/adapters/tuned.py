@@ -154,13 +154,20 @@ def nearest_choice(choices: Sequence[TunedChoice], num_sequences: int, is_greedy
     return min(alike, key=lambda one: one.batch_size)
 
 
-def shipped_choice(directory: str | Path, *, files: Mapping[str, str] | None = None) -> TunedChoice | None:
+def shipped_choice(
+    directory: str | Path,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    files: Mapping[str, str] | None = None,
+) -> TunedChoice | None:
     """What a packaged adapter was tuned to on a CPU before it shipped: a start for others; None without one.
 
-    Arguments and errors as in `read_tuned`.
+    That of this device and dtype, where there is one. Arguments and errors as in `read_tuned`.
     """
     folder = adapter_folder(directory)
     fresh = [] if folder == Path(directory) else fresh_choices(folder, files)
+    fresh.sort(key=lambda one: (one.device, one.dtype) != (device, dtype))
     return fresh[0] if fresh else None
 
 

@@ -1,6 +1,7 @@
 """Adapters that ship with the package: found by name, unless something of that name lies where one works."""
 
 import re
+import json
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_it_ships_with_a_choice_that_a_cpu_starts_with(name, tmp_path, monkeypat
     assert shipped_choice(ASSETS / name) is None  # a folder's own file is what `read_tuned` reads
     Path(name).mkdir()
     assert shipped_choice(name) is None
+
+
+def test_the_choice_that_was_made_on_such_a_device_comes_before_others():
+    others = json.loads((ASSETS / "smollm2" / "tuned.json").read_text())["choices"]
+    assert len({(one["device"], one["dtype"]) for one in others}) == len(others) > 1
+    for one in others:
+        choice = shipped_choice("smollm2", one["device"], one["dtype"])
+        assert choice is not None
+        assert choice.measured_tokens_per_second == one["measured_tokens_per_second"]
+    elsewhere = shipped_choice("smollm2", "Some CPU, 64 threads", "float32")
+    assert elsewhere is not None
+    assert (elsewhere.device, elsewhere.dtype) == (others[0]["device"], others[0]["dtype"])
