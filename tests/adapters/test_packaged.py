@@ -1,7 +1,7 @@
 """Adapters that ship with the package: found by name, unless something of that name lies where one works."""
 
-import re
 import json
+import re
 from pathlib import Path
 
 import pytest
