@@ -84,8 +84,7 @@ def load(
     where, files = device_name(model.target.device), adapter.metadata.files
     model.engines.choices = read_tuned(directory, where, model.target.dtype, compile, files=files)
     if not model.engines.choices and loaded.device.type == "cpu":  # all K drafts would slow any CPU down
-        dtype_name = str(model.target.dtype).removeprefix("torch.")
-        model.tuned = shipped_choice(directory, where, dtype_name, files=files)
+        model.tuned = shipped_choice(directory, where, model.target.dtype, files=files)
     kind = {"cpu": "CPU", "cuda": "GPU"}.get(loaded.device.type)
     if kind and model.target.dtype == torch.bfloat16 and not has_bfloat16(loaded.device):
         told = f"dtype: expected a {kind} with instructions for bfloat16, found none: it is slow here"

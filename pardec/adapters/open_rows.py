@@ -89,12 +89,10 @@ def add_product(output: Tensor, low: Tensor, b: Tensor | PackedMatrix, rows: sli
     if isinstance(rows, Tensor):
         index = rows[:, :, None].expand(-1, -1, output.shape[2])
         output.scatter_add_(1, index, b(low) if isinstance(b, PackedMatrix) else low @ b)
-    elif output.shape[0] == 1:
-        _add_to_all(output[0, rows], low, b)
-    elif isinstance(b, PackedMatrix):
-        _add_to_all(output[:, rows], low, b)
-    else:
+    elif isinstance(b, Tensor) and output.shape[0] > 1:
         output[:, rows].baddbmm_(low, b.expand(output.shape[0], -1, -1))
+    else:
+        _add_to_all(rows_of(output, rows), low, b)
 
 
 def add_beside(wide: Tensor, b: Tensor | PackedMatrix, rows: slice | Tensor) -> None:

@@ -131,7 +131,7 @@ def read_tuned(
     Raises:
         ValueError: if the file is there and is not one of ours, naming it.
     """
-    wanted = (device, str(dtype).removeprefix("torch."), compile)
+    wanted = (device, _name(dtype), compile)
     return [one for one in fresh_choices(directory, files) if (one.device, one.dtype, one.compile) == wanted]
 
 
@@ -157,7 +157,7 @@ def nearest_choice(choices: Sequence[TunedChoice], num_sequences: int, is_greedy
 def shipped_choice(
     directory: str | Path,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: torch.dtype | str | None = None,
     *,
     files: Mapping[str, str] | None = None,
 ) -> TunedChoice | None:
@@ -167,8 +167,8 @@ def shipped_choice(
     """
     folder = adapter_folder(directory)
     fresh = [] if folder == Path(directory) else fresh_choices(folder, files)
-    fresh.sort(key=lambda one: (one.device, one.dtype) != (device, dtype))
-    return fresh[0] if fresh else None
+    made_here = [one for one in fresh if (one.device, one.dtype) == (device, _name(dtype))]
+    return next(iter(made_here or fresh), None)
 
 
 def fastest_dtype(
@@ -234,6 +234,10 @@ def weights_of(directory: str | Path, files: Mapping[str, str] | None = None) ->
     files = load_adapter(directory).metadata.files if files is None else files
     names = (EMBEDDINGS_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, HEAD_FILE)
     return {name: files[name] for name in names if name in files}
+
+
+def _name(dtype: torch.dtype | str | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _key(choice: TunedChoice) -> tuple[str, str, bool, int, bool]:

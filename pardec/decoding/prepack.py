@@ -230,7 +230,7 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
     if gate is None or pairs is None:
         return _linear(weight, bias)
     a, b = (half.to(weight) for half in pairs)  # the base may have been converted since
-    # a CPU multiplies few rows by a matrix as it lies fast in float32 alone
+    # as it lies a CPU is fast with it in float32 alone
     added = PackedMatrix(b.T.contiguous(), None) if b.dtype == torch.bfloat16 and not _keeps_form(weight) else b
     wide = torch.cat([weight, a])
     wide_bias = None if bias is None else torch.cat([bias, bias.new_zeros(a.shape[0])])
