@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pardec.cli_loading import advise_tuning, check_options, told_in_a_terminal
+from pardec.cli_loading import advise_tuning, check_options, mode_beside_plain, told_in_a_terminal
 from pardec.cli_options import (
     AsChat,
     BaseOption,
@@ -155,9 +155,8 @@ def generate(
         if compare:
             from pardec.race_terminal import run_races
 
-            # beside plain decoding stands what drafts, also where none was chosen
-            mode = mode or ("fused" if chosen_mode == "plain" else chosen_mode)
-            identical = run_races(model, prompts, given, mode, options, as_json=as_json)
+            beside = mode_beside_plain(mode, chosen_mode)
+            identical = run_races(model, prompts, given, beside, options, as_json=as_json)
             # sampled texts differ by design: they follow one law, not one stream of random numbers
             sys.exit(0 if temperature > 0 or identical else 1)
         for text, asked in zip(prompts, given, strict=True):

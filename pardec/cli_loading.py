@@ -64,7 +64,25 @@ def told_in_a_terminal(doing: str) -> Iterator[None]:
 
 
 def advise_tuning(model: "SelfSpeculativeModel", directory: str, mode: str | None) -> None:
-    """One line where drafts are made as trained, which a device may be slower with than without."""
-    asks = mode is None and model.adapter is not None and model.tuned is None
-    if asks and sys.stderr is not None and sys.stderr.isatty():
+    """One line where drafts are made as trained or as another device is fastest, which may be slower than without."""
+    if mode is not None or model.adapter is None or sys.stderr is None or not sys.stderr.isatty():
+        return
+    from pardec.run import device_name
+
+    if model.tuned is None:
         print(f"not tuned for this device, perhaps slower than plain: pardec tune {directory}", file=sys.stderr)
+    elif model.tuned.device != device_name(model.target.device):
+        made = f"drafts as was fastest on {model.tuned.device}, {model.tuned.dtype}"
+        print(f"{made}; for this device: pardec tune {directory}", file=sys.stderr)
+
+
+def mode_beside_plain(mode: str | None, chosen: str) -> str:
+    """What a comparison with plain decoding decodes in: what drafts, also where tuning chose not to.
+
+    Args:
+        mode: that was asked for.
+        chosen: the one that a call without comparison decodes in.
+    """
+    if mode is None and chosen == "plain" and sys.stderr is not None:
+        print("without --compare this decodes plain, as tuned or asked for; fused stands beside it", file=sys.stderr)
+    return mode or ("fused" if chosen == "plain" else chosen)

@@ -13,6 +13,7 @@ from pardec.decoding.step import MODES
 from pardec.measures.divergence import divergence_from
 from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly
 from pardec.model import SelfSpeculativeModel
+from pardec.tuning.report import describe
 
 # of tokens in a terminal, by where they came from
 STYLES: dict[Origin, str] = {"target": "", "drafted": "green", "copied": "cyan"}
@@ -107,6 +108,9 @@ def print_check(model: SelfSpeculativeModel) -> bool:
     if isinstance(sampled, dict):
         shown = ("mean_acceptance_length", "interval", "temperature", "top_k")
         table.add_row("measured when trained", ", ".join(f"{key} {sampled.get(key)}" for key in shown))
+    if model.tuned is not None:
+        chosen = describe(model.tuned, has_head=head is not None)
+        table.add_row(f"tuned on {model.tuned.device}, {model.tuned.dtype}", chosen)
     deviation = probe_step(model.target)
     table.add_row("real rows against a plain forward", f"{deviation:.1e} standard deviations of the logits")
     limit = model.target.max_positions or 2**16

@@ -4,10 +4,12 @@ import io
 from types import SimpleNamespace
 
 import pytest
+import torch
 from programs import run
 
 from pardec import cli
-from pardec.cli_loading import advise_tuning, told_in_a_terminal
+from pardec.cli_loading import advise_tuning, mode_beside_plain, told_in_a_terminal
+from pardec.run import device_name
 
 BAD = {
     ("--temperature", "-1"): "temperature: expected 0 (greedy) or a finite number of at least 0.0001, found -1.0",
@@ -59,19 +61,43 @@ def test_a_terminal_is_told_that_loading_lasts(is_terminal, monkeypatch):
     assert ("loading runs/mine" in screen.getvalue()) == is_terminal
 
 
+UNTUNED = "not tuned for this device, perhaps slower than plain: pardec tune runs/mine\n"
+FOREIGN = "drafts as was fastest on Another CPU, float32; for this device: pardec tune runs/mine\n"
+
+
 @pytest.mark.parametrize(
-    ("is_terminal", "mode", "adapter", "tuned", "said"),
+    ("is_terminal", "mode", "adapter", "tuned_on", "said"),
     [
-        (True, None, "adapter", None, True),
-        (False, None, "adapter", None, False),
-        (True, "fused", "adapter", None, False),
-        (True, None, None, None, False),
-        (True, None, "adapter", "choice", False),
+        (True, None, "adapter", None, UNTUNED),
+        (False, None, "adapter", None, ""),
+        (True, "fused", "adapter", None, ""),
+        (True, None, None, None, ""),
+        (True, None, "adapter", device_name(torch.device("cpu")), ""),
+        (True, None, "adapter", "Another CPU", FOREIGN),
+        (False, None, "adapter", "Another CPU", ""),
+        (True, "fused", "adapter", "Another CPU", ""),
     ],
 )
-def test_who_has_not_tuned_is_told_so_once(is_terminal, mode, adapter, tuned, said, monkeypatch):
+def test_who_has_not_tuned_here_is_told_so_once(is_terminal, mode, adapter, tuned_on, said, monkeypatch):
     screen = Screen(is_terminal)
     monkeypatch.setattr("sys.stderr", screen)
-    advise_tuning(SimpleNamespace(adapter=adapter, tuned=tuned), "runs/mine", mode)  # type: ignore[arg-type]
-    expected = "not tuned for this device, perhaps slower than plain: pardec tune runs/mine\n" if said else ""
-    assert screen.getvalue() == expected
+    tuned = None if tuned_on is None else SimpleNamespace(device=tuned_on, dtype="float32")
+    target = SimpleNamespace(device=torch.device("cpu"))
+    advise_tuning(SimpleNamespace(adapter=adapter, tuned=tuned, target=target), "runs/mine", mode)  # type: ignore[arg-type]
+    assert screen.getvalue() == said
+
+
+@pytest.mark.parametrize(
+    ("mode", "chosen", "beside", "said"),
+    [
+        (None, "plain", "fused", True),
+        (None, "two_pass", "two_pass", False),
+        ("plain", "plain", "plain", False),
+        ("fused", "fused", "fused", False),
+    ],
+)
+def test_a_comparison_drafts_where_tuning_chose_not_to_and_says_so(mode, chosen, beside, said, monkeypatch):
+    screen = Screen(is_terminal=False)
+    monkeypatch.setattr("sys.stderr", screen)
+    assert mode_beside_plain(mode, chosen) == beside
+    assert ("without --compare this decodes plain" in screen.getvalue()) == said

@@ -77,7 +77,6 @@ QUICK = Effort(
     num_finalists=2,
     repetitions=2,
     copy_tokens=(6,),
-    copies_beside_tree=False,
     num_trees=2,
     num_dynamic_trees=0,
 )

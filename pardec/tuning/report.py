@@ -131,8 +131,7 @@ def print_report(report: TuneReport, console: Console) -> None:
         "ms\na step",
         "tokens/s\npredicted",
         "tokens/s\nmeasured",
-        "differ-\nence",
-        "ratio to\nplain",
+        "x\nplain",
         title=f"{measured_on}\n{choice.device}, {choice.dtype}",
         caption="tokens and ms a step: as predicted; tokens/s: whole calls, prefill included",
         box=SIMPLE_HEAD,
@@ -147,8 +146,7 @@ def print_report(report: TuneReport, console: Console) -> None:
             f"{row['predicted_ms_per_step']:.2f}",
             f"{row['predicted_tokens_per_second']:.1f}",
             f"{row['measured_tokens_per_second']:.1f}",
-            "" if way.mode == "plain" else f"{100 * (row['measured_to_predicted'] - 1):+.1f} %",
-            f"{row['ratio_to_plain']:.2f} x",
+            f"{row['ratio_to_plain']:.2f}",
             style="bold" if one is findings.chosen else "",
         )
     console.print(table)

@@ -82,12 +82,22 @@ def test_it_ships_with_a_choice_that_a_cpu_starts_with(name, tmp_path, monkeypat
 
 
 def test_the_choice_that_was_made_on_such_a_device_comes_before_others():
-    others = json.loads((ASSETS / "smollm2" / "tuned.json").read_text())["choices"]
+    others = json.loads((ASSETS / "smollm2_embeddings" / "tuned.json").read_text())["choices"]
     assert len({(one["device"], one["dtype"]) for one in others}) == len(others) > 1
     for one in others:
-        choice = shipped_choice("smollm2", one["device"], one["dtype"])
+        choice = shipped_choice("smollm2_embeddings", one["device"], one["dtype"])
         assert choice is not None
         assert choice.measured_tokens_per_second == one["measured_tokens_per_second"]
-    elsewhere = shipped_choice("smollm2", "Some CPU, 64 threads", "float32")
-    assert elsewhere is not None
-    assert (elsewhere.device, elsewhere.dtype) == (others[0]["device"], others[0]["dtype"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_other_devices_it_starts_with_the_choice_of_their_dtype(dtype):
+    choice = shipped_choice("smollm2_embeddings", "Some CPU, 64 threads", dtype)
+    assert choice is not None
+    assert (choice.dtype, choice.device == "Some CPU, 64 threads") == (dtype, False)
+
+
+def test_in_a_dtype_that_nothing_was_tuned_for_it_starts_with_the_first_choice():
+    choice = shipped_choice("smollm2_embeddings", "Some CPU, 64 threads", "float16")
+    assert choice is not None
+    assert choice.device == json.loads((ASSETS / "smollm2_embeddings" / "tuned.json").read_text())["choices"][0]["device"]
