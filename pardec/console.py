@@ -110,7 +110,7 @@ def print_check(model: SelfSpeculativeModel) -> bool:
         table.add_row("measured when trained", ", ".join(f"{key} {sampled.get(key)}" for key in shown))
     if model.tuned is not None:
         chosen = describe(model.tuned, has_head=head is not None)
-        table.add_row(f"tuned on {model.tuned.device}, {model.tuned.dtype}", chosen)
+        table.add_row("tuned", f"{chosen} on {model.tuned.device}, {model.tuned.dtype}")
     deviation = probe_step(model.target)
     table.add_row("real rows against a plain forward", f"{deviation:.1e} standard deviations of the logits")
     limit = model.target.max_positions or 2**16

@@ -257,9 +257,9 @@ def test_the_mode_that_was_tuned_is_used_and_another_one_if_asked_for(saved, tmp
     assert "two_pass" in json.loads(run(*arguments, "--compare", "--json").stdout)
     shown_drafts = run(*arguments, "--show-drafts").stdout
     assert expected[1] in re.sub(r"\x1b\[[0-9;]*m", "", shown_drafts)
-    assert "K = 1, two_pass, 2 rows" in shown(run("check", str(folder)))
+    assert "tuned K = 1, two_pass, 4 rows, 2.00 x plain on " in shown(run("check", str(folder)))
     write_tuned(folder, replace(choice, block_lengths=(0,)))
-    assert "plain decoding, as nothing measured was faster" in shown(run("check", str(folder)))
+    assert "tuned plain decoding, as nothing measured was faster on " in shown(run("check", str(folder)))
     assert drafted() == (0, False)
     assert json.loads(run(*arguments, "--compare", "--json").stdout)["fused"]["stats"]["num_draft_tokens"]
     # copies that are asked for stand alone, whatever is printed of them

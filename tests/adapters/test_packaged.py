@@ -98,6 +98,7 @@ def test_on_other_devices_it_starts_with_the_choice_of_their_dtype(dtype):
 
 
 def test_in_a_dtype_that_nothing_was_tuned_for_it_starts_with_the_first_choice():
+    first = json.loads((ASSETS / "smollm2_embeddings" / "tuned.json").read_text())["choices"][0]
     choice = shipped_choice("smollm2_embeddings", "Some CPU, 64 threads", "float16")
     assert choice is not None
-    assert choice.device == json.loads((ASSETS / "smollm2_embeddings" / "tuned.json").read_text())["choices"][0]["device"]
+    assert choice.device == first["device"]
