@@ -31,7 +31,7 @@ from pardec.data.reading import training_rows
 from pardec.data.responses.prompt_mix import draw_mix
 from pardec.data.responses.response_prompts import draw_prompts
 from pardec.model import SelfSpeculativeModel
-from pardec.run import exit_on_unusable_input, written_aside
+from pardec.run import dtype_name, exit_on_unusable_input, written_aside
 from pardec.target.base import eos_token_ids, load_base, load_tokenizer, neutral_generation_config, pad_token_id
 
 FULL = {"batch_sizes": "16,64", "num_batches": 3, "max_prompts": 128}
@@ -200,7 +200,7 @@ def report(args: argparse.Namespace) -> None:
     facts = {name: getattr(recipe, name) for name in ("base", "max_new_tokens", "temperature", "top_k")}
     facts |= {"prompt_tokens": [min(map(len, prompts)), max(map(len, prompts))], "threads": args.threads}
     device = torch.device("cpu")
-    dtype = str(subject.model.target.dtype).removeprefix("torch.")
+    dtype = dtype_name(subject.model.target.dtype)
     write(
         output_stem("generation", args.output, args.quick, device),
         {"rows": rows, **facts, "dtype": dtype} | provenance(device),

@@ -33,7 +33,7 @@ from transformers.utils import logging
 import pardec
 from pardec.adapters.files import load_adapter
 from pardec.layout import MAX_SPECULATIVE_TOKENS
-from pardec.run import command_line, exit_on_unusable_input, git_commit, library_versions
+from pardec.run import command_line, dtype_name, exit_on_unusable_input, git_commit, library_versions
 from pardec.target.forward import TargetModel
 
 FULL = {"rows": "1,4,9,16,25,36,49,64,81", "contexts": "256,1024,4096", "repetitions": 10}
@@ -260,7 +260,7 @@ def facts(args: argparse.Namespace, subject: Subject, plan: Plan, bound: StepBou
         "forced_acceptance": plan.forced_acceptance,
         "captured": subject.target.device.type == "cuda",
         "seed": plan.seed,
-        "dtype": str(subject.target.dtype).removeprefix("torch."),
+        "dtype": dtype_name(subject.target.dtype),
         **provenance(subject.target.device),
     }
 

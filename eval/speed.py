@@ -30,7 +30,7 @@ from pardec.adapters.files import load_adapter
 from pardec.data.benchmarks import Prompt, read_prompts
 from pardec.decoding.sampling import make_warpers
 from pardec.model import SelfSpeculativeModel
-from pardec.run import exit_on_unusable_input
+from pardec.run import dtype_name, exit_on_unusable_input
 from pardec.target.base import load_base, neutral_generation_config
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -219,7 +219,7 @@ def facts(args: argparse.Namespace, model: SelfSpeculativeModel, prompts: Sequen
         "base": args.base or model.adapter.metadata.base.name,
         "assistant": args.assistant,
         "weights_mib": round(model_bytes(model.base_model) / 2**20, 1),
-        "dtype": str(model.target.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.target.dtype),
         **provenance(model.target.device),
     }
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pardec.layout import MAX_SPECULATIVE_TOKENS
-from pardec.run import exit_on_unusable_input
+from pardec.run import dtype_name, exit_on_unusable_input
 from pardec.training.memory import learned_bytes, measure_step
 from pardec.training.module import Drafter, MaskTokenTrainer
 from pardec.training.objective import Objective
@@ -112,7 +112,7 @@ def report(args: argparse.Namespace) -> None:
         "shape": args.shape,
         "num_parameters": num_parameters,
         **{name: getattr(args, name) for name in (*FULL, "num_speculative_tokens", "lora_rank", "seed")},
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "mixed_precision": accelerator.mixed_precision,
         "rows": rows,
         "left_out": left_out,

@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from pardec.config.train_section import default_anchors
 from pardec.layout import MAX_SPECULATIVE_TOKENS, nested_block_lengths
-from pardec.run import exit_on_unusable_input
+from pardec.run import dtype_name, exit_on_unusable_input
 from pardec.target.base import load_base
 from pardec.training.running.processes import make_accelerator
 
@@ -113,7 +113,7 @@ def report(args: argparse.Namespace) -> None:
         "base": args.base,
         "num_parameters": num_parameters,
         **{name: getattr(args, name) for name in ("tokens", "lora_rank", "threads", "seed", "checkpointing")},
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "mixed_precision": accelerator.mixed_precision,
         "rows": [],
         "left_out": [],

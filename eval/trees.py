@@ -29,7 +29,7 @@ from pardec.data.corpus import held_out_prompts
 from pardec.data.python_sources import TEST, VALIDATION
 from pardec.layout import full_blocks
 from pardec.model import SelfSpeculativeModel
-from pardec.run import exit_on_unusable_input
+from pardec.run import dtype_name, exit_on_unusable_input
 from pardec.tuning.choice import TREES, Kind, Way, full_chain, monotone_cost, tree_way
 from pardec.tuning.timing import Call, StepCosts, measure_costs
 from pardec.tuning.tree_growth import NUM_NODES
@@ -242,7 +242,7 @@ def facts(args: argparse.Namespace, model: SelfSpeculativeModel) -> dict[str, An
         "temperature": args.temperature,
         "top_k": args.top_k,
         "seed": args.seed,
-        "dtype": str(model.target.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.target.dtype),
         **constants(),
         **provenance(model.target.device),
     }

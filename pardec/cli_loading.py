@@ -64,16 +64,18 @@ def told_in_a_terminal(doing: str) -> Iterator[None]:
 
 
 def advise_tuning(model: "SelfSpeculativeModel", directory: str, mode: str | None) -> None:
-    """One line where drafts are made as trained or as another device is fastest, which may be slower than without."""
+    """One line where drafts are made as trained or as is fastest elsewhere, which may be slower than without."""
     if mode is not None or model.adapter is None or sys.stderr is None or not sys.stderr.isatty():
         return
-    from pardec.run import device_name
+    from pardec.run import device_name, dtype_name
 
     if model.tuned is None:
         print(f"not tuned for this device, perhaps slower than plain: pardec tune {directory}", file=sys.stderr)
-    elif model.tuned.device != device_name(model.target.device):
-        made = f"drafts as was fastest on {model.tuned.device}, {model.tuned.dtype}"
-        print(f"{made}; for this device: pardec tune {directory}", file=sys.stderr)
+        return
+    here = device_name(model.target.device), dtype_name(model.target.dtype)
+    if (model.tuned.device, model.tuned.dtype) != here:
+        made = f"drafts as was fastest in {model.tuned.dtype} on {model.tuned.device}"
+        print(f"{made}; for {here[1]} here: pardec tune {directory} --dtype {here[1]}", file=sys.stderr)
 
 
 def mode_beside_plain(mode: str | None, chosen: str) -> str:

@@ -118,6 +118,11 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """As options and files name it: `float32`, not `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 numbers by instructions of its own; else they are slow."""
     if device.type == "cuda":

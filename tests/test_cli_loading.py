@@ -62,27 +62,31 @@ def test_a_terminal_is_told_that_loading_lasts(is_terminal, monkeypatch):
 
 
 UNTUNED = "not tuned for this device, perhaps slower than plain: pardec tune runs/mine\n"
-FOREIGN = "drafts as was fastest on Another CPU, float32; for this device: pardec tune runs/mine\n"
+FOR_HERE = "; for float32 here: pardec tune runs/mine --dtype float32\n"
+FOREIGN = f"drafts as was fastest in float32 on Another CPU{FOR_HERE}"
+HERE = device_name(torch.device("cpu"))
+OTHER_DTYPE = f"drafts as was fastest in bfloat16 on {HERE}{FOR_HERE}"
 
 
 @pytest.mark.parametrize(
-    ("is_terminal", "mode", "adapter", "tuned_on", "said"),
+    ("is_terminal", "mode", "adapter", "tuned_to", "said"),
     [
         (True, None, "adapter", None, UNTUNED),
         (False, None, "adapter", None, ""),
         (True, "fused", "adapter", None, ""),
         (True, None, None, None, ""),
-        (True, None, "adapter", device_name(torch.device("cpu")), ""),
-        (True, None, "adapter", "Another CPU", FOREIGN),
-        (False, None, "adapter", "Another CPU", ""),
-        (True, "fused", "adapter", "Another CPU", ""),
+        (True, None, "adapter", (HERE, "float32"), ""),
+        (True, None, "adapter", (HERE, "bfloat16"), OTHER_DTYPE),
+        (True, None, "adapter", ("Another CPU", "float32"), FOREIGN),
+        (False, None, "adapter", ("Another CPU", "float32"), ""),
+        (True, "fused", "adapter", ("Another CPU", "float32"), ""),
     ],
 )
-def test_who_has_not_tuned_here_is_told_so_once(is_terminal, mode, adapter, tuned_on, said, monkeypatch):
+def test_who_has_not_tuned_here_is_told_so_once(is_terminal, mode, adapter, tuned_to, said, monkeypatch):
     screen = Screen(is_terminal)
     monkeypatch.setattr("sys.stderr", screen)
-    tuned = None if tuned_on is None else SimpleNamespace(device=tuned_on, dtype="float32")
-    target = SimpleNamespace(device=torch.device("cpu"))
+    tuned = None if tuned_to is None else SimpleNamespace(device=tuned_to[0], dtype=tuned_to[1])
+    target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     advise_tuning(SimpleNamespace(adapter=adapter, tuned=tuned, target=target), "runs/mine", mode)  # type: ignore[arg-type]
     assert screen.getvalue() == said
 

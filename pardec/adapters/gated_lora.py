@@ -20,6 +20,7 @@ from pardec.adapters.named_layers import linear_shape, named_layer, short_name
 from pardec.adapters.open_rows import OpenRows, OpenRowsOfThread, add_beside, add_cast, add_product
 from pardec.arguments import flag, integer, real
 from pardec.errors import shown
+from pardec.run import dtype_name
 from pardec.target.packed_matrix import PackedMatrix
 from pardec.target.placement import execution_devices
 
@@ -108,7 +109,7 @@ def check_numbers(what: str, tensor: Tensor) -> None:
         ValueError: beginning with `what`.
     """
     if tensor.dtype not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        names = ", ".join(dtype_name(dtype) for dtype in _DTYPES)
         raise ValueError(f"{what}: expected one of {names}, found {str(tensor.dtype).removeprefix('torch.')}")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{what}: expected finite numbers, found NaN or infinity")

@@ -21,6 +21,7 @@ from pardec.arguments import integer, real
 from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
+from pardec.run import dtype_name
 
 TUNED_FILE = "tuned.json"
 _CONSTANT, _DYNAMIC = "constant tree", "dynamic tree"
@@ -131,7 +132,7 @@ def read_tuned(
     Raises:
         ValueError: if the file is there and is not one of ours, naming it.
     """
-    wanted = (device, _name(dtype), compile)
+    wanted = (device, dtype_name(dtype), compile)
     return [one for one in fresh_choices(directory, files) if (one.device, one.dtype, one.compile) == wanted]
 
 
@@ -168,7 +169,8 @@ def shipped_choice(
     """
     folder = adapter_folder(directory)
     fresh = [] if folder == Path(directory) else fresh_choices(folder, files)
-    return max(fresh, key=lambda one: (one.dtype == _name(dtype), one.device == device), default=None)
+    wanted = None if dtype is None else dtype_name(dtype)
+    return max(fresh, key=lambda one: (one.dtype == wanted, one.device == device), default=None)
 
 
 def fastest_dtype(
@@ -234,10 +236,6 @@ def weights_of(directory: str | Path, files: Mapping[str, str] | None = None) ->
     files = load_adapter(directory).metadata.files if files is None else files
     names = (EMBEDDINGS_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, HEAD_FILE)
     return {name: files[name] for name in names if name in files}
-
-
-def _name(dtype: torch.dtype | str | None) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _key(choice: TunedChoice) -> tuple[str, str, bool, int, bool]:

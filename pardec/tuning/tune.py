@@ -20,7 +20,7 @@ from pardec.decoding.stats import share_with_copies
 from pardec.measures.drawn_paths import drawn_rows_by_place
 from pardec.measures.ranks import ranks_by_place
 from pardec.model import SelfSpeculativeModel
-from pardec.run import device_name, has_bfloat16, library_versions
+from pardec.run import device_name, dtype_name, has_bfloat16, library_versions
 from pardec.tuning.choice import Way
 from pardec.tuning.measuring import Effort, Findings, Rank, max_calls, measure
 from pardec.tuning.report import TuneReport
@@ -96,7 +96,7 @@ def _choice(
     best = found.chosen
     return TunedChoice(
         device=device_name(model.target.device),
-        dtype=str(model.target.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.target.dtype),
         compile=model.compile,
         block_lengths=best.candidate.way.block_lengths,
         weights=weights,
