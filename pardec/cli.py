@@ -144,7 +144,7 @@ def generate(
         check_options(**options, mode=mode)
         prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
         model = _load(directory, base, device, dtype, trust_remote_code)
-        advise_tuning(model, directory, mode)
+        advise_tuning(model, directory, mode, num_speculative_tokens, copy_tokens, use_head)
 
         from pardec.console import as_object, print_stream
 
@@ -155,7 +155,7 @@ def generate(
         if compare:
             from pardec.race_terminal import run_races
 
-            beside = mode_beside_plain(mode, chosen_mode)
+            beside = mode_beside_plain(mode, chosen_mode, num_speculative_tokens)
             identical = run_races(model, prompts, given, beside, options, as_json=as_json)
             # sampled texts differ by design: they follow one law, not one stream of random numbers
             sys.exit(0 if temperature > 0 or identical else 1)
@@ -206,7 +206,7 @@ def chat(
         }
         check_options(**options, mode=mode)
         model = _load(directory, base, device, dtype, trust_remote_code)
-        advise_tuning(model, directory, mode)
+        advise_tuning(model, directory, mode, num_speculative_tokens, copy_tokens, use_head)
         options |= {"use_head": use_head}
 
         from pardec.chat import Chat

@@ -63,28 +63,40 @@ def told_in_a_terminal(doing: str) -> Iterator[None]:
         yield
 
 
-def advise_tuning(model: "SelfSpeculativeModel", directory: str, mode: str | None) -> None:
-    """One line where drafts are made as trained or as is fastest elsewhere, which may be slower than without."""
-    if mode is not None or model.adapter is None or sys.stderr is None or not sys.stderr.isatty():
+def advise_tuning(model: "SelfSpeculativeModel", directory: str, *asked: object) -> None:
+    """One line where drafts are made as trained or as is fastest elsewhere, which may be slower than without.
+
+    Args:
+        model: as it was loaded.
+        directory: of its adapter.
+        asked: what the user asked for of all that tuning chooses; None where it is left to tuning.
+    """
+    if any(one is not None for one in asked) or model.adapter is None or sys.stderr is None or not sys.stderr.isatty():
         return
     from pardec.run import device_name, dtype_name
 
-    if model.tuned is None:
-        print(f"not tuned for this device, perhaps slower than plain: pardec tune {directory}", file=sys.stderr)
-        return
     here = device_name(model.target.device), dtype_name(model.target.dtype)
-    if (model.tuned.device, model.tuned.dtype) != here:
+    if model.tuned is None:
+        lacking = f"not tuned for {here[1]} on this device, perhaps slower than plain"
+        print(f"{lacking}: pardec tune {directory} --dtype {here[1]}", file=sys.stderr)
+    elif (model.tuned.device, model.tuned.dtype) != here:
         made = f"drafts as was fastest in {model.tuned.dtype} on {model.tuned.device}"
         print(f"{made}; for {here[1]} here: pardec tune {directory} --dtype {here[1]}", file=sys.stderr)
 
 
-def mode_beside_plain(mode: str | None, chosen: str) -> str:
+def mode_beside_plain(mode: str | None, chosen: str, num_speculative_tokens: int | None = None) -> str:
     """What a comparison with plain decoding decodes in: what drafts, also where tuning chose not to.
 
     Args:
         mode: that was asked for.
         chosen: the one that a call without comparison decodes in.
+        num_speculative_tokens: that was asked for.
+
+    Raises:
+        ValueError: where nothing is to be drafted by what was asked for.
     """
+    if mode is None and chosen == "plain" and num_speculative_tokens == 0:
+        raise ValueError("num_speculative_tokens: expected at least 1 to compare plain decoding with, found 0")
     if mode is None and chosen == "plain" and sys.stderr is not None:
         print("without --compare this decodes plain, as tuned or asked for; fused stands beside it", file=sys.stderr)
     return mode or ("fused" if chosen == "plain" else chosen)

@@ -61,7 +61,7 @@ def test_a_terminal_is_told_that_loading_lasts(is_terminal, monkeypatch):
     assert ("loading runs/mine" in screen.getvalue()) == is_terminal
 
 
-UNTUNED = "not tuned for this device, perhaps slower than plain: pardec tune runs/mine\n"
+UNTUNED = "not tuned for float32 on this device, perhaps slower than plain: pardec tune runs/mine --dtype float32\n"
 FOR_HERE = "; for float32 here: pardec tune runs/mine --dtype float32\n"
 FOREIGN = f"drafts as was fastest in float32 on Another CPU{FOR_HERE}"
 HERE = device_name(torch.device("cpu"))
@@ -89,6 +89,20 @@ def test_who_has_not_tuned_here_is_told_so_once(is_terminal, mode, adapter, tune
     target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     advise_tuning(SimpleNamespace(adapter=adapter, tuned=tuned, target=target), "runs/mine", mode)  # type: ignore[arg-type]
     assert screen.getvalue() == said
+
+
+@pytest.mark.parametrize("asked", [(None, 2, None, None), (None, None, 4, None), (None, None, None, False)])
+def test_who_asks_for_another_way_than_the_tuned_one_is_not_told_of_it(asked, monkeypatch):
+    screen = Screen(is_terminal=True)
+    monkeypatch.setattr("sys.stderr", screen)
+    target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    advise_tuning(SimpleNamespace(adapter="adapter", tuned=None, target=target), "runs/mine", *asked)  # type: ignore[arg-type]
+    assert screen.getvalue() == ""
+
+
+def test_a_comparison_of_plain_with_plain_is_refused():
+    with pytest.raises(ValueError, match=r"num_speculative_tokens: expected at least 1 to compare .*, found 0"):
+        mode_beside_plain(None, "plain", 0)
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,11 @@ def test_a_base_in_training_mode_is_refused(saved, tiny_base, tmp_path):
     assert model.training
 
 
+def test_a_conversation_given_as_prompts_is_pointed_to_messages(ours):
+    with pytest.raises(ValueError, match=r"prompt 0: expected text or .* \(conversations go to messages=\)"):
+        ours.generate([{"role": "user", "content": "hi"}], max_new_tokens=2)
+
+
 @pytest.mark.parametrize("prompts", [{"input_ids": [1]}, [1.5, 2.5], [[True, False]], torch.tensor([[0.5]]), [None]])
 def test_prompts_of_other_types_are_refused(ours, prompts):
     with pytest.raises(ValueError, match=r"expected text"):

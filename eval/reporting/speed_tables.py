@@ -117,7 +117,9 @@ def notes_of(result: dict) -> list[str]:
         is_drawn = "parents" not in row["tree"]
         tree = DynamicTree(**row["tree"]) if is_drawn else DraftTree(**row["tree"])
         kind = "dynamic tree" if is_drawn else "tree"
-        notes.append(f"{label_of(row)}: a {kind} of {tree.num_nodes} nodes, {tree.num_rows} rows where fused")
+        copied = f"; of {row['rows_per_step']:.3g} rows, the others are copied tokens, with drafts behind each"
+        beside = copied if "copies" in row["way"] else ""
+        notes.append(f"{label_of(row)}: a {kind} of {tree.num_nodes} nodes, {tree.num_rows} rows where fused{beside}")
     for size in result["batch_sizes"]:
         if result["num_prompts"] % size:
             rest = result["num_prompts"] % size

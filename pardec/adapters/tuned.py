@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from filelock import FileLock
 from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
@@ -195,10 +196,15 @@ def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
         ValueError: if the file is there and is not one of ours.
         OSError: if the folder cannot be written to.
     """
-    kept = [one for one in fresh_choices(directory, choice.weights) if _key(one) != _key(choice)]
-    content = {"format_version": FORMAT_VERSION, "choices": [asdict(one) for one in (*kept, choice)]}
     check_writable(directory)
-    folder = tuned_folder(directory)
+    # what another process adds between reading and writing would be lost; no lock is left in the adapter's folder
+    with FileLock(Path(tempfile.gettempdir()) / f"pardec-tuned-{os.getuid()}.lock"):
+        kept = [one for one in fresh_choices(directory, choice.weights) if _key(one) != _key(choice)]
+        return _write(tuned_folder(directory), [*kept, choice])
+
+
+def _write(folder: Path, choices: Sequence[TunedChoice]) -> Path:
+    content = {"format_version": FORMAT_VERSION, "choices": [asdict(one) for one in choices]}
     path = folder / TUNED_FILE
     handle, aside = tempfile.mkstemp(prefix=f".{TUNED_FILE}-", dir=folder)
     try:

@@ -39,7 +39,8 @@ def packaged_gguf(package: str, file_name: str, sha256: str, extra: str) -> Path
     file = next((Path(folder) / file_name for folder in folders if (Path(folder) / file_name).is_file()), None)
     if file is None:
         raise ValueError(
-            f"base: expected the package {package} with {file_name}, found it missing (pip install 'pardec[{extra}]')"
+            f"base: expected the package {package} with {file_name}, found it missing "
+            f"(the extra {extra}: in pardec's checkout, pip install -e '.[{extra}]')"
         )
     if not _is_converted(file) and (found := file_sha256(file)) != sha256:
         raise ValueError(f"base {str(file)!r}: expected sha256 {sha256[:12]}, found {found[:12]}")

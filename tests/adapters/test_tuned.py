@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from pardec.adapters.tuned import (
     TUNED_FILE,
     TunedChoice,
     fastest_dtype,
+    fresh_choices,
     nearest_choice,
     read_tuned,
     weights_of,
@@ -232,3 +234,11 @@ def test_a_write_that_fails_leaves_what_was_there(folder, monkeypatch):
     monkeypatch.undo()
     assert read_tuned(folder, "a device", "float32") == [first]
     assert sorted(path.name for path in folder.glob("*tuned*")) == [TUNED_FILE]
+
+
+def test_choices_that_several_write_at_once_are_all_kept(folder):
+    choices = [choice_for(folder, device=f"device {n}") for n in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda choice: write_tuned(folder, choice), choices))
+    assert sorted(one.device for one in fresh_choices(folder)) == sorted(one.device for one in choices)
+    assert {path.name for path in folder.iterdir() if "tuned" in path.name} == {TUNED_FILE}

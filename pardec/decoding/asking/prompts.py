@@ -55,7 +55,8 @@ def _checked_ids(row: object, index: int, tokenizer: PreTrainedTokenizerBase | N
     except TypeError:
         tokens, ids = [], [0]
     if len(ids) != len(tokens):
-        raise ValueError(f"prompt {index}: expected text or a list of token ids, found {shown(row)}")
+        hint = " (conversations go to messages=)" if isinstance(row, Mapping) else ""
+        raise ValueError(f"prompt {index}: expected text or a list of token ids, found {shown(row)}{hint}")
     if not ids:
         raise ValueError(f"prompt {index}: expected at least one token, found an empty prompt")
     found = f"{shown(min(ids))}..{shown(max(ids))}"
