@@ -13,6 +13,7 @@ from pardec.decoding.step import MODES
 from pardec.measures.divergence import divergence_from
 from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly
 from pardec.model import SelfSpeculativeModel
+from pardec.run import dtype_name
 from pardec.tuning.report import describe
 
 # of tokens in a terminal, by where they came from
@@ -58,7 +59,7 @@ def tie_of(model: SelfSpeculativeModel, prompt: str | list[int], found: list[int
     divergence = divergence_from(model.base_model, "", ids, found, plain)
     if divergence is None or not divergence.explained:
         return None
-    return f"a tie of {str(model.target.dtype).removeprefix('torch.')} at token {divergence.index}"
+    return f"a tie of {dtype_name(model.target.dtype)} at token {divergence.index}"
 
 
 def print_thorough_check(model: SelfSpeculativeModel) -> bool:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.decoding.engine import GIB
+from pardec.run import dtype_name
 from pardec.target.forward import embedding_weight
 
 _LLAMA = {
@@ -111,7 +112,7 @@ def check_fits(config: PretrainedConfig, device: torch.device, dtype: torch.dtyp
     if needed > free:
         raise ValueError(
             f"shape: expected weights of at most {free / GIB:.1f} GiB, which are free on {device}, found "
-            f"{needed / GIB:.1f} GiB in {str(dtype).removeprefix('torch.')}"
+            f"{needed / GIB:.1f} GiB in {dtype_name(dtype)}"
         )
 
 

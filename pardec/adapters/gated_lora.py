@@ -110,7 +110,7 @@ def check_numbers(what: str, tensor: Tensor) -> None:
     """
     if tensor.dtype not in _DTYPES:
         names = ", ".join(dtype_name(dtype) for dtype in _DTYPES)
-        raise ValueError(f"{what}: expected one of {names}, found {str(tensor.dtype).removeprefix('torch.')}")
+        raise ValueError(f"{what}: expected one of {names}, found {dtype_name(tensor.dtype)}")
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{what}: expected finite numbers, found NaN or infinity")
 
