@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,6 +29,8 @@ from pardec.target.fingerprint import fingerprint
 
 HERE = Path(__file__).parent
 FIRST = ("eval", "train", "trees", "tuning")
+# what a shell starts in the background ignores Ctrl-C, and so would the programs that tests stop by it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # so that an assertion of a helper that fails shows its values
 pytest.register_assert_rewrite("adapter_samples", "programs", "recorded_steps", "sampling_oracle")
 
@@ -172,6 +175,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What has been imported stays: collections need not look through it again and again."""
+    """What has been imported stays: collections need not look through it again and again, nor after 700 objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 100)  # a tenth of the time goes into collections otherwise

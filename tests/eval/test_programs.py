@@ -46,6 +46,7 @@ def demo_run(adapters, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "TUNING_PROMPTS", 2)
         patch.setattr(demo, "TUNING_TOKENS", 6)
+        patch.setattr(demo, "TUNING_EFFORT", replace(demo.TUNING_EFFORT, repetitions=1, num_trees=1))
         patch.setattr(demo, "tune", choosing(demo.tune))
         ended = run(demo.main, folder / "embeddings", folder / "lora", *few)
     assert ended.code == 0, ended.err[-2000:]

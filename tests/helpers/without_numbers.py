@@ -52,7 +52,7 @@ def tiny_decoder(
     values = FAMILIES[family][1]
     layers = "n_layer" if "n_layer" in values else "num_hidden_layers"
     kinds = values.get("layer_types", [])
-    changes = {"layer_types": [kinds[i % len(kinds)] for i in range(num_layers)]} if kinds else {}
+    changes = {"layer_types": [kinds[i % 2] for i in range(num_layers)]} if kinds else {}
     model = tiny_model(family, dtype=torch.bfloat16, **{layers: num_layers}, **changes)
     adapter = make_adapter(model, K, lora_rank=2 if lora else 0, head_width=8 if head else 0)
     siblings = survey(TargetModel.wrap(model)).siblings

@@ -36,7 +36,7 @@ LORA_LAUNCHES_A_LAYER = {"llama": 11, "gemma3-mixed-windows": 11, "gpt2": 8}
 # of layers that share an input three products become one, and two become one; A rides along, B is one for each input
 PACKED_SAVES, PACKED_LORA_LAUNCHES = 3, 4
 # enough for every kind of layer
-NUM_LAYERS = {"llama": (1, 3), "gemma3-mixed-windows": (3, 6), "gpt2": (1, 3)}
+NUM_LAYERS = {"llama": (1, 2), "gemma3-mixed-windows": (2, 4), "gpt2": (1, 2)}
 BATCH_SIZES = (1, 2)
 # finding what is copied, and telling it from drafts; as many for any number of copies. In several texts it takes more,
 # as many for any number of texts
@@ -175,9 +175,17 @@ OPTIONS = {
     ("mode", "options"),
     [(mode, name) for mode in BUDGETS["llama"] for name in OPTIONS if mode != "plain" or name == "drafts"],
 )
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-@pytest.mark.parametrize("family", BUDGETS)
+# laws begin where a family's forward has ended: of one family they stand beside every batch size
+@pytest.mark.parametrize(
+    ("family", "batch_size", "law"),
+    [
+        (family, batch_size, law)
+        for family in BUDGETS
+        for batch_size in BATCH_SIZES
+        for law in LAWS
+        if family == "llama" or (batch_size == 1) == (law == "greedy")
+    ],
+)
 def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, batch_size, law, options):
     given = {**OPTIONS[options], **({"lora": True} if mode == "fused" else {})}
     count = counted(family, mode, NUM_LAYERS[family][0], batch_size, law=law, **given)
