@@ -16,6 +16,7 @@ from pardec.arguments import integer
 from pardec.decoding.kept_cache import KeptCache
 from pardec.decoding.output import StreamChunk
 from pardec.model import SelfSpeculativeModel
+from pardec.target.base import eos_token_ids
 
 Message = dict[str, str]
 # plain decoding is measured over so many tokens
@@ -38,6 +39,7 @@ class Answer:
         first_seconds: until the first token was there.
         seconds: behind it, inside of the decoder only.
         is_complete: whether it ended by itself or by its length.
+        is_cut: whether it ended by its length.
     """
 
     mode: str
@@ -51,6 +53,7 @@ class Answer:
     first_seconds: float = 0.0
     seconds: float = 0.0
     is_complete: bool = False
+    is_cut: bool = False
 
     @property
     def tokens_per_second(self) -> float:
@@ -150,6 +153,8 @@ class Chat:
             with closing(chunks):
                 yield from _timed(chunks, answer)
                 answer.is_complete = True
+                at_limit = len(answer.token_ids) == self._options["max_new_tokens"]
+                answer.is_cut = at_limit and answer.token_ids[-1] not in eos_token_ids(self._model.base_model)
         finally:
             answer.reused_tokens = self._kept.num_reused
             # some templates refuse an empty answer, and two questions in a row

@@ -89,6 +89,8 @@ class _Talk:
             if not self.as_json:
                 print(chunk.text, end="", flush=True)
         print(json.dumps(_as_object(message, self.chat)) if self.as_json else "", flush=True)
+        if self.chat.answer.is_cut and not self.as_json:
+            self.tell(f"that answer was cut off at {len(self.chat.answer.token_ids)} tokens (--max-new-tokens)")
 
     def tell_of_forgotten(self) -> None:
         """What left the conversation before this answer."""
@@ -148,7 +150,8 @@ class TerminalTalk(_Talk):
                 words.append(f"{answer.tokens_per_second / self.plain_tokens_per_second:.2f} x plain")
         reused = f"{answer.reused_tokens} of {answer.prompt_tokens} prompt tokens reused"
         words += [f"first token after {answer.first_seconds:.2f} s", reused]
-        return ", ".join(words) + ("" if answer.is_complete else "; stopped")
+        ended = "; cut off (--max-new-tokens)" if answer.is_cut else "" if answer.is_complete else "; stopped"
+        return ", ".join(words) + ended
 
 
 def _as_object(message: str, chat: Chat) -> dict:

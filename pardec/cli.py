@@ -144,7 +144,8 @@ def generate(
         check_options(**options, mode=mode)
         prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
         model = _load(directory, base, device, dtype, trust_remote_code)
-        advise_tuning(model, directory, mode, num_speculative_tokens, copy_tokens, use_head)
+        asked = mode, num_speculative_tokens, copy_tokens, use_head
+        advise_tuning(model, directory, *asked, base=base, device=device)
 
         from pardec.console import as_object, print_stream
 
@@ -206,7 +207,8 @@ def chat(
         }
         check_options(**options, mode=mode)
         model = _load(directory, base, device, dtype, trust_remote_code)
-        advise_tuning(model, directory, mode, num_speculative_tokens, copy_tokens, use_head)
+        asked = mode, num_speculative_tokens, copy_tokens, use_head
+        advise_tuning(model, directory, *asked, base=base, device=device)
         options |= {"use_head": use_head}
 
         from pardec.chat import Chat

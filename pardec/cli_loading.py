@@ -3,6 +3,7 @@
 Imports torch and transformers inside its functions only. Nothing is said where standard error is no terminal.
 """
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,25 +64,36 @@ def told_in_a_terminal(doing: str) -> Iterator[None]:
         yield
 
 
-def advise_tuning(model: "SelfSpeculativeModel", directory: str, *asked: object) -> None:
+def advise_tuning(
+    model: "SelfSpeculativeModel",
+    directory: str,
+    *asked: object,
+    base: str | None = None,
+    device: str | None = None,
+) -> None:
     """One line where drafts are made as trained or as is fastest elsewhere, which may be slower than without.
 
     Args:
         model: as it was loaded.
         directory: of its adapter.
         asked: what the user asked for of all that tuning chooses; None where it is left to tuning.
+        base: that was asked for, which tuning is to be asked for as well.
+        device: likewise.
     """
     if any(one is not None for one in asked) or model.adapter is None or sys.stderr is None or not sys.stderr.isatty():
         return
     from pardec.run import device_name, dtype_name
 
     here = device_name(model.target.device), dtype_name(model.target.dtype)
+    given = {"dtype": here[1], "device": device, "base": base}
+    options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None)
+    command = f"pardec tune {shlex.quote(directory)} {options}"
     if model.tuned is None:
         lacking = f"not tuned for {here[1]} on this device, perhaps slower than plain"
-        print(f"{lacking}: pardec tune {directory} --dtype {here[1]}", file=sys.stderr)
+        print(f"{lacking}: {command}", file=sys.stderr)
     elif (model.tuned.device, model.tuned.dtype) != here:
         made = f"drafts as was fastest in {model.tuned.dtype} on {model.tuned.device}"
-        print(f"{made}; for {here[1]} here: pardec tune {directory} --dtype {here[1]}", file=sys.stderr)
+        print(f"{made}; for {here[1]} here: {command}", file=sys.stderr)
 
 
 def mode_beside_plain(mode: str | None, chosen: str, num_speculative_tokens: int | None = None) -> str:

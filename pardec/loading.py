@@ -1,7 +1,7 @@
 """`pardec.load`: an adapter and the base it belongs to."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import load_adapter
 from pardec.adapters.hub import HubName, hub_name
 from pardec.adapters.packaged import tuned_folder
-from pardec.adapters.tuned import TUNED_FILE, fastest_dtype, read_tuned, shipped_choice
+from pardec.adapters.tuned import TUNED_FILE, TunedChoice, fastest_dtype, read_tuned, shipped_choice
 from pardec.arguments import flag, known_dtype
 from pardec.decoding.probing.probe import probe, probe_head
 from pardec.errors import short, shown
@@ -83,6 +83,7 @@ def load(
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
     where, files = device_name(model.target.device), adapter.metadata.files
     model.engines.choices = read_tuned(directory, where, model.target.dtype, compile, files=files)
+    _check_choices(directory, adapter, model.engines.choices)
     if not model.engines.choices and loaded.device.type == "cpu":  # all K drafts would slow any CPU down
         model.tuned = shipped_choice(directory, where, model.target.dtype, files=files)
     kind = {"cpu": "CPU", "cuda": "GPU"}.get(loaded.device.type)
@@ -151,6 +152,16 @@ def refuse_another_base(
         alike = shape_difference(adapter.metadata.fingerprint, found) is None
         hint = "; adapter.transfer=true in a recipe that starts from it moves it to this one" if alike else ""
         raise AdapterError(f"{directory}: the adapter belongs to another base ({name}): {told}{hint}")
+
+
+def _check_choices(directory: str | Path, adapter: Adapter, choices: Sequence[TunedChoice]) -> None:
+    """Raises ValueError, naming the file, if one of them drafts more than the adapter can."""
+    K, most = adapter.metadata.num_speculative_tokens, max((one.num_speculative_tokens for one in choices), default=0)
+    if adapter.has_distinct_masks and most > K:
+        raise ValueError(
+            f"{tuned_folder(directory) / TUNED_FILE}: expected choices of at most {K} drafts, as the adapter has mask "
+            f"tokens, found {most}; remove it and tune again"
+        )
 
 
 def _probe(model: SelfSpeculativeModel) -> None:

@@ -75,6 +75,19 @@ def test_every_answer_is_that_of_a_fresh_run_of_the_whole_conversation(model, mo
     assert chat.messages == messages
 
 
+def test_an_answer_that_is_cut_off_is_told_from_one_that_ends_at_its_limit(model, monkeypatch):
+    chat = Chat(model, None, OPTIONS)
+    said(chat, "def f(x):")
+    assert chat.answer.is_cut
+    ids = chat.answer.token_ids
+    new = max(n for n in range(1, len(ids)) if ids[n] not in ids[:n])
+    monkeypatch.setattr(model.base_model.generation_config, "eos_token_id", ids[new])
+    chat = Chat(model, None, {**OPTIONS, "max_new_tokens": new + 1})
+    said(chat, "def f(x):")
+    assert chat.answer.token_ids == ids[: new + 1]
+    assert not chat.answer.is_cut
+
+
 def test_sampled_turns_have_seeds_of_their_own_and_can_be_repeated(model):
     options = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3}
     chats = [Chat(model, None, options) for _ in range(2)]
@@ -236,6 +249,8 @@ def test_the_ratio_to_plain_is_of_what_was_measured(model, monkeypatch):
     talk._status(Answer("plain", token_ids=[0] * 31, num_steps=30, seconds=2.0, is_complete=True))
     assert "2.00 x plain" in talk._status(drafted)  # /plain answers measure as well
     assert talk._status(Answer("fused", token_ids=[0])).endswith("; stopped")
+    cut = Answer("fused", token_ids=[0], is_complete=True, is_cut=True)
+    assert talk._status(cut).endswith("; cut off (--max-new-tokens)")
 
 
 def test_accepted_drafted_tokens_are_coloured_and_characters_stay_whole(tokenizer):
@@ -321,7 +336,8 @@ def test_from_a_pipe_comes_one_message_a_line(model, run):
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "y = 2"}]
     second = model.generate(messages=messages, max_new_tokens=12).text[0]
     assert result.stdout == f"{first}\n{second}\n"
-    assert result.stderr == "from now on: fused\n"
+    cut = "that answer was cut off at 12 tokens (--max-new-tokens)\n"
+    assert result.stderr == f"{cut}from now on: fused\n{cut}"
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,6 +1,7 @@
 """What is said around loading: options that no model could be asked with, that it lasts, that nothing was tuned."""
 
 import io
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -98,6 +99,16 @@ def test_who_asks_for_another_way_than_the_tuned_one_is_not_told_of_it(asked, mo
     target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     advise_tuning(SimpleNamespace(adapter="adapter", tuned=None, target=target), "runs/mine", *asked)  # type: ignore[arg-type]
     assert screen.getvalue() == ""
+
+
+def test_the_advice_is_a_command_that_can_be_pasted(monkeypatch):
+    screen = Screen(is_terminal=True)
+    monkeypatch.setattr("sys.stderr", screen)
+    target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    model = SimpleNamespace(adapter="adapter", tuned=None, target=target)
+    advise_tuning(model, "my runs/mine", None, base="my base", device="cpu")  # type: ignore[arg-type]
+    command = screen.getvalue().split(": ", 1)[1]
+    assert shlex.split(command)[2:] == ["my runs/mine", "--dtype", "float32", "--device", "cpu", "--base", "my base"]
 
 
 def test_a_comparison_of_plain_with_plain_is_refused():

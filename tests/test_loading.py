@@ -1,5 +1,6 @@
 """`pardec.load` by a name on the hub: with its revision, offline, tuned in the user's cache."""
 
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -85,6 +86,14 @@ def test_what_it_was_tuned_to_is_used_and_asked_of_nobody(named, tiny_base):
 def folder(packaged_adapter, tmp_path):
     save_adapter(packaged_adapter(2), tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def test_a_choice_of_more_drafts_than_there_are_mask_tokens_is_told_with_its_file(folder, tiny_base):
+    way = device_name(torch.device("cpu")), "float32", False, (3, 3, 3, 3), weights_of(folder)
+    path = write_tuned(folder, TunedChoice(*way, 1.0, 2.0, 2.0, 1.0, [0.5] * 3))
+    words = f"{path}: expected choices of at most 2 drafts, as the adapter has mask tokens, found 3; remove it"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        pardec.load(folder, base=tiny_base)
 
 
 # peft reads an attribute that newer versions of transformers rename

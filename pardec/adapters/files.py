@@ -20,7 +20,7 @@ from pardec.adapters.adapter import FORMAT_VERSION, MASK_EMBEDDINGS, Adapter, Ad
 from pardec.adapters.gated_lora import LoraWeights
 from pardec.adapters.hub import HubName, hub_file, hub_name
 from pardec.adapters.json_files import is_inside, read_object
-from pardec.adapters.packaged import PACKAGED_ADAPTERS, adapter_folder
+from pardec.adapters.packaged import PACKAGED_ADAPTERS, adapter_folder, is_packaged_base
 from pardec.errors import first_line, problem, short, shown
 from pardec.run import file_sha256, save_tensors
 
@@ -33,6 +33,7 @@ LORA_WEIGHTS_FILE = f"{LORA_DIR}/adapter_model.safetensors"
 LORA_README_FILE = f"{LORA_DIR}/README.md"
 # all that an adapter may consist of, but for METADATA_FILE
 PART_FILES = (EMBEDDINGS_FILE, HEAD_FILE, LORA_WEIGHTS_FILE, LORA_CONFIG_FILE, LORA_README_FILE)
+_IS_A_BASE = "; that is a model, not an adapter for one"
 _INCOMING, _WRITING, _REMOVED = ".incoming", ".writing-", ".removed-"
 _LORA_README = (
     "This LoRA is only valid at the rows of pardec's mask tokens. "
@@ -139,8 +140,7 @@ def load_adapter(directory: str | Path) -> Adapter:
     except OSError as error:  # of a name that no file system takes
         found = error.strerror
     if found is not None:
-        near = difflib.get_close_matches(str(directory), PACKAGED_ADAPTERS, n=1)
-        meant = f"; {near[0]} is an adapter that ships" if near and found == "nothing" else ""
+        meant = _hint(str(directory)) if found == "nothing" else ""
         raise AdapterError(f"{short(str(directory), 200)}: expected an adapter directory, found {found}{meant}")
     root = folder / _INCOMING if (folder / _INCOMING).is_dir() else folder
     metadata = _read_metadata(root)
@@ -163,6 +163,15 @@ def load_adapter(directory: str | Path) -> Adapter:
     if HEAD_FILE in metadata.files:
         head = _read_tensors(root / HEAD_FILE)
     return Adapter(masks, metadata, lora, head)
+
+
+def _hint(name: str) -> str:
+    """What may have been meant by a name that nothing has."""
+    if is_packaged_base(name):
+        return _IS_A_BASE
+    near = difflib.get_close_matches(name, PACKAGED_ADAPTERS, n=1)
+    near += [adapter for adapter in PACKAGED_ADAPTERS if name.startswith(adapter)]
+    return f"; {near[0]} is an adapter that ships" if near else ""
 
 
 def folder_of(directory: str | os.PathLike[str]) -> Path:
@@ -193,7 +202,8 @@ def _read_metadata(root: Path) -> AdapterMetadata:
     path = root / METADATA_FILE
     if not path.is_file():
         names = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "an empty directory"
-        raise AdapterError(f"{root}: expected an adapter directory with {METADATA_FILE}, found {names}")
+        meant = _IS_A_BASE if (root / "config.json").is_file() else ""
+        raise AdapterError(f"{root}: expected an adapter directory with {METADATA_FILE}, found {names}{meant}")
     try:
         raw = read_object(path)
         version = raw.get("format_version")

@@ -18,6 +18,11 @@ def adapter_folder(directory: str | os.PathLike[str]) -> Path:
     return _packaged(folder.name) if _is_packaged(folder) else folder
 
 
+def is_packaged_base(name: str) -> bool:
+    """Whether a model that adapters are trained for ships under this name."""
+    return name.isprintable() and Path(name).name == name and (_packaged(name) / "config.json").is_file()
+
+
 def tuned_folder(directory: str | os.PathLike[str]) -> Path:
     """Where `tuned.json` of an adapter is kept: in its folder; of a packaged one or one of the hub in the user's cache.
 

@@ -4,6 +4,7 @@ Knows JSON and the adapter's files; no model, no clock.
 """
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -89,9 +90,9 @@ class TunedChoice:
     def __post_init__(self) -> None:
         integer("batch_size", self.batch_size, 1)
         integer("copy_tokens", self.copy_tokens, 0, MAX_COPY_TOKENS)
-        if not real(self.plain_tokens_per_second) > 0:  # what speeds are told as multiples of
-            found = shown(self.plain_tokens_per_second)
-            raise ValueError(f"plain_tokens_per_second: expected a number > 0, found {found}")
+        for name in ("ms_per_step", *(f"{of}_tokens_per_second" for of in ("predicted", "measured", "plain"))):
+            if not 0 < real(getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a finite number > 0, found {shown(getattr(self, name))}")
         if not real(self.temperature) >= 0:  # by which choices are told apart
             raise ValueError(f"temperature: expected a number >= 0, found {shown(self.temperature)}")
         check_block_lengths(self.block_lengths, 0 if self.mode == "two_pass" else self.copy_tokens)

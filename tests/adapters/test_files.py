@@ -187,9 +187,15 @@ def test_a_missing_folder_is_refused(tmp_path):
     assert refusal(tmp_path / "no") == f"{tmp_path / 'no'}: expected an adapter directory, found nothing"
 
 
+def test_the_packaged_base_in_place_of_an_adapter_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal("tiny-python").endswith("directory, found nothing; that is a model, not an adapter for one")
+
+
 def test_a_mistyped_name_of_a_packaged_adapter_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal("smolm2") == "smolm2: expected an adapter directory, found nothing; smollm2 is an adapter that ships"
+    assert refusal("smollm2-135m-instruct").endswith("found nothing; smollm2 is an adapter that ships")
     (tmp_path / "smolm2").write_text("")
     assert refusal("smolm2") == "smolm2: expected an adapter directory, found a file"
 
@@ -204,7 +210,8 @@ def test_a_foreign_folder_is_refused_with_what_is_in_it(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("")
     assert refusal(tmp_path).endswith(
-        "expected an adapter directory with pardec.json, found config.json, model.safetensors"
+        "expected an adapter directory with pardec.json, found config.json, model.safetensors; "
+        "that is a model, not an adapter for one"
     )
 
 

@@ -186,7 +186,9 @@ def broken(folder, **changes) -> str:
         ('{"format_version": 1, "choices": [{}]}', "expected key 'choices.0.device', found none"),
         ({"block_lengths": [2, 2]}, "block_lengths: expected K . 1 numbers"),
         ({"batch_size": 0}, "batch_size: expected an integer >= 1, found 0"),
-        ({"plain_tokens_per_second": 0}, "plain_tokens_per_second: expected a number > 0, found 0"),
+        ({"plain_tokens_per_second": 0}, "plain_tokens_per_second: expected a finite number > 0, found 0"),
+        ({"measured_tokens_per_second": float("nan")}, "measured_tokens_per_second: expected a finite number > 0"),
+        ({"ms_per_step": float("inf")}, "ms_per_step: expected a finite number > 0, found inf"),
         ({"temperature": "nan"}, "temperature: expected a number >= 0, found nan"),
         (
             {"block_lengths": [1, 1], "copy_tokens": 4, "tree": PAIR},
