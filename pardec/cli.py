@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check found a difference that is no tie of the dtype, 2 
 
 import json
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,24 +148,51 @@ def generate(
         asked = mode, num_speculative_tokens, copy_tokens, use_head
         advise_tuning(model, directory, *asked, base=base, device=device)
 
-        from pardec.console import as_object, print_stream
-
         chats = [[{"role": "user", "content": text}] for text in prompts]
         given = model.prompt_ids(messages=chats) if as_chat else prompts
         options |= {"use_head": use_head}
-        chosen_mode = _chosen_mode(model, mode, options)
         if compare:
-            from pardec.race_terminal import run_races
+            _compare(model, prompts, given, mode, options, as_json)
+        else:
+            _continue(model, prompts, given, mode, options, as_json, show_drafts)
 
-            beside = mode_beside_plain(mode, chosen_mode, num_speculative_tokens)
-            identical = run_races(model, prompts, given, beside, options, as_json=as_json)
-            # sampled texts differ by design: they follow one law, not one stream of random numbers
-            sys.exit(0 if temperature > 0 or identical else 1)
-        for text, asked in zip(prompts, given, strict=True):
-            if as_json:
-                print(json.dumps(as_object(text, model.generate(asked, mode=mode, **options))), flush=True)
-            else:
-                print_stream(model, asked, chosen_mode, options, show_drafts)
+
+def _compare(
+    model: "SelfSpeculativeModel",
+    prompts: list[str],
+    given: Sequence[str | list[int]],
+    mode: str | None,
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """Decodes each prompt plain as well, and ends the program: with 1 where greedy texts differ by more than a tie."""
+    from pardec.race_terminal import run_races
+
+    asked = options["num_speculative_tokens"]
+    beside = mode_beside_plain(mode, _chosen_mode(model, mode, options), asked)
+    identical = run_races(model, prompts, given, beside, options, as_json=as_json)
+    # sampled texts differ by design: they follow one law, not one stream of random numbers
+    sys.exit(0 if options["temperature"] > 0 or identical else 1)
+
+
+def _continue(
+    model: "SelfSpeculativeModel",
+    prompts: list[str],
+    given: Sequence[str | list[int]],
+    mode: str | None,
+    options: dict[str, Any],
+    as_json: bool,
+    show_drafts: bool,
+) -> None:
+    """Prints each prompt's continuation, as it is decoded or as an object."""
+    from pardec.console import as_object, print_stream
+
+    chosen_mode = _chosen_mode(model, mode, options)
+    for text, asked in zip(prompts, given, strict=True):
+        if as_json:
+            print(json.dumps(as_object(text, model.generate(asked, mode=mode, **options))), flush=True)
+        else:
+            print_stream(model, asked, chosen_mode, options, show_drafts)
 
 
 @app.command()

@@ -5,7 +5,7 @@ Legend: K num_speculative_tokens; a shape is given by its block_lengths, see `pa
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,14 +194,10 @@ def measure(
         for shape in spread_over_rows(accepted[head].shapes, accepted[head].tables, effort.num_shapes_of(len(heads)))
     ]
     trees: list[TreeWays] = []
-    if rank is not None:
-        for head in heads:
-            ranks, rows = rank(head, accepted[head].calls)
-            trees.append(TreeWays.of(ranks, num_batches, max_tree_rows, head))
-            probes += trees[-1].probes(effort.num_trees)
-            if rows is not None and effort.num_dynamic_trees:
-                trees.append(TreeWays.of_drawn(rows, num_batches, max_tree_rows, head))
-                probes += trees[-1].probes(effort.num_dynamic_trees)
+    for head in heads:
+        for one, number in [] if rank is None else _grown(rank, head, accepted[head].calls, max_tree_rows, effort):
+            trees.append(one)
+            probes += one.probes(number)
     costs = measure_costs(decode, probes, spread, max_new_tokens, effort.repetitions, warm_up)
     workload = Workload(
         new_tokens=[call.new_tokens for call in calls],
@@ -226,6 +222,16 @@ def measure(
         decode, candidates, costs, range(num_batches), max_new_tokens, effort.repetitions, warm_up
     )
     return Findings(measured, costs, accepted[True].pooled, drift)
+
+
+def _grown(
+    rank: Rank, head: bool, calls: Sequence[Call], max_rows: int, effort: Effort
+) -> Iterator[tuple[TreeWays, int]]:
+    """Trees of every kind for what these calls, one for each batch, emitted, and how many of them are to be timed."""
+    ranks, rows = rank(head, calls)
+    yield TreeWays.of(ranks, len(calls), max_rows, head), effort.num_trees
+    if rows is not None and effort.num_dynamic_trees:
+        yield TreeWays.of_drawn(rows, len(calls), max_rows, head), effort.num_dynamic_trees
 
 
 def _predicted(accepted: _Acceptance, costs: StepCosts, workload: Workload, head: bool) -> Sequence[Candidate]:
