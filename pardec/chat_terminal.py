@@ -3,6 +3,7 @@
 Knows lines, colours and Ctrl-C; the conversation itself is `pardec.chat`.
 """
 
+import io
 import json
 import signal
 import sys
@@ -15,6 +16,8 @@ from rich.text import Text
 
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
 from pardec.console import STYLES
+from pardec.data.prompt_files import is_utf8
+from pardec.data.reading import BYTE_ORDER_MARK
 from pardec.decoding.output import Origin, TextStream, pieces_of
 from pardec.decoding.step import MODES
 
@@ -26,6 +29,7 @@ _HELP = f"""\
 Ctrl-C     stop the answer; what was said stays. Twice ends the program
 green      drafted tokens that were accepted; cyan, copied ones
 x plain    against a plain run of {PLAIN_TOKENS} tokens behind the first drafted answer, or the last answer of /plain"""
+_COMMANDS = ("/help", "/reset", *(f"/{mode}" for mode in MODES))
 PROMPT = "\n> "  # behind which a person types
 # an answer of fewer tokens says little about speed
 _FEWEST_TOKENS = 16
@@ -48,25 +52,38 @@ def run_chat(chat: Chat, mode: str, *, as_json: bool) -> None:
     if talks:
         TerminalTalk(chat, mode, Console(highlight=False, soft_wrap=True)).follow(_typed())
     else:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # so that other bytes are found in their line
         _Talk(chat, mode, as_json).follow(sys.stdin)
 
 
 class _Talk:
     """Answers on standard output, without colour; notices on standard error."""
 
+    is_typed = False  # a word behind a slash is a mistyped command, else a message
+
     def __init__(self, chat: Chat, mode: str, as_json: bool = False):
         self.chat, self.mode, self.as_json = chat, mode, as_json
 
     def follow(self, lines: Iterable[str]) -> None:
-        """Answers messages and obeys commands, one a line, until there are no more."""
-        for line in lines:
-            message = line.strip()
+        """Answers messages and obeys commands, one a line, until there are no more.
+
+        Raises:
+            ValueError: for a message that cannot be answered, naming its line.
+        """
+        for number, line in enumerate(lines, start=1):
+            message = (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip()
             if message == "/quit":
                 return
-            if message.startswith("/") and len(message.split()) == 1:
+            if message in _COMMANDS or (self.is_typed and message.startswith("/") and len(message.split()) == 1):
                 self.obey(message)
             elif message:
-                self.answer(message)
+                try:
+                    if not is_utf8(message):
+                        raise ValueError("expected UTF-8 text, found another byte")
+                    self.answer(message)
+                except ValueError as error:
+                    raise ValueError(f"line {number}: {error}") from None
 
     def tell(self, notice: str) -> None:
         print(notice, file=sys.stderr, flush=True)
@@ -103,6 +120,8 @@ class _Talk:
 
 class TerminalTalk(_Talk):
     """Answers in a terminal, in colour, each with a line about its speed."""
+
+    is_typed = True
 
     def __init__(self, chat: Chat, mode: str, console: Console):
         super().__init__(chat, mode)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pardec.cli_loading import advise_tuning, check_options, mode_beside_plain, told_in_a_terminal
+from pardec.cli_loading import advise_tuning, check_options, mode_beside_plain, tell_of_unused, told_in_a_terminal
 from pardec.cli_options import (
     AsChat,
     BaseOption,
@@ -33,6 +33,7 @@ from pardec.cli_options import (
     Verification,
 )
 from pardec.data.prompt_files import read_prompts
+from pardec.errors import short
 from pardec.export_command import export
 from pardec.import_command import import_lora
 from pardec.push_command import push
@@ -143,13 +144,13 @@ def generate(
             "copy_tokens": copy_tokens,
         }
         check_options(**options, mode=mode)
+        tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
         model = _load(directory, base, device, dtype, trust_remote_code)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
         advise_tuning(model, directory, *asked, base=base, device=device)
 
-        chats = [[{"role": "user", "content": text}] for text in prompts]
-        given = model.prompt_ids(messages=chats) if as_chat else prompts
+        given = _ids_of(model, prompts, as_chat, max_new_tokens)
         options |= {"use_head": use_head}
         if compare:
             _compare(model, prompts, given, mode, options, as_json)
@@ -157,10 +158,28 @@ def generate(
             _continue(model, prompts, given, mode, options, as_json, show_drafts)
 
 
+def _ids_of(model: "SelfSpeculativeModel", prompts: list[str], as_chat: bool, max_new_tokens: int) -> list[list[int]]:
+    """Ids of all prompts, each judged before the first of them is continued.
+
+    Raises:
+        ValueError: for one that cannot be continued, by its number where there are several.
+    """
+    found: list[list[int]] = []
+    for number, text in enumerate(prompts, start=1):
+        messages = [{"role": "user", "content": text}] if as_chat else None
+        try:
+            found += model.prompt_ids(None if as_chat else text, messages=messages)
+            model.engines.check(found[-1:], max_new_tokens, 1)
+        except ValueError as error:
+            where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+            raise ValueError(f"{where}{error}") from None
+    return found
+
+
 def _compare(
     model: "SelfSpeculativeModel",
     prompts: list[str],
-    given: Sequence[str | list[int]],
+    given: Sequence[list[int]],
     mode: str | None,
     options: dict[str, Any],
     as_json: bool,
@@ -178,21 +197,24 @@ def _compare(
 def _continue(
     model: "SelfSpeculativeModel",
     prompts: list[str],
-    given: Sequence[str | list[int]],
+    given: Sequence[list[int]],
     mode: str | None,
     options: dict[str, Any],
     as_json: bool,
     show_drafts: bool,
 ) -> None:
     """Prints each prompt's continuation, as it is decoded or as an object."""
-    from pardec.console import as_object, print_stream
+    from pardec.console import as_object, options_of, print_stream
 
     chosen_mode = _chosen_mode(model, mode, options)
-    for text, asked in zip(prompts, given, strict=True):
+    for number, (text, asked) in enumerate(zip(prompts, given, strict=True)):
+        own = options_of(number, options)
         if as_json:
-            print(json.dumps(as_object(text, model.generate(asked, mode=mode, **options))), flush=True)
-        else:
-            print_stream(model, asked, chosen_mode, options, show_drafts)
+            print(json.dumps(as_object(text, model.generate(asked, mode=mode, **own))), flush=True)
+            continue
+        if len(prompts) > 1 and sys.stderr is not None:
+            print(f"[{number + 1} of {len(prompts)}] {short(text)}", file=sys.stderr)
+        print_stream(model, asked, chosen_mode, own, show_drafts)
 
 
 @app.command()
@@ -234,6 +256,7 @@ def chat(
             "copy_tokens": copy_tokens,
         }
         check_options(**options, mode=mode)
+        tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         model = _load(directory, base, device, dtype, trust_remote_code)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
         advise_tuning(model, directory, *asked, base=base, device=device)
@@ -312,6 +335,7 @@ def tune(
     with exit_on_unusable_input():
         source = read_prompts(None, None, prompt_file) if prompt_file == "-" else prompt_file
         check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+        tell_of_unused(temperature, top_k=top_k)
         dtypes = [None] if dtype is None else dict.fromkeys(dtype.split(","))
         models = [_load(directory, base, device, one, trust_remote_code, compile) for one in dtypes]
 

@@ -52,6 +52,18 @@ def check_options(
         one_of("verification", verification, VERIFICATIONS)
 
 
+def tell_of_unused(temperature: float, **narrowed: float | None) -> None:
+    """A line where what narrows the law of samples was asked for, and nothing is sampled.
+
+    Args:
+        temperature: 0 is greedy.
+        narrowed: top_k, top_p and min_p; None where it was not asked for.
+    """
+    unused = [f"--{name.replace('_', '-')}" for name, value in narrowed.items() if value is not None]
+    if temperature == 0 and unused and sys.stderr is not None:
+        print(f"greedy, so {' and '.join(unused)} change nothing; --temperature above 0 samples", file=sys.stderr)
+
+
 @contextmanager
 def told_in_a_terminal(doing: str) -> Iterator[None]:
     """A line that moves on standard error, while the work inside lasts."""

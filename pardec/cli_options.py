@@ -23,15 +23,18 @@ DtypeOption = Annotated[
         help="e.g. float32; tuned: the fastest by `pardec tune`; default float32 on a CPU", show_default=False
     ),
 ]
-TopK = Annotated[int | None, typer.Option(help="keep the k likeliest tokens", show_default=False)]
-TopP = Annotated[float | None, typer.Option(help="keep the likeliest that sum to p", show_default=False)]
-MinP = Annotated[float | None, typer.Option(help="keep those min_p times the likeliest", show_default=False)]
-Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable", show_default=False)]
+TopK = Annotated[int | None, typer.Option(help="sample of the k likeliest tokens", show_default=False)]
+TopP = Annotated[float | None, typer.Option(help="sample of the likeliest that sum to p", show_default=False)]
+MinP = Annotated[float | None, typer.Option(help="sample of those min_p times the likeliest", show_default=False)]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="makes sampling repeatable; further texts take the next", show_default=False),
+]
 NumSpeculativeTokens = Annotated[
     int | None,
     typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
 ]
-Temperature = Annotated[float, typer.Option(help="0 is greedy")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy, whatever is kept of the law")]
 Mode = Annotated[
     str | None, typer.Option(help="fused, two_pass or plain; default the tuned choice, else fused", show_default=False)
 ]

@@ -1,5 +1,7 @@
 """What the commands print: streamed text, an adapter's facts."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +28,12 @@ def as_object(prompt: str, out: GenerationOutput) -> dict:
     stats.pop("sequences")
     stats["accepted_per_step"] = out.stats.sequences[0].accepted_per_step
     return {"prompt": prompt, "text": out.text[0], "token_ids": out.token_ids[0], "stats": stats}
+
+
+def options_of(number: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the prompt of that number from 0: seeds are counted up, else equal prompts would draw one text."""
+    seed = options["seed"]
+    return options if seed is None else {**options, "seed": (seed + number) % 2**63}
 
 
 def print_stream(

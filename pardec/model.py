@@ -137,7 +137,7 @@ class SelfSpeculativeModel:
                 a list of chats; rendered by the tokenizer's chat template.
             template_options: what the template is given beside messages, such as `tools` or `enable_thinking`.
             max_new_tokens: limit per sequence.
-            temperature: 0 is greedy.
+            temperature: 0 is greedy, and the next three change nothing then.
             top_k: keep the k likeliest tokens.
             top_p: keep the likeliest tokens that sum to p.
             min_p: keep tokens at least min_p times as likely as the likeliest.

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pardec.console import STYLES, as_object, tie_of
+from pardec.console import STYLES, as_object, options_of, tie_of
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, pieces_of
 from pardec.decoding.stats import pool
 from pardec.errors import short
@@ -79,8 +79,8 @@ def run_races(
     few = {**options, "max_new_tokens": min(_WARM_UP_TOKENS, options["max_new_tokens"])}
     for way in ("plain", mode):  # weights are packed, steps captured or compiled, once
         model.generate(prompts[0], mode=way, **few)
-    for text, prompt in zip(texts, prompts, strict=True):
-        lanes = [Lane(model, prompt, way, options) for way in ("plain", mode)]
+    for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        lanes = [Lane(model, prompt, way, options_of(number, options)) for way in ("plain", mode)]
         if console.is_terminal and not as_json:
             console.print(Text(f"> {short(text, 2 * console.width)}", style="bold"))
             _watch(console, model, lanes)

@@ -339,6 +339,22 @@ def test_from_a_pipe_comes_one_message_a_line(model, run):
     assert result.stderr == f"{cut}from now on: fused\n{cut}"
 
 
+def test_in_a_pipe_a_byte_order_mark_is_no_text_and_a_path_no_command(model, run):
+    result = run("chat", "x", "--max-new-tokens", "4", "--json", input="\ufeff/plain\n/etc/x\n/etc\n")
+    assert [json.loads(line)["message"] for line in result.stdout.splitlines()] == ["/etc/x", "/etc"]
+    assert result.stderr == "from now on: plain\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [(b"x" * 9000, "prompt and new tokens: expected at most 2048"), (b"\xff x", "expected UTF-8 text, found another")],
+)
+def test_in_a_pipe_a_message_that_cannot_be_answered_ends_the_program_with_its_line(model, run, message, words):
+    result = run("chat", "x", "--max-new-tokens", "4", input=b"x = 1\n\n" + message + b"\ny = 2\n")
+    assert result.exit_code == 2
+    assert f"error: line 3: {words}" in result.stderr
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_json_is_one_object_an_answer(model, run, mode):
     options = ("--mode", mode, "--system", "Be brief.", "--max-new-tokens", "12")

@@ -66,6 +66,34 @@ def test_generate_prints_the_bases_own_text(saved, expected):
     assert result.stdout == expected[1] + "\n"
 
 
+def test_several_prompts_are_told_apart_and_drawn_with_seeds_of_their_own(saved, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def main():"}\n' * 3)
+    options = ("--max-new-tokens", "12", "--temperature", "1")
+    result = run("generate", saved, "--prompt-file", str(prompts), *options, "--seed", "5")
+    assert result.stderr == "".join(f"[{n} of 3] def main():\n" for n in (1, 2, 3))
+    alone = [run("generate", saved, "--prompt", "def main():", *options, "--seed", str(5 + n)) for n in range(3)]
+    assert result.stdout == "".join(one.stdout for one in alone)
+    assert len({one.stdout for one in alone}) == 3
+    assert {one.stderr for one in alone} == {""}
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ('{"prompt": "x\\ud800"}', "prompts.jsonl:2: expected Unicode text, found half of a surrogate pair"),
+        (json.dumps({"prompt": "x " * 3000}), "error: prompt 2 of 2: prompt and new tokens: expected at most 2048"),
+    ],
+)
+def test_every_prompt_is_judged_before_the_first_is_continued(saved, tmp_path, second, words):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "def main():"}\n' + second)
+    result = run("generate", saved, "--prompt-file", str(prompts))
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
 @pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
 def test_json_gives_one_object_per_prompt(saved, expected, mode, tmp_path):
     prompts = tmp_path / "prompts.jsonl"

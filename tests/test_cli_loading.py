@@ -2,6 +2,7 @@
 
 import io
 import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,18 @@ def test_options_are_judged_before_a_model_is_loaded(command, options, monkeypat
     ended = run(cli.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
     assert ended.code == 2
     assert BAD[options] in ended.error
+
+
+@pytest.mark.parametrize(("temperature", "is_told"), [("0", True), ("0.7", False)])
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_who_narrows_the_law_of_greedy_texts_is_told_that_it_changes_nothing(
+    command, temperature, is_told, monkeypatch
+):
+    monkeypatch.setattr(cli, "_load", lambda *_: sys.exit(0))
+    options = ("--top-p", "0.9", "--min-p", "0.1", "--temperature", temperature)
+    ended = run(cli.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
+    told = "greedy, so --top-p and --min-p change nothing; --temperature above 0 samples\n"
+    assert ended.err == told * is_told
 
 
 def test_tune_judges_its_options_before_a_model_is_loaded(monkeypatch):

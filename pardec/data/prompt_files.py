@@ -1,5 +1,6 @@
 """Prompts of the command line: an argument, a file or standard input."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -40,13 +41,24 @@ def read_prompts(
     return texts
 
 
+def is_utf8(text: str) -> bool:
+    """False with halves of surrogate pairs, as which Python keeps other bytes of the command line."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _read_standard_input() -> str:
     if sys.stdin is None:
         raise ValueError("prompt: expected text on standard input, found it closed")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     text = sys.stdin.read()
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # Python keeps such bytes as halves of surrogate pairs
+    except UnicodeEncodeError as error:  # such bytes are kept as halves of surrogate pairs
         raise ValueError(
             f"standard input: expected UTF-8 text, found another byte at character {error.start}"
         ) from None
@@ -68,6 +80,8 @@ def _prompts_of_file(path: Path, as_chat: bool) -> list[str]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, found {first_line(error)}") from None
         prompts.append(_prompt_of(value, as_chat, f"{path}:{number}"))
+        if not is_utf8(prompts[-1]):
+            raise ValueError(f"{path}:{number}: expected Unicode text, found half of a surrogate pair")
     if not prompts:
         raise ValueError(f"{path}: expected at least one prompt, found none")
     return prompts
