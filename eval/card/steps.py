@@ -112,11 +112,12 @@ def latency_steps(work: Path, quick: bool) -> list[Step]:
             "Are keys in parts faster than whole ones, and than the model's own attention?",
         ),
         "latency-compiled": (
-            "--compile --rows 1,25 --contexts 1024 --lora no", "--compile --rows 1 --contexts 64 --lora no", 4,
+            "--compile --rows 1,25 --contexts 1024 --lora no --profile",
+            "--compile --rows 1 --contexts 64 --lora no", 4,
             "Does torch.compile make a captured step faster?",
         ),
         "latency-compiled-lora": (
-            "--compile --rows 1,25 --contexts 1024 --lora yes", "", 5,
+            "--compile --rows 1,25 --contexts 1024 --lora yes --profile", "", 5,
             "Does it with a LoRA?",
         ),
     }  # fmt: skip

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pardec.adapters.named_layers import linear_shape, named_layer, short_name
-from pardec.adapters.open_rows import OpenRows, OpenRowsOfThread, add_beside, add_cast, add_product
+from pardec.adapters.open_rows import (
+    OpenRows,
+    OpenRowsOfThread,
+    add_beside,
+    add_cast,
+    add_product,
+    rows_of,
+    sum_to_read,
+)
 from pardec.arguments import flag, integer, real
 from pardec.errors import shown
 from pardec.run import dtype_name
@@ -232,17 +240,27 @@ class LoraGate:
         b = torch.block_diag(*[pair[1] if pair else none for pair, none in zip(pairs, nothing, strict=True)])
         return a.T.contiguous(), b.contiguous()
 
-    def add_stacked(self, wide: Tensor, b: Tensor | PackedMatrix) -> None:
-        """Adds A x @ b to the mask rows of layers that read one input, in place, if the gate is open.
+    def add_stacked(self, wide: Tensor, b: Tensor | PackedMatrix) -> Tensor:
+        """The outputs of layers that read one input, with A x @ b added to their mask rows if the gate is open.
 
         Args:
-            wide: their outputs and A x of every row, side by side, shape [B, R, sum out + sum r] or flattened.
+            wide: their outputs and A x of every row, side by side, shape [B, R, sum out + sum r] or flattened; written
+                to, but by compiled code.
             b: from `stacked`, or that packed.
+
+        Returns:
+            shape [B, R, sum out] or flattened.
         """
-        rows = self._open.rows
-        if rows is not None:
-            wide = wide if wide.shape[:-1] == self._open.shape else self._open.unflatten(wide)
-            add_beside(wide, b, rows)
+        rows, num_outputs = self._open.rows, b.num_outputs if isinstance(b, PackedMatrix) else b.shape[1]
+        outputs = wide.narrow(-1, 0, num_outputs)
+        if rows is None:
+            return outputs
+        shaped = wide if wide.shape[:-1] == self._open.shape else self._open.unflatten(wide)
+        if torch.compiler.is_compiling() and isinstance(b, Tensor) and isinstance(rows, slice):
+            low = rows_of(shaped.narrow(-1, num_outputs, b.shape[0]), rows)
+            return sum_to_read(shaped.narrow(-1, 0, num_outputs), low, b, rows).view(outputs.shape)
+        add_beside(shaped, b, rows)
+        return outputs
 
     def _shared(
         self, siblings: Sequence[Sequence[nn.Module]], served: Collection[nn.Module]
@@ -262,18 +280,22 @@ class LoraGate:
         return found
 
     def _make_hook(self, a_t: Tensor, b_t: Tensor, shared: tuple[Tensor, slice] | None = None):
-        def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def add_to_mask_rows(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             here = self._open
             rows = here.rows
             if rows is None:
-                return
-            x = given = args[0]
+                return None
+            x, as_given = args[0], output.shape
+            given = x
             if x.shape[:-1] != here.shape:
                 x, output = here.unflatten(x), here.unflatten(output)
             if not x.dtype == output.dtype == a_t.dtype:  # under autocast
                 with torch.autocast(x.device.type, enabled=False):
                     add_cast(output, x, a_t, b_t, rows)
+            elif torch.compiler.is_compiling() and isinstance(rows, slice):
+                return sum_to_read(output, here.low(given, x, a_t, shared), b_t, rows).view(as_given)
             else:
                 add_product(output, here.low(given, x, a_t, shared), b_t, rows)
+            return None
 
         return add_to_mask_rows

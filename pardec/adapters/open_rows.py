@@ -6,7 +6,7 @@ Knows no modules and no hooks. Legend: B batch, R rows, M open rows, r rank.
 import threading
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pardec.target.packed_matrix import PackedMatrix
 
@@ -105,6 +105,17 @@ def add_beside(wide: Tensor, b: Tensor | PackedMatrix, rows: slice | Tensor) -> 
     else:
         output, low = wide.split_with_sizes((num_outputs, r), dim=-1)
         add_product(output, rows_of(low, rows), b, rows)
+
+
+def sum_to_read(output: Tensor, low: Tensor, b: Tensor, rows: slice) -> Tensor:
+    """What `add_product` would leave, as a new tensor, for torch.compile: whoever reads it makes the sum on the way.
+
+    In place compiled code would copy the rows to add the product to, one launch for every product. Not as `torch.cat`,
+    which it does not always fuse, nor with a sum of two dimensions, which it takes for the product's bias.
+    """
+    added = low @ b
+    added = added if added.dim() == 3 else added[None]
+    return output + nn.functional.pad(added, (0, 0, rows.start, output.shape[1] - rows.stop))
 
 
 def _add_to_all(output: Tensor, low: Tensor, b: Tensor | PackedMatrix) -> None:

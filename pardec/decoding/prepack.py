@@ -241,9 +241,7 @@ def _packed_product(modules: list[nn.Linear], gate: LoraGate | None) -> Callable
     def product(x: Tensor) -> Tensor:
         if closed is not None and not gate.is_open:
             return closed(x)
-        y = wide_linear(x)
-        gate.add_stacked(y, added)
-        return y.narrow(-1, 0, num_outputs)
+        return gate.add_stacked(wide_linear(x), added)
 
     return product
 

@@ -5,8 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from tiny_models import make_adapter, tiny_model
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
@@ -245,6 +247,44 @@ def test_compiled_layers_keep_their_own_products_and_are_compiled_once(base, gat
             for one, other in zip(found, expected, strict=True):
                 close(one, other)
     assert len(compiled) == 1
+
+
+def side_by_side(base: nn.Module, gate: LoraGate):
+    """The layers as packed weights run them: one product, A's among it."""
+    layers = list(base.children())
+    a, b = gate.stacked(layers)
+    weight, bias = torch.cat([*(one.weight for one in layers), a]), torch.cat([*(one.bias for one in layers)])
+    bias = torch.cat([bias, bias.new_zeros(a.shape[0])])
+    return lambda x: gate.add_stacked(nn.functional.linear(x, weight, bias), b).split(list(OUT.values()), dim=-1)
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compiled_code_neither_copies_outputs_nor_writes_into_them(base, gate, batch, packed, flattened):
+    """In place it would make room for each sum before its product; as a sum of its own its readers make it."""
+    operations = Counter()
+
+    def look(module, inputs):
+        operations.update(node.target.__name__.partition(".")[0] for node in module.graph.nodes if node.op[0] == "c")
+        return make_boxed_func(module.forward)
+
+    forward, x = side_by_side(base, gate) if packed else base.forward, x_of(batch)
+
+    def run_layers(x):
+        return [one.view(batch, R, -1) for one in forward(x.view(-1, IN) if flattened else x)]
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=look)
+    step = torch.compile(gate.around(run_layers, ROWS), backend=backend, fullgraph=True, dynamic=False)
+    with torch.no_grad(), gate.attached(but=list(base.children()) if packed else (), siblings=siblings_of(base)):
+        found = step(x)
+        assert not [name for name in operations if "copy" in name or "scatter" in name or "baddbmm" in name]
+        assert operations["add"] == operations["constant_pad_nd"] == (1 if packed else 3)
+        assert operations["addmm"] == (1 if packed else 3)  # of layers and their biases
+        with gate.open(ROWS, batch, R):
+            for one, other in zip(found, run_layers(x), strict=True):
+                close(one, other)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
