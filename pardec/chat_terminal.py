@@ -3,7 +3,6 @@
 Knows lines, colours and Ctrl-C; the conversation itself is `pardec.chat`.
 """
 
-import io
 import json
 import signal
 import sys
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
 from pardec.console import STYLES
-from pardec.data.prompt_files import is_utf8
+from pardec.data.prompt_files import checked_input, standard_input
 from pardec.data.reading import BYTE_ORDER_MARK
 from pardec.decoding.output import Origin, TextStream, pieces_of
 from pardec.decoding.step import MODES
@@ -52,9 +51,7 @@ def run_chat(chat: Chat, mode: str, *, as_json: bool) -> None:
     if talks:
         TerminalTalk(chat, mode, Console(highlight=False, soft_wrap=True)).follow(_typed())
     else:
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # so that other bytes are found in their line
-        _Talk(chat, mode, as_json).follow(sys.stdin)
+        _Talk(chat, mode, as_json).follow(standard_input())
 
 
 class _Talk:
@@ -78,9 +75,8 @@ class _Talk:
             if message in _COMMANDS or (self.is_typed and message.startswith("/") and len(message.split()) == 1):
                 self.obey(message)
             elif message:
+                checked_input(f"line {number}", message)
                 try:
-                    if not is_utf8(message):
-                        raise ValueError("expected UTF-8 text, found another byte")
                     self.answer(message)
                 except ValueError as error:
                     raise ValueError(f"line {number}: {error}") from None

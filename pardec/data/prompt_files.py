@@ -4,10 +4,10 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pardec.data.reading import BYTE_ORDER_MARK, read_utf8
-from pardec.errors import first_line, short
+from pardec.errors import encodable, first_line, short
 
 
 def read_prompts(
@@ -41,28 +41,30 @@ def read_prompts(
     return texts
 
 
-def is_utf8(text: str) -> bool:
-    """False with halves of surrogate pairs, as which Python keeps other bytes of the command line."""
+def standard_input() -> TextIO:
+    """Standard input, where it is open; of bytes that are no UTF-8 `checked_input` says where they stand."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
+
+
+def checked_input(where: str, text: str) -> str:
+    """The text, which came from `standard_input`.
+
+    Raises:
+        ValueError: beginning with `where`, if some of it was no UTF-8.
+    """
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    except UnicodeEncodeError as error:  # such bytes are kept as halves of surrogate pairs
+        raise ValueError(f"{where}: expected UTF-8 text, found another byte at character {error.start}") from None
+    return text
 
 
 def _read_standard_input() -> str:
     if sys.stdin is None:
         raise ValueError("prompt: expected text on standard input, found it closed")
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    text = sys.stdin.read()
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # such bytes are kept as halves of surrogate pairs
-        raise ValueError(
-            f"standard input: expected UTF-8 text, found another byte at character {error.start}"
-        ) from None
-    return text
+    return checked_input("standard input", standard_input().read())
 
 
 def _prompts_of_file(path: Path, as_chat: bool) -> list[str]:
@@ -79,9 +81,8 @@ def _prompts_of_file(path: Path, as_chat: bool) -> list[str]:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: expected a JSON object, found {first_line(error)}") from None
-        prompts.append(_prompt_of(value, as_chat, f"{path}:{number}"))
-        if not is_utf8(prompts[-1]):
-            raise ValueError(f"{path}:{number}: expected Unicode text, found half of a surrogate pair")
+        where = f"{path}:{number}"
+        prompts.append(encodable(where, _prompt_of(value, as_chat, where)))
     if not prompts:
         raise ValueError(f"{path}: expected at least one prompt, found none")
     return prompts
