@@ -89,6 +89,7 @@ def small_base(tmp_path_factory) -> Path:
 
 # at rates as for models that people run: Adam divides rounding by gradients near 0, and large steps then part
 RATES = ("train.lora_learning_rate=2e-4", "train.head_learning_rate=2e-4")
+SHORT = ("train.steps=16", "eval.every=16", "train.checkpoint_every=8", *RATES)
 LONG = ("train.steps=30", "eval.every=30", "train.checkpoint_every=10", *RATES)
 
 
@@ -96,7 +97,7 @@ LONG = ("train.steps=30", "eval.every=30", "train.checkpoint_every=10", *RATES)
 def one(text_file, tmp_path_factory) -> Path:
     """What a single process leaves."""
     output = tmp_path_factory.mktemp("runs") / "one"
-    train(1, output, text_file, *LONG)
+    train(1, output, text_file, *SHORT)
     return output
 
 
@@ -104,7 +105,7 @@ def one(text_file, tmp_path_factory) -> Path:
 def test_two_processes_learn_and_measure_what_one_does(one, text_file, tmp_path, shard_base):
     # layers of a shard are brought in for their second run as well
     checkpointing = "0.5" if shard_base == "true" else "0"
-    options = (*LONG, f"train.shard_base={shard_base}", f"train.gradient_checkpointing={checkpointing}")
+    options = (*SHORT, f"train.shard_base={shard_base}", f"train.gradient_checkpointing={checkpointing}")
     ended = train(2, tmp_path / "two", text_file, *options)
     assert farthest(parameters(tmp_path / "two"), parameters(one)) < 1e-4
     keys = ("acceptance/sampled", "acceptance/greedy", "rank/greedy_top5_position_1")
