@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
+from pardec.cli_loading import tell
 from pardec.console import STYLES
 from pardec.data.prompt_files import checked_input, standard_input
 from pardec.data.reading import BYTE_ORDER_MARK
@@ -75,14 +76,14 @@ class _Talk:
             if message in _COMMANDS or (self.is_typed and message.startswith("/") and len(message.split()) == 1):
                 self.obey(message)
             elif message:
-                checked_input(f"line {number}", message)
+                checked_input(f"line {number}", line)
                 try:
                     self.answer(message)
                 except ValueError as error:
                     raise ValueError(f"line {number}: {error}") from None
 
     def tell(self, notice: str) -> None:
-        print(notice, file=sys.stderr, flush=True)
+        tell(notice)
 
     def obey(self, command: str) -> None:
         """Any command but /quit."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pardec.cli_loading import advise_tuning, check_options, mode_beside_plain, tell_of_unused, told_in_a_terminal
+from pardec.cli_loading import advise_tuning, check_options, mode_beside_plain, tell, tell_of_unused, told_in_a_terminal
 from pardec.cli_options import (
     AsChat,
     BaseOption,
@@ -212,8 +212,9 @@ def _continue(
         if as_json:
             print(json.dumps(as_object(text, model.generate(asked, mode=mode, **own))), flush=True)
             continue
-        if len(prompts) > 1 and sys.stderr is not None:
-            print(f"[{number + 1} of {len(prompts)}] {short(text)}", file=sys.stderr)
+        if len(prompts) > 1:
+            beginning = "".join(letter if letter.isprintable() else "?" for letter in short(text))
+            tell(f"[{number + 1} of {len(prompts)}] {beginning}")
         print_stream(model, asked, chosen_mode, own, show_drafts)
 
 

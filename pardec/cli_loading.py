@@ -6,7 +6,7 @@ Imports torch and transformers inside its functions only. Nothing is said where 
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +52,13 @@ def check_options(
         one_of("verification", verification, VERIFICATIONS)
 
 
+def tell(notice: str) -> None:
+    """A line on standard error, for whoever reads it: texts go on without."""
+    if sys.stderr is not None:
+        with suppress(BrokenPipeError):
+            print(notice, file=sys.stderr, flush=True)
+
+
 def tell_of_unused(temperature: float, **narrowed: float | None) -> None:
     """A line where what narrows the law of samples was asked for, and nothing is sampled.
 
@@ -60,8 +67,8 @@ def tell_of_unused(temperature: float, **narrowed: float | None) -> None:
         narrowed: top_k, top_p and min_p; None where it was not asked for.
     """
     unused = [f"--{name.replace('_', '-')}" for name, value in narrowed.items() if value is not None]
-    if temperature == 0 and unused and sys.stderr is not None:
-        print(f"greedy, so {' and '.join(unused)} change nothing; --temperature above 0 samples", file=sys.stderr)
+    if temperature == 0 and unused:
+        tell(f"greedy, so nothing is changed by {' and '.join(unused)}; --temperature above 0 samples")
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def print_stream(
     if not show_drafts:
         for chunk in chunks:
             print(chunk.text, end="", flush=True)
-        print()
+        print(flush=True)  # what stands on standard error behind it comes after it
         return
     console = Console(highlight=False, soft_wrap=True, force_terminal=True)
     text, accepted, copied, steps, emitted = TextStream(model.tokenizer), 0, 0, 0, 0

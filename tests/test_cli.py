@@ -68,11 +68,12 @@ def test_generate_prints_the_bases_own_text(saved, expected):
 
 def test_several_prompts_are_told_apart_and_drawn_with_seeds_of_their_own(saved, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "def main():"}\n' * 3)
+    prompts.write_text('{"prompt": "def main():"}\n' * 2 + json.dumps({"prompt": "def main():\n\x1b[31m"}))
     options = ("--max-new-tokens", "12", "--temperature", "1")
     result = run("generate", saved, "--prompt-file", str(prompts), *options, "--seed", "5")
-    assert result.stderr == "".join(f"[{n} of 3] def main():\n" for n in (1, 2, 3))
-    alone = [run("generate", saved, "--prompt", "def main():", *options, "--seed", str(5 + n)) for n in range(3)]
+    assert result.stderr == "[1 of 3] def main():\n[2 of 3] def main():\n[3 of 3] def main(): ?[31m\n"
+    texts = ["def main():", "def main():", "def main():\n\x1b[31m"]
+    alone = [run("generate", saved, "--prompt", text, *options, "--seed", str(5 + n)) for n, text in enumerate(texts)]
     assert result.stdout == "".join(one.stdout for one in alone)
     assert len({one.stdout for one in alone}) == 3
     assert {one.stderr for one in alone} == {""}

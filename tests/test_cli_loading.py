@@ -10,7 +10,7 @@ import torch
 from programs import run
 
 from pardec import cli
-from pardec.cli_loading import advise_tuning, mode_beside_plain, told_in_a_terminal
+from pardec.cli_loading import advise_tuning, mode_beside_plain, tell, told_in_a_terminal
 from pardec.run import device_name
 
 BAD = {
@@ -45,7 +45,7 @@ def test_who_narrows_the_law_of_greedy_texts_is_told_that_it_changes_nothing(
     monkeypatch.setattr(cli, "_load", lambda *_: sys.exit(0))
     options = ("--top-p", "0.9", "--min-p", "0.1", "--temperature", temperature)
     ended = run(cli.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
-    told = "greedy, so --top-p and --min-p change nothing; --temperature above 0 samples\n"
+    told = "greedy, so nothing is changed by --top-p and --min-p; --temperature above 0 samples\n"
     assert ended.err == told * is_told
 
 
@@ -143,3 +143,12 @@ def test_a_comparison_drafts_where_tuning_chose_not_to_and_says_so(mode, chosen,
     monkeypatch.setattr("sys.stderr", screen)
     assert mode_beside_plain(mode, chosen) == beside
     assert ("without --compare this decodes plain" in screen.getvalue()) == said
+
+
+@pytest.mark.parametrize("gone", [None, "a pipe that nobody reads"])
+def test_a_notice_that_nobody_reads_stops_nothing(gone, monkeypatch):
+    def write(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", gone and SimpleNamespace(write=write, flush=write))
+    tell("a notice")

@@ -19,7 +19,7 @@ from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 from pardec.adapters.files import EMBEDDINGS_FILE, HEAD_FILE, LORA_CONFIG_FILE, LORA_WEIGHTS_FILE, load_adapter
 from pardec.adapters.json_files import read_object
 from pardec.adapters.packaged import adapter_folder, tuned_folder
-from pardec.arguments import integer, real
+from pardec.arguments import integer, known_dtype, real
 from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
@@ -93,6 +93,10 @@ class TunedChoice:
         for name in ("ms_per_step", *(f"{of}_tokens_per_second" for of in ("predicted", "measured", "plain"))):
             if not 0 < real(getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a finite number > 0, found {shown(getattr(self, name))}")
+        for dtype, speed in (self.by_dtype or {}).items():
+            known_dtype(dtype)
+            if not 0 < real(speed) < math.inf:
+                raise ValueError(f"by_dtype: {dtype}: expected a finite number > 0, found {shown(speed)}")
         if not real(self.temperature) >= 0:  # by which choices are told apart
             raise ValueError(f"temperature: expected a number >= 0, found {shown(self.temperature)}")
         check_block_lengths(self.block_lengths, 0 if self.mode == "two_pass" else self.copy_tokens)

@@ -201,6 +201,8 @@ def broken(folder, **changes) -> str:
         ({"mode": "tree"}, r"choices\.0\.mode: expected"),
         ({"mode": "two_pass"}, r"block_lengths: expected those of two_pass, found \[1, 2, 1\]"),
         ({"mode": "plain"}, r"block_lengths: expected those of plain, found \[1, 2, 1\]"),
+        ({"by_dtype": {"float32": float("nan")}}, "by_dtype: float32: expected a finite number > 0, found nan"),
+        ({"by_dtype": {"fast": 3.0}}, "dtype: expected a torch dtype, .*, found 'fast'"),
         ({"by_dtype": {"float32": "fast"}}, r"choices\.0\.by_dtype\.float32: expected a valid number"),
         ({"ms_per_step": "slow"}, r"choices\.0\.ms_per_step: expected a valid number"),
     ],
