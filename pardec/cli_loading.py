@@ -109,10 +109,10 @@ def advise_tuning(
     command = f"pardec tune {shlex.quote(directory)} {options}"
     if model.tuned is None:
         lacking = f"not tuned for {here[1]} on this device, perhaps slower than plain"
-        print(f"{lacking}: {command}", file=sys.stderr)
+        tell(f"{lacking}: {command}")
     elif (model.tuned.device, model.tuned.dtype) != here:
         made = f"drafts as was fastest in {model.tuned.dtype} on {model.tuned.device}"
-        print(f"{made}; for {here[1]} here: {command}", file=sys.stderr)
+        tell(f"{made}; for {here[1]} here: {command}")
 
 
 def mode_beside_plain(mode: str | None, chosen: str, num_speculative_tokens: int | None = None) -> str:
@@ -128,6 +128,6 @@ def mode_beside_plain(mode: str | None, chosen: str, num_speculative_tokens: int
     """
     if mode is None and chosen == "plain" and num_speculative_tokens == 0:
         raise ValueError("num_speculative_tokens: expected at least 1 to compare plain decoding with, found 0")
-    if mode is None and chosen == "plain" and sys.stderr is not None:
-        print("without --compare this decodes plain, as tuned or asked for; fused stands beside it", file=sys.stderr)
+    if mode is None and chosen == "plain":
+        tell("without --compare this decodes plain, as tuned or asked for; fused stands beside it")
     return mode or ("fused" if chosen == "plain" else chosen)
