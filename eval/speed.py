@@ -11,7 +11,8 @@ those of `model.generate` for each prompt alone, ties of the arithmetic aside.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -111,15 +112,10 @@ def report(args: argparse.Namespace) -> int:
             ids = [[prompt.token_ids for prompt in batch] for batch in batches[size]]
             place = {"setting": setting.name, "batch_size": size}
             left_out += [place | one for one in without]
+            options = {"repetitions": args.repetitions, "num_warm_up": args.warm_up, "on_call": bar.update}
             try:
-                timed = time_ways(
-                    ways,
-                    ids,
-                    repetitions=args.repetitions,
-                    device=device,
-                    num_warm_up=args.warm_up,
-                    on_call=bar.update,
-                )
+                with room_for(models.values(), len(ways)):
+                    timed = time_ways(ways, ids, device=device, **options)
             except torch.OutOfMemoryError:  # what smaller batches gave is worth keeping
                 left_out += [place | {"way": w.name, "adapter": w.adapter, "reason": OUT_OF_MEMORY} for w in ways]
                 continue
@@ -135,6 +131,15 @@ def report(args: argparse.Namespace) -> int:
     print_results(result)
     print(json.dumps(result))
     return 1 if problems else 0
+
+
+@contextmanager
+def room_for(models: Iterable[SelfSpeculativeModel], num_ways: int) -> Iterator[None]:
+    """Lets each model keep what it has captured or compiled for that many ways, which take turns under the clock."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(model.engines.room_for(num_ways))
+        yield
 
 
 def check_options(args: argparse.Namespace) -> tuple[list[Setting], list[int], list[int] | None]:

@@ -5,7 +5,8 @@ Each is lent to one caller at a time, so streams that are read in turn do not di
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from pardec.decoding.engine import Engine
 
 # each holds a cache; the one that was used least recently goes first
-_MAX_ENGINES = 8
+_MAX_IDLE = 8
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))  # among them parameters, buffers, modules and hooks
 
 
@@ -24,6 +25,23 @@ class EnginePool:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # the garbage collector may close a stream in here
         self._idle: OrderedDict[Hashable, Engine] = OrderedDict()
+        self._most = _MAX_IDLE
+
+    @contextmanager
+    def room_for(self, num_engines: int) -> Iterator[None]:
+        """Inside of it so many are kept, if that is more than otherwise.
+
+        For ways that take turns under a clock: of more than are kept each would be captured or compiled again in every
+        call, and timed with that.
+        """
+        with self._lock:
+            before, self._most = self._most, max(self._most, num_engines)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._most = before
+                self._forget_oldest()
 
     def take(self, key: Hashable) -> Engine | None:
         """The idle engine of `key`, which is the caller's until it is given back; None if there is none."""
@@ -35,8 +53,11 @@ class EnginePool:
         with self._lock:
             self._idle[key] = engine
             self._idle.move_to_end(key)
-            while len(self._idle) > _MAX_ENGINES:
-                self._idle.popitem(last=False)
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        while len(self._idle) > self._most:
+            self._idle.popitem(last=False)
 
     def clear(self) -> None:
         """Forgets all idle engines, and frees what they hold."""

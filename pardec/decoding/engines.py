@@ -5,7 +5,7 @@ Legend: K num_speculative_tokens.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 
 import torch
@@ -199,6 +199,10 @@ class Engines:
             )
 
     # ------------------------------------------------------------------ engines
+
+    def room_for(self, num_engines: int) -> AbstractContextManager[None]:
+        """Inside of it so many are kept for the next call: see `EnginePool.room_for`."""
+        return self._pool.room_for(num_engines)
 
     @contextmanager
     def lend(

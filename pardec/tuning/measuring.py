@@ -56,7 +56,7 @@ class Effort:
         num_dynamic_trees: likewise, with the head alone; of 0 none is thought of.
     """
 
-    num_shapes: int = 6  # with plain decoding no more than a model keeps engines for
+    num_shapes: int = 6
     num_batches: int = 3
     num_finalists: int = 3
     repetitions: int = 3
@@ -143,13 +143,25 @@ class _Acceptance:
 def max_calls(effort: Effort, num_batches: int, warm_up: int, has_head: bool = False) -> int:
     """At most so many calls of `generate`."""
     few, num_heads = min(effort.num_batches, num_batches), 2 if has_head else 1
-    num_dynamic = effort.num_dynamic_trees if has_head else 0
-    num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + num_dynamic + 1
+    num_timed, num_ways = _ways_in_turn(effort, has_head)
     costs = num_timed * (min(warm_up, few) + 2 * few * effort.repetitions)
     beside = effort.copies_beside_tree and bool(effort.copy_tokens)
-    num_ways = effort.num_finalists + _NUM_MODES * num_heads + _NUM_DYNAMIC_MODES * bool(num_dynamic) + 3 + beside
     tried = num_heads + len(effort.copy_tokens) * (1 + _WAYS_WITH_COPIES * num_heads) + _TREES_WITH_COPIES * beside
     return tried * num_batches + costs + num_ways * (min(warm_up, num_batches) + num_batches * effort.repetitions)
+
+
+def max_ways_in_turn(effort: Effort, has_head: bool = False) -> int:
+    """At most so many ways take turns under the clock."""
+    return max(_ways_in_turn(effort, has_head))
+
+
+def _ways_in_turn(effort: Effort, has_head: bool) -> tuple[int, int]:
+    """At most so many whose steps are timed, and so many finalists."""
+    num_heads, num_dynamic = 2 if has_head else 1, effort.num_dynamic_trees if has_head else 0
+    num_timed = num_heads * (effort.num_shapes_of(num_heads) + effort.num_trees) + num_dynamic + 1
+    beside = effort.copies_beside_tree and bool(effort.copy_tokens)
+    finalists = effort.num_finalists + _NUM_MODES * num_heads + _NUM_DYNAMIC_MODES * bool(num_dynamic) + 3 + beside
+    return num_timed, finalists
 
 
 def measure(

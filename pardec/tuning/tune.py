@@ -22,7 +22,7 @@ from pardec.measures.ranks import ranks_by_place
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, dtype_name, has_bfloat16, library_versions
 from pardec.tuning.choice import Way
-from pardec.tuning.measuring import Effort, Findings, Rank, max_calls, measure
+from pardec.tuning.measuring import Effort, Findings, Rank, max_calls, max_ways_in_turn, measure
 from pardec.tuning.report import TuneReport
 from pardec.tuning.timing import Call, Decode, in_turn, median_call, tokens_per_second
 from pardec.tuning.tree_growth import NUM_NODES
@@ -76,7 +76,8 @@ def tune(
         rows = _max_tree_rows(model)
         num_nodes = max(K, min(rows - 1, NUM_NODES[-1])) if effort.num_dynamic_trees else 0
         rank = _ranking(model, batches, K, num_nodes)
-        found = measure(decode, len(batches), K, max_new_tokens, effort, warm_up, has_head, rank, rows)
+        with model.engines.room_for(max_ways_in_turn(effort, has_head)):
+            found = measure(decode, len(batches), K, max_new_tokens, effort, warm_up, has_head, rank, rows)
         bar.total = bar.n  # fewer ways than allowed for may have been worth measuring
     weights = weights_of(directory, model.adapter.metadata.files)
     choice = _choice(model, weights, found, batch_size, temperature, top_k)

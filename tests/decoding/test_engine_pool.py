@@ -38,7 +38,7 @@ def test_an_engine_is_lent_to_one_caller_at_a_time():
 
 
 def test_the_engine_that_was_used_least_recently_goes_first(monkeypatch):
-    monkeypatch.setattr(engine_pool, "_MAX_ENGINES", 3)
+    monkeypatch.setattr(engine_pool, "_MAX_IDLE", 3)
     pool, engines = EnginePool(), {key: Idle() for key in "abcde"}
     for key in "abc":
         pool.give_back(key, engines[key])
@@ -48,6 +48,21 @@ def test_the_engine_that_was_used_least_recently_goes_first(monkeypatch):
     pool.give_back("e", engines["e"])
     assert pool.take("c") is None
     assert [pool.take(key) for key in "ade"] == [engines[key] for key in "ade"]
+
+
+def test_there_is_room_for_as_many_engines_as_are_asked_for_meanwhile(monkeypatch):
+    monkeypatch.setattr(engine_pool, "_MAX_IDLE", 2)
+    pool, engines = EnginePool(), {key: Idle() for key in "abcd"}
+    with pool.room_for(4):
+        for key in "abcd":
+            pool.give_back(key, engines[key])
+        for key in "abcd":
+            assert pool.take(key) is engines[key]
+            pool.give_back(key, engines[key])
+        with pool.room_for(1):  # no fewer than otherwise
+            pass
+        assert pool.take("a") is engines["a"]
+    assert [pool.take(key) is not None for key in "bcd"] == [False, True, True]
 
 
 # ---------------------------------------------------------------------- a model that keeps engines
