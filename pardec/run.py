@@ -118,6 +118,11 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
+def names_cpu(device: str) -> bool:
+    """Whether this is what `device_name` gave for a CPU."""
+    return device.endswith(" threads")
+
+
 def dtype_name(dtype: torch.dtype | str) -> str:
     """As options and files name it: `float32`, not `torch.float32`."""
     return str(dtype).removeprefix("torch.")

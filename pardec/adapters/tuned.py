@@ -23,7 +23,7 @@ from pardec.arguments import integer, known_dtype, real
 from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
-from pardec.run import dtype_name
+from pardec.run import dtype_name, names_cpu
 
 TUNED_FILE = "tuned.json"
 _CONSTANT, _DYNAMIC = "constant tree", "dynamic tree"
@@ -168,13 +168,16 @@ def shipped_choice(
     *,
     files: Mapping[str, str] | None = None,
 ) -> TunedChoice | None:
-    """What a packaged adapter was tuned to on a CPU before it shipped: a start for others; None without one.
+    """What a packaged adapter was tuned to on a device of this kind before it shipped: a start for others; or None.
 
-    That of this dtype, and of this device, where there is one: what rows cost is told by the dtype before the device.
-    Arguments and errors as in `read_tuned`.
+    A GPU is not told what rows cost on a CPU, nor the other way round. Of several that of this dtype, and of this
+    device, where there is one: what rows cost is told by the dtype before the device. Arguments and errors as in
+    `read_tuned`.
     """
     folder = adapter_folder(directory)
     fresh = [] if folder == Path(directory) else fresh_choices(folder, files)
+    if device is not None:
+        fresh = [one for one in fresh if names_cpu(one.device) == names_cpu(device)]
     wanted = None if dtype is None else dtype_name(dtype)
     return max(fresh, key=lambda one: (one.dtype == wanted, one.device == device), default=None)
 

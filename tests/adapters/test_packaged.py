@@ -13,6 +13,7 @@ from pardec.adapters.packaged import PACKAGED_ADAPTERS, adapter_folder, tuned_fo
 from pardec.adapters.tuned import shipped_choice
 from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import load_recipe, parse_recipe
+from pardec.run import device_name, names_cpu
 from pardec.target.base import BUILT_IN_BASES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -88,6 +89,19 @@ def test_the_choice_that_was_made_on_such_a_device_comes_before_others():
         choice = shipped_choice("smollm2_embeddings", one["device"], one["dtype"])
         assert choice is not None
         assert choice.measured_tokens_per_second == one["measured_tokens_per_second"]
+
+
+@pytest.mark.parametrize("name", PACKAGED_ADAPTERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("device", "is_cpu"), [("Some CPU, 64 threads", True), ("NVIDIA L40S", False)])
+def test_no_gpu_starts_with_the_choice_of_a_cpu_nor_the_other_way_round(name, dtype, device, is_cpu):
+    choice = shipped_choice(name, device, dtype)
+    assert choice is not None
+    assert ("threads" in choice.device) == is_cpu
+
+
+def test_a_cpu_has_the_name_of_one():
+    assert names_cpu(device_name(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
