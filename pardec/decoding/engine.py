@@ -14,7 +14,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from pardec.decoding.graphs import CapturedSteps, Recorder, record_cuda_graph
+from pardec.decoding.capture import Recorder, record_cuda_graph
+from pardec.decoding.graphs import CapturedSteps
 from pardec.decoding.reports import Progress, Reports
 from pardec.decoding.state import DecodeState, LiveRows
 from pardec.decoding.step import Decoder

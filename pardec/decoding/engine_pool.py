@@ -17,6 +17,7 @@ from pardec.decoding.engine import Engine
 # each holds a cache; the one that was used least recently goes first
 _MAX_IDLE = 8
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))  # among them parameters, buffers, modules and hooks
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 
 class EnginePool:
@@ -70,16 +71,16 @@ def signature(base: PreTrainedModel) -> int:
 
     Settings are plain values that modules keep, such as which of PEFT's adapters are active and with what factor.
     """
-    modules = (
-        (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(vars(m).get("forward")), m.training, *_settings(m))
-        for m in base.modules()
-    )
-    tensors = (tensor.data_ptr() for both in (base.parameters(), base.buffers()) for tensor in both)
-    return hash((*modules, *tensors))
-
-
-def _settings(module: nn.Module) -> tuple[Hashable, ...]:
-    return tuple((name, _setting(value)) for name, value in vars(module).items() if name not in _OF_ALL_MODULES)
+    found: list[Hashable] = []  # one list of a pass over a few hundred modules, as each call waits for it
+    for m in base.modules():
+        own = vars(m)
+        found += (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(own.get("forward")), m.training)
+        for name, value in own.items():
+            if name not in _OF_ALL_MODULES:
+                found += (name, value if type(value) in _PLAIN else _setting(value))
+        for tensor in (*m._parameters.values(), *m._buffers.values()):
+            found.append(None if tensor is None else tensor.data_ptr())
+    return hash(tuple(found))
 
 
 def _setting(value: object) -> Hashable:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pardec.adapters.gated_lora import LoraGate
-from pardec.target.checksums import all_equal, checksum
+from pardec.decoding.weight_watch import WeightWatch
 from pardec.target.packed_matrix import PackedMatrix
 
 Returned = TypeVar("Returned")
@@ -52,7 +52,7 @@ class PackedLinears:
         self._dispatchers: dict[nn.Linear, _Dispatcher] = {}
         self._kinds: set[str] = set()  # of the devices of packed layers
         self._groups: list[_Group] = []
-        self._checksums: list[Tensor] = []
+        self._watch: WeightWatch | None = None
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -71,15 +71,14 @@ class PackedLinears:
         linears = [module for group in groups for module in group]
         if linears != self.modules and not _fits(linears):
             groups = linears = []
-        checksums = [checksum(t.detach()) for m in linears for t in (m.weight, m.bias) if t is not None]
-        unchanged = linears == self.modules and all_equal(checksums, self._checksums)
-        if not unchanged:
+        weights = [t for m in linears for t in (m.weight, m.bias) if t is not None]
+        if linears != self.modules or not (self._watch is None or self._watch.holds(weights)):
+            self._watch = WeightWatch(weights)  # before they are read: what is written meanwhile will be noticed
             self.num_packed += 1
             self._groups = [_Group.pack(group, self._gate) for group in groups]
             pairs = [zip(group.modules, group.forwards, strict=True) for group in self._groups]
             self.forwards = dict(pair for group in pairs for pair in group)
             self._kinds = {module.weight.device.type for module in linears} - {"meta"}
-            self._checksums = checksums
 
     def _is_worth_it(self, group: Sequence[nn.Linear]) -> bool:
         """Whether packing saves something: on CUDA a launch."""

@@ -4,20 +4,15 @@ Knows tensors alone.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 
-def all_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether all tensors are the same, told by each device at once."""
-    if [one.shape for one in some] != [one.shape for one in others]:
-        return False
-    differ: dict[torch.device, list[Tensor]] = {}
-    for one, other in zip(some, others, strict=True):
-        differ.setdefault(one.device, []).append((one != other).any())
-    return not any(bool(torch.stack(flags).any()) for flags in differ.values())
+def differ(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """Whether any checksum is not that of its place, all of one device: a bool there, not waited for."""
+    return (torch.cat(list(some)) != torch.cat(list(others))).any()
 
 
 @torch.no_grad()
@@ -33,14 +28,15 @@ def checksum(tensor: Tensor) -> Tensor:
     factors = _factors(words.shape[-1], words.device)
     if bits == torch.int64:
         words = _folded(words.reshape(-1, words.shape[-1]))
-    return (words * factors).sum(dim=-1)
+    return (words * factors).sum(dim=-1).reshape(-1)
 
 
 def _folded(words: Tensor) -> Tensor:
     """Blocks of rows in one, [rows of a block, words]: each is added to an odd multiple of those before."""
     block_words = _BLOCK_WORDS if words.device.type == "cpu" else _BLOCK_WORDS_OF_A_GPU
-    blocks = words.split(max(1, block_words // words.shape[-1]))
-    folded, shifted = torch.zeros_like(blocks[0]), torch.empty_like(blocks[0])
+    first, *blocks = words.split(max(1, block_words // words.shape[-1]))
+    shifted = torch.bitwise_right_shift(first, 29)
+    folded = first ^ shifted
     for block in blocks:
         part = folded[: block.shape[0]]
         torch.add(block, part, alpha=_RADIX, out=part)
@@ -53,7 +49,7 @@ _BLOCK_WORDS = 2**16  # half a mebibyte, which cores keep beside what streams pa
 _BLOCK_WORDS_OF_A_GPU = 2**21  # 16 MiB; more launches would cost more than the memory's way
 
 
-@lru_cache(maxsize=32)
+@cache  # a graph that was captured reads them where they lie
 def _factors(num_words: int, device: torch.device) -> Tensor:
     return _FACTORS[torch.arange(num_words) % len(_FACTORS)].to(device)
 

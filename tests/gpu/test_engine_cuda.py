@@ -6,11 +6,13 @@ import warnings
 
 import pytest
 import torch
+from accelerate.utils.memory import clear_device_cache
 from greedy_oracle import plain_generate, prompts
 from recorded_steps import decoder_for, rerun, results, sampled, tensors_of
 from tiny_models import make_adapter, tiny_model
 from tree_samples import BRANCHING, DYNAMIC
 
+from pardec.decoding import weight_watch
 from pardec.decoding.engine import Engine
 from pardec.decoding.sampling import TokenLaw
 from pardec.model import SelfSpeculativeModel
@@ -435,3 +437,26 @@ def test_compiled_steps_give_generates_tokens_up_to_ties(mode, head_width):
         best = model(ids).logits[0, -1].topk(2).values
         assert float(best[0] - best[1]) < 1e-4
     assert ours.generate(rows, max_new_tokens=24, mode=mode).token_ids == found
+
+
+# ---------------------------------------------------------------------- weights that others write to
+
+
+def test_weights_are_compared_by_one_graph(monkeypatch):
+    weights = [torch.randn(n, m, device="cuda", dtype=torch.bfloat16) for n, m in ((64, 48), (2048, 4100), (7, 6))]
+    watch = weight_watch.WeightWatch(weights)
+    assert watch.holds(weights)
+
+    def launched_again(*_):
+        raise AssertionError("the comparison was not captured")
+
+    monkeypatch.setattr(weight_watch, "_differ_now", launched_again)
+    for weight in weights:
+        assert watch.holds(weights)
+        kept = weight.clone()
+        weight.data.view(-1)[-1:].add_(1)
+        assert not watch.holds(weights)
+        weight.data.copy_(kept)
+    clear_device_cache()
+    torch.empty(2**26, device="cuda").fill_(float("nan"))  # where whatever was freed lay
+    assert watch.holds(weights)

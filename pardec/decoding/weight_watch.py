@@ -1,0 +1,111 @@
+"""Whether weights still have the numbers that they had, whoever has written to them, in one launch on a GPU.
+
+A few hundred matrices are a few thousand small kernels, for whose launches a host takes longer than for many steps of a
+small model. Knows tensors; no layer.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pardec.decoding.capture import (
+    ONE_AT_A_TIME,
+    CaptureSite,
+    Recorder,
+    causes,
+    forbids_capture,
+    is_out_of_memory,
+    record_cuda_graph,
+    warm_up,
+)
+from pardec.errors import first_line
+from pardec.target.checksums import checksum, differ
+
+_Place = tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A captured comparison of weights that lie in `places`; `replay` says in `flag`, bool, whether they differ."""
+
+    places: list[_Place]
+    replay: Callable[[], None]
+    flag: Tensor
+
+
+class WeightWatch:
+    """Remembers the numbers of weights, by checksums."""
+
+    def __init__(self, weights: Sequence[Tensor], recorder: Recorder | None = None):
+        """Args: weights: as they are now, on any devices; recorder: makes graphs; default CUDA graphs, on CUDA."""
+        self._kinds = _kinds(weights)
+        self._sums = [checksum(weight.detach()) for weight in weights]
+        self._recorder = recorder
+        self._compared: dict[torch.device, _Comparison] = {}
+        self._captures = True
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these are such weights as those of then, with their numbers, wherever on their devices they lie."""
+        if _kinds(weights) != self._kinds:
+            return False
+        by_device: dict[torch.device, list[int]] = {}
+        for index, weight in enumerate(weights):
+            by_device.setdefault(weight.device, []).append(index)
+        flags = [
+            self._differ(device, [weights[i] for i in indices], [self._sums[i] for i in indices])
+            for device, indices in by_device.items()
+        ]
+        return not any(map(bool, flags))  # every device has been told what to do before one is waited for
+
+    def _differ(self, device: torch.device, weights: list[Tensor], sums: list[Tensor]) -> Tensor:
+        """Whether weights of one device differ from what their checksums say, shape [], on it."""
+        if not self._captures or (device.type != "cuda" and self._recorder is None):
+            return _differ_now(weights, sums)
+        places = [(one.data_ptr(), one.stride()) for one in weights]
+        known = self._compared.get(device)
+        if known is None or known.places != places:
+            self._compared.pop(device, None)
+            known = self._captured(device, places, weights, sums)
+            if known is None:
+                return _differ_now(weights, sums)
+            self._compared[device] = known
+        known.replay()
+        return known.flag
+
+    def _captured(
+        self, device: torch.device, places: list[_Place], weights: list[Tensor], sums: list[Tensor]
+    ) -> _Comparison | None:
+        """The comparison as a graph; None where there can be none, or no memory for it now."""
+        flag = torch.zeros((), dtype=torch.bool, device=device)
+        site = CaptureSite.on(device)
+
+        def run() -> None:
+            flag.copy_(_differ_now(weights, sums))
+
+        try:
+            with ONE_AT_A_TIME:
+                warm_up(run, site)
+                return _Comparison(places, (self._recorder or record_cuda_graph)(run, None, site), flag)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return None
+            if not forbids_capture(error):
+                raise
+            self._captures = False
+            warnings.warn(
+                f"the comparison of weights cannot be captured as a CUDA graph ({first_line([*causes(error)][-1])}); "
+                "calls begin more slowly",
+                stacklevel=2,
+            )
+            return None
+
+
+def _kinds(weights: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+    return [(one.shape, one.dtype, one.device) for one in weights]
+
+
+def _differ_now(weights: Sequence[Tensor], sums: Sequence[Tensor]) -> Tensor:
+    return differ([checksum(weight.detach()) for weight in weights], sums)
