@@ -190,7 +190,8 @@ def prefill_prompts(
         embeds = torch.cat([embeds, embeds.new_zeros(B, num_rows - P, D)], dim=1)
         embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), block.expand(B, -1, -1))
         if gate is not None:
-            gate_open = gate.open(rows, B, num_rows)
+            # known to the host for one prompt: half the launches of an index, at every layer with a LoRA
+            gate_open = gate.open(slice(P, P + num_masks) if B == 1 else rows, B, num_rows)
     positions = target.clamp_positions(torch.arange(num_rows, device=padded.device).expand(B, -1))
     with gate_open:
         return target.run_at(keep, embeds, positions, None, cache, tap, rising=True)

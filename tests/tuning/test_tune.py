@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from greedy_oracle import prompts as rows
+from recorded_steps import rerun
+from tiny_models import make_adapter, tiny_model
 from tqdm import tqdm
 from typer.testing import CliRunner
 
@@ -16,14 +19,17 @@ from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TUNED_FILE, TunedChoice, read_tuned, weights_of, write_tuned
 from pardec.cli import app
 from pardec.decoding.asking.messages import message_ids
+from pardec.decoding.engine import Engine
 from pardec.draft_tree import DraftTree
 from pardec.layout import PLAIN
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
+from pardec.tuning import timing
 from pardec.tuning import tune as tune_story
 from pardec.tuning.choice import PLAIN_WAY, Way, tree_way, with_copies
 from pardec.tuning.measuring import QUICK, Findings, measure
 from pardec.tuning.report import _name, describe
+from pardec.tuning.timing import in_turn
 from pardec.tuning.tune import prompts_to_tune_on, tune
 
 K = 2
@@ -87,6 +93,32 @@ def test_quick_tuning_writes_what_it_chose_and_prints_a_table(tuned):
     assert len(choice["conditional_acceptance"]) == K
     # random mask tokens draft in vain, so nothing can be faster than plain decoding but by the clock's noise
     assert choice["measured_tokens_per_second"] >= choice["plain_tokens_per_second"]
+
+
+def test_no_way_is_captured_while_ways_take_turns(tmp_path, monkeypatch):
+    """Of more ways than a model keeps engines for, each would be timed with its capture."""
+    monkeypatch.setitem(Engine.__init__.__kwdefaults__, "recorder", rerun)
+    made, original, under_the_clock = [], Engine.__init__, []
+
+    def noted(self, *args, **options):
+        made.append(self)
+        original(self, *args, **options)
+
+    def watched(run, keys, repetitions):
+        before = len(made)
+        calls = in_turn(run, keys, repetitions)
+        under_the_clock.append((len({way for way, *_ in keys}), len(made) - before))
+        return calls
+
+    monkeypatch.setattr(Engine, "__init__", noted)
+    monkeypatch.setattr(timing, "in_turn", watched)
+    base = tiny_model("llama")
+    model = SelfSpeculativeModel(base, None, make_adapter(base, 3, lora_rank=2, head_width=8))
+    model.capture = True
+    save_adapter(model.adapter, tmp_path)
+    tune(model, tmp_path, rows(61, (5, 3)), max_new_tokens=4, effort=QUICK)
+    assert max(num_ways for num_ways, _ in under_the_clock) > 8
+    assert [num_made for _, num_made in under_the_clock] == [0, 0]
 
 
 def test_standard_prompts_batches_and_json(saved, tmp_path):
