@@ -4,16 +4,15 @@ Imports torch and transformers inside the commands only, so that `--help` is qui
 Exit codes: 0 done, 1 a check found a difference that is no tie of the dtype, 2 unusable input.
 """
 
-import json
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pardec.cli_loading import advise_tuning, check_options, mode_beside_plain, tell, tell_of_unused, told_in_a_terminal
+from pardec.cli_continuing import chosen_mode, compare_each, continue_each, ids_of_each
+from pardec.cli_loading import advise_tuning, check_options, tell_of_unused, told_in_a_terminal
 from pardec.cli_options import (
     AsChat,
     BaseOption,
@@ -33,7 +32,6 @@ from pardec.cli_options import (
     Verification,
 )
 from pardec.data.prompt_files import read_prompts
-from pardec.errors import short
 from pardec.export_command import export
 from pardec.import_command import import_lora
 from pardec.push_command import push
@@ -148,74 +146,14 @@ def generate(
         prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
         model = _load(directory, base, device, dtype, trust_remote_code)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
-        advise_tuning(model, directory, *asked, base=base, device=device)
+        advise_tuning(model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code)
 
-        given = _ids_of(model, prompts, as_chat, max_new_tokens)
+        given = ids_of_each(model, prompts, as_chat, max_new_tokens)
         options |= {"use_head": use_head}
         if compare:
-            _compare(model, prompts, given, mode, options, as_json)
+            compare_each(model, prompts, given, mode, options, as_json)
         else:
-            _continue(model, prompts, given, mode, options, as_json, show_drafts)
-
-
-def _ids_of(model: "SelfSpeculativeModel", prompts: list[str], as_chat: bool, max_new_tokens: int) -> list[list[int]]:
-    """Ids of all prompts, each judged before the first of them is continued.
-
-    Raises:
-        ValueError: for one that cannot be continued, by its number where there are several.
-    """
-    found: list[list[int]] = []
-    for number, text in enumerate(prompts, start=1):
-        messages = [{"role": "user", "content": text}] if as_chat else None
-        try:
-            found += model.prompt_ids(None if as_chat else text, messages=messages)
-            model.engines.check(found[-1:], max_new_tokens, 1)
-        except ValueError as error:
-            where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
-            raise ValueError(f"{where}{error}") from None
-    return found
-
-
-def _compare(
-    model: "SelfSpeculativeModel",
-    prompts: list[str],
-    given: Sequence[list[int]],
-    mode: str | None,
-    options: dict[str, Any],
-    as_json: bool,
-) -> None:
-    """Decodes each prompt plain as well, and ends the program: with 1 where greedy texts differ by more than a tie."""
-    from pardec.race_terminal import run_races
-
-    asked = options["num_speculative_tokens"]
-    beside = mode_beside_plain(mode, _chosen_mode(model, mode, options), asked)
-    identical = run_races(model, prompts, given, beside, options, as_json=as_json)
-    # sampled texts differ by design: they follow one law, not one stream of random numbers
-    sys.exit(0 if options["temperature"] > 0 or identical else 1)
-
-
-def _continue(
-    model: "SelfSpeculativeModel",
-    prompts: list[str],
-    given: Sequence[list[int]],
-    mode: str | None,
-    options: dict[str, Any],
-    as_json: bool,
-    show_drafts: bool,
-) -> None:
-    """Prints each prompt's continuation, as it is decoded or as an object."""
-    from pardec.console import as_object, options_of, print_stream
-
-    chosen_mode = _chosen_mode(model, mode, options)
-    for number, (text, asked) in enumerate(zip(prompts, given, strict=True)):
-        own = options_of(number, options)
-        if as_json:
-            print(json.dumps(as_object(text, model.generate(asked, mode=mode, **own))), flush=True)
-            continue
-        if len(prompts) > 1:
-            beginning = "".join(letter if letter.isprintable() else "?" for letter in short(text))
-            tell(f"[{number + 1} of {len(prompts)}] {beginning}")
-        print_stream(model, asked, chosen_mode, own, show_drafts)
+            continue_each(model, prompts, given, mode, options, as_json, show_drafts)
 
 
 @app.command()
@@ -260,14 +198,14 @@ def chat(
         tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         model = _load(directory, base, device, dtype, trust_remote_code)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
-        advise_tuning(model, directory, *asked, base=base, device=device)
+        advise_tuning(model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code)
         options |= {"use_head": use_head}
 
         from pardec.chat import Chat
         from pardec.chat_terminal import run_chat
 
-        chosen_mode = _chosen_mode(model, mode, options)
-        run_chat(Chat(model, system, options), chosen_mode, as_json=as_json)
+        mode = chosen_mode(model, mode, options)  # which may settle one of the options
+        run_chat(Chat(model, system, options), mode, as_json=as_json)
 
 
 @app.command()
@@ -364,20 +302,6 @@ def tune(
 app.command()(export)
 app.command(name="import")(import_lora)
 app.command()(push)
-
-
-def _chosen_mode(model: "SelfSpeculativeModel", mode: str | None, options: dict[str, Any]) -> str:
-    """The mode in which a call with these options decodes.
-
-    Where copies alone follow from a choice to draft nothing, the options say so from now on: with a mode beside them
-    that choice no longer counts.
-    """
-    K, L = options["num_speculative_tokens"], options["copy_tokens"]
-    way: dict[str, Any] = {"verification": options["verification"], "is_greedy": options["temperature"] == 0}
-    drafting = model.engines.drafting(mode, K, None, options.get("use_head"), copy_tokens=L, **way)
-    if K is None and L and drafting.mode == "fused" and drafting.num_speculative_tokens == 0:
-        options["num_speculative_tokens"] = 0
-    return drafting.mode
 
 
 def _load(

@@ -89,6 +89,7 @@ def advise_tuning(
     *asked: object,
     base: str | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """One line where drafts are made as trained or as is fastest elsewhere, which may be slower than without.
 
@@ -98,6 +99,7 @@ def advise_tuning(
         asked: what the user asked for of all that tuning chooses; None where it is left to tuning.
         base: that was asked for, which tuning is to be asked for as well.
         device: likewise.
+        trust_remote_code: likewise.
     """
     if any(one is not None for one in asked) or model.adapter is None or sys.stderr is None or not sys.stderr.isatty():
         return
@@ -106,7 +108,7 @@ def advise_tuning(
     here = device_name(model.target.device), dtype_name(model.target.dtype)
     given = {"dtype": here[1], "device": device, "base": base}
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None)
-    command = f"pardec tune {shlex.quote(directory)} {options}"
+    command = f"pardec tune {shlex.quote(directory)} {options}{' --trust-remote-code' * trust_remote_code}"
     if model.tuned is None:
         lacking = f"not tuned for {here[1]} on this device, perhaps slower than plain"
         tell(f"{lacking}: {command}")

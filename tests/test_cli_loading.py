@@ -121,7 +121,10 @@ def test_the_advice_is_a_command_that_can_be_pasted(monkeypatch):
     model = SimpleNamespace(adapter="adapter", tuned=None, target=target)
     advise_tuning(model, "my runs/mine", None, base="my base", device="cpu")  # type: ignore[arg-type]
     command = screen.getvalue().split(": ", 1)[1]
-    assert shlex.split(command)[2:] == ["my runs/mine", "--dtype", "float32", "--device", "cpu", "--base", "my base"]
+    given = ["my runs/mine", "--dtype", "float32", "--device", "cpu", "--base", "my base"]
+    assert shlex.split(command)[2:] == given
+    advise_tuning(model, "my runs/mine", None, base="my base", device="cpu", trust_remote_code=True)  # type: ignore[arg-type]
+    assert shlex.split(screen.getvalue().splitlines()[1].split(": ", 1)[1])[2:] == [*given, "--trust-remote-code"]
 
 
 def test_a_comparison_of_plain_with_plain_is_refused():
