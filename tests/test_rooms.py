@@ -36,6 +36,7 @@ FLOORS = (
         "pardec/import_command",
         "pardec/push_command",
         "pardec/cli",
+        "pardec/cli_continuing",
         "pardec/cli_loading",
         "pardec/cli_options",
         "pardec/__main__",
