@@ -14,11 +14,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from reporting.result_files import output_stem, provenance
 from reporting.speed_tables import print_results, write_results
-from timing.baselines import ALWAYS, Setting, check_assistant, model_bytes, ways_for
+from timing.baselines import ALWAYS, Setting, Way, check_assistant, model_bytes, ways_for
 from timing.calls import rows_of, time_ways
 from timing.options import add_prompt_options, check_device, full_or_quick, integers
 from timing.references import References
@@ -100,8 +101,31 @@ def report(args: argparse.Namespace) -> int:
         for setting in settings
         for size in batch_sizes
     ]
-    references = References(base, args.max_new_tokens)
-    rows, left_out, problems = [], [], []
+    result: dict[str, Any] = {"rows": [], "left_out": [], "problems": [], "is_complete": False}
+    result |= facts(args, model, prompts, batch_sizes)
+    stem, references = output_stem("speed", args.output, args.quick, device), References(base, args.max_new_tokens)
+    for number, found in enumerate(measure_each(plan, batches, models, references, args), start=1):
+        for key, values in found.items():
+            result[key] += values
+        result["is_complete"] = number == len(plan)
+        if result["rows"]:  # after each group, so that a run that is cut off leaves what it had
+            write_results(result, stem)
+    if not result["rows"]:
+        raise ValueError("device: expected memory for one batch size at least, found too little for all")
+    print_results(result)
+    print(json.dumps(result))
+    return 1 if result["problems"] else 0
+
+
+def measure_each(
+    plan: Sequence[tuple[Setting, int, list[Way], list[dict[str, str]]]],
+    batches: dict[int, list[list[Prompt]]],
+    models: dict[str, SelfSpeculativeModel],
+    references: References,
+    args: argparse.Namespace,
+) -> Iterator[dict[str, list]]:
+    """Rows, what is left out, and problems of each setting and batch size of the plan, which stand with their ways."""
+    device = next(iter(models.values())).target.device
     num_calls = sum(
         len(ways) * (len(batches[size]) * args.repetitions + len(batches[size][: args.warm_up]))
         for _, size, ways, _ in plan
@@ -111,26 +135,20 @@ def report(args: argparse.Namespace) -> int:
             bar.set_description(f"{setting.name}, batch {size}")
             ids = [[prompt.token_ids for prompt in batch] for batch in batches[size]]
             place = {"setting": setting.name, "batch_size": size}
-            left_out += [place | one for one in without]
+            left_out = [place | one for one in without]
             options = {"repetitions": args.repetitions, "num_warm_up": args.warm_up, "on_call": bar.update}
             try:
                 with room_for(models.values(), len(ways)):
                     timed = time_ways(ways, ids, device=device, **options)
             except torch.OutOfMemoryError:  # what smaller batches gave is worth keeping
                 left_out += [place | {"way": w.name, "adapter": w.adapter, "reason": OUT_OF_MEMORY} for w in ways]
+                yield {"left_out": left_out}
                 continue
             if size == 1 and not setting.temperature:
                 references.take(timed, ids)
             found, wrong = rows_of(timed, batches[size], None if setting.temperature else references.compare)
-            rows += [place | row for row in found]
-            problems += [f"batch {size}, {problem}" for problem in wrong]
-    if not rows:
-        raise ValueError("device: expected memory for one batch size at least, found too little for all")
-    result = {"rows": rows, "left_out": left_out, "problems": problems} | facts(args, model, prompts, batch_sizes)
-    write_results(result, output_stem("speed", args.output, args.quick, device))
-    print_results(result)
-    print(json.dumps(result))
-    return 1 if problems else 0
+            problems = [f"batch {size}, {problem}" for problem in wrong]
+            yield {"rows": [place | row for row in found], "left_out": left_out, "problems": problems}
 
 
 @contextmanager

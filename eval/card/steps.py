@@ -139,7 +139,7 @@ def smollm2_steps(work: Path, quick: bool) -> list[Step]:
         tune = ["--quick", "--num-prompts", "1", "--max-new-tokens", "2"]
     else:
         exact = [*chat, "--dtypes", "bfloat16", "--num-prompts", "24", "--max-new-tokens", "96"]
-        tune = ["--dtype", "bfloat16"]
+        tune = ["--dtype", "bfloat16", "--quick", "--num-prompts", "8", "--max-new-tokens", "96"]
         speed = [*chat, "--dtype", "bfloat16", "--num-prompts", "16", "--max-new-tokens", "96"]
         speed += ["--batch-sizes", "1,4,16", "--repetitions", "1"]
     tune += ["--chat", "--prompt-file", CHAT_VALIDATION]

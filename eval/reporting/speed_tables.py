@@ -141,7 +141,8 @@ def markdown_of(result: dict) -> str:
         f"{result['num_prompts']} prompts of {result['prompts']}, base {result['base']}, counted passes: "
         f"{result['repetitions']}, after one that warms up; {result['device']}"
     )
-    parts = [f"## {table.title}\n\n{table.markdown()}" for table in tables_of(result)]
+    parts = [] if result.get("is_complete", True) else ["The run was cut off: these are the rows that it had.\n"]
+    parts += [f"## {table.title}\n\n{table.markdown()}" for table in tables_of(result)]
     heading = f"Speed of {', '.join(result['adapters'].values())}"
     return markdown_page(result, heading, facts, parts, [*notes_of(result), *result["problems"]])
 

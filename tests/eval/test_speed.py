@@ -481,6 +481,25 @@ def test_a_batch_size_without_enough_memory_is_left_out(call_speed, monkeypatch,
     assert call_speed("embeddings", *options, "--batch-sizes", "2").code == 2
 
 
+def test_a_run_that_is_cut_off_leaves_the_rows_that_it_had(call_speed, monkeypatch, tmp_path):
+    def time_ways(ways, batches, **options):
+        if len(batches[0]) > 1:
+            raise KeyboardInterrupt
+        return timing.time_ways(ways, batches, **options)
+
+    monkeypatch.setattr(speed, "time_ways", time_ways)
+    options = ("--quick", "--greedy-only", "--max-new-tokens", "4", "--output", str(tmp_path / "x"))
+    assert call_speed("embeddings", *options).code != 0
+    result, page = json.loads((tmp_path / "x.json").read_text()), (tmp_path / "x.md").read_text()
+    assert {row["batch_size"] for row in result["rows"]} == {1}
+    assert result["batch_sizes"] == [1, 2]
+    assert "The run was cut off" in page
+    monkeypatch.undo()
+    assert call_speed("embeddings", *options).code == 0
+    assert json.loads((tmp_path / "x.json").read_text())["is_complete"]
+    assert "The run was cut off" not in (tmp_path / "x.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
