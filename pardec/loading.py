@@ -84,7 +84,7 @@ def load(
     where, files = device_name(model.target.device), adapter.metadata.files
     model.engines.choices = read_tuned(directory, where, model.target.dtype, compile, files=files)
     _check_choices(directory, adapter, model.engines.choices)
-    if not model.engines.choices and loaded.device.type in ("cpu", "cuda"):  # all K drafts would slow any CPU down
+    if not model.engines.choices:  # all K drafts would slow any CPU down
         model.tuned = shipped_choice(directory, where, model.target.dtype, files=files)
     kind = {"cpu": "CPU", "cuda": "GPU"}.get(loaded.device.type)
     if kind and model.target.dtype == torch.bfloat16 and not has_bfloat16(loaded.device):

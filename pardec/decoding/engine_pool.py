@@ -26,7 +26,7 @@ class EnginePool:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # the garbage collector may close a stream in here
         self._idle: OrderedDict[Hashable, Engine] = OrderedDict()
-        self._most = _MAX_IDLE
+        self._rooms: list[int] = []
 
     @contextmanager
     def room_for(self, num_engines: int) -> Iterator[None]:
@@ -36,12 +36,12 @@ class EnginePool:
         call, and timed with that.
         """
         with self._lock:
-            before, self._most = self._most, max(self._most, num_engines)
+            self._rooms.append(num_engines)
         try:
             yield
         finally:
             with self._lock:
-                self._most = before
+                self._rooms.remove(num_engines)
                 self._forget_oldest()
 
     def take(self, key: Hashable) -> Engine | None:
@@ -57,7 +57,7 @@ class EnginePool:
             self._forget_oldest()
 
     def _forget_oldest(self) -> None:
-        while len(self._idle) > self._most:
+        while len(self._idle) > max(_MAX_IDLE, *self._rooms, 0):
             self._idle.popitem(last=False)
 
     def clear(self) -> None:

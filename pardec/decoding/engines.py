@@ -297,7 +297,12 @@ class Engines:
         captured = self.capture and law.is_capturable
         # code is compiled for buffers of their own
         kinds = facts.kinds if drafting.tree is not None and not self.compile else None
-        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._pool.clear, kinds=kinds)
+        return Engine(decoder, facts.bytes_per_slot, captured=captured, make_room=self._make_room, kinds=kinds)
+
+    def _make_room(self) -> None:
+        self._pool.clear()
+        for linears in self._linears.values():
+            linears.free()
 
     def _packed(self, facts: Survey, with_lora: bool) -> PackedLinears:
         """Packed weights, up to date; empty where packing brings nothing."""

@@ -53,6 +53,7 @@ class PackedLinears:
         self._kinds: set[str] = set()  # of the devices of packed layers
         self._groups: list[_Group] = []
         self._watch: WeightWatch | None = None
+        self._refreshing = threading.RLock()
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -67,18 +68,29 @@ class PackedLinears:
 
     def refresh(self) -> None:
         """Packs the weights if there are none packed or they are no longer what was packed."""
+        with self._refreshing:  # nobody may find the new weights remembered and the old ones packed
+            self._refresh()
+
+    def free(self) -> None:
+        """Lets go of what makes the next `refresh` quick, but not of what is packed."""
+        with self._refreshing:
+            if self._watch is not None:
+                self._watch.free()
+
+    def _refresh(self) -> None:
         groups = [group for siblings in self.siblings for group in _packable(siblings) if self._is_worth_it(group)]
         linears = [module for group in groups for module in group]
         if linears != self.modules and not _fits(linears):
             groups = linears = []
         weights = [t for m in linears for t in (m.weight, m.bias) if t is not None]
         if linears != self.modules or not (self._watch is None or self._watch.holds(weights)):
-            self._watch = WeightWatch(weights)  # before they are read: what is written meanwhile will be noticed
-            self.num_packed += 1
+            watch = WeightWatch(weights)  # before they are read: what is written meanwhile will be noticed
             self._groups = [_Group.pack(group, self._gate) for group in groups]
             pairs = [zip(group.modules, group.forwards, strict=True) for group in self._groups]
             self.forwards = dict(pair for group in pairs for pair in group)
             self._kinds = {module.weight.device.type for module in linears} - {"meta"}
+            self.num_packed += 1
+            self._watch = watch if self._watch is None else self._watch.renewed(watch)
 
     def _is_worth_it(self, group: Sequence[nn.Linear]) -> bool:
         """Whether packing saves something: on CUDA a launch."""

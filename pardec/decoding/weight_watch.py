@@ -24,7 +24,7 @@ from pardec.decoding.capture import (
 from pardec.errors import first_line
 from pardec.target.checksums import checksum, differ
 
-_Place = tuple[int, tuple[int, ...]]
+_Place = tuple[int, tuple[int, ...], bool]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,18 @@ class _Comparison:
 
 
 class WeightWatch:
-    """Remembers the numbers of weights, by checksums."""
+    """Remembers the numbers of weights, by checksums.
+
+    On a GPU the comparison is captured when weights lie for the second time where they lay the last time: of a model
+    that is brought in anew for each call it never is. A graph takes some 64 MiB.
+    """
 
     def __init__(self, weights: Sequence[Tensor], recorder: Recorder | None = None):
         """Args: weights: as they are now, on any devices; recorder: makes graphs; default CUDA graphs, on CUDA."""
         self._kinds = _kinds(weights)
         self._sums = [checksum(weight.detach()) for weight in weights]
         self._recorder = recorder
+        self._places: dict[torch.device, list[_Place]] = {}  # of the last comparison
         self._compared: dict[torch.device, _Comparison] = {}
         self._captures = True
 
@@ -58,17 +63,34 @@ class WeightWatch:
             self._differ(device, [weights[i] for i in indices], [self._sums[i] for i in indices])
             for device, indices in by_device.items()
         ]
-        return not any(map(bool, flags))  # every device has been told what to do before one is waited for
+        # every device has been told what to do before one is waited for; all are, as what they read may go after that
+        told = [bool(flag) for flag in flags]
+        return not any(told)
+
+    def renewed(self, newer: "WeightWatch") -> "WeightWatch":
+        """A watch over what `newer` remembers: this one with its graphs, if it is of such weights, else `newer`."""
+        newer._captures = newer._captures and self._captures
+        if self._kinds != newer._kinds:
+            return newer
+        for mine, theirs in zip(self._sums, newer._sums, strict=True):
+            mine.copy_(theirs)
+        return self
+
+    def free(self) -> None:
+        """Lets go of the graphs and their memory."""
+        self._compared.clear()
+        self._places.clear()
 
     def _differ(self, device: torch.device, weights: list[Tensor], sums: list[Tensor]) -> Tensor:
         """Whether weights of one device differ from what their checksums say, shape [], on it."""
         if not self._captures or (device.type != "cuda" and self._recorder is None):
             return _differ_now(weights, sums)
-        places = [(one.data_ptr(), one.stride()) for one in weights]
+        places = [(one.data_ptr(), one.stride(), one.is_neg()) for one in weights]
         known = self._compared.get(device)
         if known is None or known.places != places:
             self._compared.pop(device, None)
-            known = self._captured(device, places, weights, sums)
+            before, self._places[device] = self._places.get(device), places
+            known = self._captured(device, places, weights, sums) if before == places else None
             if known is None:
                 return _differ_now(weights, sums)
             self._compared[device] = known

@@ -4,7 +4,6 @@ Knows tensors alone.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,9 +21,14 @@ def checksum(tensor: Tensor) -> Tensor:
     Rows far enough apart share a sum: what is written stays in the processor's cache and the weights are read once,
     where products of all of them would go through memory thrice.
     """
+    if not tensor.numel():
+        return tensor.new_zeros(1, dtype=torch.int64)
     row_bytes = tensor.shape[-1] * tensor.element_size()
-    bits = next(word for word in (torch.int64, torch.int32, torch.int16) if row_bytes % word.itemsize == 0)
-    words = tensor.contiguous().view(bits)
+    bits = next(word for word in _WORDS if row_bytes % word.itemsize == 0)
+    tensor = tensor.resolve_neg().contiguous()
+    if tensor.storage_offset() * tensor.element_size() % bits.itemsize:  # a part of a buffer that begins within a word
+        tensor = tensor.clone()
+    words = tensor.view(bits)
     factors = _factors(words.shape[-1], words.device)
     if bits == torch.int64:
         words = _folded(words.reshape(-1, words.shape[-1]))
@@ -35,13 +39,14 @@ def _folded(words: Tensor) -> Tensor:
     """Blocks of rows in one, [rows of a block, words]: each is added to an odd multiple of those before."""
     block_words = _BLOCK_WORDS if words.device.type == "cpu" else _BLOCK_WORDS_OF_A_GPU
     first, *blocks = words.split(max(1, block_words // words.shape[-1]))
-    shifted = torch.bitwise_right_shift(first, 29)
+    shifted = torch.bitwise_right_shift(first, 29).bitwise_and_(_SHIFTED_BITS)
     folded = first ^ shifted
     for block in blocks:
         part = folded[: block.shape[0]]
         torch.add(block, part, alpha=_RADIX, out=part)
-        # odd multiples leave the uppermost bit alone, so two changed signs would cancel if it stayed where it is
-        part ^= torch.bitwise_right_shift(part, 29, out=shifted[: block.shape[0]])
+        # odd multiples leave the uppermost bit alone, so two changed signs would cancel if it stayed where it is; what
+        # is shifted in are zeros, or a word and its complement would give the same
+        part ^= torch.bitwise_right_shift(part, 29, out=shifted[: block.shape[0]]).bitwise_and_(_SHIFTED_BITS)
     return folded
 
 
@@ -49,10 +54,16 @@ _BLOCK_WORDS = 2**16  # half a mebibyte, which cores keep beside what streams pa
 _BLOCK_WORDS_OF_A_GPU = 2**21  # 16 MiB; more launches would cost more than the memory's way
 
 
-@cache  # a graph that was captured reads them where they lie
 def _factors(num_words: int, device: torch.device) -> Tensor:
-    return _FACTORS[torch.arange(num_words) % len(_FACTORS)].to(device)
+    """Odd numbers, of each place of a row its own; kept for good, as graphs that were captured read them."""
+    known = _known_factors.get((num_words, device))
+    if known is None:
+        made = torch.randint(2**62, (num_words,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+        known = _known_factors.setdefault((num_words, device), made.to(device))  # of several threads the first one's
+    return known
 
 
-_FACTORS = torch.randint(2**62, (8191,), generator=torch.Generator().manual_seed(0)) * 2 + 1
-_RADIX = int(_FACTORS[-1])
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.int8)
+_RADIX = 0x5851F42D4C957F2D  # of Knuth's linear congruential generator: odd, and its bits are well mixed
+_SHIFTED_BITS = 2 ** (64 - 29) - 1
+_known_factors: dict[tuple[int, torch.device], Tensor] = {}

@@ -1,5 +1,7 @@
 """Engines are lent to one caller at a time, and given up when what they were made for has changed."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
@@ -63,6 +65,25 @@ def test_there_is_room_for_as_many_engines_as_are_asked_for_meanwhile(monkeypatc
             pass
         assert pool.take("a") is engines["a"]
     assert [pool.take(key) is not None for key in "bcd"] == [False, True, True]
+
+
+def test_rooms_of_several_callers_may_end_in_any_order(monkeypatch):
+    monkeypatch.setattr(engine_pool, "_MAX_IDLE", 1)
+    pool = EnginePool()
+
+    def kept() -> int:
+        for key in "abcd":
+            pool.give_back(key, Idle())
+        return sum(pool.take(key) is not None for key in "abcd")
+
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(pool.room_for(2))
+        second.enter_context(pool.room_for(3))
+        assert kept() == 3
+        first.close()
+        assert kept() == 3
+        second.close()
+        assert kept() == 1
 
 
 # ---------------------------------------------------------------------- a model that keeps engines

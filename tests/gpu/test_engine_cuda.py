@@ -445,7 +445,8 @@ def test_compiled_steps_give_generates_tokens_up_to_ties(mode, head_width):
 def test_weights_are_compared_by_one_graph(monkeypatch):
     weights = [torch.randn(n, m, device="cuda", dtype=torch.bfloat16) for n, m in ((64, 48), (2048, 4100), (7, 6))]
     watch = weight_watch.WeightWatch(weights)
-    assert watch.holds(weights)
+    for _ in range(2):  # the second time it is captured
+        assert watch.holds(weights)
 
     def launched_again(*_):
         raise AssertionError("the comparison was not captured")

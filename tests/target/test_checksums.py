@@ -53,3 +53,23 @@ def test_numbers_in_other_places_are_seen(weight):
         changed = weight.clone()
         changed[[0, 1]] = weight[[1, 0]]
         assert sees(weight, changed)
+
+
+def test_all_bits_turned_over_are_seen():
+    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float64, torch.int64)):
+        weight = torch.randn(300, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for one in (weight, torch.zeros_like(weight)):
+            changed = one.clone()
+            changed.view(bits).bitwise_not_()
+            assert sees(one, changed)
+            changed = one.clone()
+            changed.view(bits)[7, 8:16].bitwise_not_()
+            assert sees(one, changed)
+
+
+@pytest.mark.parametrize("distance", [1, 2, 4096, 8191, 8192, 16382, 16384])
+def test_columns_that_changed_places_are_seen_however_far_apart(distance):
+    weight = torch.randn(5, 20000, dtype=torch.float64)
+    changed = weight.clone()
+    changed[:, [0, distance]] = weight[:, [distance, 0]]
+    assert sees(weight, changed)

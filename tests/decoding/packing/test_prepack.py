@@ -1,5 +1,6 @@
 """Packed weights: the same product, the base untouched, changes noticed."""
 
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -8,6 +9,7 @@ from greedy_oracle import plain_generate
 from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
+from pardec.decoding import prepack
 from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
@@ -52,6 +54,58 @@ def test_packed_layers_give_the_same_numbers_for_any_number_of_rows(dtype, toler
                 found = model(x)
             assert (found.shape, found.dtype) == (expected.shape, dtype)
             torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_thread_that_comes_while_another_one_packs_gets_the_new_weights(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(48, 80))
+    packed, x, real, packs = packed_linears(model), torch.randn(1, 48), prepack._Group.pack, threading.Event()
+    packed.refresh()
+    go_on = threading.Event()
+
+    def slow_pack(*args):
+        packs.set()
+        assert go_on.wait(10)
+        return real(*args)
+
+    monkeypatch.setattr(prepack._Group, "pack", slow_pack)
+    model[0].weight.data.neg_()
+    first = threading.Thread(target=packed.refresh)
+    first.start()
+    assert packs.wait(10)
+    found = []
+
+    def refresh_and_run() -> None:
+        packed.refresh()
+        with torch.no_grad(), packed.installed(), packed.active():
+            found.append(model(x))
+
+    second = threading.Thread(target=refresh_and_run)
+    second.start()
+    second.join(0.3)  # waits for the first, or takes what is there
+    go_on.set()
+    first.join()
+    second.join()
+    torch.testing.assert_close(found[0], torch.nn.functional.linear(x, model[0].weight, model[0].bias).detach())
+    assert packed.num_packed == 2
+
+
+def test_a_packing_that_fails_is_tried_again(monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(48, 80))
+    packed, x = packed_linears(model), torch.randn(1, 48)
+    packed.refresh()
+    model[0].weight.data.neg_()
+
+    def full(*args):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepack._Group, "pack", full)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                packed.refresh()
+    packed.refresh()
+    with torch.no_grad(), packed.installed(), packed.active():
+        torch.testing.assert_close(model(x), torch.nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
 def test_outside_of_the_context_the_base_is_bitwise_itself():
