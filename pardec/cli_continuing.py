@@ -69,7 +69,7 @@ def continue_each(
     for number, (text, asked) in enumerate(zip(prompts, given, strict=True)):
         own = options_of(number, options)
         if as_json:
-            print(json.dumps(as_object(text, model.generate(asked, mode=mode, **own))), flush=True)
+            print(json.dumps(as_object(text, model.generate(asked, mode=mode, **own), mode_of_each)), flush=True)
             continue
         if len(prompts) > 1:
             beginning = "".join(letter if letter.isprintable() else "?" for letter in short(text))

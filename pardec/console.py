@@ -22,12 +22,12 @@ from pardec.tuning.report import describe
 STYLES: dict[Origin, str] = {"target": "", "drafted": "green", "copied": "cyan"}
 
 
-def as_object(prompt: str, out: GenerationOutput) -> dict:
-    """What `--json` prints of one prompt."""
+def as_object(prompt: str, out: GenerationOutput, mode: str) -> dict:
+    """What `--json` prints of one prompt that was continued in this mode."""
     stats = out.stats.to_dict()
     stats.pop("sequences")
     stats["accepted_per_step"] = out.stats.sequences[0].accepted_per_step
-    return {"prompt": prompt, "text": out.text[0], "token_ids": out.token_ids[0], "stats": stats}
+    return {"prompt": prompt, "text": out.text[0], "token_ids": out.token_ids[0], "mode": mode, "stats": stats}
 
 
 def options_of(number: int, options: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,14 @@ from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import load_adapter
 from pardec.adapters.hub import HubName, hub_name
 from pardec.adapters.packaged import tuned_folder
-from pardec.adapters.tuned import TUNED_FILE, TunedChoice, fastest_dtype, read_tuned, shipped_choice
+from pardec.adapters.tuned import (
+    TUNED_FILE,
+    TunedChoice,
+    fastest_dtype,
+    read_tuned,
+    read_tuned_with_other_threads,
+    shipped_choice,
+)
 from pardec.arguments import flag, known_dtype
 from pardec.decoding.probing.probe import probe, probe_head
 from pardec.errors import short, shown
@@ -81,11 +88,8 @@ def load(
         raise ValueError("compile: expected a base in memory, found offloaded layers (device_map)")
     refuse_another_base(directory, adapter, loaded, tokenizer)
     model = SelfSpeculativeModel(loaded, tokenizer, adapter, compile=compile)
-    where, files = device_name(model.target.device), adapter.metadata.files
-    model.engines.choices = read_tuned(directory, where, model.target.dtype, compile, files=files)
+    model.engines.choices = _nearest_choices(model, adapter, directory)
     _check_choices(directory, adapter, model.engines.choices)
-    if not model.engines.choices:  # all K drafts would slow any CPU down
-        model.tuned = shipped_choice(directory, where, model.target.dtype, files=files)
     kind = {"cpu": "CPU", "cuda": "GPU"}.get(loaded.device.type)
     if kind and model.target.dtype == torch.bfloat16 and not has_bfloat16(loaded.device):
         told = f"dtype: expected a {kind} with instructions for bfloat16, found none: it is slow here"
@@ -95,6 +99,17 @@ def load(
         raise AdapterError(f"{directory}: mask embeddings: expected width {D}, found {masks.shape[1]}")
     _probe(model)
     return model
+
+
+def _nearest_choices(model: SelfSpeculativeModel, adapter: Adapter, directory: str | Path) -> list[TunedChoice]:
+    """What was tuned here, or with other threads, or before the adapter shipped: all K drafts slow any CPU down."""
+    where, dtype, files = device_name(model.target.device), model.target.dtype, adapter.metadata.files
+    for read in (read_tuned, read_tuned_with_other_threads):
+        found = read(directory, where, dtype, model.compile, files=files)
+        if found:
+            return found
+    shipped = shipped_choice(directory, where, dtype, files=files)
+    return [] if shipped is None else [shipped]
 
 
 def _kind(base: object) -> str:

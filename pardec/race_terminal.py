@@ -90,7 +90,7 @@ def run_races(
         pair = _paired(model, prompt, lanes, is_sampled=bool(options["temperature"]))
         pairs.append(pair)
         if as_json:
-            both = {"plain": as_object(text, pair.plain), mode: as_object(text, pair.drafted)}
+            both = {"plain": as_object(text, pair.plain, "plain"), mode: as_object(text, pair.drafted, mode)}
             said = {"identical": pair.identical, "is_tie": pair.tie is not None, "ratio_to_plain": pair.ratio}
             print(json.dumps(both | said), flush=True)
         elif not console.is_terminal:

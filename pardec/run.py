@@ -123,6 +123,11 @@ def names_cpu(device: str) -> bool:
     return device.endswith(" threads")
 
 
+def same_but_threads(device: str, other: str) -> bool:
+    """Whether `device_name` gave both for one CPU, with any number of threads."""
+    return names_cpu(device) and names_cpu(other) and device.rpartition(", ")[0] == other.rpartition(", ")[0]
+
+
 def dtype_name(dtype: torch.dtype | str) -> str:
     """As options and files name it: `float32`, not `torch.float32`."""
     return str(dtype).removeprefix("torch.")

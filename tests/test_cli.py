@@ -103,6 +103,7 @@ def test_json_gives_one_object_per_prompt(saved, expected, mode, tmp_path):
     first, second = (json.loads(line) for line in result.stdout.splitlines())
     assert (first["prompt"], second["prompt"]) == ("def main():", "import ")
     assert (first["token_ids"], first["text"]) == expected
+    assert first["mode"] == second["mode"] == mode
     assert first["stats"]["num_new_tokens"] == 12
     assert sum(first["stats"]["accepted_per_step"]) == first["stats"]["num_accepted_tokens"]
 

@@ -23,7 +23,7 @@ from pardec.arguments import integer, known_dtype, real
 from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
-from pardec.run import dtype_name, names_cpu
+from pardec.run import dtype_name, names_cpu, same_but_threads
 
 TUNED_FILE = "tuned.json"
 _CONSTANT, _DYNAMIC = "constant tree", "dynamic tree"
@@ -138,8 +138,30 @@ def read_tuned(
     Raises:
         ValueError: if the file is there and is not one of ours, naming it.
     """
-    wanted = (device, dtype_name(dtype), compile)
-    return [one for one in fresh_choices(directory, files) if (one.device, one.dtype, one.compile) == wanted]
+    return [one for one in _alike(directory, dtype, compile, files) if one.device == device]
+
+
+def read_tuned_with_other_threads(
+    directory: str | Path,
+    device: str,
+    dtype: torch.dtype | str,
+    compile: bool = False,
+    *,
+    files: Mapping[str, str] | None = None,
+) -> list[TunedChoice]:
+    """The choices that were last made on this CPU with another number of threads, nearer to it than what ships.
+
+    Arguments and errors as in `read_tuned`.
+    """
+    near = [one for one in _alike(directory, dtype, compile, files) if same_but_threads(one.device, device)]
+    return [one for one in near if one.device == near[-1].device]
+
+
+def _alike(
+    directory: str | Path, dtype: torch.dtype | str, compile: bool, files: Mapping[str, str] | None
+) -> list[TunedChoice]:
+    wanted = (dtype_name(dtype), compile)
+    return [one for one in fresh_choices(directory, files) if (one.dtype, one.compile) == wanted]
 
 
 def nearest_choice(choices: Sequence[TunedChoice], num_sequences: int, is_greedy: bool) -> TunedChoice | None:

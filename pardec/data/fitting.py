@@ -107,7 +107,9 @@ class RowCounts:
     def told(self, max_length: int) -> str:
         """One line for people."""
         some = f" of {self.available:,}" if self.read < self.available else ""
-        parts = [f"{self.read:,}{some} rows read{' before the first step' if some else ''}, {self.kept:,} of them used"]
+        rows = "row" if self.read == 1 and not some else "rows"
+        so_far = " before the first step" if some else ""
+        parts = [f"{self.read:,}{some} {rows} read{so_far}, {self.kept:,} of them used"]
         if self.long:
             parts.append(
                 f"{self.long:,} examples longer than {max_length} tokens (data.max_length) cut into {self.windows:,} "

@@ -70,7 +70,12 @@ def converted_folder(file: Path) -> Path:
         if not _is_converted(file):
             for left in folder.parent.glob(f"{folder.name}.writing-*"):  # by a process that was killed
                 shutil.rmtree(left)
-            _convert(file, folder)
+            sha256 = file_sha256(file)
+            same = _same_elsewhere(folder, sha256)
+            if same is None:
+                _convert(file, folder, sha256)
+            else:
+                _point_to(same, folder)
     return folder
 
 
@@ -112,7 +117,29 @@ def _is_converted(file: Path) -> bool:
     return (_folder_of(file) / SOURCE_FILE).is_file()
 
 
-def _convert(file: Path, folder: Path) -> None:
+def _same_elsewhere(folder: Path, sha256: str) -> Path | None:
+    """A conversion of the same bytes from another place or time, as every environment brings its own copy of them."""
+    for source in folder.parent.glob(f"*/{SOURCE_FILE}"):
+        # a name in between leads on to the folder that holds the numbers, and could be gone before it
+        if source.parent.is_symlink() or ".writing-" in source.parent.name:
+            continue
+        try:
+            found = json.loads(source.read_text())
+        except (OSError, ValueError):
+            continue
+        if (found.get("sha256"), found.get("format_version")) == (sha256, _FORMAT_VERSION):
+            return source.parent
+    return None
+
+
+def _point_to(same: Path, folder: Path) -> None:
+    """Makes `folder` another name of a conversion that is there."""
+    if folder.is_symlink():  # to one that is gone
+        folder.unlink()
+    folder.symlink_to(same.name, target_is_directory=True)
+
+
+def _convert(file: Path, folder: Path, sha256: str) -> None:
     aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
     tqdm.write(f"converting {file.name} once, into {folder}", file=sys.stderr)  # shells ask by python for the folder
     try:
@@ -120,11 +147,13 @@ def _convert(file: Path, folder: Path) -> None:
         _check_room(file, base)
         base.save_pretrained(aside)
         _save_tokenizer(file, aside)
-        source = {"file": str(file.resolve()), "sha256": file_sha256(file), "format_version": _FORMAT_VERSION}
+        source = {"file": str(file.resolve()), "sha256": sha256, "format_version": _FORMAT_VERSION}
         (aside / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
         for written in aside.iterdir():
             with written.open("rb") as opened:
                 os.fsync(opened.fileno())
+        if folder.is_symlink():  # to a conversion that is gone
+            folder.unlink()
         os.replace(aside, folder)
     except OSError as error:
         raise ValueError(f"base {str(file)!r}: cannot be converted into {folder}: {first_line(error)}") from None

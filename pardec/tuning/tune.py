@@ -128,7 +128,7 @@ def _decoding(
     """Decodes one of the batches with the model."""
 
     def decode(way: Way, batch: int, max_new_tokens: int) -> Call:
-        bar.set_postfix_str(_told(way), refresh=False)
+        bar.set_postfix_str(_told(way))
         out = model.generate(
             batches[batch],
             max_new_tokens=max_new_tokens,

@@ -19,6 +19,7 @@ from pardec.adapters.tuned import (
     fresh_choices,
     nearest_choice,
     read_tuned,
+    read_tuned_with_other_threads,
     weights_of,
     write_tuned,
 )
@@ -52,6 +53,27 @@ def choice_for(folder, **changes) -> TunedChoice:
         "conditional_acceptance": [0.5, 0.25],
     }
     return TunedChoice(**{**facts, **changes})
+
+
+def test_of_another_number_of_threads_the_last_choices_of_this_cpu_are_found(folder):
+    for device, changes in {
+        "a CPU, 1 threads": {},
+        "a CPU, 4 threads": {"block_lengths": (2, 2, 2)},
+        "another CPU, 2 threads": {},
+        "a card": {},
+    }.items():
+        write_tuned(folder, choice_for(folder, device=device, **changes))
+    write_tuned(folder, choice_for(folder, device="a CPU, 4 threads", batch_size=4))
+    write_tuned(folder, choice_for(folder, device="a CPU, 8 threads", dtype="bfloat16"))
+    found = read_tuned_with_other_threads(folder, "a CPU, 2 threads", "float32")
+    assert [(one.device, one.batch_size) for one in found] == [("a CPU, 4 threads", 1), ("a CPU, 4 threads", 4)]
+    for device, options in {
+        "a third CPU, 2 threads": {},
+        "a CPU": {},
+        "a cardboard, 2 threads": {},
+        "a CPU, 2 threads": {"compile": True},
+    }.items():
+        assert read_tuned_with_other_threads(folder, device, "float32", **options) == []
 
 
 def test_a_choice_is_read_back_for_its_device_dtype_and_compile_only(folder):

@@ -59,6 +59,25 @@ def test_it_is_converted_once(gguf, cache, monkeypatch):
     assert [path.name for path in cache.iterdir() if path.suffix != ".lock"] == [folder.rsplit("/", 1)[1]]
 
 
+def test_the_same_bytes_in_another_place_are_not_converted_again(gguf, cache, tmp_path, monkeypatch):
+    first = Path(resolve_base(str(gguf)))
+    copy = Path(shutil.copy(gguf, tmp_path / "copy.gguf"))
+    with monkeypatch.context() as patch:
+        patch.setattr(converted, "_convert", None)
+        second = Path(resolve_base(str(copy)))
+        assert second != first
+        assert second.resolve() == first
+        assert load_base(str(copy)).num_parameters() == load_base(str(gguf)).num_parameters()
+        third = Path(shutil.copy(gguf, tmp_path / "third.gguf"))
+        assert Path(resolve_base(str(third))).resolve() == first
+    shutil.rmtree(first)  # by whoever cleans up
+    assert Path(resolve_base(str(copy))).resolve() == second
+    assert not second.is_symlink()
+    assert Path(resolve_base(str(gguf))).resolve() == second
+    (second / "source.json").write_text("half of a f")
+    assert Path(resolve_base(str(third))).is_dir()
+
+
 def test_a_file_that_has_changed_is_converted_again(gguf, tmp_path):
     mine = shutil.copy(gguf, tmp_path / "mine.gguf")
     first = resolve_base(str(mine))
