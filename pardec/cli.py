@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pardec.cli_continuing import chosen_mode, compare_each, continue_each, ids_of_each
+from pardec.cli_continuing import check_each, chosen_mode, compare_each, continue_each, ids_of_each
 from pardec.cli_loading import advise_tuning, check_options, tell_of_unused, told_in_a_terminal
 from pardec.cli_options import (
     AsChat,
@@ -286,10 +286,12 @@ def tune(
             num_prompts = max(4 if quick else 16, batch_size)
         if max_new_tokens is None:
             max_new_tokens = 32 if quick else 128
+        prompts = prompts_to_tune_on(models[0], source, num_prompts, as_chat=as_chat)
+        check_each(models[0], prompts, max_new_tokens, prompt_file)
         reports, by_dtype = tune_each(
             models,
             directory,
-            prompts_to_tune_on(models[0], source, num_prompts, as_chat=as_chat),
+            prompts,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             temperature=temperature,

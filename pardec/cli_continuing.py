@@ -35,6 +35,22 @@ def ids_of_each(
     return found
 
 
+def check_each(
+    model: "SelfSpeculativeModel", prompts: Sequence[list[int]], max_new_tokens: int, source: str | None
+) -> None:
+    """Refuses prompts that the model has no positions for, before any of them is decoded.
+
+    Raises:
+        ValueError: naming the file that they are of, and the prompt's number in it.
+    """
+    for number, ids in enumerate(prompts, start=1):
+        try:
+            model.engines.check([ids], max_new_tokens, 1)
+        except ValueError as error:
+            where = "" if source is None else f"{source}: "
+            raise ValueError(f"{where}prompt {number} of {len(prompts)}: {error}") from None
+
+
 def compare_each(
     model: "SelfSpeculativeModel",
     prompts: list[str],

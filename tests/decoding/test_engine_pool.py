@@ -1,6 +1,7 @@
 """Engines are lent to one caller at a time, and given up when what they were made for has changed."""
 
 from contextlib import ExitStack
+from copy import copy
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
 from pardec.decoding import engine_pool
 from pardec.decoding.engine import Engine
-from pardec.decoding.engine_pool import EnginePool
+from pardec.decoding.engine_pool import EnginePool, signature
 from pardec.decoding.kept_cache import KeptCache
 from pardec.model import SelfSpeculativeModel
 
@@ -242,6 +243,50 @@ def test_changes_of_the_base_between_two_calls_are_honoured(capturing, change):
     assert after != before
     for mode in ("fused", "plain"):
         assert ours.generate(rows, max_new_tokens=NEW, mode=mode).token_ids == after
+
+
+def switch_a_layer_to_training(base):
+    base.model.layers[0].mlp.train()
+
+
+def move_a_buffer(base):
+    rotary = base.model.rotary_emb
+    rotary.inv_freq = rotary.inv_freq.clone()
+
+
+def put_a_copy_in_place_of_a_module(base):
+    base.model.layers[0].mlp = copy(base.model.layers[0].mlp)
+
+
+def give_a_layer_another_setting(base):
+    base.model.layers[0].self_attn.scaling *= 2
+
+
+def give_a_layer_another_name_in_a_list(base):
+    base.model.layers[0].names = ["a", {"b": (1, 2)}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_weight,
+        replace_module,
+        add_hook,
+        add_pre_hook,
+        replace_forward,
+        switch_a_layer_to_training,
+        move_a_buffer,
+        put_a_copy_in_place_of_a_module,
+        give_a_layer_another_setting,
+        give_a_layer_another_name_in_a_list,
+    ],
+)
+def test_the_signature_of_a_base_changes_with_whatever_is_looked_at(change):
+    base = tiny_model("llama")
+    before = signature(base)
+    assert signature(base) == before
+    change(base)
+    assert signature(base) != before
 
 
 def test_a_hook_that_is_removed_again_is_honoured(capturing):

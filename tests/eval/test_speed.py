@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import speed
@@ -18,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
 from pardec.data.benchmarks import Prompt
+from pardec.decoding.engines import Engines
 from pardec.measures.divergence import Divergence
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, written_aside
@@ -479,6 +481,26 @@ def test_a_batch_size_without_enough_memory_is_left_out(call_speed, monkeypatch,
     assert {row["batch_size"] for row in result["rows"]} == {1}
     assert speed.OUT_OF_MEMORY in {one["reason"] for one in result["left_out"]}
     assert call_speed("embeddings", *options, "--batch-sizes", "2").code == 2
+
+
+def test_each_model_keeps_engines_for_all_ways_while_they_are_timed(call_speed, monkeypatch, tmp_path):
+    rooms = []
+
+    def time_ways(ways, batches, **options):
+        rooms.append(len(ways))
+        return timing.time_ways(ways, batches, **options)
+
+    @contextmanager
+    def room_for(self, number):
+        asked.append(number)
+        yield
+
+    asked = []
+    monkeypatch.setattr(speed, "time_ways", time_ways)
+    monkeypatch.setattr(Engines, "room_for", room_for)
+    options = ("--quick", "--greedy-only", "--max-new-tokens", "4", "--output", str(tmp_path / "x"))
+    assert call_speed("embeddings", "lora", *options, "--batch-sizes", "1").code == 0
+    assert asked == 2 * rooms
 
 
 def test_a_run_that_is_cut_off_leaves_the_rows_that_it_had(call_speed, monkeypatch, tmp_path):

@@ -121,6 +121,15 @@ def test_no_way_is_captured_while_ways_take_turns(tmp_path, monkeypatch):
     assert [num_made for _, num_made in under_the_clock] == [0, 0]
 
 
+def test_a_prompt_that_is_too_long_is_named_with_its_file_before_anything_is_measured(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune_story, "measure", None)
+    long = tmp_path / "long.txt"  # a text is one prompt
+    long.write_text("def main():\n    return 1\n" * 400)
+    result = run(str(saved), "--quick", "--prompt-file", str(long))
+    assert result.exit_code == 2
+    assert f"{long}: prompt 1 of 1: prompt and new tokens: expected at most" in result.stderr
+
+
 def test_standard_prompts_batches_and_json(saved, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(saved, folder)
