@@ -5,7 +5,8 @@ Imports torch and transformers inside its functions only, as `pardec.cli` does.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pardec.cli_loading import mode_beside_plain, tell
@@ -26,12 +27,9 @@ def ids_of_each(
     found: list[list[int]] = []
     for number, text in enumerate(prompts, start=1):
         messages = [{"role": "user", "content": text}] if as_chat else None
-        try:
+        with _errors_beginning_with(f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""):
             found += model.prompt_ids(None if as_chat else text, messages=messages)
             model.engines.check(found[-1:], max_new_tokens, 1)
-        except ValueError as error:
-            where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
-            raise ValueError(f"{where}{error}") from None
     return found
 
 
@@ -43,12 +41,18 @@ def check_each(
     Raises:
         ValueError: naming the file that they are of, and the prompt's number in it.
     """
+    file = "" if source is None else f"{source}: "
     for number, ids in enumerate(prompts, start=1):
-        try:
+        with _errors_beginning_with(f"{file}prompt {number} of {len(prompts)}: "):
             model.engines.check([ids], max_new_tokens, 1)
-        except ValueError as error:
-            where = "" if source is None else f"{source}: "
-            raise ValueError(f"{where}prompt {number} of {len(prompts)}: {error}") from None
+
+
+@contextmanager
+def _errors_beginning_with(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
 
 
 def compare_each(

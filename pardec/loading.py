@@ -11,14 +11,7 @@ from pardec.adapters.adapter import Adapter, AdapterError
 from pardec.adapters.files import load_adapter
 from pardec.adapters.hub import HubName, hub_name
 from pardec.adapters.packaged import tuned_folder
-from pardec.adapters.tuned import (
-    TUNED_FILE,
-    TunedChoice,
-    fastest_dtype,
-    read_tuned,
-    read_tuned_with_other_threads,
-    shipped_choice,
-)
+from pardec.adapters.tuned import TUNED_FILE, TunedChoice, fastest_dtype, read_tuned, shipped_choice
 from pardec.arguments import flag, known_dtype
 from pardec.decoding.probing.probe import probe, probe_head
 from pardec.errors import short, shown
@@ -102,14 +95,11 @@ def load(
 
 
 def _nearest_choices(model: SelfSpeculativeModel, adapter: Adapter, directory: str | Path) -> list[TunedChoice]:
-    """What was tuned here, or with other threads, or before the adapter shipped: all K drafts slow any CPU down."""
+    """What was tuned here, or else before the adapter shipped: all K drafts would slow any CPU down."""
     where, dtype, files = device_name(model.target.device), model.target.dtype, adapter.metadata.files
-    for read in (read_tuned, read_tuned_with_other_threads):
-        found = read(directory, where, dtype, model.compile, files=files)
-        if found:
-            return found
-    shipped = shipped_choice(directory, where, dtype, files=files)
-    return [] if shipped is None else [shipped]
+    found = read_tuned(directory, where, dtype, model.compile, files=files)
+    shipped = None if found else shipped_choice(directory, where, dtype, files=files)
+    return found if shipped is None else [shipped]
 
 
 def _kind(base: object) -> str:

@@ -128,6 +128,8 @@ def read_tuned(
 ) -> list[TunedChoice]:
     """The choices for this adapter as it is now on this device, one for each batch size and way of sampling.
 
+    Where a CPU has none, those that were last made on it with another number of threads: nearer to it than what ships.
+
     Args:
         directory: of the adapter.
         device: as in `TunedChoice`.
@@ -138,30 +140,11 @@ def read_tuned(
     Raises:
         ValueError: if the file is there and is not one of ours, naming it.
     """
-    return [one for one in _alike(directory, dtype, compile, files) if one.device == device]
-
-
-def read_tuned_with_other_threads(
-    directory: str | Path,
-    device: str,
-    dtype: torch.dtype | str,
-    compile: bool = False,
-    *,
-    files: Mapping[str, str] | None = None,
-) -> list[TunedChoice]:
-    """The choices that were last made on this CPU with another number of threads, nearer to it than what ships.
-
-    Arguments and errors as in `read_tuned`.
-    """
-    near = [one for one in _alike(directory, dtype, compile, files) if same_but_threads(one.device, device)]
-    return [one for one in near if one.device == near[-1].device]
-
-
-def _alike(
-    directory: str | Path, dtype: torch.dtype | str, compile: bool, files: Mapping[str, str] | None
-) -> list[TunedChoice]:
     wanted = (dtype_name(dtype), compile)
-    return [one for one in fresh_choices(directory, files) if (one.dtype, one.compile) == wanted]
+    alike = [one for one in fresh_choices(directory, files) if (one.dtype, one.compile) == wanted]
+    last = next((one.device for one in reversed(alike) if same_but_threads(one.device, device)), None)
+    here = device if any(one.device == device for one in alike) else last
+    return [one for one in alike if one.device == here]
 
 
 def nearest_choice(choices: Sequence[TunedChoice], num_sequences: int, is_greedy: bool) -> TunedChoice | None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pardec.errors import first_line
+
 
 @dataclass(frozen=True)
 class CaptureSite:
@@ -112,7 +114,12 @@ def _usable_after_failure(generator: torch.Generator | None, device: torch.devic
         raise
 
 
-def causes(error: Exception) -> Iterator[Exception]:
+def cause_of(error: Exception) -> str:
+    """The first line of what came up first."""
+    return first_line([*_causes(error)][-1])
+
+
+def _causes(error: Exception) -> Iterator[Exception]:
     """An error and what was being handled when it came up, the first of all last."""
     cause: BaseException | None = error
     while isinstance(cause, Exception):
@@ -122,12 +129,12 @@ def causes(error: Exception) -> Iterator[Exception]:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out; the end of a capture that fails for want of it raises another error."""
-    return any(isinstance(one, torch.OutOfMemoryError) for one in causes(error))
+    return any(isinstance(one, torch.OutOfMemoryError) for one in _causes(error))
 
 
 def forbids_capture(error: Exception) -> bool:
     """Whether what is not captured may well run; on a device that has broken down, or is full, it would not."""
-    codes = [getattr(one, "error_code", None) for one in causes(error)]
+    codes = [getattr(one, "error_code", None) for one in _causes(error)]
     return not is_out_of_memory(error) and all(code is None or code in _CAPTURE_ERRORS for code in codes)
 
 

@@ -14,7 +14,7 @@ from pardec.decoding.capture import (
     ONE_AT_A_TIME,
     CaptureSite,
     Recorder,
-    causes,
+    cause_of,
     forbids_capture,
     is_out_of_memory,
     record_cuda_graph,
@@ -22,7 +22,6 @@ from pardec.decoding.capture import (
 )
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
-from pardec.errors import first_line
 
 
 class CapturedSteps:
@@ -104,7 +103,7 @@ class CapturedSteps:
                 B, R = self.state.lengths.shape[0], self.decoder.rows_per_step
                 warnings.warn(
                     f"a step of {B} sequences and {R} rows cannot be captured as a CUDA graph "
-                    f"({first_line([*causes(error)][-1])}); steps run uncaptured, which is slower",
+                    f"({cause_of(error)}); steps run uncaptured, which is slower",
                     stacklevel=2,
                 )
                 self._failed = True

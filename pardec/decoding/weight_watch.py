@@ -15,13 +15,12 @@ from pardec.decoding.capture import (
     ONE_AT_A_TIME,
     CaptureSite,
     Recorder,
-    causes,
+    cause_of,
     forbids_capture,
     is_out_of_memory,
     record_cuda_graph,
     warm_up,
 )
-from pardec.errors import first_line
 from pardec.target.checksums import checksum, differ
 
 _Place = tuple[int, tuple[int, ...], bool]
@@ -118,7 +117,7 @@ class WeightWatch:
                 raise
             self._captures = False
             warnings.warn(
-                f"the comparison of weights cannot be captured as a CUDA graph ({first_line([*causes(error)][-1])}); "
+                f"the comparison of weights cannot be captured as a CUDA graph ({cause_of(error)}); "
                 "calls begin more slowly",
                 stacklevel=2,
             )

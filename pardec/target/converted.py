@@ -70,12 +70,14 @@ def converted_folder(file: Path) -> Path:
         if not _is_converted(file):
             for left in folder.parent.glob(f"{folder.name}.writing-*"):  # by a process that was killed
                 shutil.rmtree(left)
+            if folder.is_symlink():  # to a conversion that is gone
+                folder.unlink()
             sha256 = file_sha256(file)
             same = _same_elsewhere(folder, sha256)
             if same is None:
                 _convert(file, folder, sha256)
             else:
-                _point_to(same, folder)
+                folder.symlink_to(same.name, target_is_directory=True)
     return folder
 
 
@@ -132,13 +134,6 @@ def _same_elsewhere(folder: Path, sha256: str) -> Path | None:
     return None
 
 
-def _point_to(same: Path, folder: Path) -> None:
-    """Makes `folder` another name of a conversion that is there."""
-    if folder.is_symlink():  # to one that is gone
-        folder.unlink()
-    folder.symlink_to(same.name, target_is_directory=True)
-
-
 def _convert(file: Path, folder: Path, sha256: str) -> None:
     aside = folder.with_name(f"{folder.name}.writing-{os.getpid()}")
     tqdm.write(f"converting {file.name} once, into {folder}", file=sys.stderr)  # shells ask by python for the folder
@@ -152,8 +147,6 @@ def _convert(file: Path, folder: Path, sha256: str) -> None:
         for written in aside.iterdir():
             with written.open("rb") as opened:
                 os.fsync(opened.fileno())
-        if folder.is_symlink():  # to a conversion that is gone
-            folder.unlink()
         os.replace(aside, folder)
     except OSError as error:
         raise ValueError(f"base {str(file)!r}: cannot be converted into {folder}: {first_line(error)}") from None

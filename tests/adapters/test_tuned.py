@@ -19,7 +19,6 @@ from pardec.adapters.tuned import (
     fresh_choices,
     nearest_choice,
     read_tuned,
-    read_tuned_with_other_threads,
     weights_of,
     write_tuned,
 )
@@ -65,7 +64,7 @@ def test_of_another_number_of_threads_the_last_choices_of_this_cpu_are_found(fol
         write_tuned(folder, choice_for(folder, device=device, **changes))
     write_tuned(folder, choice_for(folder, device="a CPU, 4 threads", batch_size=4))
     write_tuned(folder, choice_for(folder, device="a CPU, 8 threads", dtype="bfloat16"))
-    found = read_tuned_with_other_threads(folder, "a CPU, 2 threads", "float32")
+    found = read_tuned(folder, "a CPU, 2 threads", "float32")
     assert [(one.device, one.batch_size) for one in found] == [("a CPU, 4 threads", 1), ("a CPU, 4 threads", 4)]
     for device, options in {
         "a third CPU, 2 threads": {},
@@ -73,7 +72,7 @@ def test_of_another_number_of_threads_the_last_choices_of_this_cpu_are_found(fol
         "a cardboard, 2 threads": {},
         "a CPU, 2 threads": {"compile": True},
     }.items():
-        assert read_tuned_with_other_threads(folder, device, "float32", **options) == []
+        assert read_tuned(folder, device, "float32", **options) == []
 
 
 def test_a_choice_is_read_back_for_its_device_dtype_and_compile_only(folder):
