@@ -91,7 +91,8 @@ def advise_tuning(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """One line where drafts are made as trained or as is fastest elsewhere, which may be slower than without.
+    """One line of how drafts are made where nobody asks: as trained or as is fastest elsewhere, which may be slower
+    than without, or as was fastest here.
 
     Args:
         model: as it was loaded.
@@ -115,6 +116,10 @@ def advise_tuning(
     elif (model.tuned.device, model.tuned.dtype) != here:
         made = f"drafts as was fastest in {model.tuned.dtype} on {model.tuned.device}"
         tell(f"{made}; for {here[1]} here: {command}")
+    else:
+        from pardec.tuning.report import describe
+
+        tell(f"as tuned for this device: {describe(model.tuned)}")
 
 
 def mode_beside_plain(mode: str | None, chosen: str, num_speculative_tokens: int | None = None) -> str:

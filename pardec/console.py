@@ -56,6 +56,9 @@ def print_stream(
         copied += chunk.num_copied_tokens
         emitted += len(chunk.token_ids) if number else 0  # prefill's token aside
     console.print(Text(text.put([], last=True)), end="")
+    if mode == "plain":
+        console.print("\n\ndecoded plain, a token a step: nothing was drafted; --mode fused drafts", style="dim")
+        return
     rate = f", {emitted / steps:.2f} tokens a step" if steps else ""
     colours = f"green; {copied} copied tokens besides, cyan" if copied else "green"
     console.print(f"\n\n{accepted} drafted tokens accepted in {steps} steps ({colours}){rate}", style="dim")

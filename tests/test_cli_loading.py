@@ -10,6 +10,7 @@ import torch
 from programs import run
 
 from pardec import cli
+from pardec.adapters.tuned import TunedChoice
 from pardec.cli_loading import advise_tuning, mode_beside_plain, tell, told_in_a_terminal
 from pardec.run import device_name
 
@@ -79,7 +80,13 @@ UNTUNED = "not tuned for float32 on this device, perhaps slower than plain: pard
 FOR_HERE = "; for float32 here: pardec tune runs/mine --dtype float32\n"
 FOREIGN = f"drafts as was fastest in float32 on Another CPU{FOR_HERE}"
 HERE = device_name(torch.device("cpu"))
+TUNED = "as tuned for this device: K = 2, blocks 2 1 0, 6 rows, 2.00 x plain\n"
 OTHER_DTYPE = f"drafts as was fastest in bfloat16 on {HERE}{FOR_HERE}"
+
+
+def choice_for(device: str, dtype: str) -> TunedChoice:
+    speeds = {"predicted_tokens_per_second": 20.0, "measured_tokens_per_second": 20.0, "plain_tokens_per_second": 10.0}
+    return TunedChoice(device, dtype, False, (2, 1, 0), {}, ms_per_step=1.0, conditional_acceptance=[0.5], **speeds)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,14 @@ OTHER_DTYPE = f"drafts as was fastest in bfloat16 on {HERE}{FOR_HERE}"
         (False, None, "adapter", None, ""),
         (True, "fused", "adapter", None, ""),
         (True, None, None, None, ""),
-        (True, None, "adapter", (HERE, "float32"), ""),
+        (
+            True,
+            None,
+            "adapter",
+            (HERE, "float32"),
+            TUNED,
+        ),
+        (False, None, "adapter", (HERE, "float32"), ""),
         (True, None, "adapter", (HERE, "bfloat16"), OTHER_DTYPE),
         (True, None, "adapter", ("Another CPU", "float32"), FOREIGN),
         (False, None, "adapter", ("Another CPU", "float32"), ""),
@@ -99,7 +113,7 @@ OTHER_DTYPE = f"drafts as was fastest in bfloat16 on {HERE}{FOR_HERE}"
 def test_who_has_not_tuned_here_is_told_so_once(is_terminal, mode, adapter, tuned_to, said, monkeypatch):
     screen = Screen(is_terminal)
     monkeypatch.setattr("sys.stderr", screen)
-    tuned = None if tuned_to is None else SimpleNamespace(device=tuned_to[0], dtype=tuned_to[1])
+    tuned = None if tuned_to is None else choice_for(*tuned_to)
     target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     advise_tuning(SimpleNamespace(adapter=adapter, tuned=tuned, target=target), "runs/mine", mode)  # type: ignore[arg-type]
     assert screen.getvalue() == said

@@ -143,7 +143,10 @@ def smollm2_steps(work: Path, quick: bool) -> list[Step]:
         speed = [*chat, "--dtype", "bfloat16", "--num-prompts", "16", "--max-new-tokens", "96"]
         speed += ["--batch-sizes", "1,4,16", "--repetitions", "1"]
     tune += ["--chat", "--prompt-file", CHAT_VALIDATION]
-    return group("smollm2", work, adapters[-1:] if quick else adapters, exact, tune, speed, (2, 2, 7), laws_of(quick))
+    made = group("smollm2", work, adapters[-1:] if quick else adapters, exact, tune, speed, (2, 2, 7), laws_of(quick))
+    command = ["eval/first_token.py", str(adapters[0]), *(["--quick"] if quick else ["--dtype", "bfloat16"])]
+    question = "What does a call take before its first token, with its prompts captured and without?"
+    return [*made, measuring("smollm2-first-token", work / "smollm2-first-token", command, 1, question)]
 
 
 def tiny_steps(work: Path, adapters: Sequence[Path], quick: bool) -> list[Step]:

@@ -39,7 +39,7 @@ Recorder = Callable[[Callable[[], None], torch.Generator | None, CaptureSite | N
 
 
 # torch has 32 streams, which it gives out in turn: two threads may have got the same
-ONE_AT_A_TIME = threading.Lock()
+_ONE_AT_A_TIME = threading.Lock()
 # from here on torch finds by itself the generators that a graph draws from
 _FINDS_GENERATORS = "2.14"  # compared as a version
 # cudaErrorStreamCapture...: what is not allowed while a stream is being captured, and what follows from it
@@ -138,8 +138,29 @@ def forbids_capture(error: Exception) -> bool:
     return not is_out_of_memory(error) and all(code is None or code in _CAPTURE_ERRORS for code in codes)
 
 
-def warm_up(run: Callable[[], None], site: CaptureSite | None) -> None:
-    """Runs what is to be captured, so that its kernels are chosen and compiled before."""
+def recorded(
+    run: Callable[[], None],
+    generator: torch.Generator | None,
+    site: CaptureSite | None,
+    recorder: Recorder,
+    between: Callable[[], None] = lambda: None,
+) -> Callable[[], None]:
+    """What `recorder` makes of `run`, which has run before: its kernels are chosen and compiled by then.
+
+    Args:
+        run: as of `record_cuda_graph`.
+        generator: likewise.
+        site: likewise.
+        recorder: makes a graph.
+        between: takes back what running has changed.
+    """
+    with _ONE_AT_A_TIME:
+        _warm_up(run, site)
+        between()
+        return recorder(run, generator, site)
+
+
+def _warm_up(run: Callable[[], None], site: CaptureSite | None) -> None:
     if site is None:
         run()
         return
@@ -149,3 +170,8 @@ def warm_up(run: Callable[[], None], site: CaptureSite | None) -> None:
         for _ in range(2):
             run()
     current.wait_stream(site.stream)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest one that is at least `n`: sizes are rounded up so that little is captured."""
+    return 1 << (n - 1).bit_length()

@@ -14,8 +14,9 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
-from pardec.decoding.capture import Recorder, record_cuda_graph
+from pardec.decoding.capture import Recorder, power_of_two, record_cuda_graph
 from pardec.decoding.graphs import CapturedSteps
+from pardec.decoding.prompt_graphs import PromptGraphs
 from pardec.decoding.reports import Progress, Reports
 from pardec.decoding.state import DecodeState, LiveRows
 from pardec.decoding.step import Decoder
@@ -47,7 +48,7 @@ class Engine:
         Args:
             decoder: makes the steps.
             bytes_per_slot: of the cache, per token and sequence.
-            captured: steps run as graphs.
+            captured: steps and short prompts run as graphs.
             recorder: makes a graph.
             make_room: frees what it can when a cache, prefill or a capture does not fit.
             kinds: of the cache's buffers, for a decoder whose steps move them; see `SlotCache`.
@@ -58,6 +59,7 @@ class Engine:
         self._kinds = kinds
         self._free = partial(_free, make_room)  # no method: its engine would be freed by the cycle collector alone
         self._graphs = CapturedSteps(decoder, recorder, self._free) if captured else None
+        self._prompt_graphs = PromptGraphs(recorder) if captured else None
 
     @torch.inference_mode(False)  # whose tensors do not count how often they were written to: packed layers go by that
     def run(
@@ -133,21 +135,28 @@ class Engine:
         except torch.OutOfMemoryError:
             pass  # as long as the error is being handled it keeps what was allocated before
         self.state = None
-        if self._graphs is not None:
-            self._graphs.forget()
+        self._forget_graphs()
         self._free()
         if generator is not None and drawn is not None:
             generator.set_state(drawn)
         return self._begun(prompts, repeats, kept, num_kept)
 
+    def _forget_graphs(self) -> None:
+        """Frees all graphs, with state and cache."""
+        if self._graphs is not None and self._prompt_graphs is not None:
+            self._graphs.forget()
+            self._prompt_graphs.forget()
+
     def _begun(self, prompts: list[list[int]], repeats: int, kept: SlotCache | None, num_kept: int) -> DecodeState:
         decoder, num_sequences = self.decoder, len(prompts) * repeats
-        num_slots = decoder.num_slots(max(len(prompt) for prompt in prompts))
-        if self._graphs is None:
+        longest = max(len(prompt) for prompt in prompts)
+        if self._graphs is None or self._prompt_graphs is None:
+            num_slots = decoder.num_slots(longest)
             if decoder.forward.compile_step is not None:  # code is compiled for the cache's size
                 num_slots = self._bucket(num_slots)
             cache = self._new_cache(num_sequences, num_slots, kept, num_kept)
             return decoder.prefill(prompts, repeats=repeats, cache=cache, num_cached=num_kept)
+        num_slots = decoder.num_slots(self._prompt_graphs.width(len(prompts), longest))
         B, capacity = power_of_two(num_sequences), decoder.max_new_tokens
         if self._graphs.fits(B, num_slots, capacity):
             assert self._graphs.state is not None
@@ -158,12 +167,17 @@ class Engine:
                 buffer[:, :, :num_kept] = begun[:, :, :num_kept]
         else:
             self.state = None  # free what is too small
-            self._graphs.forget()
+            self._forget_graphs()
             capacity = self._bucket(capacity)
             cache = self._new_cache(B, self._bucket(num_slots), kept, num_kept)
-        unused = B - num_sequences
         state = decoder.prefill(
-            prompts, repeats=repeats, num_unused=unused, cache=cache, capacity=capacity, num_cached=num_kept
+            prompts,
+            repeats=repeats,
+            num_unused=B - num_sequences,
+            cache=cache,
+            capacity=capacity,
+            num_cached=num_kept,
+            graphs=self._prompt_graphs,
         )
         return self._graphs.take_over(state)
 
@@ -198,11 +212,6 @@ def bucket(num_slots: int, *, few: bool, coarse: bool) -> int:
     """
     step = max(256, power_of_two(num_slots) // (4 if few else 8)) if coarse or few else 64
     return -(-num_slots // step) * step
-
-
-def power_of_two(n: int) -> int:
-    """The smallest one that is at least `n`."""
-    return 1 << (n - 1).bit_length()
 
 
 def check_memory(device: torch.device, bytes_per_slot: int, num_sequences: int, num_slots: int) -> None:

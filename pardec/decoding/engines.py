@@ -18,9 +18,10 @@ from pardec.adapters.noise import NoiseTokens
 from pardec.adapters.tuned import TunedChoice, nearest_choice
 from pardec.arguments import flag, integer, one_of, real
 from pardec.decoding.asking.asked import Drafting, check_ranks, drafting_for, tree_for
+from pardec.decoding.capture import power_of_two
 from pardec.decoding.copying import num_sources
 from pardec.decoding.drafting import HeadDrafter
-from pardec.decoding.engine import Engine, power_of_two
+from pardec.decoding.engine import Engine
 from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
 from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.probing.shared_length import shared_length_limit

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from pardec.decoding.capture import (
-    ONE_AT_A_TIME,
     CaptureSite,
     Recorder,
     cause_of,
     forbids_capture,
     is_out_of_memory,
     record_cuda_graph,
-    warm_up,
+    recorded,
 )
 from pardec.decoding.state import DecodeState
 from pardec.decoding.step import Decoder
@@ -142,11 +141,9 @@ class CapturedSteps:
         try:
             # kernels are chosen and compiled before the capture; slots behind the committed tokens are overwritten by
             # the next step, so the cache needs no saving
-            with ONE_AT_A_TIME:
-                warm_up(run, self._site)
-                _copy(saved, state)
-                self._held.append(self.decoder.forward.held)
-                return self._recorder(run, generator, self._site)
+            replay = recorded(run, generator, self._site, self._recorder, between=lambda: _copy(saved, state))
+            self._held.append(self.decoder.forward.held)
+            return replay
         finally:
             _copy(saved, state)
             if generator is not None and drawn is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pardec.adapters.gated_lora import LoraGate
+from pardec.decoding.prompt_graphs import PromptGraphs
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.layout import real_layout
 from pardec.target.cache import SlotCache, aligned
@@ -57,13 +58,21 @@ class Prefill:
     num_spare_slots: int
 
     def run(
-        self, prompts: list[list[int]], cache: SlotCache, *, repeats: int, num_unused: int, num_cached: int
+        self,
+        prompts: list[list[int]],
+        cache: SlotCache,
+        graphs: PromptGraphs | None,
+        *,
+        repeats: int,
+        num_unused: int,
+        num_cached: int,
     ) -> Prefilled:
         """Runs each prompt once.
 
         Args:
             prompts: lists of token ids, none empty.
             cache: for all sequences; written to.
+            graphs: that short prompts are run by; None where they run as they are.
             repeats: sequences that continue each prompt, next to each other.
             num_unused: further sequences, which continue the first.
             num_cached: tokens at the beginning of every prompt that it holds already.
@@ -74,7 +83,9 @@ class Prefill:
         rows = torch.tensor(source, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
-        logits = self.logits(padded, lengths, cache, num_cached)
+        logits = None if graphs is None or num_cached else self._by(graphs, padded, lengths, cache)
+        if logits is None:
+            logits = self.logits(padded, lengths, cache, num_cached)
         hidden = None if self.forward.hidden is None else self.forward.hidden[:, 1:]
         if len(prompts) < len(source):
             cache.spread(source, P + logits.shape[1] - 1)
@@ -109,14 +120,29 @@ class Prefill:
         forward.hidden = None if forward.tap is None else torch.cat(hidden)[place]
         return torch.cat(logits)[place]
 
-    def _of_group(self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0) -> Tensor:
-        """The same of prompts that are run together."""
+    def _by(self, graphs: PromptGraphs, padded: Tensor, lengths: Tensor, cache: SlotCache) -> Tensor | None:
+        """As `logits`; None where these prompts are not run by graphs."""
+        forward = self.forward
+
+        def compute(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self._of_group(padded, lengths, cache, is_padded=True), forward.hidden
+
+        found = graphs.run(compute, padded, lengths, cache, forward.held)
+        if found is None:
+            return None
+        logits, forward.hidden = found
+        return logits
+
+    def _of_group(
+        self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0, *, is_padded: bool | None = None
+    ) -> Tensor:
+        """The same of prompts that are run together; `is_padded` as of `prefill_prompts`."""
         forward, block = self.forward, None
         if self.block is not None:
             block = forward.block_inputs(lengths, self.block.layout.num_rows - 1)
         gate, tap = forward.gate, forward.tap
         with forward.attached(), forward.packed():
-            logits = prefill_prompts(forward.target, padded, lengths, cache, block, gate, tap, num_cached)
+            logits = prefill_prompts(forward.target, padded, lengths, cache, block, gate, tap, num_cached, is_padded)
             if logits is not None:
                 forward.hidden = None if tap is None else tap.hidden
                 return logits
@@ -152,6 +178,7 @@ def prefill_prompts(
     gate: LoraGate | None,
     tap: HiddenTap | None = None,
     num_cached: int = 0,
+    is_padded: bool | None = None,
 ) -> Tensor | None:
     """Runs the prompts, each with a block of mask tokens behind it.
 
@@ -168,12 +195,14 @@ def prefill_prompts(
         gate: attached LoRA for the mask tokens, or None.
         tap: attached; keeps the hidden states of the rows whose logits are returned.
         num_cached: tokens at the beginning of every prompt that the cache holds; fewer than any prompt has.
+        is_padded: whether any prompt is shorter than P; default if there are several.
 
     Returns:
         logits of each prompt's last token and of its block, shape [B, 1 + K, V]; None for long prompts and those with a
         beginning in the cache, of which all but the last token is in it then, and whose last token is still to be run.
     """
     B, P = padded.shape
+    is_padded = B > 1 if is_padded is None else is_padded
     num_masks = 0 if block is None else block.shape[-2]
     chunk = max(_TOKENS_PER_FORWARD // B, _MIN_CHUNK_TOKENS)
     cache.slots = cache.mask_rows = None
@@ -190,8 +219,8 @@ def prefill_prompts(
         embeds = torch.cat([embeds, embeds.new_zeros(B, num_rows - P, D)], dim=1)
         embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), block.expand(B, -1, -1))
         if gate is not None:
-            # known to the host for one prompt: half the launches of an index, at every layer with a LoRA
-            gate_open = gate.open(slice(P, P + num_masks) if B == 1 else rows, B, num_rows)
+            # known to the host: half the launches of an index, at every layer with a LoRA
+            gate_open = gate.open(rows if is_padded else slice(P, P + num_masks), B, num_rows)
     positions = target.clamp_positions(torch.arange(num_rows, device=padded.device).expand(B, -1))
     with gate_open:
         return target.run_at(keep, embeds, positions, None, cache, tap, rising=True)

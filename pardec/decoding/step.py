@@ -17,6 +17,7 @@ from pardec.decoding.copying import Candidates, Copier, sources_of
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.plans import StepPlans, Verifying
 from pardec.decoding.prefill import Prefill
+from pardec.decoding.prompt_graphs import PromptGraphs
 from pardec.decoding.rows import RowForward, RowPlan
 from pardec.decoding.sampling import TokenLaw, likeliest
 from pardec.decoding.state import DecodeState
@@ -123,6 +124,7 @@ class Decoder:
         cache: SlotCache | None = None,
         capacity: int | None = None,
         num_cached: int = 0,
+        graphs: PromptGraphs | None = None,
     ) -> DecodeState:
         """Runs the prompts, in fused mode with one block of mask tokens behind each, and emits the first token.
 
@@ -133,6 +135,7 @@ class Decoder:
             cache: to be written into; default one for B = len(prompts) repeats + num_unused sequences.
             capacity: new tokens that the state can hold; default `max_new_tokens`.
             num_cached: tokens at the beginning of every prompt whose keys and values `cache` holds already.
+            graphs: that short prompts are run by; default they run as they are.
         """
         K, B = self.num_speculative_tokens, len(prompts) * repeats + num_unused
         cache = cache or SlotCache(self.target.num_layers, self.num_slots(max(map(len, prompts))), B)
@@ -140,7 +143,8 @@ class Decoder:
         if self.copy_tokens:
             rows = sources_of([prompt for prompt in prompts for _ in range(repeats)], num_unused)
             looks_in = torch.tensor(rows, device=self.target.device)
-        ran = self._prefill.run(prompts, cache, repeats=repeats, num_unused=num_unused, num_cached=num_cached)
+        options = {"repeats": repeats, "num_unused": num_unused, "num_cached": num_cached}
+        ran = self._prefill.run(prompts, cache, graphs, **options)
         state = DecodeState.begin(
             cache,
             ran.prompts,

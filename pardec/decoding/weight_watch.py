@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from pardec.decoding.capture import (
-    ONE_AT_A_TIME,
     CaptureSite,
     Recorder,
     cause_of,
     forbids_capture,
     is_out_of_memory,
     record_cuda_graph,
-    warm_up,
+    recorded,
 )
 from pardec.target.checksums import checksum, differ
 
@@ -107,9 +106,8 @@ class WeightWatch:
             flag.copy_(_differ_now(weights, sums))
 
         try:
-            with ONE_AT_A_TIME:
-                warm_up(run, site)
-                return _Comparison(places, (self._recorder or record_cuda_graph)(run, None, site), flag)
+            replay = recorded(run, None, site, self._recorder or record_cuda_graph)
+            return _Comparison(places, replay, flag)
         except RuntimeError as error:
             if is_out_of_memory(error):
                 return None

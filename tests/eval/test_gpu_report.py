@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ablate
 import exactness
+import first_token
 import generate_responses
 import gpu_report
 import latency
@@ -247,8 +248,10 @@ def test_what_is_worth_most_comes_first(tmp_path):
     first = ["tests", "latency", "latency-oracle", "latency-attention", "latency-compiled", "latency-compiled-lora"]
     assert names[: len(first)] == first
     smollm2, tiny = ([name for name in names if name.startswith(f"{group}-")] for group in ("smollm2", "tiny"))
-    assert [name.split("-")[1] for name in smollm2] == ["exactness"] * 2 + ["tune"] * 2 + ["speed"] * 2
-    assert names[len(first) :].index(tiny[0]) == len(smollm2) == len(tiny)
+    group = ["exactness"] * 2 + ["tune"] * 2 + ["speed"] * 2
+    assert [name.split("-")[1] for name in tiny] == group
+    assert [name.split("-")[1] for name in smollm2] == [*group, "first"]
+    assert names[len(first) :].index(tiny[0]) == len(smollm2)
     assert names.index("training") < names.index("pretrain")
     assert names[-1] == "study-lora-text"
     assert sum(step.minutes for step in steps.steps(tmp_path, False, NAMED)[: names.index("pretrain")]) < 60
@@ -264,7 +267,9 @@ def test_every_step_is_one_that_its_program_takes(tmp_path, monkeypatch, quick):
     monkeypatch.setattr(speed, "report", lambda args: checked.append(speed.check_options(args)) or 0)
     monkeypatch.setattr(exactness, "report", lambda args: not checked.append(exactness.check_options(args)))
     monkeypatch.setattr(training, "report", checked.append)
-    programs = {f"eval/{module.__name__}.py": module.main for module in (latency, speed, exactness, training)}
+    monkeypatch.setattr(first_token, "report", checked.append)
+    modules = (latency, speed, exactness, training, first_token)
+    programs = {f"eval/{module.__name__}.py": module.main for module in modules}
     planned = [step for step in steps.steps(tmp_path, quick, NAMED) if step.command[0] in programs]
     for step in planned:
         ended = run_program(programs[step.command[0]], *step.command[1:])

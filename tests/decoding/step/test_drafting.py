@@ -231,7 +231,7 @@ def test_one_adapter_is_compared_with_and_without_its_head(ours):
     assert counts[False] == [one.accepted for one in bare.generate(rows, max_new_tokens=40).counts]
 
 
-@pytest.mark.filterwarnings("ignore:a step of .* cannot be captured")  # on a CPU
+@pytest.mark.filterwarnings("ignore:(a step of .*|prompts) cannot be captured")  # on a CPU
 def test_engines_that_are_kept_for_later_calls_are_kept_apart(ours):
     kept, rows = headed(ours.base_model), prompts(V)
     kept.capture = True
