@@ -20,7 +20,7 @@ from pardec.decoding.capture import (
     record_cuda_graph,
     recorded,
 )
-from pardec.target.checksums import checksum, differ
+from pardec.target.checksums import checksums, differ, launched_checksum
 
 _Place = tuple[int, tuple[int, ...], bool]
 
@@ -44,8 +44,8 @@ class WeightWatch:
     def __init__(self, weights: Sequence[Tensor], recorder: Recorder | None = None):
         """Args: weights: as they are now, on any devices; recorder: makes graphs; default CUDA graphs, on CUDA."""
         self._kinds = _kinds(weights)
-        self._sums = [checksum(weight.detach()) for weight in weights]
         self._recorder = recorder
+        self._sums = self._sums_of(weights)
         self._places: dict[torch.device, list[_Place]] = {}  # of the last comparison
         self._compared: dict[torch.device, _Comparison] = {}
         self._captures = True
@@ -82,7 +82,7 @@ class WeightWatch:
     def _differ(self, device: torch.device, weights: list[Tensor], sums: list[Tensor]) -> Tensor:
         """Whether weights of one device differ from what their checksums say, shape [], on it."""
         if not self._captures or (device.type != "cuda" and self._recorder is None):
-            return _differ_now(weights, sums)
+            return self._differ_now(weights, sums)
         places = [(one.data_ptr(), one.stride(), one.is_neg()) for one in weights]
         known = self._compared.get(device)
         if known is None or known.places != places:
@@ -90,10 +90,17 @@ class WeightWatch:
             before, self._places[device] = self._places.get(device), places
             known = self._captured(device, places, weights, sums) if before == places else None
             if known is None:
-                return _differ_now(weights, sums)
+                return self._differ_now(weights, sums)
             self._compared[device] = known
         known.replay()
         return known.flag
+
+    def _differ_now(self, weights: Sequence[Tensor], sums: Sequence[Tensor]) -> Tensor:
+        return differ(self._sums_of(weights), sums)
+
+    def _sums_of(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What the host computes cannot be recorded."""
+        return checksums(weights) if self._recorder is None else [launched_checksum(weight) for weight in weights]
 
     def _captured(
         self, device: torch.device, places: list[_Place], weights: list[Tensor], sums: list[Tensor]
@@ -103,7 +110,7 @@ class WeightWatch:
         site = CaptureSite.on(device)
 
         def run() -> None:
-            flag.copy_(_differ_now(weights, sums))
+            flag.copy_(self._differ_now(weights, sums))
 
         try:
             replay = recorded(run, None, site, self._recorder or record_cuda_graph)
@@ -124,7 +131,3 @@ class WeightWatch:
 
 def _kinds(weights: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
     return [(one.shape, one.dtype, one.device) for one in weights]
-
-
-def _differ_now(weights: Sequence[Tensor], sums: Sequence[Tensor]) -> Tensor:
-    return differ([checksum(weight.detach()) for weight in weights], sums)

@@ -1,9 +1,11 @@
 """Checksums of weights, by which one sees whether they are still those of before, whoever has written to them.
 
-Knows tensors alone.
+On a CPU XXH3 in 128 bits, as fast as memory is read; elsewhere sums that the device itself makes, as tensors that
+nobody waits for. Knows tensors alone.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -14,13 +16,39 @@ def differ(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
     return (torch.cat(list(some)) != torch.cat(list(others))).any()
 
 
+def checksums(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Of each: integers on its device."""
+    on_host = [tensor for tensor in tensors if tensor.is_cpu]
+    hashed = iter(_hashed(on_host))
+    return [next(hashed) if tensor.is_cpu else launched_checksum(tensor) for tensor in tensors]
+
+
 @torch.no_grad()
-def checksum(tensor: Tensor) -> Tensor:
+def _hashed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The hashes of each tensor's bytes, 8 MiB at a time, by as many threads as torch has."""
+    from xxhash import xxh3_128_digest  # here alone: a machine whose weights are on a GPU may lack it
+
+    # bytes of one dimension, none of them copied where a tensor is contiguous
+    flat = [tensor.detach().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data for tensor in tensors]
+    pieces = [one[start : start + _PIECE_BYTES] for one in flat for start in range(0, max(len(one), 1), _PIECE_BYTES)]
+    num_threads = torch.get_num_threads()
+    if num_threads == 1 or len(pieces) < 2:
+        digests = map(xxh3_128_digest, pieces)
+    else:
+        with ThreadPoolExecutor(num_threads) as pool:
+            digests = iter(list(pool.map(xxh3_128_digest, pieces)))
+    joined = [b"".join(next(digests) for _ in range(0, max(len(one), 1), _PIECE_BYTES)) for one in flat]
+    return [torch.frombuffer(bytearray(one), dtype=torch.int64) for one in joined]
+
+
+@torch.no_grad()
+def launched_checksum(tensor: Tensor) -> Tensor:
     """Sums of the bit patterns, each place with a factor of its own: integers, so that nothing is lost.
 
     Rows far enough apart share a sum: what is written stays in the processor's cache and the weights are read once,
     where products of all of them would go through memory thrice.
     """
+    tensor = tensor.detach()
     if not tensor.numel():
         return tensor.new_zeros(1, dtype=torch.int64)
     row_bytes = tensor.shape[-1] * tensor.element_size()
@@ -37,8 +65,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 def _folded(words: Tensor) -> Tensor:
     """Blocks of rows in one, [rows of a block, words]: each is added to an odd multiple of those before."""
-    block_words = _BLOCK_WORDS if words.device.type == "cpu" else _BLOCK_WORDS_OF_A_GPU
-    first, *blocks = words.split(max(1, block_words // words.shape[-1]))
+    first, *blocks = words.split(max(1, _BLOCK_WORDS // words.shape[-1]))
     shifted = torch.bitwise_right_shift(first, 29).bitwise_and_(_SHIFTED_BITS)
     folded = first ^ shifted
     for block in blocks:
@@ -50,8 +77,8 @@ def _folded(words: Tensor) -> Tensor:
     return folded
 
 
-_BLOCK_WORDS = 2**16  # half a mebibyte, which cores keep beside what streams past
-_BLOCK_WORDS_OF_A_GPU = 2**21  # 16 MiB; more launches would cost more than the memory's way
+_PIECE_BYTES = 2**23
+_BLOCK_WORDS = 2**21  # 16 MiB, which a GPU's cache keeps; more launches would cost more than the memory's way
 
 
 def _factors(num_words: int, device: torch.device) -> Tensor:

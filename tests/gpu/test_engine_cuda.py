@@ -483,7 +483,7 @@ def test_weights_are_compared_by_one_graph(monkeypatch):
     def launched_again(*_):
         raise AssertionError("the comparison was not captured")
 
-    monkeypatch.setattr(weight_watch, "_differ_now", launched_again)
+    monkeypatch.setattr(weight_watch.WeightWatch, "_differ_now", launched_again)
     for weight in weights:
         assert watch.holds(weights)
         kept = weight.clone()
