@@ -87,8 +87,7 @@ def add_product(output: Tensor, low: Tensor, b: Tensor | PackedMatrix, rows: sli
         rows: a slice of the rows, or an index of shape [B, M].
     """
     if isinstance(rows, Tensor):
-        index = rows[:, :, None].expand(-1, -1, output.shape[2])
-        output.scatter_add_(1, index, b(low) if isinstance(b, PackedMatrix) else low @ b)
+        _add_at(output, rows, b(low) if isinstance(b, PackedMatrix) else low @ b)
     elif isinstance(b, Tensor) and output.shape[0] > 1:
         output[:, rows].baddbmm_(low, b.expand(output.shape[0], -1, -1))
     else:
@@ -118,6 +117,15 @@ def sum_to_read(output: Tensor, low: Tensor, b: Tensor, rows: slice) -> Tensor:
     return output + nn.functional.pad(added, (0, 0, rows.start, output.shape[1] - rows.stop))
 
 
+def _add_at(output: Tensor, rows: Tensor, added: Tensor) -> None:
+    """Adds `added`, shape [B, M, out], to the rows of an index of shape [B, M], none of them twice."""
+    if output.is_cpu:  # in half precision its scatter copies the whole output
+        sequence = torch.arange(output.shape[0])[:, None]
+        output.index_put_((sequence, rows), added, accumulate=True)
+    else:
+        output.scatter_add_(1, rows[:, :, None].expand(-1, -1, output.shape[2]), added)
+
+
 def _add_to_all(output: Tensor, low: Tensor, b: Tensor | PackedMatrix) -> None:
     if isinstance(b, PackedMatrix):
         output.copy_(b.plus(low, output))
@@ -134,5 +142,4 @@ def add_cast(output: Tensor, x: Tensor, a_t: Tensor, b_t: Tensor, rows: slice | 
     if isinstance(rows, slice):
         output[:, rows] += added[:, rows]
     else:
-        index = rows[:, :, None].expand(-1, -1, output.shape[2])
-        output.scatter_add_(1, index, added.gather(1, index))
+        _add_at(output, rows, rows_of(added, rows))

@@ -125,7 +125,7 @@ class Prefill:
         forward = self.forward
 
         def compute(padded: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
-            return self._of_group(padded, lengths, cache, is_padded=True), forward.hidden
+            return self._of_group(padded, lengths, cache, is_recorded=True), forward.hidden
 
         found = graphs.run(compute, padded, lengths, cache, forward.held)
         if found is None:
@@ -134,15 +134,15 @@ class Prefill:
         return logits
 
     def _of_group(
-        self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0, *, is_padded: bool | None = None
+        self, padded: Tensor, lengths: Tensor, cache: SlotCache, num_cached: int = 0, *, is_recorded: bool = False
     ) -> Tensor:
-        """The same of prompts that are run together; `is_padded` as of `prefill_prompts`."""
+        """The same of prompts that are run together; `is_recorded` as of `prefill_prompts`."""
         forward, block = self.forward, None
         if self.block is not None:
             block = forward.block_inputs(lengths, self.block.layout.num_rows - 1)
         gate, tap = forward.gate, forward.tap
         with forward.attached(), forward.packed():
-            logits = prefill_prompts(forward.target, padded, lengths, cache, block, gate, tap, num_cached, is_padded)
+            logits = prefill_prompts(forward.target, padded, lengths, cache, block, gate, tap, num_cached, is_recorded)
             if logits is not None:
                 forward.hidden = None if tap is None else tap.hidden
                 return logits
@@ -178,7 +178,7 @@ def prefill_prompts(
     gate: LoraGate | None,
     tap: HiddenTap | None = None,
     num_cached: int = 0,
-    is_padded: bool | None = None,
+    is_recorded: bool = False,
 ) -> Tensor | None:
     """Runs the prompts, each with a block of mask tokens behind it.
 
@@ -195,33 +195,60 @@ def prefill_prompts(
         gate: attached LoRA for the mask tokens, or None.
         tap: attached; keeps the hidden states of the rows whose logits are returned.
         num_cached: tokens at the beginning of every prompt that the cache holds; fewer than any prompt has.
-        is_padded: whether any prompt is shorter than P; default if there are several.
+        is_recorded: the forward is recorded, to be run again on prompts of other lengths: it must not go by these.
 
     Returns:
         logits of each prompt's last token and of its block, shape [B, 1 + K, V]; None for long prompts and those with a
         beginning in the cache, of which all but the last token is in it then, and whose last token is still to be run.
     """
     B, P = padded.shape
-    is_padded = B > 1 if is_padded is None else is_padded
     num_masks = 0 if block is None else block.shape[-2]
     chunk = max(_TOKENS_PER_FORWARD // B, _MIN_CHUNK_TOKENS)
     cache.slots = cache.mask_rows = None
     if num_cached or P + num_masks > chunk:
         _run_chunks(target, padded, cache, chunk, num_cached)
         return None
-    keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=padded.device)
-    embeds, gate_open, num_rows = target.embed(padded), nullcontext(), P
-    if block is not None:
-        D, rows = embeds.shape[2], keep[:, 1:]
-        num_rows = max(P + num_masks, min(aligned(P + num_masks, embeds.dtype, embeds.device), cache.num_slots))
-        # what stands behind a shorter prompt's block attends to it
-        cache.mask_rows = torch.arange(num_rows, device=padded.device) >= lengths[:, None]
-        embeds = torch.cat([embeds, embeds.new_zeros(B, num_rows - P, D)], dim=1)
-        embeds.scatter_(1, rows[:, :, None].expand(-1, -1, D), block.expand(B, -1, -1))
-        if gate is not None:
-            # known to the host: half the launches of an index, at every layer with a LoRA
-            gate_open = gate.open(rows if is_padded else slice(P, P + num_masks), B, num_rows)
-    positions = target.clamp_positions(torch.arange(num_rows, device=padded.device).expand(B, -1))
+    if block is None:
+        positions = target.clamp_positions(torch.arange(P, device=padded.device).expand(B, -1))
+        rows = (lengths - 1)[:, None]
+        return target.run_at(rows, target.embed(padded), positions, None, cache, tap, rising=True)
+    num_rows, most = P + num_masks, min(aligned(P + num_masks, target.dtype, padded.device), cache.num_slots)
+    if is_recorded:
+        num_rows = max(num_rows, most)
+    logits = _run_with_block(target, padded, lengths, cache, block, gate, tap, num_rows, is_recorded)
+    # a mask row whose weights in any layer are no numbers has no numbers for logits
+    if num_rows < most and bool(logits[:, 1:].isnan().any()):
+        logits = _run_with_block(target, padded, lengths, cache, block, gate, tap, most, is_recorded)
+    return logits
+
+
+def _run_with_block(
+    target: TargetModel,
+    padded: Tensor,
+    lengths: Tensor,
+    cache: SlotCache,
+    block: Tensor,
+    gate: LoraGate | None,
+    tap: HiddenTap | None,
+    num_rows: int,
+    is_recorded: bool,
+) -> Tensor:
+    """Prompts with a block each in one forward of so many rows; arguments and logits as of `prefill_prompts`."""
+    (B, P), num_masks, device = padded.shape, block.shape[-2], padded.device
+    keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=device)
+    rows = keep[:, 1:]
+    # what stands behind a shorter prompt's block attends to it; on a GPU the host would wait for where these begin
+    first = int(lengths.min()) if lengths.is_cpu and not is_recorded else 0
+    cache.mask_rows = torch.arange(first, num_rows, device=device) >= lengths[:, None]
+    embeds = target.embed(padded)
+    embeds = torch.cat([embeds, embeds.new_zeros(B, num_rows - P, embeds.shape[2])], dim=1)
+    embeds[torch.arange(B, device=device)[:, None], rows] = block
+    gate_open = nullcontext()
+    if gate is not None:
+        # known to the host for one prompt: half the launches of an index, at every layer with a LoRA
+        at = slice(P, P + num_masks) if B == 1 and not is_recorded else rows
+        gate_open = gate.open(at, B, num_rows)
+    positions = target.clamp_positions(torch.arange(num_rows, device=device).expand(B, -1))
     with gate_open:
         return target.run_at(keep, embeds, positions, None, cache, tap, rising=True)
 

@@ -91,8 +91,9 @@ class _SlotLayer(CacheLayerMixin):
 def _write(buffer: Tensor, slots: Tensor, states: Tensor) -> None:
     """Puts states, shape [B, H, R, D], into the slots of the first B sequences of a buffer; slots of shape [B, R]."""
     B, H, _, D = states.shape
-    if torch.compiler.is_compiling():
-        # into a part of the buffer, or by a scatter, compiled code writes by copying the whole buffer there and back
+    if torch.compiler.is_compiling() or (buffer.is_cpu and B > 1):
+        # into a part of the buffer, or by a scatter, compiled code writes by copying the whole buffer there and back; a
+        # CPU's scatter in half precision does so too
         sequence = torch.arange(B, device=slots.device)[:, None]
         buffer[sequence, :, slots] = states.transpose(1, 2)
     elif B == 1:
@@ -106,7 +107,8 @@ def _make_finite(states: Tensor, rows: slice | Tensor) -> None:
     if isinstance(rows, slice):
         states[:, :, rows].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return
-    states.masked_fill_(rows[:, None, :, None] & ~states.isfinite(), 0.0)
+    last = states[:, :, states.shape[2] - rows.shape[1] :]
+    last.masked_fill_(rows[:, None, :, None] & ~last.isfinite(), 0.0)
 
 
 def aligned(num_keys: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -127,9 +129,9 @@ class SlotCache(Cache):
         num_used: slots 0..num_used-1 are what attention sees, so that its cost follows the used length.
         num_sequences: sequences to allocate for; None for those of the first forward.
         slots: None during prefill; before any other forward the slot of each row, shape [B, R], int64.
-        mask_rows: before every forward the rows that hold mask tokens or nothing, a slice or flags of shape [B, R], or
-            None: whatever they compute, their keys and values are made finite, so that they reach no row that does
-            not attend to them.
+        mask_rows: before every forward the rows that hold mask tokens or nothing, a slice, flags of the last M rows,
+            shape [B, M], or None: whatever they compute, their keys and values are made finite, so that they reach no
+            row that does not attend to them.
     """
 
     def __init__(
@@ -231,6 +233,10 @@ class SlotCache(Cache):
         for store in self._here.stores:
             if B == 1:
                 store[:, :1].index_copy_(3, target[0], store[:, :1].index_select(3, source[0]))
+                continue
+            if store.is_cpu:  # in half precision its scatter copies the whole store
+                sequence = torch.arange(B)[:, None]
+                store[:, sequence, :, target] = store[:, sequence, :, source]
                 continue
             shape = (store.shape[0], B, store.shape[2], n, store.shape[4])
             taken = store[:, :B].gather(3, source[None, :, None, :, None].expand(shape))
