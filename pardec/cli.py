@@ -16,6 +16,7 @@ from pardec.cli_loading import advise_tuning, check_options, tell_of_unused, tol
 from pardec.cli_options import (
     AsChat,
     BaseOption,
+    Compile,
     CopyTokens,
     DeviceOption,
     Directory,
@@ -118,6 +119,7 @@ def generate(
         bool, typer.Option("--show-drafts", help="colour accepted drafted and copied tokens")
     ] = False,
     as_chat: AsChat = False,
+    compile: Compile = False,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -144,7 +146,7 @@ def generate(
         check_options(**options, mode=mode)
         tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
-        model = _load(directory, base, device, dtype, trust_remote_code)
+        model = _load(directory, base, device, dtype, trust_remote_code, compile)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
         advise_tuning(model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code)
 
@@ -174,6 +176,7 @@ def chat(
     verification: Verification = "token",
     copy_tokens: CopyTokens = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object per answer")] = False,
+    compile: Compile = False,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -196,7 +199,7 @@ def chat(
         }
         check_options(**options, mode=mode)
         tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        model = _load(directory, base, device, dtype, trust_remote_code)
+        model = _load(directory, base, device, dtype, trust_remote_code, compile)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
         advise_tuning(model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code)
         options |= {"use_head": use_head}
@@ -254,7 +257,9 @@ def tune(
     batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
-    compile: Annotated[bool, typer.Option("--compile", help="tune for `pardec.load(..., compile=True)`")] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="tune for `generate --compile` and `pardec.load(..., compile=True)`")
+    ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter measurements")] = False,
     picture: Annotated[
         str | None, typer.Option(help="PNG to draw ms per step against rows in", show_default=False)

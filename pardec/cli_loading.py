@@ -106,16 +106,16 @@ def advise_tuning(
         return
     from pardec.run import device_name, dtype_name
 
-    here = device_name(model.target.device), dtype_name(model.target.dtype)
+    here = device_name(model.target.device), dtype_name(model.target.dtype), model.compile
     given = {"dtype": here[1], "device": device, "base": base}
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None)
-    command = f"pardec tune {shlex.quote(directory)} {options}{' --trust-remote-code' * trust_remote_code}"
+    options += " --trust-remote-code" * trust_remote_code + " --compile" * model.compile
+    command, how = f"pardec tune {shlex.quote(directory)} {options}", f"{here[1]}{', compiled,' * model.compile}"
     if model.tuned is None:
-        lacking = f"not tuned for {here[1]} on this device, perhaps slower than plain"
-        tell(f"{lacking}: {command}")
-    elif (model.tuned.device, model.tuned.dtype) != here:
-        made = f"drafts as was fastest in {model.tuned.dtype} on {model.tuned.device}"
-        tell(f"{made}; for {here[1]} here: {command}")
+        tell(f"not tuned for {how} on this device, perhaps slower than plain: {command}")
+    elif (model.tuned.device, model.tuned.dtype, model.tuned.compile) != here:
+        fastest = f"{model.tuned.dtype}{', compiled,' * model.tuned.compile} on {model.tuned.device}"
+        tell(f"drafts as was fastest in {fastest}; for {how} here: {command}")
     else:
         from pardec.tuning.report import describe
 

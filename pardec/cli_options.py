@@ -52,3 +52,6 @@ UseHead = Annotated[
 ]
 AsChat = Annotated[bool, typer.Option("--chat", help="each prompt is a user's message for the chat template")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="run the base's own code")]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="compile steps: first texts wait for it, up to minutes, later ones are faster")
+]

@@ -46,8 +46,8 @@ def load(
         dtype: default float32 on a CPU, the checkpoint's own on CUDA; `tuned` for the one in which `pardec tune` found
             this adapter fastest on this device.
         attn_implementation: `sdpa` or `eager`; default what transformers chooses.
-        compile: compile the steps with torch.compile (inductor): the first call takes minutes, later ones are
-            faster on CUDA; on a CPU packed weights, which it replaces, measured as fast.
+        compile: compile the steps with torch.compile (inductor), for each bucket of 256 tokens and more anew: the
+            first call of a bucket takes up to minutes, less where torch has it in its cache, later ones are faster.
         trust_remote_code: run code that comes with the base.
         revision: branch, tag or commit of the adapter on the hub; the same as `user/name@revision`.
 
@@ -95,9 +95,11 @@ def load(
 
 
 def _nearest_choices(model: SelfSpeculativeModel, adapter: Adapter, directory: str | Path) -> list[TunedChoice]:
-    """What was tuned here, or else before the adapter shipped: all K drafts would slow any CPU down."""
+    """What was tuned here, at least not compiled or only compiled, or else before the adapter shipped: all K drafts
+    would slow any CPU down."""
     where, dtype, files = device_name(model.target.device), model.target.dtype, adapter.metadata.files
     found = read_tuned(directory, where, dtype, model.compile, files=files)
+    found = found or read_tuned(directory, where, dtype, not model.compile, files=files)
     shipped = None if found else shipped_choice(directory, where, dtype, files=files)
     return found if shipped is None else [shipped]
 

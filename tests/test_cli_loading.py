@@ -4,6 +4,7 @@ import io
 import shlex
 import sys
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from programs import run
 from pardec import cli
 from pardec.adapters.tuned import TunedChoice
 from pardec.cli_loading import advise_tuning, mode_beside_plain, tell, told_in_a_terminal
+from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 
 BAD = {
@@ -84,9 +86,14 @@ TUNED = "as tuned for this device: K = 2, blocks 2 1 0, 6 rows, 2.00 x plain\n"
 OTHER_DTYPE = f"drafts as was fastest in bfloat16 on {HERE}{FOR_HERE}"
 
 
-def choice_for(device: str, dtype: str) -> TunedChoice:
+def loaded(adapter: str | None, tuned: TunedChoice | None, *, compile: bool = False):
+    target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+    return cast(SelfSpeculativeModel, SimpleNamespace(adapter=adapter, tuned=tuned, target=target, compile=compile))
+
+
+def choice_for(device: str, dtype: str, compile: bool = False) -> TunedChoice:
     speeds = {"predicted_tokens_per_second": 20.0, "measured_tokens_per_second": 20.0, "plain_tokens_per_second": 10.0}
-    return TunedChoice(device, dtype, False, (2, 1, 0), {}, ms_per_step=1.0, conditional_acceptance=[0.5], **speeds)
+    return TunedChoice(device, dtype, compile, (2, 1, 0), {}, ms_per_step=1.0, conditional_acceptance=[0.5], **speeds)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +121,7 @@ def test_who_has_not_tuned_here_is_told_so_once(is_terminal, mode, adapter, tune
     screen = Screen(is_terminal)
     monkeypatch.setattr("sys.stderr", screen)
     tuned = None if tuned_to is None else choice_for(*tuned_to)
-    target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    advise_tuning(SimpleNamespace(adapter=adapter, tuned=tuned, target=target), "runs/mine", mode)  # type: ignore[arg-type]
+    advise_tuning(loaded(adapter, tuned), "runs/mine", mode)
     assert screen.getvalue() == said
 
 
@@ -123,22 +129,53 @@ def test_who_has_not_tuned_here_is_told_so_once(is_terminal, mode, adapter, tune
 def test_who_asks_for_another_way_than_the_tuned_one_is_not_told_of_it(asked, monkeypatch):
     screen = Screen(is_terminal=True)
     monkeypatch.setattr("sys.stderr", screen)
-    target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    advise_tuning(SimpleNamespace(adapter="adapter", tuned=None, target=target), "runs/mine", *asked)  # type: ignore[arg-type]
+    advise_tuning(loaded("adapter", None), "runs/mine", *asked)
     assert screen.getvalue() == ""
 
 
 def test_the_advice_is_a_command_that_can_be_pasted(monkeypatch):
     screen = Screen(is_terminal=True)
     monkeypatch.setattr("sys.stderr", screen)
-    target = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-    model = SimpleNamespace(adapter="adapter", tuned=None, target=target)
-    advise_tuning(model, "my runs/mine", None, base="my base", device="cpu")  # type: ignore[arg-type]
+    model = loaded("adapter", None)
+    advise_tuning(model, "my runs/mine", None, base="my base", device="cpu")
     command = screen.getvalue().split(": ", 1)[1]
     given = ["my runs/mine", "--dtype", "float32", "--device", "cpu", "--base", "my base"]
     assert shlex.split(command)[2:] == given
-    advise_tuning(model, "my runs/mine", None, base="my base", device="cpu", trust_remote_code=True)  # type: ignore[arg-type]
+    advise_tuning(model, "my runs/mine", None, base="my base", device="cpu", trust_remote_code=True)
     assert shlex.split(screen.getvalue().splitlines()[1].split(": ", 1)[1])[2:] == [*given, "--trust-remote-code"]
+
+
+@pytest.mark.parametrize(
+    ("compiles", "tuned_compiled", "said"),
+    [
+        (True, None, "not tuned for float32, compiled, on this device, perhaps slower than plain: {}"),
+        (True, False, f"drafts as was fastest in float32 on {HERE}; for float32, compiled, here: {{}}"),
+        (False, True, f"drafts as was fastest in float32, compiled, on {HERE}; for float32 here: {{}}"),
+        (True, True, TUNED),
+    ],
+)
+def test_compiled_steps_are_tuned_for_themselves(compiles, tuned_compiled, said, monkeypatch):
+    screen = Screen(is_terminal=True)
+    monkeypatch.setattr("sys.stderr", screen)
+    tuned = None if tuned_compiled is None else choice_for(HERE, "float32", tuned_compiled)
+    advise_tuning(loaded("adapter", tuned, compile=compiles), "runs/mine", None)
+    command = "pardec tune runs/mine --dtype float32" + " --compile" * compiles
+    assert screen.getvalue().rstrip() == said.format(command).rstrip()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_command_line_loads_compiled_steps_where_they_are_asked_for(command, monkeypatch):
+    seen = []
+
+    def load(*arguments, **options):
+        seen.append(options["compile"])
+        raise ValueError("seen")
+
+    monkeypatch.setattr("pardec.load", load)
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    for flags in ([], ["--compile"]):
+        assert run(cli.main, command, "somewhere", *prompt, *flags).error == "error: seen"
+    assert seen == [False, True]
 
 
 def test_a_comparison_of_plain_with_plain_is_refused():

@@ -96,6 +96,19 @@ def test_a_choice_of_more_drafts_than_there_are_mask_tokens_is_told_with_its_fil
         pardec.load(folder, base=tiny_base)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_where_nothing_was_tuned_compiled_what_was_tuned_without_serves_and_the_reverse(folder, tiny_base, compiles):
+    way = device_name(torch.device("cpu")), "float32"
+    other, own = (
+        TunedChoice(*way, compile, (1, 1), weights_of(folder), 1.0, 2.0, 2.0, 1.0, [0.5, 0.5])
+        for compile in (not compiles, compiles)
+    )
+    write_tuned(folder, other)
+    assert pardec.load(folder, base=tiny_base, compile=compiles).tuned == other
+    write_tuned(folder, own)
+    assert pardec.load(folder, base=tiny_base, compile=compiles).tuned == own
+
+
 # peft reads an attribute that newer versions of transformers rename
 OF_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
