@@ -119,11 +119,9 @@ def sum_to_read(output: Tensor, low: Tensor, b: Tensor, rows: slice) -> Tensor:
 
 def _add_at(output: Tensor, rows: Tensor, added: Tensor) -> None:
     """Adds `added`, shape [B, M, out], to the rows of an index of shape [B, M], none of them twice."""
-    if output.is_cpu:  # in half precision its scatter copies the whole output
-        sequence = torch.arange(output.shape[0])[:, None]
-        output.index_put_((sequence, rows), added, accumulate=True)
-    else:
-        output.scatter_add_(1, rows[:, :, None].expand(-1, -1, output.shape[2]), added)
+    # a CPU's scatter in half precision copies all of the output; a GPU's is none of torch's deterministic algorithms
+    sequence = torch.arange(output.shape[0], device=rows.device)[:, None]
+    output[sequence, rows] = output[sequence, rows] + added
 
 
 def _add_to_all(output: Tensor, low: Tensor, b: Tensor | PackedMatrix) -> None:
