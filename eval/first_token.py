@@ -75,7 +75,7 @@ def report(args: argparse.Namespace) -> None:
     logging.disable_progress_bar()
     model = pardec.load(args.directory, base=args.base, device=args.device, dtype=args.dtype)
     for length in lengths:  # judged before anything is measured
-        model.engines.check([[0] * length] * sizes[-1], 1, sizes[-1])
+        model.engines.check([[0] * length], 1, sizes[-1])
     assert model.adapter is not None
     base, ways, rows = args.base or model.adapter.metadata.base.name, ways_of(model), []
     with tqdm(total=len(lengths) * len(sizes) * len(ways) * (args.repetitions + 2), unit="call") as bar:
@@ -101,11 +101,11 @@ def report(args: argparse.Namespace) -> None:
 def ways_of(model: SelfSpeculativeModel) -> list[Way]:
     """transformers' own, plain and fused; where these are captured, both also as they run without."""
     config = neutral_generation_config(model.base_model, stop_at_eos=False)
+    config.max_new_tokens, config.do_sample = 1, False
 
     def generate(prompts: list[list[int]]) -> None:
         ids = torch.tensor(prompts, device=model.target.device)
-        options = {"generation_config": config, "attention_mask": torch.ones_like(ids), "max_new_tokens": 1}
-        model.base_model.generate(ids, do_sample=False, **options)  # type: ignore[operator]
+        model.base_model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)  # type: ignore[operator]
 
     def ours(mode: str, capture: bool, prompts: list[list[int]]) -> None:
         captures, model.capture = model.capture, capture

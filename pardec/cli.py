@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pardec.cli_continuing import check_each, chosen_mode, compare_each, continue_each, ids_of_each
-from pardec.cli_loading import advise_tuning, check_options, tell_of_unused, told_in_a_terminal
+from pardec.cli_loading import advise_tuning, check_options, tell_of_compiling, tell_of_unused, told_in_a_terminal
 from pardec.cli_options import (
     AsChat,
     BaseOption,
@@ -148,7 +148,9 @@ def generate(
         prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
-        advise_tuning(model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code)
+        given_too: dict[str, Any] = {"base": base, "device": device, "trust_remote_code": trust_remote_code}
+        advise_tuning(model, directory, *asked, **given_too, as_chat=as_chat)
+        tell_of_compiling(compile)
 
         given = ids_of_each(model, prompts, as_chat, max_new_tokens)
         options |= {"use_head": use_head}
@@ -201,7 +203,9 @@ def chat(
         tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
-        advise_tuning(model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code)
+        given: dict[str, Any] = {"base": base, "device": device, "trust_remote_code": trust_remote_code}
+        advise_tuning(model, directory, *asked, **given, as_chat=True)
+        tell_of_compiling(compile)
         options |= {"use_head": use_head}
 
         from pardec.chat import Chat

@@ -71,6 +71,12 @@ def tell_of_unused(temperature: float, **narrowed: float | None) -> None:
         tell(f"greedy, so nothing is changed by {' and '.join(unused)}; --temperature above 0 samples")
 
 
+def tell_of_compiling(compile: bool) -> None:
+    """A line before steps are compiled, as nothing moves meanwhile."""
+    if compile:
+        tell("steps are compiled when they first come up, up to minutes, and speeds count that; torch keeps the code")
+
+
 @contextmanager
 def told_in_a_terminal(doing: str) -> Iterator[None]:
     """A line that moves on standard error, while the work inside lasts."""
@@ -90,6 +96,7 @@ def advise_tuning(
     base: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    as_chat: bool = False,
 ) -> None:
     """One line of how drafts are made where nobody asks: as trained or as is fastest elsewhere, which may be slower
     than without, or as was fastest here.
@@ -101,6 +108,7 @@ def advise_tuning(
         base: that was asked for, which tuning is to be asked for as well.
         device: likewise.
         trust_remote_code: likewise.
+        as_chat: texts go through the chat template, so prompts to tune on are to be a user's messages.
     """
     if any(one is not None for one in asked) or model.adapter is None or sys.stderr is None or not sys.stderr.isatty():
         return
@@ -110,6 +118,7 @@ def advise_tuning(
     given = {"dtype": here[1], "device": device, "base": base}
     options = " ".join(f"--{name} {shlex.quote(value)}" for name, value in given.items() if value is not None)
     options += " --trust-remote-code" * trust_remote_code + " --compile" * model.compile
+    options += " --chat --prompt-file YOUR_PROMPTS.jsonl" * as_chat
     command, how = f"pardec tune {shlex.quote(directory)} {options}", f"{here[1]}{', compiled,' * model.compile}"
     if model.tuned is None:
         tell(f"not tuned for {how} on this device, perhaps slower than plain: {command}")
@@ -133,6 +142,8 @@ def mode_beside_plain(mode: str | None, chosen: str, num_speculative_tokens: int
     Raises:
         ValueError: where nothing is to be drafted by what was asked for.
     """
+    if mode == "plain":
+        raise ValueError("mode: expected fused or two_pass to compare plain decoding with, found 'plain'")
     if mode is None and chosen == "plain" and num_speculative_tokens == 0:
         raise ValueError("num_speculative_tokens: expected at least 1 to compare plain decoding with, found 0")
     if mode is None and chosen == "plain":

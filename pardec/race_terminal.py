@@ -76,9 +76,11 @@ def run_races(
         Whether all tokens were the same, ties aside.
     """
     console, pairs = Console(highlight=False), []
-    few = {**options, "max_new_tokens": min(_WARM_UP_TOKENS, options["max_new_tokens"])}
-    for way in ("plain", mode):  # weights are packed, steps captured or compiled, once
-        model.generate(prompts[0], mode=way, **few)
+    # weights are packed, steps captured, once; code is compiled for lengths and for steps with copies and without
+    first, most = (prompts, options["max_new_tokens"]) if model.compile else (prompts[:1], _WARM_UP_TOKENS)
+    for prompt in first:
+        for way in ("plain", mode):
+            model.generate(prompt, mode=way, **{**options, "max_new_tokens": min(most, options["max_new_tokens"])})
     for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         lanes = [Lane(model, prompt, way, options_of(number, options)) for way in ("plain", mode)]
         if console.is_terminal and not as_json:

@@ -292,7 +292,7 @@ def test_the_mode_that_was_tuned_is_used_and_another_one_if_asked_for(saved, tmp
     assert "tuned plain decoding, as nothing measured was faster on " in shown(run("check", str(folder)))
     assert drafted() == (0, False)
     shown_drafts = re.sub(r"\x1b\[[0-9;]*m", "", run(*arguments, "--show-drafts").stdout)
-    assert shown_drafts.endswith("\ndecoded plain, a token a step: nothing was drafted; --mode fused drafts\n")
+    assert shown_drafts.endswith("\ndecoded plain, a token a step: nothing was drafted\n")
     assert json.loads(run(*arguments, "--compare", "--json").stdout)["fused"]["stats"]["num_draft_tokens"]
     # copies that are asked for stand alone, whatever is printed of them
     assert drafted("--copy-tokens", "4") == (0, False)

@@ -178,7 +178,16 @@ def test_the_command_line_loads_compiled_steps_where_they_are_asked_for(command,
     assert seen == [False, True]
 
 
+def test_the_advice_for_conversations_asks_for_messages(monkeypatch):
+    screen = Screen(is_terminal=True)
+    monkeypatch.setattr("sys.stderr", screen)
+    advise_tuning(loaded("adapter", None), "mine", None, as_chat=True)
+    assert screen.getvalue().endswith("pardec tune mine --dtype float32 --chat --prompt-file YOUR_PROMPTS.jsonl\n")
+
+
 def test_a_comparison_of_plain_with_plain_is_refused():
+    with pytest.raises(ValueError, match="mode: expected fused or two_pass to compare plain decoding with, found 'pl"):
+        mode_beside_plain("plain", "plain")
     with pytest.raises(ValueError, match=r"num_speculative_tokens: expected at least 1 to compare .*, found 0"):
         mode_beside_plain(None, "plain", 0)
 
@@ -188,7 +197,6 @@ def test_a_comparison_of_plain_with_plain_is_refused():
     [
         (None, "plain", "fused", True),
         (None, "two_pass", "two_pass", False),
-        ("plain", "plain", "plain", False),
         ("fused", "fused", "fused", False),
     ],
 )

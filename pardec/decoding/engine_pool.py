@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pardec.decoding.engine import Engine
@@ -79,8 +79,15 @@ def signature(base: PreTrainedModel) -> int:
             if name not in _OF_ALL_MODULES:
                 found += (name, value if type(value) in _PLAIN else _setting(value))
         for tensor in (*m._parameters.values(), *m._buffers.values()):
-            found.append(None if tensor is None else tensor.data_ptr())
+            found.append(None if tensor is None else _place(tensor))
     return hash(tuple(found))
+
+
+def _place(tensor: Tensor) -> Hashable:
+    """Where a tensor's numbers lie and how they are read."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.stride(), tensor.is_neg()
 
 
 def _setting(value: object) -> Hashable:

@@ -3,9 +3,10 @@
 Knows token ids; no messages and no text.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pardec.decoding.engine_pool import arithmetic, signature
@@ -15,8 +16,16 @@ from pardec.target.cache import SlotCache
 
 def circumstances(base: PreTrainedModel) -> Hashable:
     """Changes with what keys and values depend on besides the tokens: weights, modules, hooks, arithmetic."""
-    written = tuple(0 if weight.is_inference() else weight._version for weight in base.parameters())
+    tensors = [tensor for module in base.modules() for tensor in _tensors(module)]
+    written = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
     return signature(base), arithmetic(base.device), written
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and tensors that are neither."""
+    for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+        if isinstance(value, Tensor):
+            yield value
 
 
 class KeptCache:

@@ -83,9 +83,11 @@ class Prefill:
         rows = torch.tensor(source, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         padded = torch.tensor([prompt + [0] * (P - len(prompt)) for prompt in prompts], device=device)
-        logits = None if graphs is None or num_cached else self._by(graphs, padded, lengths, cache)
+        # token 0 may be one that no text has, of which a model makes no numbers
+        fed = torch.tensor([prompt + prompt[-1:] * (P - len(prompt)) for prompt in prompts], device=device)
+        logits = None if graphs is None or num_cached else self._by(graphs, fed, lengths, cache)
         if logits is None:
-            logits = self.logits(padded, lengths, cache, num_cached)
+            logits = self.logits(fed, lengths, cache, num_cached)
         hidden = None if self.forward.hidden is None else self.forward.hidden[:, 1:]
         if len(prompts) < len(source):
             cache.spread(source, P + logits.shape[1] - 1)
@@ -206,9 +208,10 @@ def prefill_prompts(
     chunk = max(_TOKENS_PER_FORWARD // B, _MIN_CHUNK_TOKENS)
     cache.slots = cache.mask_rows = None
     if num_cached or P + num_masks > chunk:
-        _run_chunks(target, padded, cache, chunk, num_cached)
+        _run_chunks(target, padded, lengths, cache, chunk, num_cached)
         return None
     if block is None:
+        cache.mask_rows = _behind(lengths, P, 0, P, is_recorded)
         positions = target.clamp_positions(torch.arange(P, device=padded.device).expand(B, -1))
         rows = (lengths - 1)[:, None]
         return target.run_at(rows, target.embed(padded), positions, None, cache, tap, rising=True)
@@ -237,9 +240,8 @@ def _run_with_block(
     (B, P), num_masks, device = padded.shape, block.shape[-2], padded.device
     keep = (lengths - 1)[:, None] + torch.arange(1 + num_masks, device=device)
     rows = keep[:, 1:]
-    # what stands behind a shorter prompt's block attends to it; on a GPU the host would wait for where these begin
-    first = int(lengths.min()) if lengths.is_cpu and not is_recorded else 0
-    cache.mask_rows = torch.arange(first, num_rows, device=device) >= lengths[:, None]
+    # what stands behind a shorter prompt's block attends to it
+    cache.mask_rows = _behind(lengths, P, 0, num_rows, is_recorded)
     embeds = target.embed(padded)
     embeds = torch.cat([embeds, embeds.new_zeros(B, num_rows - P, embeds.shape[2])], dim=1)
     embeds[torch.arange(B, device=device)[:, None], rows] = block
@@ -253,12 +255,28 @@ def _run_with_block(
         return target.run_at(keep, embeds, positions, None, cache, tap, rising=True)
 
 
-def _run_chunks(target: TargetModel, padded: Tensor, cache: SlotCache, chunk: int, first: int) -> None:
+def _behind(lengths: Tensor, longest: int, start: int, end: int, is_recorded: bool = False) -> Tensor | None:
+    """Flags of those of columns start..end-1 that stand behind a prompt, the last M of them, [B, M]; None of none.
+
+    On a GPU the host would wait for where they begin.
+    """
+    if is_recorded:
+        first = 0
+    elif lengths.shape[0] == 1:
+        first = longest
+    else:
+        first = int(lengths.min()) if lengths.is_cpu else 0
+    first = max(first, start)
+    return None if first >= end else torch.arange(first, end, device=lengths.device) >= lengths[:, None]
+
+
+def _run_chunks(target: TargetModel, padded: Tensor, lengths: Tensor, cache: SlotCache, chunk: int, first: int) -> None:
     """Runs columns first..P-2; what stands behind a shorter prompt is stale and is overwritten before it is seen."""
     B, last = padded.shape[0], padded.shape[1] - 1
     for start in range(first, last, chunk):
         end = min(start + chunk, last)
         positions = torch.arange(start, end, device=padded.device).expand(B, -1)
+        cache.mask_rows = _behind(lengths, last + 1, start, end)
         mask = None
         if start:
             cache.slots, cache.num_used = positions, end
@@ -266,4 +284,4 @@ def _run_chunks(target: TargetModel, padded: Tensor, cache: SlotCache, chunk: in
             visible = (slot[None] <= positions[:, :, None]).expand(B, -1, -1)
             mask = target.attention.render(visible, positions, slot, target.dtype)
         target.run(target.embed(padded[:, start:end]), positions, mask, cache, logits_to_keep=1)
-    cache.num_used = cache.num_slots
+    cache.num_used, cache.mask_rows = cache.num_slots, None

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.weight_watch import WeightWatch
+from pardec.target.hidden import is_tap
 from pardec.target.packed_matrix import PackedMatrix
 
 Returned = TypeVar("Returned")
@@ -294,6 +295,10 @@ def _can_be_packed(module: nn.Linear) -> bool:
     if type(module) is not nn.Linear or replaced:  # a subclass computes something else
         return False
     if type(module.weight) not in (nn.Parameter, Tensor):  # as do quantised weights
+        return False
+    if module.weight.layout != torch.strided:
+        return False
+    if not all(map(is_tap, module._forward_pre_hooks.values())):  # others may make the weight, as pruning does
         return False
     kind, dtype = module.weight.device.type, module.weight.dtype
     # steps are counted on the device `meta` as they run on CUDA

@@ -83,16 +83,15 @@ class PromptGraphs:
         self._graphs[key] = graph
         while len(self._graphs) > _MAX_GRAPHS:
             self._graphs.popitem(last=False)
-        graph.take(padded, lengths)
+        _fill(graph.ids, graph.lengths, padded, lengths)
         graph.replay()
         return graph.logits, graph.hidden
 
     def _captured(self, compute: Compute, padded: Tensor, lengths: Tensor, held: object) -> "_Graph | None":
         """A graph for such prompts; None where there can be none."""
         B, P = padded.shape
-        ids, own_lengths = padded.new_zeros(B, self.width(B, P)), torch.zeros_like(lengths)
-        ids[:, :P] = padded
-        own_lengths.copy_(lengths)
+        ids, own_lengths = padded.new_empty(B, self.width(B, P)), torch.empty_like(lengths)
+        _fill(ids, own_lengths, padded, lengths)
         logits, hidden = compute(ids, own_lengths)  # also allocates the cache's buffers, where a graph must find them
 
         def run() -> None:
@@ -129,12 +128,13 @@ class _Graph:
     replay: Callable[[], None]
     held: object
 
-    def take(self, padded: Tensor, lengths: Tensor) -> None:
-        """Makes these the prompts that the next replay runs."""
-        P = padded.shape[1]
-        self.ids[:, :P] = padded
-        self.ids[:, P:] = 0
-        self.lengths.copy_(lengths)
+
+def _fill(ids: Tensor, own_lengths: Tensor, padded: Tensor, lengths: Tensor) -> None:
+    """Makes these the prompts that are run next; what stands behind them goes on."""
+    P = padded.shape[1]
+    ids[:, :P] = padded
+    ids[:, P:] = padded[:, -1:]
+    own_lengths.copy_(lengths)
 
 
 def _padded_width(num_tokens: int) -> int:

@@ -108,7 +108,8 @@ def _make_finite(states: Tensor, rows: slice | Tensor) -> None:
         states[:, :, rows].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         return
     last = states[:, :, states.shape[2] - rows.shape[1] :]
-    last.masked_fill_(rows[:, None, :, None] & ~last.isfinite(), 0.0)
+    finite = last.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    torch.where(rows[:, None, :, None], finite, last, out=last)
 
 
 def aligned(num_keys: int, dtype: torch.dtype, device: torch.device) -> int:

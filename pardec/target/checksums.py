@@ -31,12 +31,15 @@ def _hashed(tensors: Sequence[Tensor]) -> list[Tensor]:
     # bytes of one dimension, none of them copied where a tensor is contiguous
     flat = [tensor.detach().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data for tensor in tensors]
     pieces = [one[start : start + _PIECE_BYTES] for one in flat for start in range(0, max(len(one), 1), _PIECE_BYTES)]
-    num_threads = torch.get_num_threads()
-    if num_threads == 1 or len(pieces) < 2:
+    num_threads = torch.get_num_threads() if len(pieces) > 1 else 1
+    try:
+        if num_threads == 1:
+            digests = map(xxh3_128_digest, pieces)
+        else:
+            with ThreadPoolExecutor(num_threads) as pool:
+                digests = iter(list(pool.map(xxh3_128_digest, pieces)))
+    except RuntimeError:  # an interpreter that ends starts no more threads, and runs what was left for its end
         digests = map(xxh3_128_digest, pieces)
-    else:
-        with ThreadPoolExecutor(num_threads) as pool:
-            digests = iter(list(pool.map(xxh3_128_digest, pieces)))
     joined = [b"".join(next(digests) for _ in range(0, max(len(one), 1), _PIECE_BYTES)) for one in flat]
     return [torch.frombuffer(bytearray(one), dtype=torch.int64) for one in joined]
 

@@ -77,3 +77,8 @@ class HiddenTap:
             self._traced = hidden
         else:
             self._here.hidden = hidden
+
+
+def is_tap(hook: object) -> bool:
+    """Whether a hook in front of a layer is that of a tap, which only looks."""
+    return isinstance(getattr(hook, "__self__", None), HiddenTap)

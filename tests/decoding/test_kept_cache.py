@@ -198,6 +198,26 @@ def test_another_model_and_other_weights_run_everything():
         assert kept.num_reused == 0
 
 
+@pytest.mark.parametrize("written", ["buffer", "tensor that is no parameter"])
+def test_what_is_no_parameter_and_written_to_is_noticed_too(written):
+    one = tiny_model("llama")
+    ours, kept, prompt = SelfSpeculativeModel(one, None, None), KeptCache(), prompts(V, (20,))[0]
+    layer = one.model.layers[0].mlp.down_proj
+    if written == "buffer":
+        place = one.model.rotary_emb.inv_freq
+    else:
+        place = layer.weight.detach().clone()
+        del layer._parameters["weight"]
+        layer.weight = place
+    streamed(ours, prompt, mode="plain", max_new_tokens=6, kept=kept)
+    assert streamed(ours, prompt, mode="plain", max_new_tokens=6, kept=kept)
+    assert kept.num_reused
+    with torch.no_grad():
+        place.mul_(-3)
+    assert streamed(ours, prompt, mode="plain", max_new_tokens=6, kept=kept) == plain_generate(one, prompt, 6)
+    assert kept.num_reused == 0
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_an_engine_with_captured_steps_goes_on_in_the_cache_of_its_graphs(mode):
     model = tiny_model("gemma3-mixed-windows")

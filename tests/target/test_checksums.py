@@ -99,3 +99,14 @@ def test_hashes_do_not_depend_on_the_number_of_threads_nor_on_where_numbers_lie(
         found = checksums(tensors)
         assert [one.shape[0] for one in found] == [24, 2, 2, 2]
         assert b"".join(one.numpy().tobytes() for one in found) == b"".join(expected)
+
+
+def test_an_interpreter_that_ends_hashes_by_itself(monkeypatch):
+    def refuses(self, *arguments):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(module, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    expected = checksums([torch.arange(300.0)])
+    monkeypatch.setattr(module.ThreadPoolExecutor, "map", refuses)
+    assert torch.equal(checksums([torch.arange(300.0)])[0], expected[0])

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from greedy_oracle import plain_generate
+from greedy_oracle import plain_generate, prompts
 from tiny_models import make_adapter, tiny_model
+from torch.nn.utils import prune
 
 from pardec.adapters.gated_lora import LoraGate, LoraWeights
 from pardec.decoding import prepack
@@ -482,3 +483,31 @@ def test_prefill_with_packed_siblings_and_lora_gives_the_logits_of_hooks(family,
     assert (seen["packed"] - seen["hooks"]).abs().max() / spread < 1e-3
     assert torch.equal(seen["packed"][:, 0], seen["closed"][:, 0])
     assert (seen["packed"] - seen["closed"])[:, 1:].abs().amax(dim=(1, 2)).min() / spread > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("mode", ["plain", "fused"])
+@pytest.mark.parametrize("change", ["pruned", "normed", "sparse"])
+def test_weights_that_a_layer_makes_before_it_runs_are_those_of_now(change, mode):
+    model = tiny_model("llama", dtype=torch.float32)
+    layer, rows = model.model.layers[0].mlp.down_proj, prompts(61, (6, 2))
+    if change == "pruned":
+        prune.random_unstructured(layer, "weight", 0.3)
+    elif change == "normed":
+        hook = layer.register_forward_pre_hook(lambda module, args: setattr(module, "weight", module.made * 2))
+        layer.made = layer.weight.detach().clone()
+        del layer._parameters["weight"]
+        layer.weight = layer.made
+        assert hook.id in layer._forward_pre_hooks
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, 3, lora_rank=2))
+    ours.generate(rows, max_new_tokens=5, mode=mode)
+    for _ in range(2):
+        if change == "pruned":
+            layer.weight_orig.data.mul_(-2)
+        elif change == "normed":
+            layer.made = -2 * layer.made
+        else:
+            dense = layer.weight.data.to_dense() if layer.weight.layout == torch.sparse_csr else layer.weight.data
+            layer.weight = torch.nn.Parameter((-2 * dense).to_sparse_csr(), requires_grad=False)
+        found = ours.generate(rows, max_new_tokens=5, mode=mode).token_ids  # before anything else runs the layer
+        assert found == [plain_generate(model, row, 5) for row in rows]

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+from greedy_oracle import plain_generate
+from recorded_steps import tape
 from tiny_models import make_adapter, tiny_model
 
 from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import load_adapter, save_adapter
 from pardec.adapters.gated_lora import LoraWeights
+from pardec.decoding.engine import Engine
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
 from pardec.decoding.step import Decoder
@@ -55,7 +58,7 @@ def test_tokens_are_those_of_plain_decoding(family, dtype, scale, batch, mode, m
     assert ours.engines.shared_limit is None  # a step of its own, before what is looked at here
     seen = tainted(monkeypatch)
     expected = ours.generate(ROWS[:batch], max_new_tokens=16, mode="plain").token_ids
-    assert not seen  # plain decoding has no such rows
+    assert not any(seen)  # plain decoding has no such rows, only what stands behind a shorter prompt
     assert ours.generate(ROWS[:batch], max_new_tokens=16, mode=mode).token_ids == expected
     assert any(seen)  # what is tested did happen
     tree = DynamicTree((K,) * 7)  # drawn from what is no numbers
@@ -157,3 +160,30 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(part):
     }
     with pytest.raises(ValueError, match=r"expected numbers that are finite in torch\.float16"):
         SelfSpeculativeModel(base, None, dataclasses.replace(adapter, **huge[part]))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("recorder", [None, tape])
+@pytest.mark.parametrize("tokens_per_forward", [8192, 8])
+@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
+@pytest.mark.parametrize("family", ["llama", "llama-eager", "mistral-window"])
+def test_what_stands_behind_a_shorter_prompt_reaches_it_in_no_way(
+    family, mode, tokens_per_forward, recorder, value, monkeypatch
+):
+    """Also where a model makes no numbers of token 0, which no text has."""
+    monkeypatch.setattr("pardec.decoding.prefill._TOKENS_PER_FORWARD", tokens_per_forward)
+    monkeypatch.setattr("pardec.decoding.prefill._MIN_CHUNK_TOKENS", tokens_per_forward)
+    monkeypatch.setattr("pardec.decoding.prompt_graphs.MAX_TOKENS", 1024 if tokens_per_forward > 1024 else 0)
+    base = tiny_model(family, dtype=torch.float32)
+    rows = [[5, 9, 3, 7, 2, 8, 11, 4, 9, 13, 21, 5, 6], [4, 6]]
+    expected = [plain_generate(base, row, 6) for row in rows]
+    with torch.no_grad():
+        base.get_input_embeddings().weight[0] = value
+    ours = SelfSpeculativeModel(base, None, make_adapter(base, K, lora_rank=2))
+    if recorder is not None:
+        monkeypatch.setitem(Engine.__init__.__kwdefaults__, "recorder", recorder)
+        ours.capture = True
+    for given in (rows, rows[1:], rows[::-1]):
+        tokens = [expected[rows.index(row)] for row in given]
+        assert not any(0 in one for one in tokens)
+        assert ours.generate(given, max_new_tokens=6, mode=mode).token_ids == tokens
