@@ -178,3 +178,22 @@ def test_the_prompts_whose_tokens_differ_are_named(run, monkeypatch, tmp_path):
     sampled = run("--prompt-file", str(prompts), "--temperature", "1")
     assert sampled.exit_code == 0
     assert "(sampled: the law is the same, not the draw)" in " ".join(sampled.stdout.split())
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_nothing_is_compiled_while_the_clock_runs(run, model, tmp_path, monkeypatch, compiles):
+    """Where steps are compiled, every prompt runs to its end before; else a few tokens of the first pack weights."""
+    warmed, generate = [], SelfSpeculativeModel.generate
+
+    def noting(self, prompts, *, max_new_tokens, mode, **options):
+        warmed.append((mode, max_new_tokens))
+        return generate(self, prompts, max_new_tokens=max_new_tokens, mode=mode, **options)
+
+    monkeypatch.setattr(SelfSpeculativeModel, "generate", noting)
+    monkeypatch.setattr(model, "compile", compiles)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("x = 1", "def f(a):")))
+    ended = run("--prompt-file", str(prompts), tokens=20)
+    assert ended.exit_code == 0, ended.output
+    few = [("plain", 8), ("fused", 8)]
+    assert warmed[:4] == ([("plain", 20), ("fused", 20)] * 2 if compiles else few)

@@ -266,6 +266,16 @@ def give_a_layer_another_name_in_a_list(base):
     base.model.layers[0].names = ["a", {"b": (1, 2)}]
 
 
+def read_a_weight_the_other_way_round(base):
+    weight = base.model.layers[0].self_attn.o_proj.weight
+    weight.data = weight.data.T
+
+
+def read_a_weight_with_other_signs(base):
+    weight = base.model.layers[0].self_attn.o_proj.weight
+    weight.data = torch._neg_view(weight.data)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -274,6 +284,8 @@ def give_a_layer_another_name_in_a_list(base):
         add_hook,
         add_pre_hook,
         replace_forward,
+        read_a_weight_the_other_way_round,
+        read_a_weight_with_other_signs,
         switch_a_layer_to_training,
         move_a_buffer,
         put_a_copy_in_place_of_a_module,
