@@ -57,10 +57,7 @@ def print_stream(
         emitted += len(chunk.token_ids) if number else 0  # prefill's token aside
     console.print(Text(text.put([], last=True)), end="")
     if mode == "plain":
-        console.print(
-            "\n\ndecoded plain, a token a step: nothing was drafted; --mode fused --num-speculative-tokens 1 drafts",
-            style="dim",
-        )
+        console.print("\n\ndecoded plain, a token a step: nothing was drafted", style="dim")
         return
     rate = f", {emitted / steps:.2f} tokens a step" if steps else ""
     colours = f"green; {copied} copied tokens besides, cyan" if copied else "green"
