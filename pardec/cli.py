@@ -148,8 +148,9 @@ def generate(
         prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
-        given_too: dict[str, Any] = {"base": base, "device": device, "trust_remote_code": trust_remote_code}
-        advise_tuning(model, directory, *asked, **given_too, as_chat=as_chat)
+        advise_tuning(
+            model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code, as_chat=as_chat
+        )
         tell_of_compiling(compile)
 
         given = ids_of_each(model, prompts, as_chat, max_new_tokens)
@@ -203,8 +204,9 @@ def chat(
         tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         model = _load(directory, base, device, dtype, trust_remote_code, compile)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
-        given: dict[str, Any] = {"base": base, "device": device, "trust_remote_code": trust_remote_code}
-        advise_tuning(model, directory, *asked, **given, as_chat=True)
+        advise_tuning(
+            model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code, as_chat=True
+        )
         tell_of_compiling(compile)
         options |= {"use_head": use_head}
 
