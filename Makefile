@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPUS := $(shell getconf _NPROCESSORS_ONLN)
-# left to itself, accelerate gives a process on a CPU one thread
-LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+# left to itself, accelerate gives a process on a CPU one thread; quiet, an error is not followed by its own traceback
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $(CPUS)
 # a process per processor, the tests of a file in one of them; `pytest` alone runs them one after another
 TEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder

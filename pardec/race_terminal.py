@@ -96,7 +96,7 @@ def run_races(
             said = {"identical": pair.identical, "is_tie": pair.tie is not None, "ratio_to_plain": pair.ratio}
             print(json.dumps(both | said), flush=True)
         elif not console.is_terminal:
-            console.print(pair.drafted.text[0], markup=False)
+            print(pair.drafted.text[0], flush=True)  # as it is: rich would break lines and draw :names: of emoji
     if not as_json:
         _print_summary(console, pairs, mode, is_sampled=bool(options["temperature"]))
     return all(pair.identical or pair.tie for pair in pairs)

@@ -168,6 +168,19 @@ def test_a_pipe_gets_the_text_and_the_summary_without_codes(model, run):
     assert "─ plain" not in result.stdout
 
 
+def test_what_a_pipe_gets_is_the_text_to_the_letter(model, run, monkeypatch):
+    text = "[bold]" + "a long line of words " * 12 + "\t:smile:"
+    paired = race_terminal._paired
+
+    def with_text(*args, **options):
+        pair = paired(*args, **options)
+        pair.drafted.text[0] = text
+        return pair
+
+    monkeypatch.setattr(race_terminal, "_paired", with_text)
+    assert run("--prompt", PROMPT).output.splitlines()[0] == text
+
+
 def test_the_prompts_whose_tokens_differ_are_named(run, monkeypatch, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "def main():"}\n{"prompt": "import "}\n')

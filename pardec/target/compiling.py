@@ -9,11 +9,14 @@ from torch import nn
 from pardec.target.forward import UnsupportedModelError
 
 Returned = TypeVar("Returned")
+# inductor unrolls sums of fewer terms than this into the kernels beside them, by default of fewer than 8; the keys of
+# a step of some 25 rows are in 8 parts (`split_keys`), whose sum as a kernel of its own took 8.8 us a layer on an H200
+_UNROLLED = 9
 
 
 def compiled(forward: Callable[..., Returned]) -> Callable[..., Returned]:
     """`forward` under torch.compile, specialised for every shape that it meets."""
-    optimised = torch.compile(forward, dynamic=False)
+    optimised = torch.compile(forward, dynamic=False, options={"unroll_reductions_threshold": _UNROLLED})
 
     def run(*args) -> Returned:
         # each batch, number of rows and cache bucket is a compilation; torch gives up after 8 by default

@@ -52,7 +52,6 @@ def decode(
 # ---------------------------------------------------------------------- what is recorded is what runs
 
 
-@pytest.mark.parametrize("recorder", [rerun, tape])
 @pytest.mark.parametrize(
     ("family", "mode", "greedy", "batch", "options"),
     [
@@ -93,9 +92,7 @@ def decode(
         ("gemma3-mixed-windows", "fused", False, 1, {"tree": DYNAMIC["dynamic"], "copy_tokens": 2}),
     ],
 )
-def test_recorded_steps_bring_the_tokens_counts_and_draws_of_steps_that_run(
-    family, mode, greedy, batch, options, recorder
-):
+def test_recorded_steps_bring_the_tokens_counts_and_draws_of_steps_that_run(family, mode, greedy, batch, options):
     """Prompts, the seed and EOS ids change from call to call, and there are several buckets."""
     model = tiny_model(family)
     plain, recorded = (decoder_for(model, mode, TokenLaw(True) if greedy else sampled(), **options) for _ in range(2))
@@ -104,7 +101,7 @@ def test_recorded_steps_bring_the_tokens_counts_and_draws_of_steps_that_run(
 
     def counting(*args):
         recordings.append(cache.num_used)
-        return recorder(*args)
+        return tape(*args)
 
     steps = CapturedSteps(recorded, counting)
     for call, lengths in enumerate(((9, 3), (2, 6), (13, 13))):

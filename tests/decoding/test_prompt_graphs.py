@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from covering import every_pair
 from greedy_oracle import plain_generate, prompts
 from recorded_steps import V, decoder_for, rerun, results, tape
 from timing.launches import counted_step
@@ -163,10 +164,16 @@ def test_a_prompt_that_is_begun_already_runs_uncaptured(no_steps):
     assert recorder.num_recorded == 1
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("options", [{}, {"lora": True}, {"lora": True, "packed": True}, {"head": True}], ids=str)
-@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
-@pytest.mark.parametrize("family", ["llama", "gemma3-mixed-windows", "gpt2"])
+@pytest.mark.parametrize(
+    ("family", "mode", "options", "batch_size"),
+    every_pair(
+        ["llama", "gemma3-mixed-windows", "gpt2"],
+        ["plain", "two_pass", "fused"],
+        [{}, {"lora": True}, {"lora": True, "packed": True}, {"head": True}],
+        [1, 2],
+    ),
+    ids=str,
+)
 def test_what_is_captured_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, options, batch_size):
     """On tensors without numbers, in bfloat16, as on a GPU."""
     decoder = tiny_decoder(family, mode, NUM_LAYERS, **({} if mode == "plain" else options))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from covering import every_pair
 from greedy_oracle import plain_generate, prompts
 from peft import LoraConfig, get_peft_model
 from sampling_oracle import PROMPT, WARPERS, Z_LIMIT, chi_square_z, joint_law
@@ -56,9 +57,11 @@ def bring_on(base, folder: Path, name: str | None = None) -> None:
         base.load_adapter(str(folder), adapter_name=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("parts", [{}, {"lora_rank": 2, "head_width": 6}])
-@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize(
+    ("targets", "parts", "dtype"),
+    every_pair(list(TARGETS.values()), [{}, {"lora_rank": 2, "head_width": 6}], [torch.float64, torch.float32]),
+    ids=str,
+)
 def test_greedy_tokens_are_those_of_base_and_adapter(users, targets, parts, dtype):
     base = tiny_model("llama", dtype=dtype)
     without = greedily(base)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from copying_oracle import copied
+from covering import every_pair
 from sampling_oracle import WARPERS, Z_LIMIT, V, chi_square_z, joint_law
 from tiny_models import make_adapter, tiny_model
 from tree_laws import BONUS, law_of_step
@@ -45,9 +46,7 @@ def law_of(toy):
     return law
 
 
-@pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])
-@pytest.mark.parametrize("num_copies", [1, 2, 3])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "num_copies", "is_dynamic"), every_pair(list(SHAPES), [1, 2, 3], [False, True]))
 def test_a_fused_step_of_a_tree_with_copies_emits_the_targets_law(
     toy, law_of, shape, num_copies, is_dynamic, monkeypatch
 ):
@@ -72,9 +71,11 @@ def assert_ends_as_the_target_would(found: dict[tuple[int, ...], float], expecte
         assert probability == pytest.approx(begins[tokens], abs=2e-6), tokens
 
 
-@pytest.mark.parametrize("warper", list(WARPERS))
-@pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])
-@pytest.mark.parametrize("nodes", [[1, 2, 3, 0], [1, 2, 3, 2], [1, 2, 0, 0], [2, 1, 3, 0]], ids=str)
+@pytest.mark.parametrize(
+    ("nodes", "is_dynamic", "warper"),
+    every_pair([[1, 2, 3, 0], [1, 2, 3, 2], [1, 2, 0, 0], [2, 1, 3, 0]], [False, True], list(WARPERS)),
+    ids=str,
+)
 def test_copies_that_are_nodes_as_well_keep_the_law_wherever_the_two_part(
     toy, law_of, nodes, is_dynamic, warper, monkeypatch
 ):
@@ -129,10 +130,12 @@ def sampled(model, mode: str, warper: str, tree: AnyTree, **options) -> tuple[Co
     return Counter(map(tuple, out.token_ids)), out.stats.num_accepted_copies
 
 
-@pytest.mark.parametrize("tree", [DEEP, DRAWN], ids=["constant", "dynamic"])
-@pytest.mark.parametrize(("mode", "head_width"), [("fused", 0), ("fused", 4), ("two_pass", 4)])
-@pytest.mark.parametrize("warper", ["temperature", "all"])
-def test_generate_with_a_tree_and_copies_samples_the_targets_law(toy, mode, warper, head_width, tree):
+@pytest.mark.parametrize(
+    ("way", "warper", "is_dynamic"),
+    every_pair([("fused", 0), ("fused", 4), ("two_pass", 4)], ["temperature", "all"], [False, True]),
+)
+def test_generate_with_a_tree_and_copies_samples_the_targets_law(toy, way, warper, is_dynamic):
+    (mode, head_width), tree = way, DRAWN if is_dynamic else DEEP
     ours = SelfSpeculativeModel(toy, None, make_adapter(toy, 2, lora_rank=2, head_width=head_width, shortlist=V))
     blocks = {"block_lengths": (2, 2, 2, 1, 0, 2)} if head_width and mode == "fused" else {}
     counts, num_copied = sampled(ours, mode, warper, tree, **blocks)

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from covering import every_pair
 from sampling_oracle import (
     PROMPT,
     WARPERS,
@@ -34,9 +35,7 @@ def toy():
     return tiny_model("llama", vocab_size=V, seed=3)
 
 
-@pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])
-@pytest.mark.parametrize("warper", list(WARPERS))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "warper", "is_dynamic"), every_pair(list(SHAPES), list(WARPERS), [False, True]))
 def test_a_fused_step_of_a_tree_emits_the_targets_law(toy, shape, warper, is_dynamic, monkeypatch):
     tree, options = SHAPES[shape], WARPERS[warper]
     K, prefix = tree.num_speculative_tokens, [*PROMPT, BONUS]

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from covering import every_pair
 from greedy_oracle import plain_generate, prompts
 from recorded_steps import V, assert_kept_as_plain_steps_write, decoder_for, results
 from tiny_models import FAMILIES, tiny_model
@@ -65,12 +66,13 @@ def decoded_by_planting(decoder: Decoder, rows, references, ends, tree: DraftTre
     return state
 
 
-@pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dynamic"])
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("mode", ["fused", "two_pass"])
-@pytest.mark.parametrize("tree", [BRANCHING, CROOKED], ids=["branching", "crooked"])
-def test_walks_to_every_node_leave_tokens_and_cache_as_generate_has_them(family, mode, tree, batch, is_dynamic):
-    model, rows, references = family
+@pytest.mark.parametrize(
+    ("family", "mode", "name", "batch", "is_dynamic"),
+    every_pair(list(FAMILIES), ["fused", "two_pass"], ["branching", "crooked"], [1, 4], [False, True]),
+    indirect=["family"],
+)
+def test_walks_to_every_node_leave_tokens_and_cache_as_generate_has_them(family, mode, name, batch, is_dynamic):
+    (model, rows, references), tree = family, {"branching": BRANCHING, "crooked": CROOKED}[name]
     shape = DynamicTree(tree.runs) if is_dynamic else tree
     decoder = decoder_for(model, mode, GREEDY, new_tokens=NEW, tree=shape)
     rows, references = rows[:batch], references[:batch]
@@ -95,11 +97,13 @@ def windows():
     return model, rows, [plain_generate(model, row, NEW) for row in rows]
 
 
-@pytest.mark.parametrize("options", [{}, {"head_width": 6}, {"noise": True}], ids=["masks", "head", "noise"])
-@pytest.mark.parametrize("mode", ["fused", "two_pass"])
-@pytest.mark.parametrize("tree", [*TREES.values(), *DYNAMIC.values()], ids=[*TREES, *DYNAMIC])
-def test_own_drafts_of_any_tree_give_generates_tokens_in_ragged_batches(windows, mode, tree, options):
-    model, rows, references = windows
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    every_pair([*TREES, *DYNAMIC], ["fused", "two_pass"], [{}, {"head_width": 6}, {"noise": True}]),
+    ids=str,
+)
+def test_own_drafts_of_any_tree_give_generates_tokens_in_ragged_batches(windows, name, mode, options):
+    (model, rows, references), tree = windows, (TREES | DYNAMIC)[name]
     decoder = decoder_for(model, mode, GREEDY, new_tokens=NEW, tree=tree, **options)
     with torch.no_grad(), decoder.attached():
         state = decoder.prefill(rows)

@@ -6,6 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 from copying_oracle import copied
+from covering import every_pair
 from greedy_oracle import plain_generate, prompts
 from recorded_steps import V, assert_kept_as_plain_steps_write, decoder_for, results, tape
 from tiny_models import FAMILIES, tiny_model
@@ -97,9 +98,11 @@ def tokens_of(state: DecodeState) -> list[list[int]]:
     return [row[:n] for row, n in zip(state.output.tolist(), state.num_new.tolist(), strict=True)]
 
 
-@BOTH
-@pytest.mark.parametrize("wrong_every", [3, 100])
-@pytest.mark.parametrize("mode", ["fused", "two_pass"])
+@pytest.mark.parametrize(
+    ("family", "mode", "wrong_every", "is_dynamic"),
+    every_pair(list(FAMILIES), ["fused", "two_pass"], [3, 100], [False, True]),
+    indirect=["family"],
+)
 def test_walks_that_go_on_along_copies_leave_tokens_and_cache_as_generate_has_them(
     family, mode, wrong_every, is_dynamic
 ):
@@ -143,10 +146,13 @@ def test_what_is_kept_of_the_cache_is_what_plain_steps_write(family):
     assert_kept_as_plain_steps_write(model, state, rows, NEW)
 
 
-@pytest.mark.parametrize("options", [{}, {"head_width": 6}, {"noise": True}], ids=["masks", "head", "noise"])
-@pytest.mark.parametrize("mode", ["fused", "two_pass"])
-@pytest.mark.parametrize("tree", [*TREES.values(), *DYNAMIC.values()], ids=[*TREES, *DYNAMIC])
-def test_own_drafts_and_copies_give_generates_tokens_in_ragged_batches(mode, tree, options):
+@pytest.mark.parametrize(
+    ("name", "mode", "options"),
+    every_pair([*TREES, *DYNAMIC], ["fused", "two_pass"], [{}, {"head_width": 6}, {"noise": True}]),
+    ids=str,
+)
+def test_own_drafts_and_copies_give_generates_tokens_in_ragged_batches(name, mode, options):
+    tree = (TREES | DYNAMIC)[name]
     model = tiny_model("gemma3-mixed-windows", vocab_size=V)
     rows = [row * 3 for row in prompts(V)]
     decoder = decoder_for(model, mode, GREEDY, new_tokens=40, tree=tree, copy_tokens=L, **options)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from copying_oracle import copied
+from covering import every_pair
 from greedy_oracle import plain_generate, prompts, tokens_of_generate
 from planted_drafts import PlantedDrafts
 from recorded_steps import tape
@@ -176,12 +177,13 @@ def expected_rounds(decoder: Decoder, prompt: list[int], reference: list[int], n
     return drafts, copies
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("wrong_every", [4, 100])
-@pytest.mark.parametrize(("mode", "num_drafts", "block_lengths"), SHAPES)
-def test_tokens_are_generates_and_copies_are_accepted_up_to_the_first_that_is_wrong(
-    family, mode, num_drafts, block_lengths, wrong_every, batch
-):
+@pytest.mark.parametrize(
+    ("family", "shape", "wrong_every", "batch"),
+    every_pair(list(FAMILIES), SHAPES, [4, 100], [1, 4]),
+    indirect=["family"],
+)
+def test_tokens_are_generates_and_copies_are_accepted_up_to_the_first_that_is_wrong(family, shape, wrong_every, batch):
+    mode, num_drafts, block_lengths = shape
     model, rows, references = family
     rows, references = rows[:batch], references[:batch]
     num_true = [(num_drafts + b) % (num_drafts + 1) for b in range(batch)]  # another number in every row

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 from copying_steps import Plan, a_step, cut, decoder_for
+from covering import every_pair
 from sampling_oracle import WARPERS, Z_LIMIT, assert_same_law, chi_square_z, joint_law, thin_model
 from tiny_models import make_adapter, tiny_model
 
@@ -22,20 +23,18 @@ def toy():
     return tiny_model("llama", vocab_size=V, seed=3)
 
 
-@pytest.mark.parametrize("eos", [None, 1, 2])
-@pytest.mark.parametrize("warper", ["temperature", "all", "top_p"])
-@pytest.mark.parametrize(
-    ("mode", "K", "L", "draft_length", "verification"),
-    [
-        ("fused", 0, 2, 0, "token"),
-        *[("fused", 1, 2, length, "token") for length in (0, 1)],
-        *[("fused", 2, 1, length, verification) for length in (0, 1, 2) for verification in VERIFICATIONS],
-        ("two_pass", 1, 1, 1, "token"),
-    ],
-)
-def test_a_step_with_copies_emits_the_targets_law(
-    toy, mode, K, L, draft_length, verification, warper, eos, monkeypatch
-):
+# mode, K, copied tokens, drafts of the step, verification
+STEPS = [
+    ("fused", 0, 2, 0, "token"),
+    *[("fused", 1, 2, length, "token") for length in (0, 1)],
+    *[("fused", 2, 1, length, verification) for length in (0, 1, 2) for verification in VERIFICATIONS],
+    ("two_pass", 1, 1, 1, "token"),
+]
+
+
+@pytest.mark.parametrize(("step", "warper", "eos"), every_pair(STEPS, ["temperature", "all", "top_p"], [None, 1, 2]))
+def test_a_step_with_copies_emits_the_targets_law(toy, step, warper, eos, monkeypatch):
+    mode, K, L, draft_length, verification = step
     options = WARPERS[warper]
     decoder = decoder_for(toy, mode, K, L, options, verification, eos)
     plan = Plan.of_all(K, L, two_pass=mode == "two_pass", vocab_size=V)

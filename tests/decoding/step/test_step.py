@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import every_pair
 from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts
 from planted_drafts import PlantedDrafts
 from tiny_models import FAMILIES, make_adapter, tiny_model
@@ -32,9 +33,11 @@ def decoder_for(model, mode: str, law: TokenLaw, *, lora_rank: int = 2, new_toke
     return Decoder(RowForward(target, masks, gate), mode, K, law, new_tokens, torch.empty(0, dtype=torch.long))
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("mode", ["fused", "two_pass"])
-@pytest.mark.parametrize("shift", range(K + 1))
+@pytest.mark.parametrize(
+    ("family", "mode", "shift", "batch"),
+    every_pair(list(FAMILIES), ["fused", "two_pass"], range(K + 1), [1, 4]),
+    indirect=["family"],
+)
 def test_planted_drafts_are_accepted_and_tokens_equal_generate(family, mode, shift, batch):
     model, rows, references = family
     rows, references = rows[:batch], references[:batch]

@@ -11,6 +11,7 @@ from functools import cache
 
 import pytest
 import torch
+from covering import every_pair
 from recorded_steps import sampled
 from timing.launches import StepCount, counted_step
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchError, FakeTensorMode
@@ -96,9 +97,9 @@ TREE_LAUNCHES = 6
 DYNAMIC_TREE_LAUNCHES = 52
 
 
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-@pytest.mark.parametrize("mode", ["two_pass", "fused", FUSED_WITH_HEAD])
-@pytest.mark.parametrize("family", BUDGETS)
+@pytest.mark.parametrize(
+    ("family", "mode", "batch_size"), every_pair(list(BUDGETS), ["two_pass", "fused", FUSED_WITH_HEAD], BATCH_SIZES)
+)
 def test_a_tree_launches_little_more_than_the_chain_and_nothing_more_in_a_layer(family, mode, batch_size):
     chain = launches(family, mode, batch_size)
     for tree, more in ((BRANCHING, TREE_LAUNCHES), (DYNAMIC["dynamic"], DYNAMIC_TREE_LAUNCHES)):
@@ -129,9 +130,9 @@ def test_packed_weights_save_products_and_make_a_lora_one_for_each_input(family,
     )
 
 
-@pytest.mark.parametrize("batch_size", BATCH_SIZES)
-@pytest.mark.parametrize("mode", ["two_pass", "fused"])
-@pytest.mark.parametrize("family", BUDGETS)
+@pytest.mark.parametrize(
+    ("family", "mode", "batch_size"), every_pair(list(BUDGETS), ["two_pass", "fused"], BATCH_SIZES)
+)
 def test_copies_take_launches_beside_the_layers_that_do_not_grow_with_their_number(family, mode, batch_size):
     without, few, many = (launches(family, mode, batch_size, copy_tokens=n) for n in (0, 1, 9))
     assert few == many
@@ -147,9 +148,9 @@ def test_copies_take_launches_beside_the_layers_that_do_not_grow_with_their_numb
 COPY_LAUNCHES_BESIDE_TREES = {"constant": 54, "dynamic": 57}
 
 
-@pytest.mark.parametrize("kind", COPY_LAUNCHES_BESIDE_TREES)
-@pytest.mark.parametrize("mode", ["two_pass", "fused"])
-@pytest.mark.parametrize("family", BUDGETS)
+@pytest.mark.parametrize(
+    ("family", "mode", "kind"), every_pair(list(BUDGETS), ["two_pass", "fused"], list(COPY_LAUNCHES_BESIDE_TREES))
+)
 def test_copies_beside_a_tree_take_launches_that_do_not_grow_with_their_number(family, mode, kind):
     tree, budget = BRANCHING if kind == "constant" else DYNAMIC["dynamic"], COPY_LAUNCHES_BESIDE_TREES[kind]
     without, few, many = (launches(family, mode, 2, tree=tree, copy_tokens=n) for n in (0, 4, 9))
@@ -171,22 +172,14 @@ OPTIONS = {
 
 
 # plain steps have neither drafts nor what stands beside them
+WAYS = [(mode, name) for mode in BUDGETS["llama"] for name in OPTIONS if mode != "plain" or name == "drafts"]
+
+
 @pytest.mark.parametrize(
-    ("mode", "options"),
-    [(mode, name) for mode in BUDGETS["llama"] for name in OPTIONS if mode != "plain" or name == "drafts"],
+    ("way", "family", "batch_size", "law"), every_pair(WAYS, list(BUDGETS), BATCH_SIZES, list(LAWS))
 )
-# laws begin where a family's forward has ended: of one family they stand beside every batch size
-@pytest.mark.parametrize(
-    ("family", "batch_size", "law"),
-    [
-        (family, batch_size, law)
-        for family in BUDGETS
-        for batch_size in BATCH_SIZES
-        for law in LAWS
-        if family == "llama" or (batch_size == 1) == (law == "greedy")
-    ],
-)
-def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(family, mode, batch_size, law, options):
+def test_a_step_waits_for_no_value_and_brings_nothing_from_the_host(way, family, batch_size, law):
+    mode, options = way
     given = {**OPTIONS[options], **({"lora": True} if mode == "fused" else {})}
     count = counted(family, mode, NUM_LAYERS[family][0], batch_size, law=law, **given)
     assert count.num_launches
