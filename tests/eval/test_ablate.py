@@ -12,6 +12,7 @@ import ablate
 import pytest
 import train_adapter
 import yaml
+from adapter_runs import brief
 from data_samples import code_text
 from programs import run, start_here
 from studies import study_rows, study_tables, variant_runs
@@ -20,7 +21,6 @@ from tiny_models import make_adapter
 
 import pardec
 from pardec.adapters.files import save_adapter
-from pardec.measures import examiner
 from pardec.measures.acceptance import measure_acceptance
 from pardec.model import SelfSpeculativeModel
 
@@ -545,7 +545,7 @@ def test_mask_rows_follow_token_dropping(lab):
 
 def test_two_variants_are_trained_and_compared_from_the_command_line(tmp_path, monkeypatch):
     start_here(monkeypatch, train_adapter.main)
-    monkeypatch.setattr(examiner, "redraw_curve", lambda metrics, picture: False)  # takes longer than so short a run
+    brief(monkeypatch)
     text = tmp_path / "sources.txt"
     text.write_text(code_text(900))
     study = {

@@ -21,6 +21,7 @@ import torch
 import train_adapter
 import training
 import yaml
+from adapter_runs import brief
 from card import running, steps
 from card.steps import Step
 from gpu_report import TIME_IS_OVER
@@ -31,7 +32,6 @@ from typer.main import get_command
 
 from pardec.adapters.files import load_adapter
 from pardec.cli import app
-from pardec.measures import examiner
 
 NAMED = [Path("quickstart"), Path("quickstart_embeddings")]
 
@@ -390,7 +390,7 @@ def test_the_rehearsal_trains_a_base_and_an_adapter_and_checks_them(tmp_path, mo
     monkeypatch.setattr(sys, "argv", ["gpu_report.py", "--quick", "--output", str(folder), "--only", only])
     mains = (pretrain_base.main, generate_responses.main, train_adapter.main, exactness.main, ablate.main)
     start_here(monkeypatch, *mains)
-    monkeypatch.setattr(examiner, "redraw_curve", lambda metrics, picture: False)  # takes longer than so short a run
+    brief(monkeypatch)
     monkeypatch.chdir(running.ROOT)
     with pytest.raises(SystemExit) as ended:
         gpu_report.main()

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import before_first_step
+import pytest
 import train_adapter
 from programs import ROOT, Ended, run, run_in_own_process
 from safetensors.torch import load_file
 from torch import Tensor
+
+from pardec.measures import examiner
 
 SMALL = [
     "data.max_length=64", "train.batch_size=2", "train.anchors_per_sequence=8", "train.log_every=1",
@@ -34,3 +38,9 @@ def checkpoint(output: Path, file: str) -> dict[str, Tensor]:
     """Tensors of the only state of a run."""
     (newest,) = (output / "checkpoints").glob("step-*")
     return load_file(newest / file)
+
+
+def brief(patch: pytest.MonkeyPatch) -> None:
+    """Leaves out of runs in this process what takes longer than so short ones: curves, and tiny steps for memory."""
+    patch.setattr(examiner, "redraw_curve", lambda metrics, picture: False)
+    patch.setattr(before_first_step, "fit_step", lambda *arguments, **options: (1, 2**20))

@@ -3,16 +3,14 @@
 from pathlib import Path
 
 import pytest
-from adapter_runs import WHOLE, train
+from adapter_runs import WHOLE, brief, train
 from data_samples import code_text
-
-from pardec.measures import examiner
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Drawing its curves takes longer than a short run; that of the fixture `whole`, made before, has them."""
-    monkeypatch.setattr(examiner, "redraw_curve", lambda metrics, picture: False)
+def _brief(monkeypatch):
+    """The run of the fixture `whole`, made before, is one with everything."""
+    brief(monkeypatch)
 
 
 @pytest.fixture(scope="session")
