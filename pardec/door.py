@@ -116,8 +116,9 @@ def generate_for_transformers(
     law = TokenLaw(not generation_config.do_sample, tuple(_without_padding(p) for p in processors), generator)
     asked = (mode, num_speculative_tokens, None, use_head, verification, copy_tokens, tree)
     drafting = engines.drafting(*asked, num_sequences=len(prompts), is_greedy=law.greedy)
+    ends = RowEnds(others, input_ids, pads=any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria))
     with engines.lend(prompts, law, max_new_tokens, drafting, eos=eos) as engine:
-        new, num_new = _decode(engine, prompts, input_ids, others, streamer)
+        new, num_new = _decode(engine, prompts, input_ids, ends, streamer)
     width = int(num_new.max())
     pad = generation_config._pad_token_tensor  # type: ignore[attr-defined]
     fill = pad_token_id(engines.target.base) if pad is None else int(pad)
@@ -129,25 +130,25 @@ def generate_for_transformers(
 
 
 def _decode(
-    engine: Engine, prompts: list[list[int]], input_ids: Tensor, criteria: StoppingCriteriaList, streamer
+    engine: Engine, prompts: list[list[int]], input_ids: Tensor, ends: "RowEnds", streamer
 ) -> tuple[Tensor, Tensor]:
-    """New ids, shape [B, n], and how many of each row count, shape [B]; `criteria` may end rows at any of them."""
+    """New ids, shape [B, n], and how many of each row count, shape [B]; `ends` may end rows at any of them."""
     B, checked = len(prompts), [0] * len(prompts)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    between = "writes" if criteria else "nothing" if streamer is None else "reads"
+    between = "writes" if ends.criteria else "nothing" if streamer is None else "reads"
     with closing(engine.run(prompts, between=between)) as steps:
         for step in steps:
             num_new = step.num_new
             assert engine.state is not None
-            if criteria:
-                _apply_criteria(engine.state, criteria, input_ids, checked)
+            if ends.criteria:
+                ends.apply(engine.state, checked)
                 num_new = engine.state.num_new.tolist()[:B]
             if streamer is not None:
                 for token in step.tokens[0][: num_new[0] - checked[0]]:
                     streamer.put(torch.tensor([token]))
             checked = num_new
-            if criteria and bool(engine.state.done[:B].all()):
+            if ends.criteria and bool(engine.state.done[:B].all()):
                 break
     assert engine.state is not None
     if streamer is not None:
@@ -254,12 +255,43 @@ def _limits(criteria: StoppingCriteriaList, prompt_length: int) -> tuple[int, li
     return max_length - prompt_length, eos, others
 
 
-def _apply_criteria(state: DecodeState, criteria: StoppingCriteriaList, input_ids: Tensor, checked: list[int]) -> None:
-    """Ends a row at the first of its new tokens at which a criterion is met; criteria may look at the last token."""
-    for b, done_before in enumerate(checked):
-        row = torch.cat([input_ids[b], state.output[b].to(input_ids.device)])[None]
-        for n in range(done_before + 1, int(state.num_new[b]) + 1):
-            if bool(criteria(row[:, : input_ids.shape[1] + n], None).all()):  # type: ignore[arg-type]
-                state.num_new[b] = n
-                state.done[b], state.room[b] = True, 0
-                break
+class RowEnds:
+    """Where a user's own stopping criteria end rows, called row by row.
+
+    Attributes:
+        criteria: others than the end of a text and the length; may look at the last token.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, input_ids: Tensor, *, pads: bool):
+        """Takes what `generate` would go by.
+
+        Args:
+            criteria: as above.
+            input_ids: prompts, shape [B, S].
+            pads: rows that have ended are padded; where no id ends a text `generate` lets them go on until all have.
+        """
+        self.criteria, self._input_ids, self._pads = criteria, input_ids, pads
+        self._met: list[int | None] = [None] * input_ids.shape[0]
+
+    def apply(self, state: DecodeState, checked: list[int]) -> None:
+        """Ends a row at the first of its new tokens at which a criterion is met, of which `checked` were looked at."""
+        S = self._input_ids.shape[1]
+        for b, done_before in enumerate(checked):
+            if self._met[b] is not None:
+                continue
+            row = torch.cat([self._input_ids[b], state.output[b].to(self._input_ids.device)])[None]
+            for n in range(done_before + 1, int(state.num_new[b]) + 1):
+                if bool(self.criteria(row[:, : S + n], None).all()):  # type: ignore[arg-type]
+                    self._met[b] = n
+                    if self._pads:
+                        _end(state, b, n)
+                    break
+        met = [n for n in self._met if n is not None]
+        if not self._pads and len(met) == len(checked) and int(state.num_new[: len(checked)].min()) >= max(met):
+            for b in range(len(checked)):
+                _end(state, b, max(met))
+
+
+def _end(state: DecodeState, b: int, num_new: int) -> None:
+    state.num_new[b] = num_new
+    state.done[b], state.room[b] = True, 0

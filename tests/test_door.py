@@ -1,11 +1,13 @@
 """The door from transformers: each field of a GenerationConfig is honoured, refused or of no matter."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
 from transformers import CompileConfig, GenerationConfig, WatermarkingConfig
+from transformers.generation.stopping_criteria import StoppingCriteria
 
 from pardec.model import SelfSpeculativeModel
 
@@ -190,3 +192,28 @@ def test_transformers_keeps_a_streamer_to_itself(llama, ours):
     streamer = Collect()
     generate(llama, custom_generate=ours, streamer=streamer)
     assert list(streamer.tokens) == PROMPT
+
+
+class EndsAtNinths(StoppingCriteria):
+    def __call__(self, input_ids, scores, **options):
+        return torch.tensor([bool(row[-1] % 9 == 0) for row in input_ids])
+
+
+@pytest.mark.parametrize("eos", [{}, {"eos_token_id": 99, "pad_token_id": 0}], ids=["no end", "an end"])
+@pytest.mark.parametrize("mode", ["plain", "two_pass", "fused"])
+def test_rows_that_a_criterion_of_the_users_ends_go_on_or_are_padded_as_generate_has_it(mode, eos):
+    """Where no id ends a text `generate` pads nothing: all go on until each has been ended."""
+    model = tiny_model("qwen3-mixed-windows")
+    ours = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2, head_width=6))
+    prompts = [[9, 8, 9, 8, 9, 8, 9], [5], [1, 2, 3, 1, 2, 3, 1, 2, 3], [7] * 5]
+    ids = torch.tensor([[0] * (9 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (9 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    lengths = set()
+    for rows in ([0, 1, 2, 3], [0, 2], [3, 0]):
+        options = {"attention_mask": mask[rows], "max_new_tokens": 24, "do_sample": False, **eos}
+        options["stopping_criteria"] = [EndsAtNinths()]
+        expected = model.generate(ids[rows], **options)
+        found = model.generate(ids[rows], custom_generate=partial(ours, mode=mode), **options)
+        assert found.tolist() == expected.tolist()
+        lengths.add(expected.shape[1])
+    assert min(lengths) < 9 + 24  # criteria did end some

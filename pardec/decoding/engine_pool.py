@@ -4,8 +4,9 @@ Each is lent to one caller at a time, so streams that are read in turn do not di
 """
 
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -66,27 +67,59 @@ class EnginePool:
             self._idle.clear()
 
 
-def signature(base: PreTrainedModel) -> int:
+class Same:
+    """Equal to another of the very same objects, as long as they live; keeps none of them alive.
+
+    An id or an address says less: it may be that of what came after.
+    """
+
+    def __init__(self, objects: Iterable[object]):
+        """Takes them in their order."""
+        self._objects = tuple(map(_weakly, objects))
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other's are these."""
+        if not isinstance(other, Same) or len(self._objects) != len(other._objects):
+            return False
+        return all(a() is not None and a() is b() for a, b in zip(self._objects, other._objects, strict=True))
+
+    def __hash__(self) -> int:
+        """Of their number."""
+        return len(self._objects)
+
+
+def _weakly(value: object) -> Callable[[], object]:
+    try:
+        return weakref.ref(value)
+    except TypeError:  # of few kinds, all small
+        return lambda: value
+
+
+def signature(base: PreTrainedModel) -> Hashable:
     """Changes when weights are replaced, or modules, their hooks, their forward, their mode or other settings.
 
     Settings are plain values that modules keep, such as which of PEFT's adapters are active and with what factor.
     """
     found: list[Hashable] = []  # one list of a pass over a few hundred modules, as each call waits for it
+    objects: list[object] = []
     for m in base.modules():
         own = vars(m)
-        found += (id(m), *m._forward_hooks, *m._forward_pre_hooks, id(own.get("forward")), m.training)
+        found += (*m._forward_hooks, *m._forward_pre_hooks, m.training)
+        objects += (m, own["forward"]) if "forward" in own else (m,)
         for name, value in own.items():
             if name not in _OF_ALL_MODULES:
                 found += (name, value if type(value) in _PLAIN else _setting(value))
         for tensor in (*m._parameters.values(), *m._buffers.values()):
             found.append(None if tensor is None else _place(tensor))
-    return hash(tuple(found))
+            if tensor is not None:
+                objects.append(tensor)
+    return hash(tuple(found)), Same(objects)
 
 
 def _place(tensor: Tensor) -> Hashable:
-    """Where a tensor's numbers lie and how they are read."""
+    """Where a tensor's numbers lie and how they are read; None where it is no block of numbers."""
     if tensor.layout != torch.strided:
-        return id(tensor)
+        return None
     return tensor.data_ptr(), tensor.stride(), tensor.is_neg()
 
 

@@ -69,7 +69,7 @@ class Engines:
         self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
         self.choices: list[TunedChoice] = []
         self._survey: Survey | None = None
-        self._surveyed: int | None = None  # the signature of the base then
+        self._surveyed: Hashable = None  # the signature of the base then
         self._linears: dict[bool, PackedLinears] = {}
         self._pool = EnginePool()
 

@@ -21,6 +21,15 @@ class _Seen(threading.local):
     hidden: Tensor | None = None
 
 
+def _output_head(base: PreTrainedModel) -> nn.Module:
+    output = base.get_output_embeddings()
+    weight = getattr(output, "weight", None)
+    is_matrix = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
+    if not isinstance(output, nn.Module) or not is_matrix:
+        raise ValueError("adapter.head: expected a base whose output head has a weight matrix, found none")
+    return output
+
+
 class HiddenTap:
     """Keeps what the output head read in the last forward of this thread, while attached."""
 
@@ -30,12 +39,7 @@ class HiddenTap:
         Raises:
             ValueError: if it has none, or one without a weight matrix to score candidates with.
         """
-        output = base.get_output_embeddings()
-        weight = getattr(output, "weight", None)
-        is_matrix = isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2
-        if not isinstance(output, nn.Module) or not is_matrix:
-            raise ValueError("adapter.head: expected a base whose output head has a weight matrix, found none")
-        self._output = output
+        self._base, self._output = base, _output_head(base)
         self._here = _Seen()
         self._traced: Tensor | None = None
 
@@ -63,7 +67,12 @@ class HiddenTap:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Keeps the hook on the output head for the time of the context; contexts may overlap."""
+        """Keeps the hook on the output head for the time of the context; contexts may overlap.
+
+        Raises:
+            ValueError: if the base has come to have another, without a weight matrix.
+        """
+        self._output = _output_head(self._base)  # which may have been replaced since
         handle = self._output.register_forward_pre_hook(self._see)
         try:
             yield

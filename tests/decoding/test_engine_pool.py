@@ -1,5 +1,6 @@
 """Engines are lent to one caller at a time, and given up when what they were made for has changed."""
 
+import itertools
 from contextlib import ExitStack
 from copy import copy
 
@@ -299,6 +300,17 @@ def test_the_signature_of_a_base_changes_with_whatever_is_looked_at(change):
     assert signature(base) == before
     change(base)
     assert signature(base) != before
+
+
+def test_a_forward_with_the_id_of_one_that_has_gone_is_another():
+    layer = (base := tiny_model("llama")).model.layers[0].mlp
+    own, seen = layer.forward, []
+    for _ in range(50):
+        layer.forward = lambda x: own(x)  # where the one before it was, as a rule
+        seen.append((id(layer.forward), signature(base)))
+        del layer.forward
+    assert len({number for number, _ in seen}) < len(seen)
+    assert all(one != other for (_, one), (_, other) in itertools.combinations(seen, 2))
 
 
 def test_a_hook_that_is_removed_again_is_honoured(capturing):

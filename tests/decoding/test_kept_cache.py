@@ -234,3 +234,19 @@ def test_an_engine_with_captured_steps_goes_on_in_the_cache_of_its_graphs(mode):
         list(engine.run([[9, 8, 7] * 12]))  # another's, in between
         said = prompt + new
     assert caches[2] is caches[3]  # those before were too short
+
+
+def test_a_weight_at_the_very_place_of_one_that_has_gone_is_another():
+    """As a new one may lie where the old one did, and as often written to: only that it is another object tells."""
+    model = tiny_model("llama", dtype=torch.float32)
+    ours, kept, prompt = SelfSpeculativeModel(model, None, make_adapter(model, K)), KeptCache(), prompts(V, (12,))[0]
+    layer = model.model.layers[0].self_attn.v_proj
+    numbers = layer.weight.detach().clone()
+    layer.weight = torch.nn.Parameter(numbers, requires_grad=False)
+    before = streamed(ours, prompt, max_new_tokens=12, kept=kept)
+    numbers.numpy()[:] *= -1.2
+    layer.weight = torch.nn.Parameter(numbers, requires_grad=False)
+    expected = plain_generate(model, prompt, 12)
+    assert expected != before
+    assert streamed(ours, prompt, max_new_tokens=12, kept=kept) == expected
+    assert kept.num_reused == 0

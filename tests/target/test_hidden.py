@@ -116,6 +116,7 @@ def test_a_base_whose_output_head_is_not_called_for_each_row_is_refused(monkeypa
     head = model.lm_head
     monkeypatch.setattr(model.lm_head, "forward", lambda x: x @ head.weight.T)
     probe_head(target, tap)  # its own forward, called as a module, is good enough
-    monkeypatch.setitem(model._modules, "lm_head", torch.nn.Linear(32, 61, bias=False, dtype=torch.float64))
+    another = torch.nn.Linear(32, 61, bias=False, dtype=torch.float64)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: another)
     with pytest.raises(UnsupportedModelError, match=r"llama: expected an output head that reads .*, found None and 61"):
         probe_head(target, tap)

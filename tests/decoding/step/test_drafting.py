@@ -311,3 +311,15 @@ def test_making_a_model_with_a_head_draws_no_random_numbers():
     torch.manual_seed(0)
     SelfSpeculativeModel(base, None, adapter)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("mode", ["two_pass", "fused"])
+def test_an_output_head_that_was_replaced_is_the_one_that_drafts_are_made_by(mode):
+    model = tiny_model("llama")
+    ours, row = headed(model), prompts(V)[0]
+    before = ours.generate(row, max_new_tokens=8, mode=mode).token_ids
+    torch.manual_seed(3)
+    model.set_output_embeddings(torch.nn.Linear(model.config.hidden_size, V, dtype=torch.float64))
+    expected = [plain_generate(model, row, 8)]
+    assert expected != before
+    assert ours.generate(row, max_new_tokens=8, mode=mode).token_ids == expected
