@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a check found a difference that is no tie of the dtype, 2 
 """
 
 import sys
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pardec.cli_continuing import check_each, chosen_mode, compare_each, continue_each, ids_of_each
-from pardec.cli_loading import advise_tuning, check_options, tell_of_compiling, tell_of_unused, told_in_a_terminal
+from pardec.cli_loading import (
+    advise_tuning,
+    check_options,
+    tell,
+    tell_of_compiling,
+    tell_of_unused,
+    told_in_a_terminal,
+)
 from pardec.cli_options import (
     AsChat,
     BaseOption,
@@ -55,8 +63,19 @@ app = typer.Typer(
 )
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """In one line as errors are, without the place in the code that it comes from."""
+    tell(f"warning: {' '.join(str(message).split())}")
+
+
 def main() -> None:
     """The console script; what is wrong with a command line is told in one line, too."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _run_command()
+
+
+def _run_command() -> None:
     try:
         ended = typer.main.get_command(app).main(standalone_mode=False)
         if sys.stdout is not None:

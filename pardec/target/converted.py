@@ -28,20 +28,23 @@ _MAGIC = b"GGUF"
 _SPARE_BYTES = 2**26  # beside the weights: tokenizer, configuration, the file system's own
 
 
-def packaged_gguf(package: str, file_name: str, sha256: str, extra: str) -> Path:
+def packaged_gguf(package: str, file_name: str, sha256: str, install: str) -> Path:
     """A GGUF file that an installed package holds; the package itself is not imported.
 
+    Args:
+        package: as Python imports it.
+        file_name: in its folder.
+        sha256: of the file.
+        install: the command that brings it.
+
     Raises:
-        ValueError: if it is not installed, naming the extra that brings it, or holds another file.
+        ValueError: if it is not installed, with that command, or holds another file.
     """
     spec = importlib.util.find_spec(package)
     folders = [] if spec is None else spec.submodule_search_locations or []
     file = next((Path(folder) / file_name for folder in folders if (Path(folder) / file_name).is_file()), None)
     if file is None:
-        raise ValueError(
-            f"base: expected the package {package} with {file_name}, found it missing "
-            f"(the extra {extra}: in pardec's checkout, pip install -e '.[{extra}]')"
-        )
+        raise ValueError(f"base: expected the package {package} with {file_name}, found it missing ({install})")
     if not _is_converted(file) and (found := file_sha256(file)) != sha256:
         raise ValueError(f"base {str(file)!r}: expected sha256 {sha256[:12]}, found {found[:12]}")
     return file

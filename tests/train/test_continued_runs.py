@@ -85,7 +85,10 @@ def test_who_stops_or_kills_a_run_while_it_measures_waits_for_nothing_and_loses_
 
     monkeypatch.setattr(Examiner, "measure", measure_or_end)
     for step, code in ((1, STOPPED), (2, 130)):
-        assert train(output, text_file, *options).code == code
+        stopped = train(output, text_file, *options)
+        assert stopped.code == code
+        assert f"behind step {step}" in stopped.out
+        assert "the same command goes on from there" in stopped.out
         assert read_progress(output / "checkpoints")["step"] == step
     ended = train(output, text_file, *options)
     assert ended.code == 0, ended.err[-2000:]
