@@ -40,7 +40,7 @@ def resolve_base(name: str) -> str:
         ValueError: for a GGUF file that is not there or cannot be converted, a package that is missing, or a built-in
             name that is mistyped: the hub would be asked for it again and again.
     """
-    meant = get_close_matches(name, BUILT_IN_BASES, n=1, cutoff=0.85)
+    meant = [] if "/" in name else get_close_matches(name, BUILT_IN_BASES, n=1, cutoff=0.85)
     if meant and name not in BUILT_IN_BASES and not Path(name).exists():
         raise ValueError(f"base: expected {meant[0]!r}, a folder or a hub name, found {name!r}")
     if name == PACKAGED_BASE:

@@ -190,3 +190,12 @@ def test_a_package_that_holds_another_file_is_refused_and_is_not_imported(monkey
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(ValueError, match=r"SmolLM2-135M-Instruct\.Q4_1\.gguf': expected sha256 [0-9a-f]{12}, found "):
         load_base(SMOLLM2)
+
+
+def test_a_mistyped_built_in_name_is_told_and_what_may_be_a_name_of_the_hub_is_not(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"base: expected 'tiny-python', a folder or a hub name, found 'tiny-pyton'"):
+        resolve_base("tiny-pyton")
+    assert resolve_base("me/tiny-python") == "me/tiny-python"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-pythons").mkdir()
+    assert resolve_base("tiny-pythons") == "tiny-pythons"
