@@ -144,11 +144,11 @@ def _of_logits(module: MaskTokenTrainer, T: int, N: int) -> float:
 
 def _loss_behind_a_prefix(module: MaskTokenTrainer, ids: Tensor, N: int, counted: LiveBytes) -> Tensor:
     """Loss of N anchors behind real tokens that have run before; the peak begins with what these leave."""
-    anchors = torch.linspace(0, ids.shape[1] - 2, 2 * N).long()[None]
+    anchors = torch.linspace(0, ids.shape[1] - 2, 2 * N).long()[None, N - 1 :]
     with torch.no_grad():
-        module(ids, ids == 0, anchors, num_anchors=N)  # the first half only makes the prefix
+        module(ids, ids == 0, anchors, num_anchors=1)  # the first only makes the prefix
     counted.peak = counted.live
-    return module(ids, ids == 0, anchors, first_anchor=N, num_anchors=N)[0]
+    return module(ids, ids == 0, anchors, first_anchor=1, num_anchors=N)[0]
 
 
 @contextmanager

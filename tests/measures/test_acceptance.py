@@ -10,6 +10,7 @@ from pathlib import Path
 import programs
 import pytest
 import train_adapter
+from adapter_runs import brief
 from data_samples import code_text
 from tiny_models import make_adapter, tiny_model
 from typer.testing import CliRunner
@@ -167,7 +168,9 @@ def run(texts, tokenizer, tmp_path_factory):
         "eval": {"every": 4, "num_prompts": 4, "max_new_tokens": NEW_TOKENS, **SAMPLING},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
-    ended = programs.run(train_adapter.main, folder / "recipe.yaml")
+    with pytest.MonkeyPatch.context() as patch:
+        brief(patch)
+        ended = programs.run(train_adapter.main, folder / "recipe.yaml")
     assert ended.code == 0, ended.err[-2000:]
     return folder / "run"
 

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from covering import every_pair
-from greedy_oracle import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts, tokens_of_generate
 from recorded_steps import V, assert_kept_as_plain_steps_write, decoder_for, results
 from tiny_models import FAMILIES, tiny_model
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
@@ -23,9 +23,7 @@ GREEDY = TokenLaw(greedy=True)
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request):
-    model = tiny_model(request.param)
-    rows = prompts(V)
-    return model, rows, [plain_generate(model, row, NEW + 5) for row in rows]
+    return tiny_model(request.param), prompts(V), tokens_of_generate(request.param, V, NEW + 5)
 
 
 def decoded_by_planting(decoder: Decoder, rows, references, ends, tree: DraftTree | None = None) -> DecodeState:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from copying_oracle import copied
 from covering import every_pair
-from greedy_oracle import plain_generate, prompts
+from greedy_oracle import plain_generate, prompts, tokens_of_generate
 from recorded_steps import V, assert_kept_as_plain_steps_write, decoder_for, results, tape
 from tiny_models import FAMILIES, tiny_model
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
@@ -29,9 +29,8 @@ BOTH = pytest.mark.parametrize("is_dynamic", [False, True], ids=["constant", "dy
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request):
-    model = tiny_model(request.param)
     rows = prompts(V, LENGTHS)
-    return model, rows, [plain_generate(model, row, NEW + L + 3) for row in rows]
+    return tiny_model(request.param), rows, tokens_of_generate(request.param, V, NEW + L + 3, LENGTHS)
 
 
 def planted(reference: list[int], length: int, wrong_every: int) -> list[int]:

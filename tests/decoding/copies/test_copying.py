@@ -120,9 +120,8 @@ LENGTHS = (40, 33, 47, 36)  # prompts that what will come can be planted into
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request):
-    model = tiny_model(request.param)
     rows = prompts(61, LENGTHS)
-    return model, rows, [plain_generate(model, row, NEW_TOKENS + K + L + 2) for row in rows]
+    return tiny_model(request.param), rows, tokens_of_generate(request.param, 61, NEW_TOKENS + K + L + 2, LENGTHS)
 
 
 def planted(reference: list[int], length: int, wrong_every: int) -> list[int]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from covering import every_pair
-from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts
+from greedy_oracle import PROMPT_LENGTHS, plain_generate, prompts, tokens_of_generate
 from planted_drafts import PlantedDrafts
 from tiny_models import FAMILIES, make_adapter, tiny_model
 
@@ -20,9 +20,7 @@ NEW_TOKENS = 26
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request):
-    model = tiny_model(request.param)
-    rows = prompts(61)
-    return model, rows, [plain_generate(model, row, NEW_TOKENS + K + 3) for row in rows]
+    return tiny_model(request.param), prompts(61), tokens_of_generate(request.param, 61, NEW_TOKENS + K + 3)
 
 
 def decoder_for(model, mode: str, law: TokenLaw, *, lora_rank: int = 2, new_tokens: int = NEW_TOKENS) -> Decoder:
