@@ -8,7 +8,7 @@ import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,10 +16,10 @@ from pardec.cli_continuing import check_each, chosen_mode, compare_each, continu
 from pardec.cli_loading import (
     advise_tuning,
     check_options,
-    tell,
+    load_model,
     tell_of_compiling,
     tell_of_unused,
-    told_in_a_terminal,
+    tell_of_warning,
 )
 from pardec.cli_options import (
     AsChat,
@@ -45,9 +45,6 @@ from pardec.export_command import export
 from pardec.import_command import import_lora
 from pardec.push_command import push
 
-if TYPE_CHECKING:
-    from pardec.model import SelfSpeculativeModel
-
 
 def _show_version(asked: bool) -> None:
     if asked:
@@ -63,15 +60,10 @@ app = typer.Typer(
 )
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
-    """In one line as errors are, without the place in the code that it comes from."""
-    tell(f"warning: {' '.join(str(message).split())}")
-
-
 def main() -> None:
     """The console script; what is wrong with a command line is told in one line, too."""
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = tell_of_warning
         _run_command()
 
 
@@ -165,7 +157,7 @@ def generate(
         check_options(**options, mode=mode)
         tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         prompts = read_prompts(source, prompt, prompt_file, as_chat=as_chat)
-        model = _load(directory, base, device, dtype, trust_remote_code, compile)
+        model = load_model(directory, base, device, dtype, trust_remote_code, compile)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
         advise_tuning(
             model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code, as_chat=as_chat
@@ -221,7 +213,7 @@ def chat(
         }
         check_options(**options, mode=mode)
         tell_of_unused(temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        model = _load(directory, base, device, dtype, trust_remote_code, compile)
+        model = load_model(directory, base, device, dtype, trust_remote_code, compile)
         asked = mode, num_speculative_tokens, copy_tokens, use_head
         advise_tuning(
             model, directory, *asked, base=base, device=device, trust_remote_code=trust_remote_code, as_chat=True
@@ -251,7 +243,7 @@ def check(
     from pardec.run import exit_on_unusable_input
 
     with exit_on_unusable_input():
-        model = _load(directory, base, device, dtype, trust_remote_code)
+        model = load_model(directory, base, device, dtype, trust_remote_code)
 
         from pardec.console import print_check, print_thorough_check
 
@@ -306,7 +298,7 @@ def tune(
         check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
         tell_of_unused(temperature, top_k=top_k)
         dtypes = [None] if dtype is None else dict.fromkeys(dtype.split(","))
-        models = [_load(directory, base, device, one, trust_remote_code, compile) for one in dtypes]
+        models = [load_model(directory, base, device, one, trust_remote_code, compile) for one in dtypes]
 
         from pardec.tuning.measuring import QUICK, Effort
         from pardec.tuning.report import show_reports
@@ -334,22 +326,3 @@ def tune(
 app.command()(export)
 app.command(name="import")(import_lora)
 app.command()(push)
-
-
-def _load(
-    directory: str,
-    base: str | None,
-    device: str | None,
-    dtype: str | None,
-    trust_remote_code: bool,
-    compile: bool = False,
-) -> "SelfSpeculativeModel":
-    from transformers.utils import logging
-
-    import pardec
-
-    logging.disable_progress_bar()
-    with told_in_a_terminal(f"loading {directory}"):
-        return pardec.load(
-            directory, base=base, device=device, dtype=dtype, compile=compile, trust_remote_code=trust_remote_code
-        )

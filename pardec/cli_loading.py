@@ -77,6 +77,11 @@ def tell_of_compiling(compile: bool) -> None:
         tell("steps are compiled when they first come up, up to minutes, and speeds count that; torch keeps the code")
 
 
+def tell_of_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """For `warnings.showwarning`: in one line as errors are, without the place in the code that it comes from."""
+    tell(f"warning: {' '.join(str(message).split())}")
+
+
 @contextmanager
 def told_in_a_terminal(doing: str) -> Iterator[None]:
     """A line that moves on standard error, while the work inside lasts."""
@@ -87,6 +92,26 @@ def told_in_a_terminal(doing: str) -> Iterator[None]:
 
     with Console(stderr=True).status(doing):
         yield
+
+
+def load_model(
+    directory: str,
+    base: str | None,
+    device: str | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+    compile: bool = False,
+) -> "SelfSpeculativeModel":
+    """`pardec.load`, with a line that moves instead of a bar for each of the base's files."""
+    from transformers.utils import logging
+
+    import pardec
+
+    logging.disable_progress_bar()
+    with told_in_a_terminal(f"loading {directory}"):
+        return pardec.load(
+            directory, base=base, device=device, dtype=dtype, compile=compile, trust_remote_code=trust_remote_code
+        )
 
 
 def advise_tuning(

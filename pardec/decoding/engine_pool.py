@@ -105,7 +105,7 @@ def signature(base: PreTrainedModel) -> Hashable:
     for m in base.modules():
         own = vars(m)
         found += (*m._forward_hooks, *m._forward_pre_hooks, m.training)
-        objects += (m, own["forward"]) if "forward" in own else (m,)
+        objects += (m, own.get("forward", m), type(m).forward)  # the latter, too, is replaced by what patches models
         for name, value in own.items():
             if name not in _OF_ALL_MODULES:
                 found += (name, value if type(value) in _PLAIN else _setting(value))

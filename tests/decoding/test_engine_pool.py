@@ -324,6 +324,20 @@ def test_a_hook_that_is_removed_again_is_honoured(capturing):
     assert ours.generate([row], max_new_tokens=NEW).token_ids == [expected]
 
 
+def test_a_class_that_is_patched_between_two_calls_is_honoured(capturing, monkeypatch):
+    wrap, _ = capturing
+    base = tiny_model("llama")
+    ours, row = wrap(base), prompts(V, (5,))[0]
+    before = plain_generate(base, row, NEW)
+    assert ours.generate([row], max_new_tokens=NEW).token_ids == [before]
+    kind = type(base.model.layers[0].mlp)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: -own(self, x))
+    assert ours.generate([row], max_new_tokens=NEW).token_ids == [plain_generate(base, row, NEW)] != [before]
+    monkeypatch.undo()
+    assert ours.generate([row], max_new_tokens=NEW).token_ids == [before]
+
+
 def test_the_door_runs_captured_and_honours_its_own_arguments(capturing):
     wrap, made = capturing
     base = tiny_model("llama")
