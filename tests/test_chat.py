@@ -323,7 +323,7 @@ def test_a_message_that_does_not_fit_is_told_in_a_terminal_and_the_next_is_answe
 @pytest.fixture
 def run(model, monkeypatch):
     """Runs the command line with this model."""
-    monkeypatch.setattr(cli, "_load", lambda *options: model)
+    monkeypatch.setattr(cli, "load_model", lambda *options: model)
     return lambda *arguments, **options: CliRunner().invoke(cli.app, list(arguments), **options)
 
 

@@ -216,7 +216,7 @@ def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, ex
 
     ids = expected[0]
     model = pardec.load(saved)
-    monkeypatch.setattr(cli, "_load", lambda *options: model)  # loading probes the model, which drafts too
+    monkeypatch.setattr(cli, "load_model", lambda *options: model)  # loading probes the model, which drafts too
     calls = []
 
     def truth(self, logits):  # the drafts of the prefill are true, later ones are not

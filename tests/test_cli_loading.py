@@ -34,7 +34,7 @@ def test_options_are_judged_before_a_model_is_loaded(command, options, monkeypat
     def never(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(cli, "_load", never)
+    monkeypatch.setattr(cli, "load_model", never)
     ended = run(cli.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
     assert ended.code == 2
     assert BAD[options] in ended.error
@@ -45,7 +45,7 @@ def test_options_are_judged_before_a_model_is_loaded(command, options, monkeypat
 def test_who_narrows_the_law_of_greedy_texts_is_told_that_it_changes_nothing(
     command, temperature, is_told, monkeypatch
 ):
-    monkeypatch.setattr(cli, "_load", lambda *_: sys.exit(0))
+    monkeypatch.setattr(cli, "load_model", lambda *_: sys.exit(0))
     options = ("--top-p", "0.9", "--min-p", "0.1", "--temperature", temperature)
     ended = run(cli.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
     told = "greedy, so nothing is changed by --top-p and --min-p; --temperature above 0 samples\n"
@@ -53,7 +53,7 @@ def test_who_narrows_the_law_of_greedy_texts_is_told_that_it_changes_nothing(
 
 
 def test_tune_judges_its_options_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("loaded"))
     assert "temperature: expected 0" in run(cli.main, "tune", "nowhere", "--temperature", "-1").error
 
 

@@ -273,7 +273,7 @@ def test_a_cache_that_does_not_hold_the_copies_is_refused_in_one_line(ours, prom
 
 def test_copies_are_coloured_on_the_command_line(packaged_adapter, tmp_path, monkeypatch):
     save_adapter(packaged_adapter(K), tmp_path / "adapter")
-    monkeypatch.setattr(pardec.cli, "_load", lambda *options: pardec.load(tmp_path / "adapter"))
+    monkeypatch.setattr(pardec.cli, "load_model", lambda *options: pardec.load(tmp_path / "adapter"))
     asked = ["--prompt", "x = 1\n" * 9, "--max-new-tokens", "16", "--num-speculative-tokens", "0"]
     result = CliRunner().invoke(app, ["generate", "adapter", *asked, "--copy-tokens", "4", "--show-drafts"])
     assert result.exit_code == 0, result.output

@@ -29,7 +29,7 @@ def model(tiny_base, tokenizer, packaged_adapter):
 @pytest.fixture
 def run(model, monkeypatch):
     """Runs `pardec generate --compare` with this model."""
-    monkeypatch.setattr(cli, "_load", lambda *options: model)
+    monkeypatch.setattr(cli, "load_model", lambda *options: model)
     command = ["generate", "x", "--compare", "--max-new-tokens"]
     return lambda *arguments, tokens=12: CliRunner().invoke(cli.app, [*command, str(tokens), *arguments])
 
