@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from pardec.adapters.tuned import TUNED_FILE, TunedChoice, fastest_dtype, read_t
 from pardec.arguments import flag, known_dtype
 from pardec.decoding.probing.probe import probe, probe_head
 from pardec.errors import short, shown
+from pardec.layout import PLAIN
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name, has_bfloat16
 from pardec.target.base import device_or_default, load_base, load_tokenizer, refuse_by_config
@@ -96,11 +98,14 @@ def load(
 
 def _nearest_choices(model: SelfSpeculativeModel, adapter: Adapter, directory: str | Path) -> list[TunedChoice]:
     """What was tuned here, at least not compiled or only compiled, or else before the adapter shipped: all K drafts
-    would slow any CPU down."""
-    where, dtype, files = device_name(model.target.device), model.target.dtype, adapter.metadata.files
+    would slow any CPU down, and without instructions for 16 bits so would any draft at all."""
+    device, dtype, files = model.target.device, model.target.dtype, adapter.metadata.files
+    where = device_name(device)
     found = read_tuned(directory, where, dtype, model.compile, files=files)
     found = found or read_tuned(directory, where, dtype, not model.compile, files=files)
     shipped = None if found else shipped_choice(directory, where, dtype, files=files)
+    if shipped is not None and device.type == "cpu" and dtype.itemsize == 2 and not has_bfloat16(device):
+        shipped = replace(shipped, mode="plain", block_lengths=PLAIN, copy_tokens=0, tree=None)
     return found if shipped is None else [shipped]
 
 

@@ -125,6 +125,15 @@ def test_who_has_not_tuned_here_is_told_so_once(is_terminal, mode, adapter, tune
     assert screen.getvalue() == said
 
 
+def test_who_decodes_plain_as_drafts_are_slow_here_is_told_so(monkeypatch):
+    screen = Screen(is_terminal=True)
+    monkeypatch.setattr("sys.stderr", screen)
+    speeds = {"predicted_tokens_per_second": 20.0, "measured_tokens_per_second": 20.0, "plain_tokens_per_second": 10.0}
+    plain = TunedChoice("Another", "float32", False, (0,), {}, ms_per_step=1.0, conditional_acceptance=[], **speeds)
+    advise_tuning(loaded("adapter", plain), "runs/mine", None)
+    assert screen.getvalue() == f"decodes plain, as drafts may be slower in float32{FOR_HERE}"
+
+
 @pytest.mark.parametrize("asked", [(None, 2, None, None), (None, None, 4, None), (None, None, None, False)])
 def test_who_asks_for_another_way_than_the_tuned_one_is_not_told_of_it(asked, monkeypatch):
     screen = Screen(is_terminal=True)

@@ -12,6 +12,7 @@ import pardec
 from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TunedChoice, check_writable, weights_of, write_tuned
+from pardec.draft_tree import DraftTree
 from pardec.run import cache_folder, device_name
 
 NAME = "some/adapter"
@@ -138,3 +139,31 @@ def test_an_adapter_of_a_base_of_the_same_shape_can_be_moved(folder, tiny_base):
     words = r"belongs to another base .*: input embeddings: .*; adapter.transfer=true in a recipe that starts from it"
     with pytest.raises(AdapterError, match=words):
         pardec.load(folder, base=tuned)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_instructions", "mode"),
+    [
+        ("float32", False, "fused"),
+        ("bfloat16", True, "fused"),
+        ("bfloat16", False, "plain"),
+        ("float16", False, "plain"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:dtype. expected a CPU with instructions")
+def test_a_cpu_without_instructions_for_16_bits_starts_plain(adapters, monkeypatch, dtype, has_instructions, mode):
+    """There a row costs nearly what a step does, whatever was fastest elsewhere; what was tuned here stays."""
+    speeds = {"predicted_tokens_per_second": 20.0, "measured_tokens_per_second": 20.0, "plain_tokens_per_second": 10.0}
+    of = {"weights": weights_of(adapters / "embeddings"), "ms_per_step": 1.0, "conditional_acceptance": [0.5], **speeds}
+    tree = DraftTree(parents=(0, 0), ranks=(0, 1), runs=(1, 1, 1))
+    elsewhere = TunedChoice("Another CPU", dtype, False, (1, 1, 1), copy_tokens=1, tree=tree, **of)
+    monkeypatch.setattr("pardec.loading.has_bfloat16", lambda device: has_instructions)
+    monkeypatch.setattr("pardec.loading.shipped_choice", lambda *arguments, **options: elsewhere)
+    model = pardec.load(adapters / "embeddings", dtype=dtype)
+    assert model.tuned is not None
+    assert model.tuned.mode == mode
+    assert (model.generate([5, 6], max_new_tokens=4).stats.num_draft_tokens > 0) == (mode == "fused")
+    assert model.generate([5, 6], max_new_tokens=4, mode="fused").stats.num_draft_tokens > 0
+    here = TunedChoice("This CPU", dtype, False, (1, 0), **of)
+    monkeypatch.setattr("pardec.loading.read_tuned", lambda *arguments, **options: [here])
+    assert pardec.load(adapters / "embeddings", dtype=dtype).tuned == here
