@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import METADATA_FILE, load_adapter
 from pardec.config.adapter_recipe import DataConfig, Recipe
 from pardec.data.corpus import Corpus, load_corpus, prompts_with_room
@@ -27,7 +28,7 @@ from pardec.training.memory_fit import fit_step, free_bytes
 from pardec.training.module import MaskTokenTrainer
 from pardec.training.peft_lora import inject_lora
 from pardec.training.running.agreement import failing_together, main_process_first, of_all
-from pardec.training.running.checkpoints import steps_done_before
+from pardec.training.running.checkpoints import read_progress, steps_done_before
 from pardec.training.running.launch import launch_told, processes_here
 from pardec.training.running.processes import JsonlTracker, make_accelerator, refuse_other_state
 from pardec.training.warm_start import warm_start
@@ -38,10 +39,21 @@ def start(recipe: Recipe) -> tuple[Accelerator, int]:
     output = Path(recipe.output_dir)
     defaults = Recipe(base="", output_dir="", data=DataConfig(path="")).of_checkpoints()
     first_step = steps_done_before(output, recipe.of_checkpoints(), METADATA_FILE, "an adapter", defaults)
+    refuse_lost_adapter(output)
     log = JsonlTracker(output / "metrics.jsonl", keep_until_step=first_step)
     accelerator = make_accelerator(recipe.train.mixed_precision, [log, *recipe.train.trackers], output)
     refuse_other_state(accelerator, output, first_step)
     return accelerator, first_step
+
+
+def refuse_lost_adapter(output: Path) -> None:
+    """Raises AdapterError if the adapter that a run has measured is not there as it was saved: no state has it."""
+    if (read_progress(output / "checkpoints") or {}).get("measured") is None:
+        return
+    try:
+        load_adapter(output)
+    except AdapterError as error:
+        raise AdapterError(f"{error}; the best of this run is lost, choose another output_dir") from None
 
 
 def launch_of(recipe: Recipe, accelerator: Accelerator) -> str:

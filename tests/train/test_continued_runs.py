@@ -169,3 +169,18 @@ def test_a_run_that_an_older_version_began_is_continued(begun, text_file, tmp_pa
     ended = train(output, text_file, "train.steps=1", "data.min_kept_share=0.25")  # which no checkpoint depends on
     assert ended.code == 0, ended.err[-2000:]
     change_state(output, lambda state: state["data_sha256"][63])  # is there from now on
+
+
+@pytest.mark.parametrize("file", ["mask_embeddings.safetensors", "pardec.json"])
+@pytest.mark.parametrize("steps_left", [0, 2])
+def test_a_run_whose_best_adapter_is_lost_is_not_said_to_hold_it(whole, text_file, tmp_path, file, steps_left):
+    output = shutil.copytree(whole, tmp_path / "run")
+    if steps_left:
+        (newest,) = (output / "checkpoints").iterdir()
+        state = json.loads((newest / "state.json").read_text())
+        (newest / "state.json").write_text(json.dumps({**state, "step": state["step"] - steps_left}))
+        newest.rename(newest.with_name(f"step-{state['step'] - steps_left:09}"))
+    (output / file).unlink()
+    before = (output / "metrics.jsonl").read_bytes()
+    assert "the best of this run is lost, choose another output_dir" in train(output, text_file, *WHOLE).error
+    assert (output / "metrics.jsonl").read_bytes() == before
