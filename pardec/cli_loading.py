@@ -147,11 +147,11 @@ def advise_tuning(
     command, how = f"pardec tune {shlex.quote(directory)} {options}", f"{here[1]}{', compiled,' * model.compile}"
     if model.tuned is None:
         tell(f"not tuned for {how} on this device, perhaps slower than plain: {command}")
-    elif (model.tuned.device, model.tuned.dtype, model.tuned.compile) != here and model.tuned.mode == "plain":
-        tell(f"decodes plain, as drafts may be slower in {how}; for {how} here: {command}")
     elif (model.tuned.device, model.tuned.dtype, model.tuned.compile) != here:
         fastest = f"{model.tuned.dtype}{', compiled,' * model.tuned.compile} on {model.tuned.device}"
-        tell(f"drafts as was fastest in {fastest}; for {how} here: {command}")
+        is_plain = model.tuned.mode == "plain"
+        does = f"decodes plain, as drafts may be slower in {how}" if is_plain else f"drafts as was fastest in {fastest}"
+        tell(f"{does}; for {how} here: {command}")
     else:
         from pardec.tuning.report import describe
 
