@@ -22,7 +22,7 @@ from pardec.decoding.capture import power_of_two
 from pardec.decoding.copying import num_sources
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine
-from pardec.decoding.engine_pool import EnginePool, arithmetic, signature
+from pardec.decoding.engine_pool import EnginePool, Same, arithmetic, signature
 from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.probing.shared_length import shared_length_limit
 from pardec.decoding.rows import RowForward
@@ -69,7 +69,8 @@ class Engines:
         self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
         self.choices: list[TunedChoice] = []
         self._survey: Survey | None = None
-        self._surveyed: Hashable = None  # the signature of the base then
+        self._modules: Same | None = None  # of the base when it was surveyed
+        self._surveyed: Hashable = None  # its signature when that was last looked at
         self._linears: dict[bool, PackedLinears] = {}
         self._pool = EnginePool()
 
@@ -251,15 +252,11 @@ class Engines:
         target, K = self.target, drafting.num_speculative_tokens
         if K and (self.gate is not None or drafting.head is not None):
             refuse_compiled(target.base)
-        if self._survey is None:
-            self._survey = survey(target)
         now = signature(target.base) if self.capture or self.compile else None  # which takes milliseconds
-        if self.compile and self._surveyed not in (None, now):  # code that is traced goes by what was seen of inputs
-            self._survey, self._linears = survey(target), {}
-        self._surveyed = now
+        facts = self._facts(now)
         # on a CPU what a LoRA adds to a packed weight costs plain steps something
         with_lora = self.gate is not None and (K > 0 or target.device.type != "cpu")
-        linears = self._packed(self._survey, with_lora=with_lora)
+        linears = self._packed(facts, with_lora=with_lora)
         # graphs hold on to addresses, compiled code to modules
         key = None
         if law.key is not None and (self.capture or self.compile):
@@ -272,11 +269,28 @@ class Engines:
             key = (shape, on)
         engine = None if key is None else self._pool.take(key)
         if engine is None:
-            engine = self._new_engine(self._survey, law, drafting, linears)
+            engine = self._new_engine(facts, law, drafting, linears)
         elif law.generator is not None:
             assert engine.decoder.law.generator is not None
             engine.decoder.law.generator.manual_seed(law.generator.initial_seed())
         return key, engine
+
+    def _facts(self, now: Hashable) -> Survey:
+        """What a forward of the base shows, looked at again once it has other modules.
+
+        Args:
+            now: the signature of the base; None where nothing goes by it.
+        """
+        if self._survey is not None and now is not None and now == self._surveyed:
+            return self._survey
+        modules = Same(self.target.base.modules())
+        if self._modules not in (None, modules):
+            self._make_room()  # of graphs and packed weights that nobody asks for again
+            self._survey = None
+        if self._survey is None or self.compile:  # code that is traced goes by what was seen of inputs
+            self._survey, self._linears = survey(self.target), {}
+        self._modules, self._surveyed = modules, now
+        return self._survey
 
     def _new_engine(self, facts: Survey, law: TokenLaw, drafting: Drafting, linears: PackedLinears) -> Engine:
         K, no_eos = drafting.num_speculative_tokens, torch.empty(0, dtype=torch.long)

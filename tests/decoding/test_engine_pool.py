@@ -2,7 +2,7 @@
 
 import itertools
 from contextlib import ExitStack
-from copy import copy
+from copy import copy, deepcopy
 
 import pytest
 import torch
@@ -216,6 +216,12 @@ def replace_module(base):
     assert base.model.layers[1].mlp is not old
 
 
+def put_a_copy_of_another_layer_in_place_of_a_layer(base):
+    layer = deepcopy(base.model.layers[0])  # with a configuration of its own
+    layer.self_attn.layer_idx = 1
+    base.model.layers[1] = layer
+
+
 def add_hook(base):
     base.model.layers[0].mlp.register_forward_hook(lambda module, args, output: -output)
 
@@ -229,13 +235,33 @@ def replace_forward(base):
     mlp.forward = lambda x: -type(mlp).forward(mlp, x)
 
 
-@pytest.mark.parametrize(
-    "change", [replace_weight, change_weight_in_place, replace_module, add_hook, add_pre_hook, replace_forward]
-)
+CHANGES = [
+    replace_weight,
+    change_weight_in_place,
+    replace_module,
+    put_a_copy_of_another_layer_in_place_of_a_layer,
+    add_hook,
+    add_pre_hook,
+    replace_forward,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changes_of_the_base_between_two_calls_are_honoured(capturing, change):
     wrap, _ = capturing
     base = tiny_model("llama")
-    ours, rows = wrap(base), prompts(V, (5, 2))
+    honours(wrap(base), base, change)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_the_base_between_two_calls_are_honoured_where_nothing_is_captured(change):
+    base = tiny_model("llama")
+    honours(SelfSpeculativeModel(base, None, make_adapter(base, K, lora_rank=2)), base, change)
+
+
+def honours(ours, base, change):
+    """Before and after the change calls give what the base itself then gives."""
+    rows = prompts(V, (5, 2))
     before = [plain_generate(base, row, NEW) for row in rows]
     for mode in ("fused", "plain"):
         assert ours.generate(rows, max_new_tokens=NEW, mode=mode).token_ids == before
