@@ -256,6 +256,11 @@ def nested_block_lengths(num_anchors: int, num_speculative_tokens: int, ratio: f
 
     Source: nested token dropping of PARD, arXiv:2504.18583, section 3.3 (conditional drop).
     """
-    shares = [max(floor, ratio**j) for j in range(num_speculative_tokens)]
-    kept = [max(1, round(share * num_anchors)) for share in shares]
+    kept = blocks_by_depth(num_anchors, num_speculative_tokens, ratio, floor)
     return tuple(sum(number > block for number in kept) for block in range(num_anchors))
+
+
+def blocks_by_depth(num_anchors: int, num_speculative_tokens: int, ratio: float, floor: float) -> tuple[int, ...]:
+    """How many of the blocks of `nested_block_lengths` have each of their K mask tokens; together all mask rows."""
+    shares = [max(floor, ratio**j) for j in range(num_speculative_tokens)]
+    return tuple(max(1, round(share * num_anchors)) for share in shares)

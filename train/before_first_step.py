@@ -56,6 +56,25 @@ def refuse_lost_adapter(output: Path) -> None:
         raise AdapterError(f"{error}; the best of this run is lost, choose another output_dir") from None
 
 
+def told_of_finished(recipe: Recipe) -> str:
+    """That a run has all its steps behind it.
+
+    Raises:
+        ValueError: if what it left has other numbers than the recipe asks for.
+    """
+    output, asked = recipe.output_dir, recipe.adapter.dtype
+    found = load_adapter(output).metadata.training["recipe"]["adapter"].get("dtype", "float32")
+    if found != asked:
+        raise ValueError(
+            f"output_dir {output}: expected adapter.dtype = {asked} as in this recipe, found the adapter of a finished "
+            f"run in {found}; choose another output_dir"
+        )
+    return (
+        f"{output} already holds the adapter of this recipe, trained for all {recipe.train.steps} steps; "
+        "whether base or data have changed since was not looked at"
+    )
+
+
 def launch_of(recipe: Recipe, accelerator: Accelerator) -> str:
     """The processes, what lies in each and what a step is."""
     base_is = {False: "whole in each", True: "sharded over all", "machine": "sharded over those of each machine"}

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from before_first_step import begin_module, launch_of, load_target, make_loader, read_data, sizes_of, start
+from before_first_step import (
+    begin_module,
+    launch_of,
+    load_target,
+    make_loader,
+    read_data,
+    sizes_of,
+    start,
+    told_of_finished,
+)
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -42,7 +51,7 @@ def train(recipe: Recipe) -> None:
     output, train = Path(recipe.output_dir), recipe.train
     accelerator, first_step = start(recipe)
     if first_step == train.steps:
-        accelerator.print(f"{output} already holds the adapter of this recipe, trained for all {train.steps} steps")
+        accelerator.print(told_of_finished(recipe))
         return
 
     global_batch = train.batch_size * train.gradient_accumulation_steps * accelerator.num_processes

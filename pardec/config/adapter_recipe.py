@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from pardec.config.recipe_files import Section
 from pardec.config.train_section import TrainConfig, default_anchors
 from pardec.errors import shown
-from pardec.layout import MAX_SPECULATIVE_TOKENS, nested_block_lengths
+from pardec.layout import MAX_SPECULATIVE_TOKENS, blocks_by_depth
 from pardec.training.module import Drafter
 from pardec.training.objective import Objective
 
@@ -180,6 +180,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _anchors_fit(self) -> "Recipe":
+        most, found = self.data.max_length, self.anchors()
+        if found > most:
+            raise ValueError(f"train.anchors_per_sequence: expected at most data.max_length, {most}, found {found}")
+        return self
+
+    @model_validator(mode="after")
     def _growth_fits(self) -> "Recipe":
         growth, K = self.train.grow_speculative_tokens or [], self.adapter.num_speculative_tokens
         if growth and (growth != sorted(set(growth)) or growth[-1] != K):
@@ -255,4 +262,4 @@ class Recipe(Section):
     def mask_rows(self, num_anchors: int, max_depth: int | None = None) -> int:
         """Mask rows of a forward with so many anchors per sequence, and so many mask tokens of a block; default K."""
         K, keep = max_depth or self.adapter.num_speculative_tokens, self.train.keep
-        return self.train.batch_size * sum(nested_block_lengths(num_anchors, K, keep.ratio, keep.floor))
+        return self.train.batch_size * sum(blocks_by_depth(num_anchors, K, keep.ratio, keep.floor))

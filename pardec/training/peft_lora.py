@@ -82,8 +82,8 @@ def _targets(base: PreTrainedModel, asked: str | list[str]) -> tuple[str | list[
         names = [] if isinstance(asked, str) else asked
         unmatched = [one for one in names if not any(name == one or name.endswith(f".{one}") for name in chosen)]
         wrong = [name for name in chosen if not layers[name]]
-        wrong += [one for one in unmatched if _means_experts(base, [one])]
-        if wrong or (not chosen and _means_experts(base, asked)):
+        wrong += unmatched  # of several, PEFT would pass over those that are none
+        if wrong or not chosen:
             raise ValueError(
                 "adapter.lora.target_modules: expected linear layers that read every row, such as "
                 f"{', '.join(sorted({_last(name) for name in usable}))}, found {wrong[0] if wrong else asked}"

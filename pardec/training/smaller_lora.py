@@ -24,13 +24,16 @@ def cut_lora(weights: LoraWeights, present: LoraWeights) -> LoraWeights:
     lacking = [name for name in ours if name not in theirs]
     if lacking or present.rank > weights.rank:
         found = f"none for {lacking[0]}" if lacking else f"r {weights.rank}"
-        raise ValueError(f"lora: expected r {present.rank} or more for all layers of the recipe, found {found}")
+        raise ValueError(
+            f"adapter.start_from: expected a LoRA of r {present.rank} or more for all layers of the recipe, "
+            f"found {found}"
+        )
     halves, factor = {}, weights.scaling / present.scaling
     for name, (own_a, own_b) in ours.items():
         a, b = theirs[name]
         if (a.shape[1], b.shape[0]) != (own_a.shape[1], own_b.shape[0]):
             expected, found = (own_b.shape[0], own_a.shape[1]), (b.shape[0], a.shape[1])
-            raise ValueError(f"lora: {name}: expected {expected} features, found {found}")
+            raise ValueError(f"adapter.start_from: LoRA of {name}: expected {expected} features, found {found}")
         halves[name] = _of_rank(a, b, own_a, factor)
     return LoraWeights(present.config, {key: _half_of(key, halves) for key in present.tensors})
 

@@ -8,6 +8,7 @@ from pardec.config.adapter_recipe import Recipe
 from pardec.config.recipe_files import RecipeError, Section, parse_recipe
 from pardec.config.recipe_files import load_recipe as load_any_recipe
 from pardec.config.train_section import default_anchors
+from pardec.layout import nested_block_lengths
 from pardec.training.loss import OBJECTIVES
 
 MINIMAL = "base: tiny-python\noutput_dir: runs/x\ndata:\n  path: python-stdlib\n"
@@ -85,6 +86,20 @@ def test_numbers_that_yaml_leaves_strings_become_floats(write):
     overridden = load_recipe(write(MINIMAL), ["train.lora_learning_rate=2e-4", "train.position_weights=[1,1e-1,0,0]"])
     assert overridden.train.lora_learning_rate == 0.0002
     assert overridden.position_weights() == [1.0, 0.1, 0.0, 0.0]
+
+
+def test_a_sequence_has_no_more_anchors_than_tokens(write):
+    assert load_recipe(write(MINIMAL), ["data.max_length=64", "train.anchors_per_sequence=64"]).anchors() == 64
+    found = refusal(write(MINIMAL), "data.max_length=64", "train.anchors_per_sequence=65")
+    assert "train.anchors_per_sequence: expected at most data.max_length, 64, found 65" in found
+
+
+def test_mask_rows_are_those_of_the_blocks_of_a_forward(write):
+    keep = "train.keep={ratio: 0.7, floor: 0.2}"
+    recipe = load_recipe(write(MINIMAL), ["train.batch_size=3", keep, "adapter.num_speculative_tokens=5"])
+    for num_anchors in (1, 2, 7, 64):
+        blocks = nested_block_lengths(num_anchors, 5, 0.7, 0.2)
+        assert recipe.mask_rows(num_anchors) == 3 * sum(blocks)
 
 
 def test_one_position_weight_is_a_decay():

@@ -61,6 +61,12 @@ def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, 
     finished = train(cut, text_file, *WHOLE)
     assert finished.code == 0
     assert "already holds the adapter" in finished.out
+    other = train(cut, text_file, *WHOLE, "adapter.dtype=bfloat16")
+    assert other.code == 2
+    assert (
+        "expected adapter.dtype = bfloat16 as in this recipe, found the adapter of a finished run in float32"
+        in other.err
+    )
     other = train(cut, text_file, *WHOLE, "train.objective=cross_entropy")
     assert other.code == 2
     assert (

@@ -239,7 +239,7 @@ def test_unusable_input_is_refused_in_one_line_before_output_dir(override, messa
 def test_a_folder_with_another_model_is_refused(sources, tmp_path):
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "model.safetensors").write_bytes(b"theirs")
-    assert "expected an empty folder or a run to continue, found a model" in run(sources, tmp_path / "output").error
+    assert "expected a new folder or a run to continue, found a model" in run(sources, tmp_path / "output").error
     assert (tmp_path / "output" / "model.safetensors").read_bytes() == b"theirs"
 
 

@@ -111,6 +111,9 @@ def test_dense_bases_get_the_modules_of_peft_s_all_linear_byte_for_byte(family):
         ("qwen3_moe", r".*(gate|up|down)_proj", r"\.\*\(gate"),
         ("llama4_text", ["q_proj", "router"], "model.layers.0.feed_forward.router"),
         ("deepseek_v3", ["kv_b_proj"], "model.layers.0.self_attn.kv_b_proj"),
+        ("llama", ["no_such_layer"], "no_such_layer"),
+        ("llama", ["q_proj", "v_porj"], "v_porj"),
+        ("llama", "no_such_layer", "no_such_layer"),
         ("bert", ["dense"], "cls.predictions.transform.dense"),
     ],
 )
@@ -131,7 +134,10 @@ def test_named_layers_beside_the_experts_are_taken_though_experts_have_their_nam
 
 def test_versions_of_peft_that_take_every_name_as_it_stands_are_left_to_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft.utils.transformers_weight_conversion", None)
-    assert _targets(tiny_family("qwen3_moe"), ["gate_proj", "q_proj"]) == (["gate_proj", "q_proj"], [])
+    names = ["gate_proj", "o_proj"]
+    assert _targets(tiny_family("deepseek_v3"), names) == (names, [])
+    with pytest.raises(ValueError, match="found gate_proj"):  # which is the experts' alone, and no layer
+        _targets(tiny_family("qwen3_moe"), names)
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,12 @@ def test_another_scaling_alone_adds_the_same():
 
 
 def test_more_layers_and_higher_ranks_are_refused():
-    with pytest.raises(ValueError, match=r"lora: expected r 3 or more for all layers of the recipe, found r 2$"):
+    with pytest.raises(
+        ValueError, match=r"start_from: expected a LoRA of r 3 or more for all layers of the recipe, found r 2$"
+    ):
         started(random_lora(rank=2, alpha=4), r=3, alpha=4, target_modules="all-linear")
     attention = random_lora(rank=2, alpha=4, target_modules=["q_proj", "v_proj"])
     with pytest.raises(
-        ValueError, match=r"lora: expected r 2 or more for all layers .* found none for model.layers.0."
+        ValueError, match=r"start_from: expected a LoRA of r 2 or more for all layers .* found none for model.layers.0."
     ):
         started(attention, r=2, alpha=4, target_modules="all-linear")

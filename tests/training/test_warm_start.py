@@ -101,7 +101,7 @@ def test_frozen_parts_get_no_gradient_and_the_head_alone_is_trained():
     [
         ({"family": "qwen3"}, "belongs to another base: .*model_type: expected 'llama', found 'qwen3'$"),
         ({"vocab_size": 64}, "belongs to another base: .*; adapter.transfer=true starts from it nevertheless$"),
-        ({"rank": 3}, "expected r 3 or more for all layers of the recipe, found r 2"),
+        ({"rank": 3}, "expected a LoRA of r 3 or more for all layers of the recipe, found r 2"),
         ({"num_masks": 2}, r"mask_embeddings: expected shape \[2, 32\] as in the recipe, found \[3, 32\]"),
         ({"width": 6}, r"head.inner.weight: expected shape \[6, 64\] as in the recipe, found \[5, 64\]"),
         ({"width": 0}, "found none of head"),
@@ -147,7 +147,7 @@ def test_an_adapter_of_this_very_base_is_not_moved():
         ({"num_hidden_layers": 2}, SHAPE + "num_hidden_layers: expected 3, found 2$"),
         ({"num_key_value_heads": 1, "num_hidden_layers": 2}, SHAPE + "num_hidden_layers: expected 3, found 2$"),
         ({"num_key_value_heads": 4}, SHAPE + "num_key_value_heads: expected 2, found 4$"),
-        ({"intermediate_size": 40}, r"^lora: model.*mlp.*: expected \(40, 32\) features, found \(48, 32\)"),
+        ({"intermediate_size": 40}, r"^adapter.start_from: LoRA of model.*mlp.*: expected \(40, 32\) features, found \(48, 32\)"),
     ],
 )
 def test_a_base_of_another_shape_is_told_by_its_first_difference(changes, words):

@@ -100,12 +100,12 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     try:
         progress = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: expected JSON, found {error}; remove {states[-1]}") from None
+        raise ValueError(f"{file}: expected JSON, found {_read_error(error)}; {_way_out(states)}") from None
     is_state = isinstance(progress, dict) and type(progress.get("step")) is int
     recipe = progress.get("recipe", {}) if is_state else None
     train = recipe.get("train", {}) if isinstance(recipe, dict) else None
     if not isinstance(train, dict):
-        raise ValueError(f"{file}: expected step and recipe of a run, found {shown(progress)}; remove {states[-1]}")
+        raise ValueError(f"{file}: expected step and recipe of a run, found {shown(progress)}; {_way_out(states)}")
     if "num_processes" in progress and "gradient_accumulation_steps" in train:  # of a version that did not multiply
         of_each = train["batch_size"] * train["gradient_accumulation_steps"]
         progress.setdefault("global_batch", of_each * progress["num_processes"])
@@ -132,7 +132,9 @@ def steps_done_before(
         is_file = output.exists() and not output.is_dir()
         if is_file or (output / result_file).exists():
             found = "a file" if is_file else result
-            raise ValueError(f"output_dir {output}: expected an empty folder or a run to continue, found {found}")
+            raise ValueError(
+                f"output_dir {output}: expected a new folder or a run to continue, found {found}; choose another"
+            )
         return 0
     then = progress.get("recipe", {})
     differs = _first_difference(then, recipe, defaults or {})
@@ -191,13 +193,13 @@ def load_state(
     states = sorted(folder.glob("step-*"))
     if not states:
         return None
-    saved = _read_tensors(states[-1] / "parameters.safetensors")
+    saved = _read_tensors(states, "parameters.safetensors")
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(
             f"{states[-1]}: expected the parameters of this recipe ({len(parameters)}), found others ({len(saved)})"
         )
     moments: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for entry, tensor in _read_tensors(states[-1] / "optimizer.safetensors").items():
+    for entry, tensor in _read_tensors(states, "optimizer.safetensors").items():
         name, _, key = entry.rpartition(".")
         # AdamW keeps its step counter on the CPU
         moments[name][key] = tensor.to("cpu" if key == "step" else parameters[name].device)
@@ -211,8 +213,20 @@ def load_state(
     return read_progress(folder)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(states: Sequence[Path], name: str) -> dict[str, Tensor]:
+    path = states[-1] / name
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: expected safetensors, found {error}; remove {path.parent}") from None
+        raise ValueError(f"{path}: expected safetensors, found {_read_error(error)}; {_way_out(states)}") from None
+
+
+def _read_error(error: Exception) -> str:
+    return "no such file" if isinstance(error, FileNotFoundError) else str(error)
+
+
+def _way_out(states: Sequence[Path]) -> str:
+    """What to do about a newest state that cannot be read: of a run's states, oldest first."""
+    if len(states) > 1:
+        return f"remove {states[-1]} to go on from {states[-2].name}"
+    return "no older one is kept: choose another output_dir"

@@ -1,6 +1,7 @@
 """What a run that was cut off may be continued with, also where the disk was full."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -126,8 +127,32 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch, full_at):
 def test_a_state_that_tells_no_step_and_recipe_is_named(tmp_path, text):
     save_state(tmp_path / "checkpoints", 3, *trained(1), {"recipe": {}})
     (tmp_path / "checkpoints/step-000000003/state.json").write_text(text)
-    with pytest.raises(ValueError, match=r"state\.json: expected (JSON|step and recipe of a run), found .*; remove /"):
+    with pytest.raises(
+        ValueError, match=r"state\.json: expected (JSON|step and recipe of a run), found .*; no older"
+    ) as caught:
         steps_done_before(tmp_path, {}, "result", "a result")
+    assert str(caught.value).endswith("choose another output_dir")
+
+
+@pytest.mark.parametrize("file", ["state.json", "parameters.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("damage", ["removed", "cut"])
+def test_a_newest_state_that_is_damaged_is_removed_as_its_error_says_to_go_on_from_the_one_before(
+    tmp_path, file, damage
+):
+    for step in (1, 2):
+        save_state(tmp_path, step, *trained(step), {"recipe": {}}, keep=2)
+    newest = tmp_path / "step-000000002"
+    if damage == "removed":
+        (newest / file).unlink()
+    else:
+        (newest / file).write_bytes((newest / file).read_bytes()[:5])
+    found = "found no such file" if damage == "removed" else "found "
+    advice = f"; remove {newest} to go on from step-000000001"
+    with pytest.raises(ValueError, match=rf"{file}: expected (JSON|safetensors), {found}.*{advice}$"):
+        load_state(tmp_path, *trained(1))
+    shutil.rmtree(newest)
+    parameters, optimizers = trained(0)
+    assert load_state(tmp_path, parameters, optimizers) == {"step": 1, "recipe": {}}
 
 
 def test_values_of_the_newest_state_change_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
