@@ -185,7 +185,10 @@ def json_line(line: bytes, where: str) -> Any:
         DataError: if it is no JSON, beginning with `where`.
     """
     try:
-        return json.loads(line.removeprefix(BYTE_ORDER_MARK.encode()), object_pairs_hook=_without_repetition)
+        # json would guess at encodings
+        return json.loads(line.decode().removeprefix(BYTE_ORDER_MARK), object_pairs_hook=_without_repetition)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: expected UTF-8 text, found {error.reason} at byte {error.start} of it") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: expected one JSON object, found {first_line(error)}") from None
 
