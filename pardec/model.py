@@ -21,7 +21,7 @@ from pardec.decoding.asking.messages import Messages, message_ids
 from pardec.decoding.asking.prompts import Prompts, token_ids
 from pardec.decoding.engine import Engine
 from pardec.decoding.engines import Engines
-from pardec.decoding.kept_cache import KeptCache, circumstances
+from pardec.decoding.kept_cache import KeptCache
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, counts_of, outputs_of
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.decoding.verify import Verification
@@ -225,7 +225,7 @@ class SelfSpeculativeModel:
         text = TextStream(self.tokenizer)
         made_by, begun, num_kept, has_begun, seconds = None, None, 0, False, 0.0
         if kept is not None:
-            made_by = (self.engines, circumstances(self.base_model))
+            made_by = (self.engines, self.engines.circumstances.now())
             begun, num_kept = kept.begin(ids[0], made_by), kept.num_reused
         with made as engine, closing(engine.run(ids, kept=begun, num_kept=num_kept)) as steps:
             try:

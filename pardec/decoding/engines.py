@@ -23,6 +23,7 @@ from pardec.decoding.copying import num_sources
 from pardec.decoding.drafting import HeadDrafter
 from pardec.decoding.engine import Engine
 from pardec.decoding.engine_pool import EnginePool, Same, arithmetic, signature
+from pardec.decoding.kept_cache import Circumstances
 from pardec.decoding.prepack import PackedLinears
 from pardec.decoding.probing.shared_length import shared_length_limit
 from pardec.decoding.rows import RowForward
@@ -49,6 +50,7 @@ class Engines:
         head: the adapter's sampler head, or None.
         compile: steps run under torch.compile.
         capture: steps run as CUDA graphs.
+        circumstances: of the base, on which what is kept from call to call depends.
         choices: of `pardec tune`, for this device and dtype; one of them is used where nothing else is asked for than
             its mode.
     """
@@ -73,6 +75,7 @@ class Engines:
         self._surveyed: Hashable = None  # its signature when that was last looked at
         self._linears: dict[bool, PackedLinears] = {}
         self._pool = EnginePool()
+        self.circumstances = Circumstances(base)
 
     @cached_property
     def shared_limit(self) -> int | None:
@@ -316,6 +319,7 @@ class Engines:
 
     def _make_room(self) -> None:
         self._pool.clear()
+        self.circumstances.free()
         for linears in self._linears.values():
             linears.free()
 

@@ -3,6 +3,7 @@
 Knows token ids; no messages and no text.
 """
 
+import threading
 from collections.abc import Hashable, Iterator
 
 import torch
@@ -11,14 +12,43 @@ from transformers import PreTrainedModel
 
 from pardec.decoding.engine_pool import arithmetic, signature
 from pardec.decoding.state import DecodeState
+from pardec.decoding.weight_watch import WeightWatch
 from pardec.target.cache import SlotCache
 
 
-def circumstances(base: PreTrainedModel) -> Hashable:
-    """Changes with what keys and values depend on besides the tokens: weights, modules, hooks, arithmetic."""
-    tensors = [tensor for module in base.modules() for tensor in _tensors(module)]
-    written = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
-    return signature(base), arithmetic(base.device), written
+class Circumstances:
+    """What keys and values of a base depend on besides the tokens: weights, modules, hooks, arithmetic."""
+
+    def __init__(self, base: PreTrainedModel):
+        """Takes the base; looks at nothing yet."""
+        self._base = base
+        self._lock = threading.Lock()
+        self._watch: WeightWatch | None = None
+        self._num_changes = 0
+
+    def now(self) -> Hashable:
+        """Another value than the last time if any of it has changed since.
+
+        Numbers are compared, whoever has written to them; of tensors that are no plain ones, as quantised weights are
+        not, it is noticed what was written by torch.
+        """
+        tensors = {id(tensor): tensor for module in self._base.modules() for tensor in _tensors(module)}.values()
+        written = tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+        with self._lock:
+            self._compare([tensor for tensor in tensors if _has_numbers(tensor)])
+            return signature(self._base), arithmetic(self._base.device), written, self._num_changes
+
+    def free(self) -> None:
+        """Lets go of what makes the next look quick."""
+        with self._lock:
+            if self._watch is not None:
+                self._watch.free()
+
+    def _compare(self, tensors: list[Tensor]) -> None:
+        if self._watch is None or not self._watch.holds(tensors):
+            newer = WeightWatch(tensors)
+            self._watch = newer if self._watch is None else self._watch.renewed(newer)
+            self._num_changes += 1
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -28,12 +58,20 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
             yield value
 
 
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether these lie in memory as the dtype says, in a tensor of torch's own kind."""
+    return (
+        type(tensor) in (nn.Parameter, Tensor)
+        and tensor.layout == torch.strided
+        and not (tensor.is_meta or tensor.is_conj())
+    )
+
+
 class KeptCache:
     """What `stream(..., kept=)` leaves for the next call: the longest common beginning is not run again.
 
     A copy, so that calls with one of these do not disturb each other, nor any other call. It is of no use to another
-    model, or once weights were replaced or written to: then everything is run. What is written past torch, through
-    `weight.data`, goes unnoticed; make a new one then.
+    model, or once weights were replaced or written to: then everything is run.
 
     Attributes:
         token_ids: whose keys and values are kept.

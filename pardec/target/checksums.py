@@ -54,6 +54,8 @@ def launched_checksum(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if not tensor.numel():
         return tensor.new_zeros(1, dtype=torch.int64)
+    if not tensor.dim():
+        tensor = tensor[None]
     row_bytes = tensor.shape[-1] * tensor.element_size()
     bits = next(word for word in _WORDS if row_bytes % word.itemsize == 0)
     tensor = tensor.resolve_neg().contiguous()

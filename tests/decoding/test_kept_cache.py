@@ -198,6 +198,26 @@ def test_another_model_and_other_weights_run_everything():
         assert kept.num_reused == 0
 
 
+WEIGHTS = {
+    "linear layer": lambda model: model.model.layers[1].mlp.up_proj.weight,
+    "norm": lambda model: model.model.layers[0].input_layernorm.weight,
+    "embeddings": lambda model: model.get_input_embeddings().weight,
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("mode", ["fused", "plain"])
+def test_weights_that_are_written_to_past_torch_run_everything(kind, mode):
+    model = tiny_model("llama")
+    ours, kept = SelfSpeculativeModel(model, None, make_adapter(model, K, lora_rank=2)), KeptCache()
+    prompt = prompts(V, (9,))[0]
+    for factor, num_reused in ((1, 0), (1, 8), (-3, 0), (1, 8), (-1, 0), (1, 8)):
+        WEIGHTS[kind](model).data.mul_(factor)
+        found = streamed(ours, prompt, mode=mode, max_new_tokens=6, kept=kept)
+        assert found == plain_generate(model, prompt, 6)
+        assert kept.num_reused == num_reused
+
+
 @pytest.mark.parametrize("written", ["buffer", "tensor that is no parameter"])
 def test_what_is_no_parameter_and_written_to_is_noticed_too(written):
     one = tiny_model("llama")

@@ -147,7 +147,10 @@ def test_an_adapter_of_this_very_base_is_not_moved():
         ({"num_hidden_layers": 2}, SHAPE + "num_hidden_layers: expected 3, found 2$"),
         ({"num_key_value_heads": 1, "num_hidden_layers": 2}, SHAPE + "num_hidden_layers: expected 3, found 2$"),
         ({"num_key_value_heads": 4}, SHAPE + "num_key_value_heads: expected 2, found 4$"),
-        ({"intermediate_size": 40}, r"^adapter.start_from: LoRA of model.*mlp.*: expected \(40, 32\) features, found \(48, 32\)"),
+        (
+            {"intermediate_size": 40},
+            r"^adapter.start_from: LoRA of model.*mlp.*: expected \(40, 32\) features, found \(48, 32\)",
+        ),
     ],
 )
 def test_a_base_of_another_shape_is_told_by_its_first_difference(changes, words):
