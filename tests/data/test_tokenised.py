@@ -187,6 +187,7 @@ def test_a_kill_at_any_moment_leaves_whole_shards_and_no_lock(path, chat_tokeniz
         assert all(open_shard(file) is not None for file in files)
         counts.append(len(files))
     train = make(path, chat_tokenizer, tmp_path / "cache")
+    train.kept.folder.mkdir(parents=True, exist_ok=True)  # on a busy machine nobody may have come so far
     (train.kept.folder / ".writing-1-shard-000001.safetensors").write_bytes(b"half")
     train.kept.folder.joinpath("shard-000001.safetensors").unlink(missing_ok=True)
     assert plain(train) == expected
