@@ -34,7 +34,9 @@ NumSpeculativeTokens = Annotated[
     int | None,
     typer.Option(help="drafted tokens per step; default the tuned choice, else all trained", show_default=False),
 ]
-Temperature = Annotated[float, typer.Option(help="0 is greedy, whatever is kept of the law")]
+Temperature = Annotated[
+    float, typer.Option(help="0 is greedy: the likeliest token, whatever top-k, top-p and min-p are")
+]
 Mode = Annotated[
     str | None, typer.Option(help="fused, two_pass or plain; default the tuned choice, else fused", show_default=False)
 ]

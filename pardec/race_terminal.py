@@ -98,7 +98,8 @@ def run_races(
         elif not console.is_terminal:
             print(pair.drafted.text[0], flush=True)  # as it is: rich would break lines and draw :names: of emoji
     if not as_json:
-        _print_summary(console, pairs, mode, is_sampled=bool(options["temperature"]))
+        is_sampled, is_tuned = bool(options["temperature"]), model.tuned is not None
+        _print_summary(console, pairs, mode, is_sampled=is_sampled, is_tuned=is_tuned)
     return all(pair.identical or pair.tie for pair in pairs)
 
 
@@ -181,7 +182,7 @@ def _panels(console: Console, tracks: Sequence[_Track], *, is_whole: bool) -> Re
     return row
 
 
-def _print_summary(console: Console, pairs: Sequence[Pair], mode: str, *, is_sampled: bool) -> None:
+def _print_summary(console: Console, pairs: Sequence[Pair], mode: str, *, is_sampled: bool, is_tuned: bool) -> None:
     """The table over all prompts, the ratio, and whether the tokens were the same."""
     lengths = ("mean acceptance\nlength", "tokens\nper step")
     table = Table("mode", "new\ntokens", "forwards", *lengths, "tokens/s", "ratio to\nplain")
@@ -204,6 +205,8 @@ def _print_summary(console: Console, pairs: Sequence[Pair], mode: str, *, is_sam
     console.print(table)
     if len(pairs) > 1:
         console.print(f"ratio: the median of {len(pairs)} prompts, from {min(ratios):.2f} to {max(ratios):.2f}")
+    if not is_tuned and statistics.median(ratios) < 1:
+        console.print("slower than plain, and not tuned for this device: see `pardec tune`")
     different = [(number, pair.tie) for number, pair in enumerate(pairs, start=1) if not pair.identical]
     said = []
     for number, tie in different:

@@ -378,7 +378,7 @@ def test_door_honours_processors_and_criteria(llama, ours):
                     ids, max_new_tokens=16, do_sample=False, custom_generate=ours, mode=mode, **options
                 )
             else:
-                with pytest.warns(UserWarning, match="run row by row on the host"):
+                with pytest.warns(UserWarning, match="called row by row on the host"):
                     found = llama.generate(
                         ids, max_new_tokens=16, do_sample=False, custom_generate=ours, mode=mode, **options
                     )
@@ -463,7 +463,7 @@ def test_custom_processor_of_the_users_own_is_honoured(llama, ours):
     ids = torch.tensor([ROWS[2]])
     options = {"max_new_tokens": 12, "do_sample": False, "logits_processor": LogitsProcessorList([Never()])}
     expected = llama.generate(ids, **options)
-    with pytest.warns(UserWarning, match="Never run row by row"):
+    with pytest.warns(UserWarning, match="called row by row on the host.*: Never"):
         assert torch.equal(llama.generate(ids, custom_generate=ours, **options), expected)
 
 

@@ -210,3 +210,15 @@ def test_nothing_is_compiled_while_the_clock_runs(run, model, tmp_path, monkeypa
     assert ended.exit_code == 0, ended.output
     few = [("plain", 8), ("fused", 8)]
     assert warmed[:4] == ([("plain", 20), ("fused", 20)] * 2 if compiles else few)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "is_tuned", "is_told"), [(0.9, False, True), (1.1, False, False), (0.9, True, False)]
+)
+def test_who_is_slower_than_plain_and_has_not_tuned_is_told_to(model, run, monkeypatch, ratio, is_tuned, is_told):
+    monkeypatch.setattr(race_terminal.Pair, "ratio", ratio)
+    if is_tuned:
+        monkeypatch.setattr(SelfSpeculativeModel, "tuned", SimpleNamespace(mode="fused"))
+        monkeypatch.setattr(SelfSpeculativeModel, "tuned_for", lambda self, *options, **more: None)
+    result = run("--prompt", PROMPT, tokens=4)
+    assert ("see `pardec tune`" in result.output) == is_told

@@ -131,7 +131,11 @@ def farewell(output: Path, best: float, *, is_chat: bool) -> str:
         what = "has learned nothing" if is_new else "is what it started from"
         return f"{found}\nno step made it better: what is kept {what}; try lower learning rates or other data"
     prompt = "--chat --prompt 'Explain how a rainbow forms.'" if is_chat else "--prompt 'def main():'"
-    return f"{found}\ntry: pardec generate {output} --compare {prompt}"
+    how = " --chat --prompt-file YOUR_PROMPTS.jsonl" if is_chat else ""
+    return (
+        f"{found}\ntry: pardec generate {output} --compare {prompt}\n"
+        f"choose how much it drafts on your device, or it may be slower than plain: pardec tune {output}{how}"
+    )
 
 
 # ---------------------------------------------------------------------- steps
@@ -161,7 +165,10 @@ def take_steps(
             if is_main and first_step == 0 and read_progress(checkpoints) is None:
                 save(0, best, None)  # a run that is killed before its first checkpoint is one to continue, too
         if first_step % recipe.eval.every == 0 and measured != first_step:
+            progress.set_description(f"measuring step {first_step}")
             best, measured = examiner.measure(first_step, best), first_step
+            progress.set_description("")
+            progress.unpause()  # what steps take is not told by that
         for step in range(first_step + 1, train.steps + 1):
             is_last = step == train.steps
             is_logged = step % train.log_every == 0 or is_last

@@ -88,7 +88,7 @@ class TokenLaw:
     def __post_init__(self) -> None:
         if self.needs_prefix:
             names = ", ".join(type(p).__name__ for p in self.processors if type(p) not in _WARPERS)
-            warnings.warn(f"{names} run row by row on the host, which slows every step", stacklevel=3)
+            warnings.warn(f"called row by row on the host, which slows every step: {names}", stacklevel=3)
 
     @property
     def key(self) -> Hashable:

@@ -53,7 +53,7 @@ def _commands(record: ExportRecord, folder: str) -> str:
         f"from transformers import AutoModelForCausalLM, AutoTokenizer\n{needed}\n"
         f"tokenizer = AutoTokenizer.from_pretrained({source})\n"
         f"model = AutoModelForCausalLM.from_pretrained({load})\n"
-        f'inputs = tokenizer("def quicksort(xs):", return_tensors="pt")\n'
+        f'inputs = tokenizer("def quicksort(xs):", return_tensors="pt")  # of a chat model apply_chat_template\n'
         f"out = model.generate(**inputs, max_new_tokens=64{more})\n"
         "print(tokenizer.decode(out[0], skip_special_tokens=True))"
     )
@@ -63,7 +63,9 @@ def _notes(record: ExportRecord, folder: Path) -> str:
     return (
         "It needs the package pardec. Greedy search and sampling, batches padded on the left, `streamer=`, "
         "`stop_strings=` and pipelines work as ever; `num_speculative_tokens=`, `mode=` (fused, two_pass, plain) and "
-        "`use_head=` may be given as well."
+        "`use_head=` may be given as well. "
+        f"How much is drafted was chosen for no device yet, so it may be slower than plain: "
+        f"`pardec tune {folder.name}` chooses for yours, and leaves tuned.json here, which `generate` goes by."
     )
 
 

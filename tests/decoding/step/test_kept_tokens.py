@@ -102,7 +102,7 @@ class Reversed(LogitsProcessor):
         return -scores
 
 
-@pytest.mark.filterwarnings("ignore:Reversed run row by row")
+@pytest.mark.filterwarnings("ignore:called row by row")
 def test_processors_of_a_users_own_do_not_reach_drafts():
     logits = torch.randn(1, 2, V, generator=torch.Generator().manual_seed(1))
     law = TokenLaw(False, (Reversed(), TopKLogitsWarper(5)), torch.Generator().manual_seed(0))
