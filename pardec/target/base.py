@@ -147,14 +147,22 @@ def refuse_by_config(config: "PretrainedConfig") -> None:
     """Refuses what a configuration already shows; `pardec.decoding.probing.probe` finds the rest by running the model.
 
     Raises:
-        UnsupportedModelError: for encoder-decoders and positional biases that explicit masks do not reach.
+        UnsupportedModelError: for encoder-decoders, positional biases that explicit masks do not reach, and attention
+            to the best keys alone, among which ties fall by luck, also in the model's own cached decoding.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{config.model_type}: expected a causal language model, found an encoder-decoder")
-    if getattr(config.get_text_config(decoder=True), "alibi", False):
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "alibi", False):
         raise UnsupportedModelError(
             f"{config.model_type}: expected positions by rope or table, found alibi biases, which follow the "
             "order of the rows instead of their positions"
+        )
+    kept = getattr(text, "keep_window_size", None)
+    if kept is not None:
+        raise UnsupportedModelError(
+            f"{config.model_type}: expected attention to all keys that a mask shows, found keep_window_size {kept}: "
+            "to the best so many alone, of which equal ones are kept or not by how many others there are"
         )
 
 

@@ -13,7 +13,7 @@ WORK = ["bert", "cohere2", "minicpm3", "ministral3", "gemma4_text without embedd
 REFUSED = {
     "mamba": "layers of kind linear_attention",
     "gpt_neo": "found",  # its windows stand in a mask of its own
-    "doge": "found",  # keeps its best keys only
+    "doge": "found keep_window_size 8",
     "xlnet": "found",
     "musicgen": "found an encoder-decoder",
     "gemma3n": "timm",  # a package that is not there
