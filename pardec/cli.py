@@ -110,7 +110,8 @@ def generate(
     prompt_file: Annotated[
         str | None,
         typer.Option(
-            help="a text, or .jsonl with a 'prompt' (or 'turns', of a --chat) per line; - reads standard input"
+            help="a text, or .jsonl with a 'prompt' per line (or 'turns' of a --chat, whose first is taken); - reads "
+            "standard input"
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="limit per prompt")] = 128,

@@ -104,7 +104,10 @@ def _publish(incoming: Path, directory: Path) -> None:
     for name in names:
         (directory / name).parent.mkdir(exist_ok=True)
         copy = directory / f"{name}.new"
-        shutil.copyfile(incoming / name, copy)
+        try:
+            shutil.copyfile(incoming / name, copy)
+        except OSError as error:  # which names what is copied, also where there is no room for the copy
+            raise OSError(f"{copy}: expected a file that can be written, found {error.strerror}") from None
         _sync(copy)
         os.replace(copy, directory / name)
     # renamed first, so that a half-removed folder is never taken for a complete one

@@ -285,6 +285,9 @@ class LoraGate:
             rows = here.rows
             if rows is None:
                 return None
+            if not isinstance(output, Tensor):  # as of routers, in some mixtures of experts
+                kind = type(module).__name__
+                raise ValueError(f"lora: expected layers that give a tensor, found a {kind} that gives more")
             x, as_given = args[0], output.shape
             given = x
             if x.shape[:-1] != here.shape:

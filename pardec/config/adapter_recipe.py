@@ -138,7 +138,7 @@ class EvalConfig(Section):
     num_prompts: int = Field(default=16, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.8, gt=0)
+    temperature: float = Field(default=0.8, ge=1e-4, lt=math.inf)
     top_k: int | None = Field(default=10, ge=1)
 
 

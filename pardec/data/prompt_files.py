@@ -91,7 +91,7 @@ def _prompts_of_file(path: Path, as_chat: bool) -> list[str]:
 def _prompt_of(row: Any, as_chat: bool, where: str) -> str:
     prompt = row.get("prompt") if isinstance(row, dict) else None
     turns = row.get("turns") if isinstance(row, dict) and "prompt" not in row else None
-    if isinstance(turns, list) and turns:
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
         prompt = turns[0] if as_chat else None
     if isinstance(prompt, str) and prompt:
         return prompt

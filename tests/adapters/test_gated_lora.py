@@ -373,6 +373,25 @@ def test_rows_that_do_not_fit_the_forward_are_refused(trained, ids):
 # ---------------------------------------------------------------------- training
 
 
+def test_layers_that_give_more_than_a_tensor_are_refused(make_llama, ids):
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    base = make_llama()
+    inject = random_lora(copy.deepcopy(base), target_modules=["up_proj"])
+    weights = lora_weights(inject)
+    for layer in base.model.layers:
+        layer.mlp.up_proj.__class__ = Router
+    gate, R = LoraGate(base, weights), ids.shape[1]
+    with (
+        gate.attached(),
+        gate.open(slice(1, R), ids.shape[0], R),
+        pytest.raises(ValueError, match="lora: expected layers that give a tensor, found a Router that gives more"),
+    ):
+        base(ids)
+
+
 def test_injected_but_off_the_base_is_bitwise_unchanged(family, ids):
     base = family()
     plain = run(base, ids)

@@ -212,11 +212,12 @@ def test_a_full_disk_while_publishing_leaves_a_whole_adapter(tmp_path, monkeypat
         copied.append(target)
         if len(copied) > full_at:
             Path(target).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))  # as copyfile does
         return copyfile(source, target)
 
     monkeypatch.setattr(shutil, "copyfile", copy_on_a_full_disk)
-    with pytest.raises(OSError, match="No space left on device"):
+    words = r"\.new: expected a file that can be written, found No space left on device$"
+    with pytest.raises(OSError, match=words):
         save_adapter(new, tmp_path)
     found = load_adapter(tmp_path)
     assert same(found, old) or same(found, new)

@@ -30,8 +30,8 @@ def test_lines_with_turns_are_read_for_chats_alone(tmp_path):
         read_prompts(None, None, str(path))
 
 
-@pytest.mark.parametrize("turns", [[], [""], [3], "Hello", [None, "Hello"]])
-def test_turns_that_begin_with_no_text_name_their_line(turns, tmp_path):
+@pytest.mark.parametrize("turns", [[], [""], [3], "Hello", [None, "Hello"], ["Hello", 3]])
+def test_turns_that_are_not_texts_name_their_line(turns, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"turns": turns}))
     with pytest.raises(ValueError, match=r"a\.jsonl:1: expected an object with .* or with 'turns', found "):
         read_prompts(None, None, str(tmp_path / "a.jsonl"), as_chat=True)
