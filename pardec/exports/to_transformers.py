@@ -65,7 +65,8 @@ def _notes(record: ExportRecord, folder: Path) -> str:
         "`stop_strings=` and pipelines work as ever; `num_speculative_tokens=`, `mode=` (fused, two_pass, plain) and "
         "`use_head=` may be given as well. "
         f"How much is drafted was chosen for no device yet, so it may be slower than plain: "
-        f"`pardec tune {folder.name}` chooses for yours, and leaves tuned.json here, which `generate` goes by."
+        f"`pardec tune {folder.name} --dtype DTYPE`, the one that the model is loaded in, here the base's own, chooses "
+        "for yours, and leaves tuned.json here, which `generate` goes by."
     )
 
 
