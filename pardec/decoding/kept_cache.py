@@ -22,7 +22,7 @@ class Circumstances:
     def __init__(self, base: PreTrainedModel):
         """Takes the base; looks at nothing yet."""
         self._base = base
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close a stream in here
         self._watch: WeightWatch | None = None
         self._num_changes = 0
 

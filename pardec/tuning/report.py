@@ -183,7 +183,7 @@ def describe(choice: TunedChoice, has_head: bool = False) -> str:
     ratio = choice.measured_tokens_per_second / choice.plain_tokens_per_second
     words, shape = [f"K = {choice.num_speculative_tokens}"], " ".join(map(str, choice.block_lengths))
     if not choice.num_speculative_tokens:
-        words = ["copied tokens alone, as the adapter's own drafts do not pay here"]
+        words = ["no drafts, as the adapter's do not pay here"]
     if choice.mode == "two_pass":
         words.append("two_pass")
     elif choice.tree is None and choice.num_speculative_tokens:

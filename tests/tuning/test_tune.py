@@ -238,7 +238,7 @@ def test_a_choice_in_words():
         (
             replace(TunedChoice(*facts), block_lengths=(0, 0, 0), copy_tokens=2),
             True,
-            "copied tokens alone, as the adapter's own drafts do not pay here, 2 copied tokens, 3 rows, 1.50 x plain",
+            "no drafts, as the adapter's do not pay here, 2 copied tokens, 3 rows, 1.50 x plain",
         ),
         (TunedChoice(*facts, mode="two_pass"), False, "K = 2, two_pass, 6 rows, 1.50 x plain"),
         (TunedChoice(*facts, use_head=False), True, "K = 2, blocks 2 2 2, without the head, 9 rows, 1.50 x plain"),
