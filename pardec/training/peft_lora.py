@@ -10,10 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from pardec.adapters.gated_lora import LoraWeights
-from pardec.adapters.named_layers import linear_shape
 from pardec.training.linear_layers import linear_layers
 from pardec.training.smaller_lora import cut_lora
 
@@ -44,9 +42,6 @@ def inject_lora(base: PreTrainedModel, *, r: int, alpha: float, target_modules: 
             "merge them into it first (merge_and_unload)"
         )
     modules, parameters = _targets(base, target_modules)
-    most = max((min(linear_shape(m)) for m in base.modules() if isinstance(m, nn.Linear | Conv1D)), default=r)
-    if r > most:
-        raise ValueError(f"adapter.lora.r: expected at most {most}, the ranks that a layer of the base has, found {r}")
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
