@@ -14,7 +14,7 @@ from pardec.adapters.hub import HubName, hub_name
 from pardec.adapters.packaged import tuned_folder
 from pardec.adapters.tuned import TUNED_FILE, TunedChoice, fastest_dtype, read_tuned, shipped_choice
 from pardec.arguments import flag, known_dtype
-from pardec.decoding.probing.probe import probe, probe_head
+from pardec.decoding.probing.probe import probe, probe_head, probe_lora
 from pardec.errors import short, shown
 from pardec.layout import PLAIN
 from pardec.model import SelfSpeculativeModel
@@ -190,6 +190,8 @@ def _probe(model: SelfSpeculativeModel) -> None:
         )
     if head is not None:
         probe_head(model.target, head.tap)
+    if model.engines.gate is not None:
+        probe_lora(model.target, model.engines.gate)
 
 
 def _check_loaded(base: PreTrainedModel, options: Mapping[str, object]) -> None:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.probing.probe_lengths import QUICK, LengthReport, probe_lengths
-from pardec.decoding.probing.probe_step import probe_step
+from pardec.decoding.probing.probe_step import SHORT, K, probe_decoder, probe_step, state_behind, text_of
 from pardec.target.forward import TargetModel, UnsupportedModelError
 from pardec.target.hidden import HiddenTap
 
@@ -30,6 +31,20 @@ def probe(target: TargetModel, lengths: tuple[int, ...] = QUICK) -> ProbeReport:
         UnsupportedModelError: for a model that cannot be decoded exactly, saying what was seen.
     """
     return ProbeReport(probe_step(target), probe_lengths(target, lengths))
+
+
+@torch.no_grad()
+def probe_lora(target: TargetModel, gate: LoraGate) -> None:
+    """Runs a step with a LoRA, to see that its layers read every row of it.
+
+    Raises:
+        ValueError: if one of them does not, as a head, a router and layers behind a cache of latent keys do not.
+    """
+    limit = target.max_positions
+    length = SHORT if limit is None else min(SHORT, limit - K - 2)
+    decoder, ids = probe_decoder(target, gate=gate), text_of(target, length)
+    with decoder.forward.attached():
+        decoder.step_logits(state_behind(decoder, ids))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ block of mask rows computes the same wherever it stands among the rows.
 import torch
 from torch import Tensor
 
+from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.prefill import prefill_prompts
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw
@@ -91,13 +92,13 @@ def text_of(target: TargetModel, length: int) -> Tensor:
     return torch.arange(length, device=target.device) * 7 % target.vocab_size
 
 
-def probe_decoder(target: TargetModel, seed: int = 0, scale: float = 1.0) -> Decoder:
-    """A fused greedy decoder with random mask tokens, `scale` times as large as real embeddings."""
+def probe_decoder(target: TargetModel, seed: int = 0, scale: float = 1.0, gate: LoraGate | None = None) -> Decoder:
+    """A fused greedy decoder with random mask tokens, `scale` times as large as real embeddings, and with a LoRA."""
     masks = torch.randn(K, target.embedding_dim, generator=torch.Generator().manual_seed(seed)) * scale
     size = target.embed(text_of(target, SHORT)).float().std()
     masks = (masks.to(target.device) * size).to(target.dtype)
     no_eos = torch.empty(0, dtype=torch.long, device=target.device)
-    return Decoder(RowForward(target, masks), "fused", K, TokenLaw(greedy=True), K + 2, no_eos)
+    return Decoder(RowForward(target, masks, gate), "fused", K, TokenLaw(greedy=True), K + 2, no_eos)
 
 
 def state_behind(decoder: Decoder, ids: Tensor, cache: SlotCache | None = None) -> DecodeState:

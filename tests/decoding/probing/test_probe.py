@@ -6,13 +6,15 @@ import psutil
 import pytest
 import torch
 from greedy_oracle import plain_generate, prompts
+from matrix.tiny_configs import tiny_model as tiny_family
 from tiny_models import FAMILIES, make_adapter, tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.models.auto import CONFIG_MAPPING
 
 import pardec
 from pardec.adapters.files import save_adapter
-from pardec.decoding.probing.probe import probe
+from pardec.adapters.gated_lora import LoraGate
+from pardec.decoding.probing.probe import probe, probe_lora
 from pardec.decoding.probing.probe_lengths import probe_lengths
 from pardec.decoding.probing.probe_step import probe_step
 from pardec.decoding.probing.shared_length import shared_length_limit
@@ -206,3 +208,21 @@ def test_several_sequences_are_decoded_up_to_where_their_lengths_matter_and_refu
         ours.generate(rows[:1], max_new_tokens=21, num_return_sequences=3)
     (long,) = prompts(V, (100,))
     assert ours.generate([long], max_new_tokens=20).token_ids == [plain_generate(model, long, 20)]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("phimoe", "expected layers that give a tensor, found a .*Router that gives more"),
+        ("deepseek_v3", "expected module inputs of .* rows, found"),  # keys and values of all that is cached
+        ("bert", "expected module inputs of .* rows, found"),  # the head's rows alone
+    ],
+)
+def test_a_lora_on_layers_that_do_not_read_every_row_is_refused_as_it_is_loaded(tmp_path, model_type, words):
+    base = tiny_family(model_type)
+    adapter = make_adapter(base, K, lora_rank=2)
+    with pytest.raises(ValueError, match=f"^lora: {words}"):
+        probe_lora(TargetModel.wrap(base), LoraGate(base, adapter.lora))
+    save_adapter(adapter, tmp_path)
+    with pytest.raises(ValueError, match=f"^lora: {words}"):
+        pardec.load(tmp_path, base=base)
