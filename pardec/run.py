@@ -238,6 +238,9 @@ def writing_to(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.strerror is None or error.filename is not None:
+        is_copy = error.filename2 == str(
+            path
+        )  # to which nothing more can be written, though what is copied comes first
+        if error.strerror is None or (error.filename is not None and not is_copy):
             raise
         raise OSError(f"{path}: expected a file that can be written, found {error.strerror}") from None

@@ -22,7 +22,7 @@ from pardec.adapters.hub import HubName, hub_file, hub_name
 from pardec.adapters.json_files import is_inside, read_object
 from pardec.adapters.packaged import PACKAGED_ADAPTERS, adapter_folder, is_packaged_base
 from pardec.errors import first_line, problem, short, shown
-from pardec.run import file_sha256, save_tensors
+from pardec.run import file_sha256, save_tensors, writing_to
 
 METADATA_FILE = "pardec.json"
 EMBEDDINGS_FILE = "mask_embeddings.safetensors"
@@ -104,10 +104,8 @@ def _publish(incoming: Path, directory: Path) -> None:
     for name in names:
         (directory / name).parent.mkdir(exist_ok=True)
         copy = directory / f"{name}.new"
-        try:
+        with writing_to(copy):
             shutil.copyfile(incoming / name, copy)
-        except OSError as error:  # which names what is copied, also where there is no room for the copy
-            raise OSError(f"{copy}: expected a file that can be written, found {error.strerror}") from None
         _sync(copy)
         os.replace(copy, directory / name)
     # renamed first, so that a half-removed folder is never taken for a complete one

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from pardec.config.recipe_files import Section
 from pardec.config.train_section import TrainConfig, default_anchors
+from pardec.decoding.sampling import LEAST_TEMPERATURE
 from pardec.errors import shown
 from pardec.layout import MAX_SPECULATIVE_TOKENS, blocks_by_depth
 from pardec.training.module import Drafter
@@ -138,7 +139,7 @@ class EvalConfig(Section):
     num_prompts: int = Field(default=16, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=0.8, ge=1e-4, lt=math.inf)
+    temperature: float = Field(default=0.8, ge=LEAST_TEMPERATURE, lt=math.inf)
     top_k: int | None = Field(default=10, ge=1)
 
 

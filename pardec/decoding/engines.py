@@ -284,16 +284,18 @@ class Engines:
         Args:
             now: the signature of the base; None where nothing goes by it.
         """
-        if self._survey is not None and now is not None and now == self._surveyed:
-            return self._survey
+        facts = self._survey
+        if facts is not None and now is not None and now == self._surveyed:
+            return facts
         modules = Same(self.target.base.modules())
-        if self._modules not in (None, modules):
+        has_others = self._modules not in (None, modules)
+        if has_others:
             self._make_room()  # of graphs and packed weights that nobody asks for again
-            self._survey = None
-        if self._survey is None or self.compile:  # code that is traced goes by what was seen of inputs
-            self._survey, self._linears = survey(self.target), {}
+        if facts is None or has_others or self.compile:  # code that is traced goes by what was seen of inputs
+            facts = self._survey = survey(self.target)
+            self._linears = {}
         self._modules, self._surveyed = modules, now
-        return self._survey
+        return facts
 
     def _new_engine(self, facts: Survey, law: TokenLaw, drafting: Drafting, linears: PackedLinears) -> Engine:
         K, no_eos = drafting.num_speculative_tokens, torch.empty(0, dtype=torch.long)

@@ -39,6 +39,7 @@ _WARPERS = (
 
 _MANY_TIES = 16  # with the last score that top-k keeps
 _CHUNK = 64  # tokens whose largest logit is found at once
+LEAST_TEMPERATURE = 1e-4  # but for 0
 
 
 def make_warpers(
@@ -49,9 +50,9 @@ def make_warpers(
     Raises:
         ValueError: for a value out of range, naming the range and the value.
     """
-    if real(temperature) != 0 and not 1e-4 <= real(temperature) < math.inf:
-        found = shown(temperature)
-        raise ValueError(f"temperature: expected 0 (greedy) or a finite number of at least 0.0001, found {found}")
+    if real(temperature) != 0 and not LEAST_TEMPERATURE <= real(temperature) < math.inf:
+        least, found = LEAST_TEMPERATURE, shown(temperature)
+        raise ValueError(f"temperature: expected 0 (greedy) or a finite number of at least {least}, found {found}")
     top_k = None if top_k is None else integer("top_k", top_k, 1)
     if top_p is not None and not 0 < real(top_p) <= 1:
         raise ValueError(f"top_p: expected a number in (0, 1], found {shown(top_p)}")

@@ -6,7 +6,7 @@ import torch
 
 from pardec.adapters.gated_lora import LoraGate
 from pardec.decoding.probing.probe_lengths import QUICK, LengthReport, probe_lengths
-from pardec.decoding.probing.probe_step import SHORT, K, probe_decoder, probe_step, state_behind, text_of
+from pardec.decoding.probing.probe_step import probe_decoder, probe_step, prompt_tokens, state_behind, text_of
 from pardec.target.forward import TargetModel, UnsupportedModelError
 from pardec.target.hidden import HiddenTap
 
@@ -40,9 +40,7 @@ def probe_lora(target: TargetModel, gate: LoraGate) -> None:
     Raises:
         ValueError: if one of them does not, as a head, a router and layers behind a cache of latent keys do not.
     """
-    limit = target.max_positions
-    length = SHORT if limit is None else min(SHORT, limit - K - 2)
-    decoder, ids = probe_decoder(target, gate=gate), text_of(target, length)
+    decoder, ids = probe_decoder(target, gate=gate), text_of(target, prompt_tokens(target))
     with decoder.forward.attached():
         decoder.step_logits(state_behind(decoder, ids))
 

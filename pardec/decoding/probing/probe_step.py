@@ -31,7 +31,7 @@ def probe_step(target: TargetModel) -> float:
         UnsupportedModelError: if real rows depend on mask rows, if the deviation is beyond the tolerance of the
             model's dtype, if mask rows depend on the order of rows, or if the model cannot run the rows.
     """
-    ids = text_of(target, _prompt_tokens(target))
+    ids = text_of(target, prompt_tokens(target))
     try:
         with torch.no_grad():
             return _worst_deviation(target, ids)
@@ -130,7 +130,7 @@ def _prefill_logits(decoder: Decoder, ids: Tensor) -> Tensor:
     return logits[0]
 
 
-def _prompt_tokens(target: TargetModel) -> int:
+def prompt_tokens(target: TargetModel) -> int:
     """Long enough to leave a small sliding window, which a mask without windows would get wrong."""
     window = target.attention.window if SLIDING in target.attention.layer_types else None
     length = SHORT if not window or window > 256 else max(SHORT, window + 4)
