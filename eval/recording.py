@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 import pardec
 from pardec.chat import Chat
-from pardec.chat_terminal import PROMPT, TerminalTalk
+from pardec.cli.chat_terminal import PROMPT, TerminalTalk
 from pardec.run import exit_on_unusable_input, written_aside
 
 COLUMNS = 100

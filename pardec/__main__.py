@@ -1,5 +1,5 @@
 """`python -m pardec`, the command line for environments without console scripts."""
 
-from pardec.cli import main
+from pardec.cli.program import main
 
 main()

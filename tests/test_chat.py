@@ -16,10 +16,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import pardec
-from pardec import chat_terminal, cli
 from pardec.adapters.files import save_adapter
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
-from pardec.chat_terminal import TerminalTalk, run_chat
+from pardec.cli import chat_terminal, program
+from pardec.cli.chat_terminal import TerminalTalk, run_chat
 from pardec.decoding import verifier
 from pardec.decoding.output import StreamChunk, TextStream, pieces_of
 from pardec.decoding.verify import VERIFICATIONS
@@ -323,8 +323,8 @@ def test_a_message_that_does_not_fit_is_told_in_a_terminal_and_the_next_is_answe
 @pytest.fixture
 def run(model, monkeypatch):
     """Runs the command line with this model."""
-    monkeypatch.setattr(cli, "load_model", lambda *options: model)
-    return lambda *arguments, **options: CliRunner().invoke(cli.app, list(arguments), **options)
+    monkeypatch.setattr(program, "load_model", lambda *options: model)
+    return lambda *arguments, **options: CliRunner().invoke(program.app, list(arguments), **options)
 
 
 def test_from_a_pipe_comes_one_message_a_line(model, run):

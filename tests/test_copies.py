@@ -15,7 +15,8 @@ import pardec
 from pardec.adapters.adapter import UNIFORM_NOISE
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TunedChoice
-from pardec.cli import app
+from pardec.cli import program
+from pardec.cli.program import app
 from pardec.decoding import engine as engine_module
 from pardec.decoding.output import StreamChunk, TextStream, pieces_of
 from pardec.draft_tree import DraftTree
@@ -273,7 +274,7 @@ def test_a_cache_that_does_not_hold_the_copies_is_refused_in_one_line(ours, prom
 
 def test_copies_are_coloured_on_the_command_line(packaged_adapter, tmp_path, monkeypatch):
     save_adapter(packaged_adapter(K), tmp_path / "adapter")
-    monkeypatch.setattr(pardec.cli, "load_model", lambda *options: pardec.load(tmp_path / "adapter"))
+    monkeypatch.setattr(program, "load_model", lambda *options: pardec.load(tmp_path / "adapter"))
     asked = ["--prompt", "x = 1\n" * 9, "--max-new-tokens", "16", "--num-speculative-tokens", "0"]
     result = CliRunner().invoke(app, ["generate", "adapter", *asked, "--copy-tokens", "4", "--show-drafts"])
     assert result.exit_code == 0, result.output

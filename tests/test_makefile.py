@@ -8,7 +8,7 @@ from pathlib import Path
 from typer.main import get_command
 from vllm_environment import VLLM
 
-from pardec.cli import app
+from pardec.cli.program import app
 from pardec.data.prompt_files import read_prompts
 from pardec.vllm_plugin.architectures import TESTED_VERSIONS
 

@@ -31,7 +31,7 @@ from studies.study import load_study
 from typer.main import get_command
 
 from pardec.adapters.files import load_adapter
-from pardec.cli import app
+from pardec.cli.program import app
 
 NAMED = [Path("quickstart"), Path("quickstart_embeddings")]
 

@@ -190,7 +190,7 @@ def test_a_base_of_the_hub_is_taken_from_its_cache(adapter, tiny_base, tokenizer
     tiny_base.save_pretrained(kept)
     tokenizer.save_pretrained(kept)
     arguments = ["adapter", "--to", "transformers", "--with-base", "--output", "out"]
-    code = f"import sys; sys.argv[1:] = ['export', *{arguments}]; from pardec.cli import main; main()"
+    code = f"import sys; sys.argv[1:] = ['export', *{arguments}]; from pardec.cli.program import main; main()"
     assert "out: written and checked" in run(tmp_path, code, HF_HUB_CACHE=str(tmp_path / "cache"))
     record = read_record(tmp_path / "out")
     assert (record.base.name, record.base.revision) == ("some/base", "a" * 40)

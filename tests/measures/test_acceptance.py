@@ -16,7 +16,7 @@ from tiny_models import make_adapter, tiny_model
 from typer.testing import CliRunner
 
 import pardec
-from pardec.cli import app
+from pardec.cli.program import app
 from pardec.data.corpus import held_out_prompts
 from pardec.decoding.stats import SequenceCounts, pool
 from pardec.measures.acceptance import bootstrap_interval, digest, measure_acceptance, summarise

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import pardec
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TUNED_FILE, TunedChoice, read_tuned, weights_of, write_tuned
-from pardec.cli import app
+from pardec.cli.program import app
 from pardec.decoding.asking.messages import message_ids
 from pardec.decoding.engine import Engine
 from pardec.draft_tree import DraftTree

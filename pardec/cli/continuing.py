@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pardec.cli_loading import mode_beside_plain, tell
+from pardec.cli.loading import mode_beside_plain, tell
 from pardec.errors import short
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def compare_each(
     as_json: bool,
 ) -> None:
     """Decodes each prompt plain as well, and ends the program: with 1 where greedy texts differ by more than a tie."""
-    from pardec.race_terminal import run_races
+    from pardec.cli.race_terminal import run_races
 
     asked = options["num_speculative_tokens"]
     beside = mode_beside_plain(mode, chosen_mode(model, mode, options), asked)
@@ -83,7 +83,7 @@ def continue_each(
     show_drafts: bool,
 ) -> None:
     """Prints each prompt's continuation, as it is decoded or as an object."""
-    from pardec.console import as_object, options_of, print_stream
+    from pardec.cli.console import as_object, options_of, print_stream
 
     mode_of_each = chosen_mode(model, mode, options)
     for number, (text, asked) in enumerate(zip(prompts, given, strict=True)):

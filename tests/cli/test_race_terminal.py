@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 from typer.testing import CliRunner
 
-from pardec import cli, race_terminal
+from pardec.cli import program, race_terminal
+from pardec.cli.race_terminal import _panels
 from pardec.decoding.sampling import TokenLaw
 from pardec.model import SelfSpeculativeModel
-from pardec.race_terminal import _panels
 
 K, PROMPT = 2, "def main():"
 GREEN = "\x1b[32m"
@@ -29,9 +29,9 @@ def model(tiny_base, tokenizer, packaged_adapter):
 @pytest.fixture
 def run(model, monkeypatch):
     """Runs `pardec generate --compare` with this model."""
-    monkeypatch.setattr(cli, "load_model", lambda *options: model)
+    monkeypatch.setattr(program, "load_model", lambda *options: model)
     command = ["generate", "x", "--compare", "--max-new-tokens"]
-    return lambda *arguments, tokens=12: CliRunner().invoke(cli.app, [*command, str(tokens), *arguments])
+    return lambda *arguments, tokens=12: CliRunner().invoke(program.app, [*command, str(tokens), *arguments])
 
 
 class Screen:

@@ -5,7 +5,7 @@ from export_samples import exported, sample
 from typer.testing import CliRunner
 
 from pardec.adapters.files import load_adapter
-from pardec.cli import app
+from pardec.cli.program import app
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pardec.cli_options import Directory
+from pardec.cli.options import Directory
 
 
 def push(

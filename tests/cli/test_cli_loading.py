@@ -10,9 +10,9 @@ import pytest
 import torch
 from programs import run
 
-from pardec import cli
 from pardec.adapters.tuned import TunedChoice
-from pardec.cli_loading import advise_tuning, mode_beside_plain, tell, told_in_a_terminal
+from pardec.cli import program, tune
+from pardec.cli.loading import advise_tuning, mode_beside_plain, tell, told_in_a_terminal
 from pardec.model import SelfSpeculativeModel
 from pardec.run import device_name
 
@@ -34,8 +34,8 @@ def test_options_are_judged_before_a_model_is_loaded(command, options, monkeypat
     def never(*_):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(cli, "load_model", never)
-    ended = run(cli.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
+    monkeypatch.setattr(program, "load_model", never)
+    ended = run(program.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
     assert ended.code == 2
     assert BAD[options] in ended.error
 
@@ -45,16 +45,16 @@ def test_options_are_judged_before_a_model_is_loaded(command, options, monkeypat
 def test_who_narrows_the_law_of_greedy_texts_is_told_that_it_changes_nothing(
     command, temperature, is_told, monkeypatch
 ):
-    monkeypatch.setattr(cli, "load_model", lambda *_: sys.exit(0))
+    monkeypatch.setattr(program, "load_model", lambda *_: sys.exit(0))
     options = ("--top-p", "0.9", "--min-p", "0.1", "--temperature", temperature)
-    ended = run(cli.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
+    ended = run(program.main, command, "nowhere", *(["--prompt", "x"] if command == "generate" else []), *options)
     told = "greedy, so nothing is changed by --top-p and --min-p; --temperature above 0 samples\n"
     assert ended.err == told * is_told
 
 
 def test_tune_judges_its_options_before_a_model_is_loaded(monkeypatch):
-    monkeypatch.setattr(cli, "load_model", lambda *_: pytest.fail("loaded"))
-    assert "temperature: expected 0" in run(cli.main, "tune", "nowhere", "--temperature", "-1").error
+    monkeypatch.setattr(tune, "load_model", lambda *_: pytest.fail("loaded"))
+    assert "temperature: expected 0" in run(program.main, "tune", "nowhere", "--temperature", "-1").error
 
 
 class Screen(io.StringIO):
@@ -183,7 +183,7 @@ def test_the_command_line_loads_compiled_steps_where_they_are_asked_for(command,
     monkeypatch.setattr("pardec.load", load)
     prompt = ["--prompt", "x"] if command == "generate" else []
     for flags in ([], ["--compile"]):
-        assert run(cli.main, command, "somewhere", *prompt, *flags).error == "error: seen"
+        assert run(program.main, command, "somewhere", *prompt, *flags).error == "error: seen"
     assert seen == [False, True]
 
 

@@ -16,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pardec.console import STYLES, as_object, options_of, tie_of
+from pardec.cli.console import STYLES, as_object, options_of, tie_of
 from pardec.decoding.output import GenerationOutput, StreamChunk, TextStream, pieces_of
 from pardec.decoding.stats import pool
 from pardec.errors import short

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pardec.chat import PLAIN_TOKENS, Answer, Chat
-from pardec.cli_loading import tell
-from pardec.console import STYLES
+from pardec.cli.console import STYLES
+from pardec.cli.loading import tell
 from pardec.data.prompt_files import checked_input, standard_input
 from pardec.data.reading import BYTE_ORDER_MARK
 from pardec.decoding.output import Origin, TextStream, pieces_of

@@ -9,7 +9,7 @@ from hub_server import GOOD
 from typer.testing import CliRunner
 
 from pardec.adapters.files import load_adapter, save_adapter
-from pardec.cli import app
+from pardec.cli.program import app
 
 NAME = "me/adapter"
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import pardec
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import TunedChoice, weights_of, write_tuned
-from pardec.cli import app, main
+from pardec.cli.program import app, main
 from pardec.data.prompt_files import read_prompts
 from pardec.decoding.probing.probe_step import text_of
 from pardec.model import SelfSpeculativeModel
@@ -173,7 +173,7 @@ def test_compare_ends_with_1_where_the_tokens_differ(saved, monkeypatch):
 
 
 def test_a_tie_of_the_dtype_is_told_and_no_difference(saved, monkeypatch):
-    from pardec import console
+    from pardec.cli import console
     from pardec.measures.divergence import Divergence
 
     honest, honest_stream = SelfSpeculativeModel.generate, SelfSpeculativeModel.stream
@@ -211,12 +211,12 @@ def test_a_tie_of_the_dtype_is_told_and_no_difference(saved, monkeypatch):
 
 def test_show_drafts_colours_the_accepted_tokens(tiny_base, tokenizer, saved, expected, monkeypatch):
     import pardec
-    from pardec import cli
+    from pardec.cli import program
     from pardec.decoding.sampling import TokenLaw
 
     ids = expected[0]
     model = pardec.load(saved)
-    monkeypatch.setattr(cli, "load_model", lambda *options: model)  # loading probes the model, which drafts too
+    monkeypatch.setattr(program, "load_model", lambda *options: model)  # loading probes the model, which drafts too
     calls = []
 
     def truth(self, logits):  # the drafts of the prefill are true, later ones are not
@@ -374,7 +374,7 @@ def test_a_directory_that_is_no_adapter_is_refused(command, tmp_path):
 
 def test_help_does_not_import_torch():
     code = (
-        "import sys\nfrom pardec.cli import app\n"
+        "import sys\nfrom pardec.cli.program import app\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,19 +1,19 @@
-"""The command line: `pardec generate`, `chat`, `check`, `tune`, `export`, `import` and `push`.
+"""The commands `generate`, `chat` and `check`, and the program that all commands are of.
 
-Imports torch and transformers inside the commands only, so that `--help` is quick.
-Exit codes: 0 done, 1 a check found a difference that is no tie of the dtype, 2 unusable input.
+Imports torch and transformers inside the commands only, so that `--help` is quick. Exit codes as in `pardec.cli`.
 """
 
 import sys
 import warnings
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pardec.cli_continuing import check_each, chosen_mode, compare_each, continue_each, ids_of_each
-from pardec.cli_loading import (
+from pardec.cli.continuing import chosen_mode, compare_each, continue_each, ids_of_each
+from pardec.cli.export import export
+from pardec.cli.import_lora import import_lora
+from pardec.cli.loading import (
     advise_tuning,
     check_options,
     load_model,
@@ -21,7 +21,7 @@ from pardec.cli_loading import (
     tell_of_unused,
     tell_of_warning,
 )
-from pardec.cli_options import (
+from pardec.cli.options import (
     AsChat,
     BaseOption,
     Compile,
@@ -40,10 +40,9 @@ from pardec.cli_options import (
     UseHead,
     Verification,
 )
+from pardec.cli.push import push
+from pardec.cli.tune import tune
 from pardec.data.prompt_files import read_prompts
-from pardec.export_command import export
-from pardec.import_command import import_lora
-from pardec.push_command import push
 
 
 def _show_version(asked: bool) -> None:
@@ -223,7 +222,7 @@ def chat(
         options |= {"use_head": use_head}
 
         from pardec.chat import Chat
-        from pardec.chat_terminal import run_chat
+        from pardec.cli.chat_terminal import run_chat
 
         mode = chosen_mode(model, mode, options)  # which may settle one of the options
         run_chat(Chat(model, system, options), mode, as_json=as_json)
@@ -246,7 +245,7 @@ def check(
     with exit_on_unusable_input():
         model = load_model(directory, base, device, dtype, trust_remote_code)
 
-        from pardec.console import print_check, print_thorough_check
+        from pardec.cli.console import print_check, print_thorough_check
 
         identical = print_check(model)
         if thorough:
@@ -254,76 +253,7 @@ def check(
     sys.exit(0 if identical else 1)
 
 
-@app.command()
-def tune(
-    directory: Directory,
-    prompt_file: Annotated[
-        str | None,
-        typer.Option(
-            help="prompts to measure on, also with `turns` as MT-Bench has them; default python-stdlib, which is code",
-            show_default=False,
-        ),
-    ] = None,
-    as_chat: AsChat = False,
-    num_prompts: Annotated[
-        int | None,
-        typer.Option(help="default 16 standard prompts, with --quick 4, or all of --prompt-file", show_default=False),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="for each prompt; default 128, with --quick 32", show_default=False)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="prompts decoded together")] = 1,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    compile: Annotated[
-        bool, typer.Option("--compile", help="tune for `generate --compile` and `pardec.load(..., compile=True)`")
-    ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="fewer and shorter measurements")] = False,
-    picture: Annotated[
-        str | None, typer.Option(help="PNG to draw ms per step against rows in", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
-    base: BaseOption = None,
-    device: DeviceOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="to tune in; of several, such as float32,bfloat16, also the fastest", show_default=False),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Measure this device, choose how to decode for the most tokens/s, and keep the choice."""
-    from pardec.run import exit_on_unusable_input
-
-    with exit_on_unusable_input():
-        source = read_prompts(None, None, prompt_file) if prompt_file == "-" else prompt_file
-        check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-        tell_of_unused(temperature, top_k=top_k)
-        dtypes = [None] if dtype is None else dict.fromkeys(dtype.split(","))
-        models = [load_model(directory, base, device, one, trust_remote_code, compile) for one in dtypes]
-
-        from pardec.tuning.measuring import QUICK, Effort
-        from pardec.tuning.report import show_reports
-        from pardec.tuning.tune import prompts_to_tune_on, tune_each
-
-        if num_prompts is None and source is None:
-            num_prompts = max(4 if quick else 16, batch_size)
-        if max_new_tokens is None:
-            max_new_tokens = 32 if quick else 128
-        prompts = prompts_to_tune_on(models[0], source, num_prompts, as_chat=as_chat)
-        check_each(models[0], prompts, max_new_tokens, prompt_file)
-        reports, by_dtype = tune_each(
-            models,
-            directory,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            temperature=temperature,
-            top_k=top_k,
-            effort=QUICK if quick else Effort(),
-        )
-        show_reports(reports, by_dtype, as_json=as_json, picture=None if picture is None else Path(picture))
-
-
+app.command()(tune)
 app.command()(export)
 app.command(name="import")(import_lora)
 app.command()(push)

@@ -7,7 +7,7 @@ from export_samples import sample
 from typer.testing import CliRunner
 
 from pardec.adapters.files import save_adapter
-from pardec.cli import app
+from pardec.cli.program import app
 
 
 @pytest.fixture
