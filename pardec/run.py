@@ -67,17 +67,21 @@ def _drop_output() -> None:
         os.close(nowhere)
 
 
+class NoRoomError(OSError):
+    """A file of tensors could not be written whole."""
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file.
 
     Raises:
-        OSError: naming the file, if there is no room for it; safetensors has an error of its own for that.
+        NoRoomError: naming the file; safetensors has an error of its own for that.
     """
     try:
         save_file(dict(tensors), path, metadata)
     except SafetensorError as error:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        raise OSError(f"{path}: expected room for {size:,} bytes, found {first_line(error)}") from None
+        raise NoRoomError(f"{path}: expected room for {size:,} bytes, found {first_line(error)}") from None
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 from torch import Tensor
 
 from pardec.adapters.gated_lora import LoraWeights, check_numbers
@@ -77,7 +77,7 @@ class AdapterMetadata(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format_version: int = FORMAT_VERSION
-    num_speculative_tokens: int = Field(ge=1, le=MAX_SPECULATIVE_TOKENS)
+    num_speculative_tokens: StrictInt = Field(ge=1, le=MAX_SPECULATIVE_TOKENS)
     mask_sharing: Literal["distinct", "shared"] = "distinct"
     draft_input: Literal["mask_embeddings", "uniform_noise"] = MASK_EMBEDDINGS
     head: HeadShape | None = None

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,9 +25,12 @@ from pardec.arguments import integer, known_dtype, real
 from pardec.draft_tree import DraftTree, DynamicTree
 from pardec.errors import problem, shown
 from pardec.layout import MAX_COPY_TOKENS, PLAIN, BlockLengths, check_block_lengths, full_blocks
-from pardec.run import dtype_name, names_cpu, same_but_threads
+from pardec.run import dtype_name, names_cpu, same_but_threads, writing_to
 
 TUNED_FILE = "tuned.json"
+_ASIDE = f".{TUNED_FILE}-"
+_SECONDS_TO_WRITE = 60
+_ROOM = 2**16  # bytes, more than one choice takes
 _CONSTANT, _DYNAMIC = "constant tree", "dynamic tree"
 Tree = Annotated[
     Annotated[DraftTree, Tag(_CONSTANT)] | Annotated[DynamicTree, Tag(_DYNAMIC)],
@@ -219,17 +224,27 @@ def write_tuned(directory: str | Path, choice: TunedChoice) -> Path:
 def _write(folder: Path, choices: Sequence[TunedChoice]) -> Path:
     content = {"format_version": FORMAT_VERSION, "choices": [asdict(one) for one in choices]}
     path = folder / TUNED_FILE
-    handle, aside = tempfile.mkstemp(prefix=f".{TUNED_FILE}-", dir=folder)
+    _remove_leftovers(folder)
+    handle, aside = tempfile.mkstemp(prefix=_ASIDE, dir=folder)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)  # mkstemp lets only the owner in
-        os.replace(aside, path)
+        with writing_to(path):
+            with os.fdopen(handle, "w") as file:
+                file.write(json.dumps(content, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)  # mkstemp lets only the owner in
+            os.replace(aside, path)
     finally:
         Path(aside).unlink(missing_ok=True)
     return path
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What processes left that were killed while they wrote; what is fresh may be another machine's, still at it."""
+    for leftover in folder.glob(f"{_ASIDE}*"):
+        with suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > _SECONDS_TO_WRITE:
+                leftover.unlink()
 
 
 def check_writable(directory: str | Path) -> None:
@@ -238,8 +253,11 @@ def check_writable(directory: str | Path) -> None:
     try:
         if folder != Path(directory):  # in the user's cache, where it may be the first
             folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        path = folder / TUNED_FILE
+        with tempfile.TemporaryFile(dir=folder) as file:  # on a full disk empty files can still be made
+            file.write(bytes(_ROOM + (path.stat().st_size if path.exists() else 0)))
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise OSError(
             f"{folder / TUNED_FILE}: expected an adapter folder that can be written to, found {error.strerror}"

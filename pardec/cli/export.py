@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from pardec.cli.loading import errors_in_a_line
+
 
 def export(
     directory: Annotated[
@@ -33,13 +35,12 @@ def export(
     ] = False,
 ) -> None:
     """Write an adapter as an engine takes it, or check what was written."""
-    from transformers.utils import logging
+    with errors_in_a_line():
+        from transformers.utils import logging
 
-    from pardec.exports.export import check_export, export_adapter
-    from pardec.run import exit_on_unusable_input
+        from pardec.exports.export import check_export, export_adapter
 
-    logging.disable_progress_bar()
-    with exit_on_unusable_input():
+        logging.disable_progress_bar()
         asked = {"DIRECTORY": directory, "--to": to, "--output": output}
         if check is not None:
             asked |= {"--base": base, "--with-base": with_base or None}

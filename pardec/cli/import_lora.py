@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from pardec.cli.loading import errors_in_a_line
+
 
 def import_lora(
     source: Annotated[
@@ -22,9 +24,7 @@ def import_lora(
     ],
 ) -> None:
     """Make an adapter of a LoRA that was trained for SGLang's algorithm UNO."""
-    from pardec.run import exit_on_unusable_input
-
-    with exit_on_unusable_input():
+    with errors_in_a_line():
         from transformers.utils import logging
 
         from pardec.exports.from_sglang import import_uno

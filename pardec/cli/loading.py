@@ -4,7 +4,9 @@ Imports torch and transformers inside its functions only. Nothing is said where 
 """
 
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -80,6 +82,25 @@ def tell_of_compiling(compile: bool) -> None:
 def tell_of_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """For `warnings.showwarning`: in one line as errors are, without the place in the code that it comes from."""
     tell(f"warning: {' '.join(str(message).split())}")
+
+
+@contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """`exit_on_unusable_input` around a command. Until torch is imported for that, Ctrl-C ends the process at once:
+
+    torch drops an interrupt while it imports numpy, and goes on with half of that until something else breaks.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    is_ours = handler is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if is_ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from pardec.run import exit_on_unusable_input
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGINT, handler)
+    with exit_on_unusable_input():
+        yield
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pardec.cli.import_lora import import_lora
 from pardec.cli.loading import (
     advise_tuning,
     check_options,
+    errors_in_a_line,
     load_model,
     tell_of_compiling,
     tell_of_unused,
@@ -73,9 +74,7 @@ def _run_command() -> None:
             sys.stdout.flush()  # what cannot be written is to be known here, not when the interpreter ends
         sys.exit(ended)
     except OSError:  # of --help and --version, for which there is no room; commands tell of their own
-        from pardec.run import exit_on_unusable_input
-
-        with exit_on_unusable_input():
+        with errors_in_a_line():
             raise
     except Exception as error:
         kind, say = type(error).__name__, getattr(error, "format_message", None)  # of click, which typer has its own of
@@ -137,9 +136,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue prompts exactly as the base model would, several tokens per forward."""
-    from pardec.run import exit_on_unusable_input
-
-    with exit_on_unusable_input():
+    with errors_in_a_line():
         chosen = [flag for flag, on in (("--json", as_json), ("--show-drafts", show_drafts)) if on]
         if len(chosen) > 1:
             raise ValueError(f"options: expected one of {' and '.join(chosen)}, found both")
@@ -197,9 +194,7 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk with the base model in its chat template; from a pipe, one message a line."""
-    from pardec.run import exit_on_unusable_input
-
-    with exit_on_unusable_input():
+    with errors_in_a_line():
         options: dict[str, Any] = {
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,
@@ -240,9 +235,7 @@ def check(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what an adapter is, and that its output with this base is the base's own."""
-    from pardec.run import exit_on_unusable_input
-
-    with exit_on_unusable_input():
+    with errors_in_a_line():
         model = load_model(directory, base, device, dtype, trust_remote_code)
 
         from pardec.cli.console import print_check, print_thorough_check

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pardec.cli.loading import errors_in_a_line
 from pardec.cli.options import Directory
 
 
@@ -23,9 +24,7 @@ def push(
     ] = None,
 ) -> None:
     """Put an adapter on the Hugging Face hub, with a card; the token is that of HF_TOKEN or `hf auth login`."""
-    from pardec.run import exit_on_unusable_input
-
-    with exit_on_unusable_input():
+    with errors_in_a_line():
         from pardec.exports.push import push_adapter
 
         done = push_adapter(directory, repo, public=public, base=base)

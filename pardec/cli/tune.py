@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pardec.cli.continuing import check_each
-from pardec.cli.loading import check_options, load_model, tell_of_unused
+from pardec.cli.loading import check_options, errors_in_a_line, load_model, tell_of_unused
 from pardec.cli.options import AsChat, BaseOption, DeviceOption, Directory, Temperature, TopK, TrustRemoteCode
 from pardec.data.prompt_files import read_prompts
 
@@ -51,9 +51,7 @@ def tune(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Measure this device, choose how to decode for the most tokens/s, and keep the choice."""
-    from pardec.run import exit_on_unusable_input
-
-    with exit_on_unusable_input():
+    with errors_in_a_line():
         source = read_prompts(None, None, prompt_file) if prompt_file == "-" else prompt_file
         check_options(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
         tell_of_unused(temperature, top_k=top_k)

@@ -97,16 +97,18 @@ def rendered_answers(conversation: Conversation) -> list[Rendered]:
         raise DataError(
             f"{conversation.where}: expected an assistant turn to learn, found only those of weight 0 or train false"
         )
-    answers = [_answer(conversation, index) for index in indices]
+    # a greeting, with nothing of the conversation in front, is never drafted
+    drafted = [index for index in indices if index > 0] or indices
+    answers = [_answer(conversation, index) for index in drafted]
     if all(whole.startswith(one.text) for one in answers):
         return [Rendered(whole, [span for one in answers for span in one.spans])]
-    # a greeting without anything in front is never drafted
-    return [one for one in answers if one.spans[0][0] > 0] or answers
+    return answers
 
 
 def _is_learned(turn: dict[str, Any]) -> bool:
     """Answers are, but for those that data of fine-tuning services exclude."""
-    return turn["role"] == "assistant" and turn.get("weight", 1) != 0 and turn.get("train", True) is not False
+    is_excluded = turn.get("weight", 1) in (0, "0") or turn.get("train", True) in (False, "false")
+    return turn["role"] == "assistant" and not is_excluded
 
 
 def _answer(conversation: Conversation, index: int) -> Rendered:
@@ -116,6 +118,9 @@ def _answer(conversation: Conversation, index: int) -> Rendered:
     through = conversation.render([*earlier, turn])
     follows = through.startswith(before)
     _check_is_said(conversation, earlier, turn, through, through[len(before) :] if follows else through)
+    if not earlier:  # a greeting; what the template puts in front of it, such as its own system prompt, nobody says
+        header, _ = _around(conversation, earlier, {"role": "assistant"})
+        return Rendered(through, [(len(_common_beginning([header, through])), len(through))])
     if follows:
         return Rendered(through, [(len(before), len(through))])
     answer = _behind(conversation, index, before, through)

@@ -14,6 +14,7 @@ from pardec.errors import first_line, shown
 
 _TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 _JSONL_SUFFIXES = (".jsonl", ".json")
+_ROWS_SUFFIXES = (*_JSONL_SUFFIXES, ".gz", ".zst", ".csv", ".tsv", ".arrow")  # what data sets come in
 # some editors write it in front of UTF-8; it is no text
 BYTE_ORDER_MARK = "\ufeff"
 # without a validation file, one document in this many is held out
@@ -94,7 +95,7 @@ def held_out_format(path: str, format: str) -> str:
             f"held-out data: expected a file, a folder, {STDLIB} or {PACKAGES}, found nothing at {path}; "
             "download a split of a hub dataset first"
         )
-    tells = where.is_dir() or where.suffix in (*_TEXT_SUFFIXES, *_JSONL_SUFFIXES)
+    tells = where.suffix in (*_TEXT_SUFFIXES, *_JSONL_SUFFIXES) or (where.is_dir() and format != "text")
     return "auto" if tells or format == "hub" else format
 
 
@@ -124,11 +125,14 @@ def format_of(where: Path) -> str:
     """`text`, `jsonl` or `hub`, by what is there and its suffix.
 
     Raises:
-        DataError: for a file with another suffix.
+        DataError: for a file with another suffix, or a folder with more in files of rows than in texts.
     """
-    if where.is_dir() and any(where.rglob("*.parquet")):
-        return "hub"
-    if where.is_dir() or where.suffix in _TEXT_SUFFIXES:
+    if where.is_dir():
+        if any(where.rglob("*.parquet")):
+            return "hub"
+        _check_is_of_texts(where)
+        return "text"
+    if where.suffix in _TEXT_SUFFIXES:
         return "text"
     if where.suffix in _JSONL_SUFFIXES:
         return "jsonl"
@@ -136,6 +140,18 @@ def format_of(where: Path) -> str:
         known = ", ".join((*_TEXT_SUFFIXES, *_JSONL_SUFFIXES))
         raise DataError(f"{where}: expected a file ending in {known} or data.format, found {where.suffix!r}")
     return "hub"
+
+
+def _check_is_of_texts(folder: Path) -> None:
+    """Refuses a data set's folder, of which nothing but its README would be read."""
+    sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    rows = {file: size for file, size in sizes.items() if file.suffix in _ROWS_SUFFIXES}
+    if sum(rows.values()) > sum(size for file, size in sizes.items() if file.suffix in _TEXT_SUFFIXES):
+        largest = max(rows, key=lambda file: rows[file])
+        raise DataError(
+            f"{folder}: expected a folder of texts, found less in texts than in files of rows, such as "
+            f"{largest.relative_to(folder)}; name that file, or take the texts alone by data.format=text"
+        )
 
 
 def _text_rows(where: Path) -> list[dict[str, Any]]:
@@ -148,14 +164,19 @@ def text_files(where: Path) -> list[Path]:
     return [where] if where.is_file() else sorted(below)
 
 
-def read_utf8(file: Path) -> str:
+def read_utf8(file: Path, *, keeps_line_ends: bool = False) -> str:
     """The text of a file, without a byte order mark.
+
+    Args:
+        file: where it stands.
+        keeps_line_ends: of other systems; else they become `\\n`, as Python reads its own sources.
 
     Raises:
         DataError: if it is not UTF-8, naming the place.
     """
     try:
-        return file.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
+        with file.open(encoding="utf-8", newline="" if keeps_line_ends else None) as text:
+            return text.read().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
 
@@ -170,12 +191,22 @@ def json_lines(file: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         DataError: if it is no file, or a line is no JSON, naming the line.
     """
-    if not file.is_file():
-        raise DataError(f"{file}: expected a JSONL file, found {'a folder' if file.exists() else 'nothing'}")
+    check_is_file(file)
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.removeprefix(BYTE_ORDER_MARK.encode()).strip():
                 yield f"{file}:{number}", json_line(line, f"{file}:{number}")
+
+
+def check_is_file(file: Path) -> None:
+    """Refuses what cannot be read twice, such as a folder or a pipe.
+
+    Raises:
+        DataError: naming it.
+    """
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "no regular file" if file.exists() else "nothing"
+        raise DataError(f"{file}: expected a JSONL file, found {found}")
 
 
 def json_line(line: bytes, where: str) -> Any:

@@ -43,9 +43,11 @@ def check_row(row: Any, where: str) -> dict[str, Any]:
                 f"{where}: expected chat_template_kwargs as an object, found {shown(row['chat_template_kwargs'])}"
             )
     elif not isinstance(row.get("text"), str) or not row["text"].strip():
-        keys = short(", ".join(map(str, row))) or "no keys"
+        found = short(", ".join(map(str, row))) or "no keys"
+        if row.get("text") is not None:
+            found = f"text {shown(row['text'])}"
         raise DataError(
-            f"{where}: expected non-empty 'text', 'conversations' or 'input_ids' with 'loss_mask', found {keys}"
+            f"{where}: expected non-empty 'text', 'conversations' or 'input_ids' with 'loss_mask', found {found}"
         )
     else:
         check_unicode(row["text"], where)

@@ -14,7 +14,16 @@ import numpy as np
 
 from pardec.all_cores import on_all_cores
 from pardec.data.python_sources import python_files, source_folder, split_of
-from pardec.data.reading import format_of, held_out_numbers, hold_out, hub_dataset, json_line, read_utf8, text_files
+from pardec.data.reading import (
+    check_is_file,
+    format_of,
+    held_out_numbers,
+    hold_out,
+    hub_dataset,
+    json_line,
+    read_utf8,
+    text_files,
+)
 from pardec.data.row_checks import DataError, check_row
 from pardec.data.shards import made_folder, pieces_of
 from pardec.run import check_unchanged, stamp_of, written_aside
@@ -245,8 +254,7 @@ def _text_files(files: Iterable[Path], *, skips_unreadable: bool = False) -> Tex
 
 
 def _lines_of_json(file: Path) -> LinesOfJson:
-    if not file.is_file():
-        raise DataError(f"{file}: expected a JSONL file, found {'a folder' if file.exists() else 'nothing'}")
+    check_is_file(file)
     stamp = stamp_of(file)
     digest, cuts, firsts, done, is_cut = hashlib.sha256(), [], [], 0, True
     with file.open("rb") as blocks:

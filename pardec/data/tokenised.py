@@ -25,8 +25,8 @@ from pardec.data.tokenising import Document, check_token_ids, tokenise
 
 # of rows in a shard: seconds of one core, and what training holds in memory at a time
 SHARD_BYTES = 8 << 20
-# changes with what sequences are made of rows
-_FORM = 1
+# change with what sequences are made of rows; the second where rows may be conversations
+_FORM, _CHAT_FORM = 1, 2
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class Tokenising:
         if tokenizer.is_fast:
             tells = json.loads(tokenizer.backend_tokenizer.to_str())
             del tells["padding"], tells["truncation"]  # of the last call
+        form = _FORM if tokenizer.chat_template is None else _CHAT_FORM
         parts = [
             type(tokenizer).__name__,
             json.dumps(tells),
             json.dumps(tokenizer.chat_template, sort_keys=True),
-            repr((tokenizer.bos_token_id, tokenizer.eos_token_id, self.max_length, self.num_embeddings, _FORM)),
+            repr((tokenizer.bos_token_id, tokenizer.eos_token_id, self.max_length, self.num_embeddings, form)),
         ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from pardec.errors import first_line
-from pardec.run import to_disk
+from pardec.run import NoRoomError, to_disk
 
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -56,8 +56,9 @@ def made_whole(output: Path) -> Iterator[Path]:
         number = getattr(error, "errno", None)
         if number in _TAKEN and os.path.lexists(output):  # made meanwhile
             refuse_taken(output)
-        if number in _FULL or isinstance(error, SafetensorError):
-            raise OSError(f"{output}: expected room for all its files, found {first_line(error)}") from None
+        if number in _FULL or isinstance(error, SafetensorError | NoRoomError):
+            found = first_line(error).rpartition(", found ")[2]  # without the name that the file has aside
+            raise OSError(f"{output}: expected room for all its files, found {found}") from None
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

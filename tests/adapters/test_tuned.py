@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,11 +12,12 @@ import pytest
 import torch
 from tiny_models import make_adapter, tiny_model
 
-from pardec.adapters import packaged
+from pardec.adapters import packaged, tuned
 from pardec.adapters.files import save_adapter
 from pardec.adapters.tuned import (
     TUNED_FILE,
     TunedChoice,
+    check_writable,
     fastest_dtype,
     fresh_choices,
     nearest_choice,
@@ -267,3 +270,28 @@ def test_choices_that_several_write_at_once_are_all_kept(folder):
         list(pool.map(lambda choice: write_tuned(folder, choice), choices))
     assert sorted(one.device for one in fresh_choices(folder)) == sorted(one.device for one in choices)
     assert {path.name for path in folder.iterdir() if "tuned" in path.name} == {TUNED_FILE}
+
+
+def test_that_a_choice_cannot_be_kept_on_a_full_disk_is_known_before_anything_is_measured(folder):
+    path = write_tuned(folder, choice_for(folder))
+    kept = path.read_bytes()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, before[1]))  # writing more fails, as on a full disk
+    try:
+        with pytest.raises(OSError, match=rf"^{re.escape(str(path))}: expected an adapter folder .*, found File too l"):
+            check_writable(folder)
+        with pytest.raises(OSError, match=rf"^{re.escape(str(path))}: expected a file that can be written, found File"):
+            tuned._write(folder, [choice_for(folder)] * 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == kept
+    assert not list(folder.glob(".tuned*"))
+
+
+def test_what_a_killed_tuning_left_goes_when_a_choice_is_kept(folder):
+    old, fresh = folder / ".tuned.json-abc", folder / ".tuned.json-def"
+    for leftover in (old, fresh):
+        leftover.write_text("{")
+    os.utime(old, (0, 0))
+    write_tuned(folder, choice_for(folder))
+    assert [one.name for one in folder.glob(".tuned*")] == [fresh.name]  # somebody may be at it

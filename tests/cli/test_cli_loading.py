@@ -2,13 +2,14 @@
 
 import io
 import shlex
+import subprocess
 import sys
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
-from programs import run
+from programs import ROOT, run
 
 from pardec.adapters.tuned import TunedChoice
 from pardec.cli import program, tune
@@ -223,3 +224,32 @@ def test_a_notice_that_nobody_reads_stops_nothing(gone, monkeypatch):
 
     monkeypatch.setattr("sys.stderr", gone and SimpleNamespace(write=write, flush=write))
     tell("a notice")
+
+
+WATCHED = """
+import signal, sys
+from pardec.cli.loading import errors_in_a_line
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(signal.getsignal(signal.SIGINT) is signal.SIG_DFL)
+            raise ImportError
+
+signal.signal(signal.SIGINT, {before})
+sys.meta_path.insert(0, Watch())
+try:
+    with errors_in_a_line():
+        pass
+except ImportError:
+    print(signal.getsignal(signal.SIGINT) == {before})
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "ends_at_once"), [("signal.default_int_handler", True), ("signal.SIG_IGN", False), ("print", False)]
+)
+def test_ctrl_c_ends_the_process_at_once_while_torch_is_imported_where_nobody_else_has_a_say(before, ends_at_once):
+    command = [sys.executable, "-c", WATCHED.format(before=before)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ended.stdout.splitlines() == [str(ends_at_once), "True"]

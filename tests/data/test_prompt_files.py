@@ -16,6 +16,13 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(name, tmp_path, monkeypatch):
     assert read_prompts(None, None, "-" if name == "-" else str(tmp_path / name)) == ["def f():"]
 
 
+def test_line_ends_of_other_systems_stay_as_they_are(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"def f(x):\r\n    return\rx")
+    assert read_prompts(None, None, str(tmp_path / "a.txt")) == ["def f(x):\r\n    return\rx"]
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a\\r\\nb"}\r\n{"prompt": "c"}\r\n')
+    assert read_prompts(None, None, str(tmp_path / "a.jsonl")) == ["a\r\nb", "c"]
+
+
 def test_json_that_is_too_deep_names_its_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"a\.jsonl:1: expected a JSON object, found "):

@@ -1,6 +1,8 @@
 """Reading rows of every kind of data, and what is said where there are none."""
 
 import json
+import os
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +14,7 @@ from pardec.data.corpus import load_corpus
 from pardec.data.python_sources import STDLIB, TRAIN, VALIDATION, python_sources
 from pardec.data.reading import held_out_rows, read_rows, training_rows
 from pardec.data.row_checks import DataError
+from pardec.data.rows import open_rows
 from pardec.data.tokenising import tokenise
 
 
@@ -42,6 +45,28 @@ def test_a_folder_of_texts_is_read_in_order_of_paths(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     assert read_rows(str(tmp_path), "auto") == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "data/train.json", "rows.jsonl.gz", "rows.csv"])
+def test_of_a_data_sets_folder_not_its_page_alone_is_read(name, tmp_path):
+    """Nobody means the README that lies beside the rows."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"text": "one"}\n' * 9)
+    (tmp_path / "README.md").write_text("Nine rows.")
+    words = f"{tmp_path}: expected a folder of texts, found less in texts than in files of rows, such as {name}; "
+    for read in (read_rows, lambda path, format: open_rows(path, format, "train", None, tmp_path / "checked")):
+        with pytest.raises(DataError, match=f"^{re.escape(words)}name that file, or .* by data.format=text$"):
+            read(str(tmp_path), "auto")
+        assert read(str(tmp_path), "text")[0] == {"text": "Nine rows."}
+    assert held_out_rows(str(tmp_path), "test", "text") == [{"text": "Nine rows."}]
+    (tmp_path / "long.txt").write_text("a" * 1000)
+    assert len(read_rows(str(tmp_path), "auto")) == 2
+
+
+def test_a_pipe_is_no_file_of_rows(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"rows\.jsonl: expected a JSONL file, found no regular file$"):
+        read_rows(str(tmp_path / "rows.jsonl"), "auto")
 
 
 def test_a_folder_named_like_a_file_is_no_file(tmp_path):

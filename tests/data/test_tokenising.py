@@ -103,9 +103,22 @@ def test_only_what_the_assistant_says_is_learned(chat_tokenizer):
 
 def test_a_conversation_may_begin_with_the_assistant_or_the_system(chat_tokenizer):
     greeting = [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "Say hi"}]
-    assert learned(*tokenise({"conversations": greeting}, chat_tokenizer), chat_tokenizer) == "<|assistant|>hello\n"
+    assert learned(*tokenise({"conversations": greeting}, chat_tokenizer), chat_tokenizer) == "hello\n"
     system = [{"role": "system", "content": "Be short"}, *CHAT[:2]]
     assert learned(*tokenise({"conversations": system}, chat_tokenizer), chat_tokenizer) == "hi there!\n"
+
+
+def test_of_a_conversation_that_begins_with_the_assistant_nothing_of_the_template_is_learned(chat_tokenizer):
+    """As of ShareGPT, under templates that bring a system prompt of their own where there is none."""
+    chat_tokenizer.chat_template = (
+        "{% if messages and messages[0].role != 'system' %}<|system|>Be a model\n{% endif %}" + CHAT_TEMPLATE
+    )
+    greeting = {"role": "assistant", "content": "hello"}
+    asked = [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi there!"}]
+    for turns, said in (([greeting], "hello\n"), ([greeting, *asked], "hi there!\n"), (asked, "hi there!\n")):
+        (document,) = tokenise({"conversations": turns}, chat_tokenizer)
+        assert chat_tokenizer.decode(document.input_ids).startswith("<|system|>Be a model\n")
+        assert learned(document, chat_tokenizer) == said
 
 
 def test_answers_are_tokenised_apart_from_what_stands_before_as_decoding_does(chat_tokenizer):
@@ -121,7 +134,7 @@ def test_answers_are_tokenised_apart_from_what_stands_before_as_decoding_does(ch
 
 
 def test_turns_that_data_exclude_from_learning_are_not_learned(chat_tokenizer):
-    for excluded in ({"weight": 0}, {"train": False}):
+    for excluded in ({"weight": 0}, {"weight": "0"}, {"train": False}, {"train": 0}, {"train": "false"}):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad", **excluded}]
         turns += [{"role": "user", "content": "b"}, {"role": "assistant", "content": "good", "weight": 1}]
         (document,) = tokenise({"conversations": turns}, chat_tokenizer)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 import pardec
 from pardec.exports.whole_folder import made_whole
+from pardec.run import NoRoomError
 
 ROOT = Path(pardec.__file__).parents[1]
 
@@ -94,15 +95,18 @@ FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EDQUOT, "Disk quota exceeded"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    NoRoomError("out/.writing-x/a.safetensors: expected room for 2,048 bytes, found Error: No space left on device"),
 ]
 
 
 @pytest.mark.parametrize("error", FULL, ids=str)
 def test_a_full_disk_is_told_in_one_line_and_nothing_is_left(tmp_path, error):
-    with pytest.raises(OSError, match=f"{tmp_path}/out: expected room for all its files, found .*(space|quota)"):  # noqa: PT012, SIM117
+    words = f"{tmp_path}/out: expected room for all its files, found .*(space|quota)"
+    with pytest.raises(OSError, match=words) as told:  # noqa: PT012, SIM117
         with made_whole(tmp_path / "out") as aside:
             (aside / "file").write_text("half")
             raise error
+    assert ".writing" not in str(told.value)
     assert list(tmp_path.iterdir()) == []
 
 
