@@ -72,6 +72,9 @@ def test_a_run_that_was_cut_off_continues_to_the_same_numbers(whole, text_file, 
     assert (
         "expected train.objective = 'cross_entropy' as in this recipe to continue, found a run with 'kl'" in other.err
     )
+    longer = train(cut, text_file, *WHOLE, "train.steps=6")
+    assert "train.steps = 6 as in this recipe to continue, found a run with 4" in longer.error
+    assert longer.error.endswith(f"choose another output_dir, with adapter.start_from={cut} to train it further")
     again = train(cut, text_file, *WHOLE, "train.checkpoint_every=7", "train.log_every=3")
     assert again.code == 0  # what says only when something is written is no other run
 

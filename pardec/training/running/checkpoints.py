@@ -140,9 +140,12 @@ def steps_done_before(
     differs = _first_difference(then, recipe, defaults or {})
     if differs is not None:
         key, before, now = differs
+        # the rates of a run fall towards its last step, so it is not made longer
+        goes_further = key == "train.steps" and "adapter" in recipe and (output / result_file).exists()
+        further = f", with adapter.start_from={output} to train it further" * goes_further
         raise ValueError(
             f"output_dir {output}: expected {key} = {shown(now)} as in this recipe to continue, found a run with "
-            f"{shown(before)}; choose another output_dir"
+            f"{shown(before)}; choose another output_dir{further}"
         )
     return progress["step"]
 
