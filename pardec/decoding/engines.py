@@ -25,6 +25,7 @@ from pardec.decoding.engine import Engine
 from pardec.decoding.engine_pool import EnginePool, Same, arithmetic, signature
 from pardec.decoding.kept_cache import Circumstances
 from pardec.decoding.prepack import PackedLinears
+from pardec.decoding.probing.probe_step import probe_step
 from pardec.decoding.probing.shared_length import shared_length_limit
 from pardec.decoding.rows import RowForward
 from pardec.decoding.sampling import TokenLaw, make_warpers
@@ -71,7 +72,7 @@ class Engines:
         self.capture = self.target.device.type == "cuda" and not is_offloaded(base)
         self.choices: list[TunedChoice] = []
         self._survey: Survey | None = None
-        self._modules: Same | None = None  # of the base when it was surveyed
+        self._modules: Hashable = None  # of the base when it was surveyed, and of what kinds its weights were
         self._surveyed: Hashable = None  # its signature when that was last looked at
         self._linears: dict[bool, PackedLinears] = {}
         self._pool = EnginePool()
@@ -279,21 +280,28 @@ class Engines:
         return key, engine
 
     def _facts(self, now: Hashable) -> Survey:
-        """What a forward of the base shows, looked at again once it has other modules.
+        """What a forward of the base shows, looked at again once it has other modules or weights of another kind.
 
         Args:
             now: the signature of the base; None where nothing goes by it.
+
+        Raises:
+            UnsupportedModelError: if it cannot be decoded exactly any more, saying what was seen.
         """
         facts = self._survey
         if facts is not None and now is not None and now == self._surveyed:
             return facts
-        modules = Same(self.target.base.modules())
+        found = list(self.target.base.modules())
+        # weights that are quantised in place are of another class, in the same modules
+        modules = Same(found), frozenset(type(one) for module in found for one in module._parameters.values())
         has_others = self._modules not in (None, modules)
         if has_others:
             self._make_room()  # of graphs and packed weights that nobody asks for again
         if facts is None or has_others or self.compile:  # code that is traced goes by what was seen of inputs
-            facts = self._survey = survey(self.target)
-            self._linears = {}
+            facts = survey(self.target)
+            if has_others:
+                probe_step(self.target)
+            self._survey, self._linears = facts, {}
         self._modules, self._surveyed = modules, now
         return facts
 

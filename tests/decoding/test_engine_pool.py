@@ -17,6 +17,7 @@ from pardec.decoding.engine import Engine
 from pardec.decoding.engine_pool import EnginePool, signature
 from pardec.decoding.kept_cache import KeptCache
 from pardec.model import SelfSpeculativeModel
+from pardec.target.forward import UnsupportedModelError
 
 K = 3
 V = 61
@@ -233,6 +234,55 @@ def add_pre_hook(base):
 def replace_forward(base):
     mlp = base.model.layers[0].mlp
     mlp.forward = lambda x: -type(mlp).forward(mlp, x)
+
+
+class ByLargest(torch.nn.Module):
+    """A layer whose numbers depend on what else is run with a row, as with one scale for all inputs."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x / x.abs().max())
+
+
+class LargestScaled(torch.nn.Parameter):
+    """Likewise by a weight of a class of its own, in the module that was there."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.nn.functional.linear:
+                args = (args[0] / args[0].abs().max(), *args[1:])
+            return function(*args, **(kwargs or {}))
+
+
+def mix_rows_by_a_module(base):
+    base.model.layers[0].mlp = ByLargest(base.model.layers[0].mlp)
+
+
+def mix_rows_by_a_weight(base):
+    up = base.model.layers[0].mlp.up_proj
+    up.weight = LargestScaled(up.weight.detach(), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [mix_rows_by_a_module, mix_rows_by_a_weight])
+@pytest.mark.parametrize("mode", ["plain", "fused"])
+def test_a_base_that_can_no_longer_be_decoded_exactly_is_refused(change, mode):
+    """What `load` sees of a base is seen again when it has been given other modules or kinds of weights."""
+    base = tiny_model("llama")
+    before = dict(base.model.layers[0].mlp.named_parameters()), base.model.layers[0].mlp
+    ours = SelfSpeculativeModel(base, None, make_adapter(base, K, lora_rank=2))
+    row = [5, 9, 2, 7]
+    expected = ours.generate([row], max_new_tokens=NEW, mode=mode).token_ids
+    change(base)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(UnsupportedModelError, match=r"^llama: expected .*, found "):
+            ours.generate([row], max_new_tokens=NEW, mode=mode)
+    weights, base.model.layers[0].mlp = before
+    base.model.layers[0].mlp.up_proj.weight = weights["up_proj.weight"]
+    assert ours.generate([row], max_new_tokens=NEW, mode=mode).token_ids == expected
 
 
 CHANGES = [
