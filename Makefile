@@ -38,7 +38,7 @@ speed: setup  ## tune the demo's adapters for this device and measure them besid
 	$(BIN)/python -m pardec tune runs/quickstart
 	$(BIN)/python eval/speed.py runs/quickstart_embeddings runs/quickstart --batch-sizes 1,4
 
-gpu-report: setup  ## every GPU table of this project, made on your CUDA device; run again to continue
+gpu-report: setup  ## the GPU tables of this project, made on your CUDA device; run again to continue
 	$(BIN)/python eval/gpu_report.py $(REPORT)
 
 lint: setup  ## lint, format, types
