@@ -5,7 +5,7 @@ Knows the order of things, no engine. What is written is the engine's files, a p
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import cast
@@ -44,7 +44,7 @@ class Checked:
         record: its `export.json`.
         problems: what is changed or wrong, a line each.
         notes: what is worth knowing, a line each.
-        commands: that serve it.
+        commands: that serve it, here.
         about: a paragraph on how it is served, as on its page; empty where something is wrong.
     """
 
@@ -86,7 +86,10 @@ def export_adapter(
     loaded = load_own_base(str(directory), adapter, base) if door.needs_base or with_base else None
     sources = {METADATA_FILE: file_sha256(folder / METADATA_FILE), **adapter.metadata.files}
     _write(door, shown, loaded, record_of(shown, door, sources=sources, with_base=with_base), output)
-    return check_export(output)
+    done, own = check_export(output), adapter.metadata.base
+    if base is None and Path(own.name).exists():  # what is said here may name this machine's folders, its page may not
+        done = replace(done, commands=door.commands(done.record.model_copy(update={"base": own}), str(output)))
+    return done
 
 
 def _write(door: Door, adapter: Adapter, loaded: LoadedBase | None, record: ExportRecord, output: Path) -> None:

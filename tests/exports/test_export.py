@@ -14,7 +14,7 @@ from pardec.adapters.adapter import AdapterError
 from pardec.adapters.files import load_adapter, save_adapter
 from pardec.exports import export
 from pardec.exports.doors import door_of
-from pardec.exports.export import export_adapter
+from pardec.exports.export import check_export, export_adapter
 from pardec.exports.page import page_of
 from pardec.exports.record import DOOR_NAMES, read_record
 from pardec.run import file_sha256
@@ -248,6 +248,21 @@ def test_a_base_can_be_called_by_another_name(saved, tmp_path):
     assert read_record(tmp_path / "out").base.name == "some/base"
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
     assert "--model-path some/base" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize("door", ["sglang", "peft"])
+def test_what_is_said_runs_here_and_what_is_written_names_no_folder_of_this_machine(saved, tmp_path, door):
+    own = tmp_path / "bases/mine"
+    own.mkdir(parents=True)
+    adapter, out = saved(door), tmp_path / "out"
+    metadata = json.loads((tmp_path / "adapter/pardec.json").read_text())
+    (tmp_path / "adapter/pardec.json").write_text(json.dumps(metadata | {"base": {"name": str(own)}}))
+    assert str(own) in export_adapter(adapter, door, out).commands
+    assert str(own) not in check_export(out).commands
+    assert not [one for one in out.rglob("*") if one.is_file() and str(own).encode() in one.read_bytes()]
+    assert str(own) not in export_adapter(adapter, door, tmp_path / "named", base="user/mine").commands
+    own.rmdir()  # the base lies elsewhere
+    assert str(own) not in export_adapter(adapter, door, tmp_path / "moved").commands
 
 
 def test_a_full_disk_leaves_nothing(saved, tmp_path, monkeypatch):
