@@ -6,6 +6,7 @@ Also runs under plain python and torchrun. A run that was cut off continues when
 of processes that makes the same steps; SIGTERM and SIGUSR1 let it finish a step, save, and exit with code 75.
 """
 
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -122,7 +123,7 @@ def told_what_is_kept(accelerator: Accelerator, checkpoints: Path) -> Iterator[N
 def farewell(output: Path, best: float, *, is_chat: bool) -> str:
     """What has come out, where it is, and a prompt to try it on: a user's message if the base is a chat model."""
     training = load_adapter(output).metadata.training
-    kept = training.get("step")
+    kept, adapter = training.get("step"), shlex.quote(str(output))
     found = (
         f"best mean acceptance length {best:.3f} (validation, sampled), that of step {kept}; the adapter is in {output}"
     )
@@ -133,8 +134,8 @@ def farewell(output: Path, best: float, *, is_chat: bool) -> str:
     prompt = "--chat --prompt 'Explain how a rainbow forms.'" if is_chat else "--prompt 'def main():'"
     how = " --chat --prompt-file YOUR_PROMPTS.jsonl" if is_chat else ""
     return (
-        f"{found}\ntry: pardec generate {output} --compare {prompt}\n"
-        f"choose how much it drafts on your device, or it may be slower than plain: pardec tune {output}{how}"
+        f"{found}\ntry: pardec generate {adapter} --compare {prompt}\n"
+        f"choose how much it drafts on your device, or it may be slower than plain: pardec tune {adapter}{how}"
     )
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm.auto import tqdm
@@ -15,7 +14,7 @@ from pardec.decoding.step import MODES
 from pardec.measures.divergence import divergence_from
 from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly
 from pardec.model import SelfSpeculativeModel
-from pardec.run import dtype_name
+from pardec.run import OutputConsole, dtype_name
 from pardec.tuning.report import describe
 
 # of tokens in a terminal, by where they came from
@@ -46,7 +45,7 @@ def print_stream(
             print(chunk.text, end="", flush=True)
         print(flush=True)  # what stands on standard error behind it comes after it
         return
-    console = Console(highlight=False, soft_wrap=True, force_terminal=True)
+    console = OutputConsole(highlight=False, soft_wrap=True, force_terminal=True)
     text, accepted, copied, steps, emitted = TextStream(model.tokenizer), 0, 0, 0, 0
     for number, chunk in enumerate(chunks):
         for piece, origin in pieces_of(text, chunk, mode, is_first=number == 0):
@@ -99,7 +98,7 @@ def print_thorough_check(model: SelfSpeculativeModel) -> bool:
         found = f"p = {law.p_value:.3g} of {law.num_cells} cells"
         verdict = "ok" if law.passed else "ANOTHER LAW"
         table.add_row(f"{law.num_samples:,} samples, {law.mode}", f"{NUM_SAMPLED_TOKENS} tokens", found, verdict)
-    Console(highlight=False).print(table)
+    OutputConsole(highlight=False).print(table)
     return report.passed
 
 
@@ -136,5 +135,5 @@ def print_check(model: SelfSpeculativeModel) -> bool:
         same = "identical to plain" if found == plain else "DIFFERENT from plain"
         table.add_row(f"{num_tokens} greedy tokens, {mode}", same if tie is None else f"identical to plain up to {tie}")
         identical = identical and (found == plain or tie is not None)
-    Console(highlight=False).print(table)
+    OutputConsole(highlight=False).print(table)
     return identical

@@ -16,6 +16,8 @@ from pardec.decoding.asking.chat_template import ChatTemplate, Turns
 
 # keys of a turn for what a model thinks before it answers
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# what stands in front of a greeting at most, and what says that a turn is not learned
+_UNASKED, _NO = ("assistant", "system", "developer"), ("0", "0.0", "false")
 # two answers that templates leave as they are
 _ANSWERS = ("yes", "no")
 # so many characters in front of an answer must be those of the generation prompt
@@ -97,8 +99,9 @@ def rendered_answers(conversation: Conversation) -> list[Rendered]:
         raise DataError(
             f"{conversation.where}: expected an assistant turn to learn, found only those of weight 0 or train false"
         )
-    # a greeting, with nothing of the conversation in front, is never drafted
-    drafted = [index for index in indices if index > 0] or indices
+    # a greeting, before anybody has asked, is never drafted
+    asked = next((n for n, turn in enumerate(conversation.turns) if turn["role"] not in _UNASKED), None)
+    drafted = [index for index in indices if asked is not None and index > asked] or indices
     answers = [_answer(conversation, index) for index in drafted]
     if all(whole.startswith(one.text) for one in answers):
         return [Rendered(whole, [span for one in answers for span in one.spans])]
@@ -107,8 +110,7 @@ def rendered_answers(conversation: Conversation) -> list[Rendered]:
 
 def _is_learned(turn: dict[str, Any]) -> bool:
     """Answers are, but for those that data of fine-tuning services exclude."""
-    is_excluded = turn.get("weight", 1) in (0, "0") or turn.get("train", True) in (False, "false")
-    return turn["role"] == "assistant" and not is_excluded
+    return turn["role"] == "assistant" and not any(str(turn.get(key)).lower() in _NO for key in ("weight", "train"))
 
 
 def _answer(conversation: Conversation, index: int) -> Rendered:

@@ -68,7 +68,7 @@ def _read_standard_input() -> str:
 
 
 def _prompts_of_file(path: Path, as_chat: bool) -> list[str]:
-    if not path.is_file():
+    if path.is_dir() or not path.exists():  # a pipe is read once, which is enough
         raise ValueError(f"{path}: expected a prompt file, found {'a directory' if path.is_dir() else 'nothing'}")
     text = read_utf8(path, keeps_line_ends=True)  # prompts are taken as they stand
     if path.suffix != ".jsonl":

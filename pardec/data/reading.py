@@ -14,7 +14,8 @@ from pardec.errors import first_line, shown
 
 _TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 _JSONL_SUFFIXES = (".jsonl", ".json")
-_ROWS_SUFFIXES = (*_JSONL_SUFFIXES, ".gz", ".zst", ".csv", ".tsv", ".arrow")  # what data sets come in
+# what data sets come in
+_ROWS_SUFFIXES = (*_JSONL_SUFFIXES, ".csv", ".tsv", ".arrow", ".gz", ".zst", ".xz", ".bz2", ".zip")
 # some editors write it in front of UTF-8; it is no text
 BYTE_ORDER_MARK = "\ufeff"
 # without a validation file, one document in this many is held out
@@ -145,7 +146,7 @@ def format_of(where: Path) -> str:
 def _check_is_of_texts(folder: Path) -> None:
     """Refuses a data set's folder, of which nothing but its README would be read."""
     sizes = {file: file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    rows = {file: size for file, size in sizes.items() if file.suffix in _ROWS_SUFFIXES}
+    rows = {file: size for file, size in sizes.items() if file.suffix.lower() in _ROWS_SUFFIXES}
     if sum(rows.values()) > sum(size for file, size in sizes.items() if file.suffix in _TEXT_SUFFIXES):
         largest = max(rows, key=lambda file: rows[file])
         raise DataError(

@@ -182,6 +182,12 @@ class Engines:
         Raises:
             ValueError: naming what was expected and found.
         """
+        base = self.target.base
+        # training with checkpoints drops the cache
+        if base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+            raise ValueError(
+                "base: expected no gradient checkpointing in training mode, found both; base.eval() ends that"
+            )
         found = text_config(self.target.base)._attn_implementation
         if found not in (self._attention, ROUTE):  # where other threads' steps run it is theirs
             raise ValueError(
@@ -300,7 +306,9 @@ class Engines:
         if facts is None or has_others or self.compile:  # code that is traced goes by what was seen of inputs
             facts = survey(self.target)
             if has_others:
-                probe_step(self.target)
+                # what is tolerated goes by the base's own dtype
+                with torch.autocast(self.target.device.type, enabled=False):
+                    probe_step(self.target)
             self._survey, self._linears = facts, {}
         self._modules, self._surveyed = modules, now
         return facts

@@ -14,6 +14,7 @@ from pardec.adapters.adapter import Adapter
 from pardec.exports.base_folder import LoadedBase
 from pardec.exports.record import DoorName, ExportRecord
 from pardec.target.base import BUILT_IN_BASES
+from pardec.target.converted import lone_gguf
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,22 @@ def base_in_shell(name: str) -> tuple[str, str]:
     """A base as a word of a shell command, and what stands before that command; nothing is served if that fails."""
     if not _is_converted(name):
         return shlex.quote(name), ""
-    program = f"from pardec.target.base import resolve_base; print(resolve_base({json.dumps(name)}))"
+    program = f"from pardec.target.base import resolve_base; print(resolve_base({python_text(name)}))"
     return '"$BASE"', f"BASE=$(python -c {shlex.quote(program)}) && \\\n"
 
 
 def base_in_python(name: str) -> tuple[str, str]:
     """A base as a Python expression, and the line that it needs before it."""
     if not _is_converted(name):
-        return json.dumps(name), ""
-    return f"resolve_base({json.dumps(name)})", "from pardec.target.base import resolve_base\n"
+        return python_text(name), ""
+    return f"resolve_base({python_text(name)})", "from pardec.target.base import resolve_base\n"
+
+
+def python_text(text: str) -> str:
+    """A text as Python writes it, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)  # JSON's escapes of what is beyond 16 bits are not Python's
 
 
 def _is_converted(name: str) -> bool:
     """Whether engines take not what is so named but the folder that pardec has for it."""
-    return name in BUILT_IN_BASES or name.endswith(".gguf")
+    return name in BUILT_IN_BASES or name.endswith(".gguf") or lone_gguf(Path(name)) is not None

@@ -87,8 +87,9 @@ def export_adapter(
     sources = {METADATA_FILE: file_sha256(folder / METADATA_FILE), **adapter.metadata.files}
     _write(door, shown, loaded, record_of(shown, door, sources=sources, with_base=with_base), output)
     done, own = check_export(output), adapter.metadata.base
-    if base is None and Path(own.name).exists():  # what is said here may name this machine's folders, its page may not
-        done = replace(done, commands=door.commands(done.record.model_copy(update={"base": own}), str(output)))
+    here = own if base is None else own.model_copy(update={"name": base})
+    if Path(here.name).exists():  # what is said here may name this machine's folders, the page may not
+        done = replace(done, commands=door.commands(done.record.model_copy(update={"base": here}), str(output)))
     return done
 
 

@@ -1,12 +1,11 @@
 """PEFT: the LoRA alone, as `PeftModel.from_pretrained` loads it, for those who want to look at it or train on."""
 
-import json
 from pathlib import Path
 
 from pardec.adapters.adapter import Adapter
 from pardec.errors import first_line
 from pardec.exports.base_folder import LoadedBase
-from pardec.exports.door import Door, base_in_python
+from pardec.exports.door import Door, base_in_python, python_text
 from pardec.exports.lora_folder import read_lora, write_lora
 from pardec.exports.record import ExportRecord
 
@@ -37,7 +36,7 @@ def _commands(record: ExportRecord, folder: str) -> str:
     return (
         f"from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n{needed}\n"
         f"base = AutoModelForCausalLM.from_pretrained({base})\n"
-        f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})"
+        f"model = PeftModel.from_pretrained(base, {python_text(folder)})"
     )
 
 

@@ -1,6 +1,5 @@
 """transformers: a folder whose `custom_generate/generate.py` decodes with the adapter, with or without the base."""
 
-import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +9,7 @@ from pardec.adapters.files import load_adapter, save_adapter
 from pardec.errors import first_line
 from pardec.exports import custom_generate
 from pardec.exports.base_folder import LoadedBase, copy_weights, copy_what_is_beside
-from pardec.exports.door import Door, base_in_python
+from pardec.exports.door import Door, base_in_python, python_text
 from pardec.exports.record import ExportRecord
 
 GENERATE_FILE = "custom_generate/generate.py"
@@ -45,10 +44,10 @@ def _problems(folder: Path, record: ExportRecord) -> list[str]:
 
 
 def _commands(record: ExportRecord, folder: str) -> str:
-    source, needed = (json.dumps(folder), "") if record.with_base else base_in_python(record.base.name)
+    source, needed = (python_text(folder), "") if record.with_base else base_in_python(record.base.name)
     trusted = ", trust_remote_code=True"
     load = source + trusted * record.with_base
-    more = "" if record.with_base else f", custom_generate={json.dumps(folder)}{trusted}"
+    more = "" if record.with_base else f", custom_generate={python_text(folder)}{trusted}"
     return (
         f"from transformers import AutoModelForCausalLM, AutoTokenizer\n{needed}\n"
         f"tokenizer = AutoTokenizer.from_pretrained({source})\n"

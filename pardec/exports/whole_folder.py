@@ -57,7 +57,8 @@ def made_whole(output: Path) -> Iterator[Path]:
         if number in _TAKEN and os.path.lexists(output):  # made meanwhile
             refuse_taken(output)
         if number in _FULL or isinstance(error, SafetensorError | NoRoomError):
-            found = first_line(error).rpartition(", found ")[2]  # without the name that the file has aside
+            # without the name that the file has aside
+            found = getattr(error, "strerror", None) or first_line(error).rpartition(", found ")[2]
             raise OSError(f"{output}: expected room for all its files, found {found}") from None
         raise
     finally:

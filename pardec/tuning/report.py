@@ -15,6 +15,7 @@ from rich.table import Column, Table
 
 from pardec.adapters.tuned import TunedChoice
 from pardec.layout import full_blocks
+from pardec.run import OutputConsole
 from pardec.tuning.choice import TREES, Way
 from pardec.tuning.measuring import Findings
 from pardec.tuning.timing import Measured
@@ -92,7 +93,7 @@ def show_reports(
         as_json: one object: the report of a single dtype, else `reports` and `by_dtype`.
         picture: PNG to be written.
     """
-    console = Console(stderr=as_json, markup=False, highlight=False)  # paths may hold brackets
+    console = OutputConsole(stderr=as_json, markup=False, highlight=False)  # paths may hold brackets
     if as_json:
         objects = [report.to_dict() for report in reports]
         print(json.dumps({"reports": objects, "by_dtype": by_dtype} if by_dtype else objects[0]))

@@ -1,6 +1,7 @@
 """The command line: what it prints, and its exit codes 0, 1 and 2."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -422,3 +423,14 @@ def test_what_it_says_of_itself_is_one_line_of_error_where_there_is_no_room_for_
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
     assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
     assert ended.stderr.startswith("error: ")
+
+
+def test_a_check_that_nobody_reads_ends_as_other_programs_do(packaged_adapter, tmp_path):
+    """Not with 1, which says that something differs."""
+    save_adapter(packaged_adapter(2), tmp_path / "adapter")
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "pardec", "check", str(tmp_path / "adapter")]
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, cwd=ROOT, check=False)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (141, "")

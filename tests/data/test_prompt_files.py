@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +23,13 @@ def test_line_ends_of_other_systems_stay_as_they_are(tmp_path):
     assert read_prompts(None, None, str(tmp_path / "a.txt")) == ["def f(x):\r\n    return\rx"]
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a\\r\\nb"}\r\n{"prompt": "c"}\r\n')
     assert read_prompts(None, None, str(tmp_path / "a.jsonl")) == ["a\r\nb", "c"]
+
+
+def test_a_pipe_is_read_as_a_file_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit((tmp_path / "pipe").write_text, "def f():")
+        assert read_prompts(None, None, str(tmp_path / "pipe")) == ["def f():"]
 
 
 def test_json_that_is_too_deep_names_its_line(tmp_path):

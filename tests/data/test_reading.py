@@ -47,7 +47,7 @@ def test_a_folder_of_texts_is_read_in_order_of_paths(tmp_path):
     assert read_rows(str(tmp_path), "auto") == [{"text": "one"}, {"text": "two"}]
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "data/train.json", "rows.jsonl.gz", "rows.csv"])
+@pytest.mark.parametrize("name", ["train.jsonl", "data/train.json", "rows.jsonl.xz", "ROWS.CSV"])
 def test_of_a_data_sets_folder_not_its_page_alone_is_read(name, tmp_path):
     """Nobody means the README that lies beside the rows."""
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -115,7 +115,14 @@ def test_of_a_conversation_that_begins_with_the_assistant_nothing_of_the_templat
     )
     greeting = {"role": "assistant", "content": "hello"}
     asked = [{"role": "user", "content": "Say hi"}, {"role": "assistant", "content": "hi there!"}]
-    for turns, said in (([greeting], "hello\n"), ([greeting, *asked], "hi there!\n"), (asked, "hi there!\n")):
+    by_system = [{"role": "system", "content": "Be a model"}, greeting]
+    for turns, said in (
+        ([greeting], "hello\n"),
+        ([greeting, *asked], "hi there!\n"),
+        (asked, "hi there!\n"),
+        (by_system, "hello\n"),
+        ([*by_system, *asked], "hi there!\n"),
+    ):
         (document,) = tokenise({"conversations": turns}, chat_tokenizer)
         assert chat_tokenizer.decode(document.input_ids).startswith("<|system|>Be a model\n")
         assert learned(document, chat_tokenizer) == said
@@ -134,7 +141,8 @@ def test_answers_are_tokenised_apart_from_what_stands_before_as_decoding_does(ch
 
 
 def test_turns_that_data_exclude_from_learning_are_not_learned(chat_tokenizer):
-    for excluded in ({"weight": 0}, {"weight": "0"}, {"train": False}, {"train": 0}, {"train": "false"}):
+    said_no = [{"weight": 0}, {"weight": 0.0}, {"weight": "0.0"}, {"train": False}, {"train": 0}, {"train": "False"}]
+    for excluded in said_no:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bad", **excluded}]
         turns += [{"role": "user", "content": "b"}, {"role": "assistant", "content": "good", "weight": 1}]
         (document,) = tokenise({"conversations": turns}, chat_tokenizer)

@@ -285,6 +285,30 @@ def test_a_base_that_can_no_longer_be_decoded_exactly_is_refused(change, mode):
     assert ours.generate([row], max_new_tokens=NEW, mode=mode).token_ids == expected
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_under_autocast_a_changed_base_is_looked_at_in_its_own_dtype(family):
+    """Numbers of bfloat16 are not those that float32 may deviate by."""
+    base = tiny_model(family, dtype=torch.float32)
+    ours = SelfSpeculativeModel(base, None, make_adapter(base, K, lora_rank=2))
+    ours.generate([[5, 9, 2, 7]], max_new_tokens=NEW)
+    (name, first), *_ = [(n, m) for n, m in base.named_modules() if n.endswith("mlp")]
+    base.set_submodule(name, deepcopy(first))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert len(ours.generate([[5, 9, 2, 7]], max_new_tokens=NEW).token_ids[0]) == NEW
+
+
+def test_a_base_that_drops_its_cache_is_refused_in_one_line():
+    base = tiny_model("llama")
+    ours = SelfSpeculativeModel(base, None, make_adapter(base, K, lora_rank=2))
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable  # older name
+    enable()
+    row = [5, 9, 2, 7]
+    assert ours.generate([row], max_new_tokens=NEW).token_ids == [plain_generate(base, row, NEW)]
+    base.train()
+    with pytest.raises(ValueError, match=r"^base: expected no gradient checkpointing in training mode, found both; "):
+        ours.generate([row], max_new_tokens=NEW)
+
+
 CHANGES = [
     replace_weight,
     change_weight_in_place,

@@ -363,8 +363,10 @@ def test_an_adapter_is_measured_with_forced_drafts(tmp_path, adapters):
     assert [(row["rows"], row["tokens_per_step"]) for row in result["rows"]] == [(1, 1), (9, 3)]
     assert [one["reason"] for one in result["left_out"]] == ["the adapter has no LoRA"]
     assert "tokens/s x plain" in ended.out
-    for row in result["rows"]:
-        assert row["tokens_per_second"] == pytest.approx(1000 * row["tokens_per_step"] / row["ms_per_step"], rel=0.5)
+    for row in result["rows"]:  # the median of two rates, however far apart the two are on a busy machine
+        one, other = (2 * quartile - row["ms_per_step"] for quartile in row["ms_per_step_quartiles"])
+        expected = 1000 * row["tokens_per_step"] * (1 / one + 1 / other) / 2
+        assert row["tokens_per_second"] == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize(

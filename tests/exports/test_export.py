@@ -252,7 +252,7 @@ def test_a_base_can_be_called_by_another_name(saved, tmp_path):
 
 @pytest.mark.parametrize("door", ["sglang", "peft"])
 def test_what_is_said_runs_here_and_what_is_written_names_no_folder_of_this_machine(saved, tmp_path, door):
-    own = tmp_path / "bases/mine"
+    own = tmp_path / "bases/b\U0001f600se \u00e4"
     own.mkdir(parents=True)
     adapter, out = saved(door), tmp_path / "out"
     metadata = json.loads((tmp_path / "adapter/pardec.json").read_text())
@@ -261,6 +261,7 @@ def test_what_is_said_runs_here_and_what_is_written_names_no_folder_of_this_mach
     assert str(own) not in check_export(out).commands
     assert not [one for one in out.rglob("*") if one.is_file() and str(own).encode() in one.read_bytes()]
     assert str(own) not in export_adapter(adapter, door, tmp_path / "named", base="user/mine").commands
+    assert str(own) in export_adapter(adapter, door, tmp_path / "named so", base=str(own)).commands
     own.rmdir()  # the base lies elsewhere
     assert str(own) not in export_adapter(adapter, door, tmp_path / "moved").commands
 

@@ -94,6 +94,7 @@ def test_what_somebody_puts_there_meanwhile_stays(tmp_path, taken):
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError(errno.ENOSPC, "No space left on device", "out/.writing-x/a.safetensors"),
     SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     NoRoomError("out/.writing-x/a.safetensors: expected room for 2,048 bytes, found Error: No space left on device"),
 ]

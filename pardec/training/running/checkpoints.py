@@ -5,6 +5,7 @@ Knows no model and no recipe but their numbers and values.
 
 import json
 import os
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,7 @@ def steps_done_before(
         key, before, now = differs
         # the rates of a run fall towards its last step, so it is not made longer
         goes_further = key == "train.steps" and "adapter" in recipe and (output / result_file).exists()
-        further = f", with adapter.start_from={output} to train it further" * goes_further
+        further = f", with {shlex.quote(f'adapter.start_from={output}')} to train it further" * goes_further
         raise ValueError(
             f"output_dir {output}: expected {key} = {shown(now)} as in this recipe to continue, found a run with "
             f"{shown(before)}; choose another output_dir{further}"
