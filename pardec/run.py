@@ -16,7 +16,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -53,16 +52,6 @@ def exit_on_unusable_input() -> Iterator[None]:
         if sys.stderr is not None:
             tqdm.write(f"error: {told(error)}", file=sys.stderr)  # on a line of its own, also below a progress bar
         sys.exit(2)
-
-
-class OutputConsole(Console):
-    """Rich's, but that how a program ends whose output nobody reads any more is left to `exit_on_unusable_input`."""
-
-    def on_broken_pipe(self) -> None:
-        """Called while a BrokenPipeError is handled, which goes on; rich would end the program with exit code 1."""
-        error = sys.exc_info()[1]
-        assert error is not None
-        raise error
 
 
 def _drop_output() -> None:

@@ -15,6 +15,7 @@ FLOORS = (
         "pardec/draft_tree",
         "pardec/errors",
         "pardec/layout",
+        "pardec/output_console",
         "pardec/run",
     ),
     ("pardec/target",),

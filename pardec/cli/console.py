@@ -14,7 +14,8 @@ from pardec.decoding.step import MODES
 from pardec.measures.divergence import divergence_from
 from pardec.measures.thorough import CONTEXTS, NEW_TOKENS, NUM_SAMPLED_TOKENS, check_thoroughly
 from pardec.model import SelfSpeculativeModel
-from pardec.run import OutputConsole, dtype_name
+from pardec.output_console import OutputConsole
+from pardec.run import dtype_name
 from pardec.tuning.report import describe
 
 # of tokens in a terminal, by where they came from

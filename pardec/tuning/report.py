@@ -15,7 +15,7 @@ from rich.table import Column, Table
 
 from pardec.adapters.tuned import TunedChoice
 from pardec.layout import full_blocks
-from pardec.run import OutputConsole
+from pardec.output_console import OutputConsole
 from pardec.tuning.choice import TREES, Way
 from pardec.tuning.measuring import Findings
 from pardec.tuning.timing import Measured
