@@ -37,7 +37,7 @@ from pardec.target.attention import ROUTE
 from pardec.target.base import eos_token_ids
 from pardec.target.compiling import compiled, refuse_compiled
 from pardec.target.forward import TargetModel, text_config
-from pardec.target.placement import is_offloaded
+from pardec.target.placement import is_offloaded, without_autocast
 from pardec.target.survey import Survey, survey
 
 
@@ -307,7 +307,7 @@ class Engines:
             facts = survey(self.target)
             if has_others:
                 # what is tolerated goes by the base's own dtype
-                with torch.autocast(self.target.device.type, enabled=False):
+                with without_autocast(self.target.device):
                     probe_step(self.target)
             self._survey, self._linears = facts, {}
         self._modules, self._surveyed = modules, now

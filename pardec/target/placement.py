@@ -5,6 +5,7 @@ those of layers that are sharded over processes (`pardec.target.sharding`) are b
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -68,3 +69,8 @@ def _with_offloading(
     yield module, brought_to
     for child in module.children():
         yield from _with_offloading(child, brought_to)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Dtypes as they come, on any device; `meta` knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pardec.target.forward import TargetModel
 from pardec.target.own_head import OwnHead
+from pardec.target.placement import without_autocast
 from pardec.target.prefix_cache import PrefixCache
 from pardec.target.survey import agree
-from pardec.training.mask_rows.prefix_attention import without_autocast
 
 
 @dataclass

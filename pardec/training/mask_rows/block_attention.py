@@ -21,9 +21,10 @@ from pardec.layout import TrainingLayout, training_layout
 from pardec.target.attention import STOCK, AttentionRoute, register_route
 from pardec.target.forward import CHUNKED, SLIDING, TargetModel, text_config
 from pardec.target.own_head import OwnHead
+from pardec.target.placement import without_autocast
 from pardec.target.prefix_cache import PrefixCache
 from pardec.target.survey import agree
-from pardec.training.mask_rows.prefix_attention import Seen, prefix_attention, without_autocast
+from pardec.training.mask_rows.prefix_attention import Seen, prefix_attention
 
 ROUTE = "pardec_blocks"
 

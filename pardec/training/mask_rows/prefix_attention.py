@@ -7,7 +7,6 @@ within its own block, D head size.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pardec.layout import TrainingLayout
+from pardec.target.placement import without_autocast
 
 # scores at a time: 1 MiB in float32 on a CPU, which its cache holds, on a device 128 MiB; but so many rows that reading
 # keys and values for them pays
@@ -162,11 +162,6 @@ def _weights(rows: Tensor, own_scores: Tensor, keys: Tensor, seen: Seen, part: S
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Dtypes as they come, on any device; `meta` knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def scores_at_once(device: torch.device) -> int:
